@@ -1,0 +1,36 @@
+// What module.cpp and the kernels (cpu_kernel.cpp, compiled once per instruction set) say to each other.
+#pragma once
+#include <stdint.h>
+
+namespace esfast {
+
+// One matrix of weights: rows of `cols` contiguous elements. Element (r, c) lies at dst + r * dst_stride + c, is
+// computed from src + r * src_stride + c, and has number first + r * index_stride + c in its whole tensor. A plain
+// tensor is one row. Strides and counts in elements. esfast/plan.py fills this table as rows of int64.
+struct Segment {
+    int64_t dst, src, rows, cols, dst_stride, src_stride, index_stride, first, tensor_id, dtype;
+};
+
+// Work is cut at multiples of TILE of the element's number, never of its address: a Philox block then lies in one
+// tile, whatever the slice, and 1024 floats stay in the first-level cache while all members pass over them.
+constexpr int TILE = 1024;
+
+struct Job {
+    const Segment* segments;
+    const int64_t* first_tile;  // per segment, and the total behind the last
+    int64_t segment_count;
+    const uint64_t* seeds;
+    const float* coeffs;
+    int64_t member_count;
+    int64_t kind;  // Domain::GAUSSIAN or Domain::RADEMACHER
+};
+
+inline int64_t tiles_per_row(const Segment& s) { return (s.cols + TILE - 2) / TILE + 1; }  // at most, over all rows
+
+using TileFunction = void (*)(const Job&, int64_t tile);
+
+void tile_baseline(const Job&, int64_t tile);
+void tile_avx2(const Job&, int64_t tile);
+void tile_avx512(const Job&, int64_t tile);
+
+}  // namespace esfast

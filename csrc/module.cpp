@@ -1,0 +1,121 @@
+// esfast._cpu: pointers and numbers in, weights changed in place. No torch headers. Everything is validated by
+// esfast/plan.py and esfast/ops.py; this file only spreads tiles over threads.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu.h"
+#include "noise.h"
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace py = pybind11;
+using namespace esfast;
+
+namespace {
+
+// Round to nearest, subnormals kept: the definition's arithmetic, whatever mode the process has set
+// (torch.set_flush_denormal, libraries linked with -ffast-math). The mode belongs to a thread, hence per thread.
+class IeeeMode {
+  public:
+#if defined(__x86_64__)
+    IeeeMode() : saved_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
+    ~IeeeMode() { _mm_setcsr(saved_); }
+  private:
+    unsigned saved_;
+#elif defined(__aarch64__)
+    IeeeMode() {
+        asm volatile("mrs %0, fpcr" : "=r"(saved_));
+        asm volatile("msr fpcr, %0" : : "r"(uint64_t(0)));
+    }
+    ~IeeeMode() { asm volatile("msr fpcr, %0" : : "r"(saved_)); }
+  private:
+    uint64_t saved_;
+#endif
+};
+
+// Best first. A variant is there if the compiler could build it, and listed if this processor can run it.
+std::vector<std::pair<std::string, TileFunction>> variants() {
+    std::vector<std::pair<std::string, TileFunction>> found;
+#if defined(ESFAST_HAS_AVX512)
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl"))
+        found.emplace_back("avx512", tile_avx512);
+#endif
+#if defined(ESFAST_HAS_AVX2)
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.emplace_back("avx2", tile_avx2);
+#endif
+    found.emplace_back("baseline", tile_baseline);
+    return found;
+}
+
+std::vector<std::string> instruction_sets() {
+    std::vector<std::string> names;
+    for (auto& v : variants()) names.push_back(v.first);
+    return names;
+}
+
+template <class T>
+using Array = py::array_t<T, py::array::c_style>;
+
+void add_noise(Array<int64_t> segments, Array<uint64_t> seeds, Array<float> coeffs, int64_t kind, int threads,
+               const std::string& instruction_set) {
+    constexpr int64_t FIELDS = sizeof(Segment) / sizeof(int64_t);
+    if (segments.ndim() != 2 || segments.shape(1) != FIELDS) throw std::invalid_argument("segments: shape (n, 10) expected");
+    if (seeds.size() != coeffs.size()) throw std::invalid_argument("seeds and coeffs differ in length");
+    TileFunction run = nullptr;
+    for (auto& v : variants())
+        if (v.first == instruction_set) run = v.second;
+    if (!run) throw std::invalid_argument("this processor or build has no instruction set " + instruction_set);
+
+    Job job = {reinterpret_cast<const Segment*>(segments.data()), nullptr, segments.shape(0), seeds.data(), coeffs.data(),
+               seeds.size(), kind};
+    std::vector<int64_t> first_tile(size_t(job.segment_count) + 1, 0);
+    for (int64_t i = 0; i < job.segment_count; ++i)
+        first_tile[size_t(i) + 1] = first_tile[size_t(i)] + job.segments[i].rows * tiles_per_row(job.segments[i]);
+    job.first_tile = first_tile.data();
+    const int64_t tiles = first_tile.back();
+
+    py::gil_scoped_release release;
+    // a thread is worth its wake-up (some 10 us) from about 32 tiles on
+    const int team = int(std::max<int64_t>(1, std::min<int64_t>(threads, tiles / 32)));
+    (void)team;
+#pragma omp parallel num_threads(team)
+    {
+        IeeeMode mode;
+#pragma omp for schedule(dynamic, 32)
+        for (int64_t tile = 0; tile < tiles; ++tile) run(job, tile);
+    }
+}
+
+py::tuple philox_words(uint64_t seed, uint64_t block, uint32_t tensor_id, uint32_t domain) {
+    const Words w = philox(seed, block, tensor_id, domain);
+    return py::make_tuple(w.x0, w.x1, w.x2, w.x3);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+    m.doc() = "The CPU backend of esfast.add_noise_.";
+    m.def("add_noise", &add_noise, py::arg("segments"), py::arg("seeds"), py::arg("coeffs"), py::arg("kind"),
+          py::arg("threads"), py::arg("instruction_set"));
+    m.def("instruction_sets", &instruction_sets, "Instruction sets that this build and this processor have, best first.");
+    m.def("philox", &philox_words, "The four words of one Philox4x32-7 call, for the known-answer test.");
+    m.attr("NOISE_VERSION") = NOISE_VERSION;
+#if defined(_OPENMP)
+    m.attr("OPENMP") = true;
+#else
+    m.attr("OPENMP") = false;
+#endif
+    m.attr("COMPILER") = __VERSION__;
+}

@@ -1,0 +1,109 @@
+// The noise of esfast: one definition, host and device code at once.
+//
+//     noise(seed, tensor id, index) -> float32
+//
+// Only operations that IEEE 754 and two's complement fix to the bit are used: integer arithmetic, int-to-float
+// conversion, bit reinterpretation, float add, mul and fma, each in the order written here. There is no libm and no
+// special-function unit, so a CPU, Triton and CUDA agree in every bit. The build must not contract a mul and an add
+// into an fma (-ffp-contract=off); CUDA gets that from the _rn intrinsics. The slow and obvious twin of this file is
+// esfast/noise.py: change neither without the other, and neither without a new NOISE_VERSION.
+#pragma once
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__CUDACC__)
+#define ESFAST_FN __host__ __device__ __forceinline__
+#else
+#define ESFAST_FN inline __attribute__((always_inline))
+#endif
+
+namespace esfast {
+
+constexpr int NOISE_VERSION = 1;
+
+// The fourth counter word: one domain per use, so that no two uses ever share a random number.
+enum Domain : uint32_t { GAUSSIAN = 0, RADEMACHER = 1, STOCHASTIC_ROUNDING = 2, MEMBER_SEEDS = 3 };
+
+constexpr int GAUSSIANS_PER_BLOCK = 4;     // one Philox call gives four words: two Box-Muller pairs
+constexpr int SIGNS_PER_BLOCK = 128;       // or 128 bits: a sign each
+
+struct Words { uint32_t x0, x1, x2, x3; };
+struct Pair { float z0, z1; };
+
+// ---- the only float operations, one rounding each ------------------------------------------------------------------
+
+#if defined(__CUDA_ARCH__)
+ESFAST_FN float fma_(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+ESFAST_FN float mul_(float a, float b) { return __fmul_rn(a, b); }
+ESFAST_FN float add_(float a, float b) { return __fadd_rn(a, b); }
+ESFAST_FN float as_float(uint32_t x) { return __uint_as_float(x); }
+ESFAST_FN uint32_t as_bits(float x) { return __float_as_uint(x); }
+#else
+ESFAST_FN float fma_(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+ESFAST_FN float mul_(float a, float b) { return a * b; }
+ESFAST_FN float add_(float a, float b) { return a + b; }
+ESFAST_FN float as_float(uint32_t x) { float f; memcpy(&f, &x, 4); return f; }
+ESFAST_FN uint32_t as_bits(float x) { uint32_t u; memcpy(&u, &x, 4); return u; }
+#endif
+
+// ---- bits: Philox4x32 (Salmon et al., SC'11) -----------------------------------------------------------------------
+
+// Seven rounds are the fewest that pass BigCrush; ten would cost three more issue slots per number.
+constexpr int PHILOX_ROUNDS = 7;
+
+ESFAST_FN Words philox(uint64_t seed, uint64_t block, uint32_t tensor_id, uint32_t domain) {
+    uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+    Words c = {uint32_t(block), uint32_t(block >> 32), tensor_id, domain};
+#if defined(__CUDA_ARCH__)
+#pragma unroll
+#endif
+    for (int round = 0; round < PHILOX_ROUNDS; ++round) {
+        // one 64-bit product gives both halves: IMAD.WIDE on a GPU, pmuludq on a CPU
+        const uint64_t p0 = uint64_t(c.x0) * 0xD2511F53u;
+        const uint64_t p1 = uint64_t(c.x2) * 0xCD9E8D57u;
+        c = {uint32_t(p1 >> 32) ^ c.x1 ^ k0, uint32_t(p1), uint32_t(p0 >> 32) ^ c.x3 ^ k1, uint32_t(p0)};
+        k0 += 0x9E3779B9u;
+        k1 += 0xBB67AE85u;
+    }
+    return c;
+}
+
+// ---- gaussian: Box-Muller in portable arithmetic -------------------------------------------------------------------
+
+constexpr float Q0 = -0.612627089f, Q1 = 0.370389313f, Q2 = -0.205763012f, Q3 = 0.0625898615f;
+constexpr float LN = float(-2 * 0.69314718055994530942 / 8388608);
+constexpr uint32_t MAGIC = 0x5f375000u;
+constexpr float SA = 0.501085818f, SB = 0.37602824f;
+constexpr float S0 = 1.57079351f, S1 = -0.645893872f, S2 = 0.0794344693f, S3 = -0.00433310214f;
+constexpr float C0 = 0.999994874f, C1 = -1.23348641f, C2 = 0.252580702f, C3 = -0.0190958101f;
+
+// sqrt(-2 ln(u / 2^32)), u = a | 1
+ESFAST_FN float radius(uint32_t a) {
+    const float u = float(a | 1u);
+    const uint32_t bits = as_bits(u);
+    const float e = float(int32_t(bits - 0x4f800000u));  // 2^23 log2(u / 2^32), log2 taken as linear between powers of 2
+    const float f = add_(as_float((bits & 0x7fffffu) | 0x3f800000u), -1.0f);
+    const float q = fma_(fma_(fma_(Q3, f, Q2), f, Q1), f, Q0);  // what that leaves out, over f (1 - f)
+    const float w = fma_(fma_(-f, f, f), q, mul_(e, LN));
+    const float y = as_float(MAGIC - (as_bits(w) >> 1));         // 1 / sqrt(w) within 3.5 %
+    const float s = mul_(w, y);
+    const float d = fma_(-s, y, 1.0f);
+    return fma_(mul_(s, d), fma_(SB, d, SA), s);
+}
+
+ESFAST_FN Pair gaussian_pair(uint32_t a, uint32_t b) {
+    const float r = radius(a);
+    const float h = add_(as_float((b & 0x7fffffu) | 0x40000000u), -3.0f);  // quarter turns in [-1, 1)
+    const float t = mul_(h, h);
+    const float s = fma_(fma_(fma_(S3, t, S2), t, S1), t, S0);
+    const float c = fma_(fma_(fma_(C3, t, C2), t, C1), t, C0);
+    return {mul_(mul_(r, h), s), as_float(as_bits(mul_(r, c)) ^ (b & 0x80000000u))};
+}
+
+// ---- rademacher: bit i mod 32 of word i / 32 is the sign of number i of the block ----------------------------------
+
+ESFAST_FN float with_sign(float x, uint32_t word, int bit) {
+    return as_float(as_bits(x) ^ ((word << (31 - bit)) & 0x80000000u));
+}
+
+}  // namespace esfast
