@@ -64,6 +64,8 @@ def noise_at(seed: int, name: str, index: np.ndarray, kind: str = "gaussian") ->
     """The noise of single elements: float32 array of the shape of `index` (row-major element numbers, uint64)."""
     seed, kind = check_seed(seed), check_kind(kind)
     index = np.asarray(index, dtype=np.uint64)
+    if index.ndim == 0:  # NumPy warns where a scalar wraps, and for arrays it doesn't
+        return noise_at(seed, name, index[None], kind)[0]
     block, lane = np.divmod(index, np.uint64(NUMBERS_PER_BLOCK[kind]))
     words = philox(seed, block, tensor_id(name), DOMAINS[kind])
     lane = lane.astype(np.int64)

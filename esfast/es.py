@@ -1,0 +1,273 @@
+"""Evolution strategies: seeds, mirrored sampling, fitness shaping and coefficients as pure functions, and `ES`.
+
+The method is that of "Evolution Strategies at Scale" (arXiv 2509.24372): theta += lr / N * sum_n z_n eps_n, where z are
+the shaped rewards of N members theta + sigma eps_n, and 1/sigma is absorbed into lr.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .journal import Journal
+from .noise import DOMAINS, check_int, check_kind, check_seed, philox
+from .ops import get_backend
+from .plan import Plan
+from .weights import MODES
+
+
+def member_seed(seed: int, generation: int, index: int) -> int:
+    """The 64-bit noise seed of one member (of one pair, if mirrored): Philox of (generation, index) under the run's
+    seed, in a domain of its own."""
+    words = philox(seed, np.uint64(generation << 32 | index), 0, DOMAINS["member_seeds"])
+    return int(words[0]) | int(words[1]) << 32
+
+
+def zscore(rewards: Sequence[float]) -> list[float]:
+    """(R - mean) / std with the population's standard deviation, as in the paper; zeros if all rewards are equal."""
+    if min(rewards) == max(rewards):
+        return [0.0] * len(rewards)
+    mean = math.fsum(rewards) / len(rewards)  # fsum: the same bits everywhere, whatever the order
+    std = math.sqrt(math.fsum((r - mean) ** 2 for r in rewards) / len(rewards))
+    return [(r - mean) / std for r in rewards]
+
+
+def centered_rank(rewards: Sequence[float]) -> list[float]:
+    """Ranks spread evenly over [-0.5, 0.5] (Salimans et al., arXiv 1703.03864); equal rewards share their mean rank."""
+    ordered = sorted(rewards)
+    first = {r: i for i, r in reversed(list(enumerate(ordered)))}
+    last = {r: i for i, r in enumerate(ordered)}
+    return [(first[r] + last[r]) / 2 / (len(rewards) - 1) - 0.5 for r in rewards]
+
+
+SHAPINGS: dict[str, Callable[[Sequence[float]], list[float]]] = {"zscore": zscore, "centered_rank": centered_rank}
+
+
+@dataclass
+class Member:
+    """One perturbed model: theta + sign * sigma * noise(seed). Set `reward` (higher is better) in the loop's body."""
+
+    index: int
+    seed: int
+    sign: int
+    reward: float | None = None
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What one `ES.step` did: theta += sum_j coeffs[j] * noise(seeds[j])."""
+
+    generation: int
+    seeds: list[int]
+    coeffs: list[float]  # float32 values
+    rewards: list[float]
+    sigma: float
+    lr: float
+
+
+def coefficients(members: Sequence[Member], shaped: Sequence[float], lr: float) -> tuple[list[int], list[float]]:
+    """Seeds and float32 coefficients lr / N * sum over the members of a seed of sign * shaped reward."""
+    total: dict[int, float] = {}
+    for m, z in zip(members, shaped, strict=True):
+        total[m.seed] = total.get(m.seed, 0.0) + m.sign * z
+    return list(total), [float(np.float32(lr / len(members) * t)) for t in total.values()]
+
+
+class ES:
+    """Evolution strategies over the weights of a model, with the feel of torch.optim.
+
+        es = ES(model, sigma=1e-3, lr=5e-4, population_size=30)
+        for generation in range(100):
+            for member in es.population():        # inside the body the model IS that member
+                member.reward = evaluate(model)
+            es.step()
+
+    Between populations the weights belong to ES: change them only through it.
+
+    Args:
+        model: an nn.Module, a Plan, or an iterable of (name, tensor); its weights are changed in place.
+        sigma: standard deviation of the perturbation, in units of the weights. > 0.
+        lr: step size of the update (alpha in the paper). > 0.
+        population_size: members a generation, at least 2; even if mirrored.
+        seed: the run's seed, 0 <= seed < 2**64. Same seed and same rewards give the same weights to the bit.
+        mirrored: members come in pairs +noise, -noise of one seed.
+        noise: "gaussian" or "rademacher".
+        shaping: "zscore", "centered_rank", or a function from the list of rewards to a list of as many numbers.
+        weights: "base" (exact; one extra copy of the weights) or "inplace" (no extra memory, not exact: bfloat16
+            weights drift by about as much as they learn).
+        backend: as in `add_noise_`.
+        journal: a path; every step is appended to it before the weights change. See esfast.journal.
+
+    Raises:
+        TypeError, ValueError: an argument outside the above; what Plan refuses. Weights are untouched.
+
+    Attributes: `plan`, `generation` (steps taken so far), `members` (of the current generation); `sigma` and `lr` may
+    be changed between generations.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module | Plan | Iterable[tuple],
+        sigma: float = 1e-3,
+        lr: float = 5e-4,
+        population_size: int = 30,
+        seed: int = 0,
+        mirrored: bool = False,
+        noise: str = "gaussian",
+        shaping: str | Callable[[Sequence[float]], Sequence[float]] = "zscore",
+        weights: str = "base",
+        backend: str = "auto",
+        journal: str | Path | None = None,
+    ):
+        self.sigma, self.lr = _check_positive("sigma", sigma), _check_positive("lr", lr)
+        self.population_size = check_int("population_size", population_size, 2, 2**32)
+        if mirrored and population_size % 2:
+            raise ValueError(f"population_size: mirrored sampling needs an even number, got {population_size}")
+        self.seed, self.mirrored, self.noise = check_seed(seed), bool(mirrored), check_kind(noise)
+        self._shape = _check_shaping(shaping)
+        if weights not in MODES:
+            raise ValueError(f"weights: expected one of {', '.join(map(repr, MODES))}, got {weights!r}")
+        self.plan = model if isinstance(model, Plan) else Plan(model)
+        get_backend(backend, self.plan.device)
+        self.generation = 0
+        self.members: list[Member] = []
+        self._inside: Member | None = None
+        self._weights = MODES[weights](self.plan, self.noise, backend)
+        self._journal = None
+        if journal is not None:
+            self._journal = Journal.create(journal, self.noise, self.seed, weights, self.plan)
+
+    def population(self) -> Population:
+        """The members of this generation: iterate over it, directly or in a `with` block.
+
+            with es.population() as members:      # restored when the block is left, on any interpreter
+                for member in members: ...
+
+        Asked for again before `step`, it begins the same generation anew.
+        """
+        if self._inside is not None:
+            raise RuntimeError(f"population(): member {self._inside.index} is still in place; leave its loop first")
+        self.members = [self._member(i) for i in range(self.population_size)]
+        return Population(self, self.members)
+
+    def _member(self, index: int) -> Member:
+        pair, sign = (index // 2, 1 - 2 * (index % 2)) if self.mirrored else (index, 1)
+        return Member(index, member_seed(self.seed, self.generation, pair), sign)
+
+    def step(self) -> Generation:
+        """Moves the weights along the reward-weighted noise of the population, in one fused pass.
+
+        Raises:
+            RuntimeError: no population was evaluated, or it is called from inside a member's body.
+            ValueError: a reward is missing or not finite (the member is named), or the shaping function returns
+                nonsense. Weights are untouched.
+        """
+        if self._inside is not None:
+            raise RuntimeError(f"step(): member {self._inside.index} is still in place; leave its loop first")
+        if not self.members:
+            raise RuntimeError("step(): no population to learn from; iterate over population() first")
+        rewards = [_check_reward(m) for m in self.members]
+        shaped = self._shape(rewards)
+        seeds, coeffs = coefficients(self.members, shaped, _check_positive("lr", self.lr))
+        if not np.isfinite(coeffs).all():
+            raise ValueError(f"step(): lr {self.lr} and the shaped rewards give coefficients that are not finite")
+        record = Generation(self.generation, seeds, coeffs, rewards, self.sigma, self.lr)
+        if self._journal is not None:
+            self._journal.append(record)  # on disk first: a journal that can't be written changes no weight
+        self._weights.update(seeds, coeffs)
+        self.generation += 1
+        self.members = []
+        return record
+
+    def _enter(self, member: Member) -> None:
+        self._inside = member
+        self._weights.perturb(member.seed, member.sign * _check_positive("sigma", self.sigma))
+
+    def _leave(self) -> None:
+        try:
+            self._weights.restore()
+        except KeyboardInterrupt:  # pressed in the very moment of restoring: finish that, then obey
+            self._weights.restore()
+            raise
+        finally:
+            self._inside = None
+
+
+class Population:
+    """The members of one generation, each in place while the body of the loop runs.
+
+    From one member to the next there is one pass over the weights; they are restored after the last, on break, return
+    or an exception. Leaving a `for` loop early restores at once on CPython, which closes the abandoned iterator; the
+    `with` form doesn't lean on that.
+    """
+
+    def __init__(self, es: ES, members: list[Member]):
+        self._es, self.members = es, members
+
+    def __iter__(self) -> Iterator[Member]:
+        es = self._es
+        try:
+            for member in self.members:
+                if self.members is not es.members:
+                    raise RuntimeError("this population is of the past; ask for a new one with es.population()")
+                es._enter(member)
+                yield member
+        finally:
+            self._leave()
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def __enter__(self) -> Population:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self._leave()
+
+    def _leave(self) -> None:
+        # not the member of a later population: an abandoned iterator may be closed at any time
+        if any(member is self._es._inside for member in self.members):
+            self._es._leave()
+
+
+def _check_positive(what: str, value) -> float:
+    try:
+        number = float("nan") if isinstance(value, (bool, str)) else float(value)
+    except (TypeError, ValueError):
+        number = float("nan")
+    if not (math.isfinite(np.float32(min(number, 1e39))) and np.float32(number) > 0):
+        raise ValueError(f"{what}: expected a positive finite number, got {value!r}")
+    return number
+
+
+def _check_shaping(shaping) -> Callable[[Sequence[float]], list[float]]:
+    if isinstance(shaping, str) and shaping in SHAPINGS:
+        return SHAPINGS[shaping]
+    if not callable(shaping):
+        known = ", ".join(map(repr, SHAPINGS))
+        raise ValueError(f"shaping: expected one of {known}, or a function of the rewards, got {shaping!r}")
+
+    def checked(rewards: Sequence[float]) -> list[float]:
+        shaped = [float(z) for z in shaping(rewards)]
+        if len(shaped) != len(rewards) or not np.isfinite(shaped).all():
+            raise ValueError(f"shaping: expected {len(rewards)} finite numbers from the function, got {shaped!r:.80}")
+        return shaped
+
+    return checked
+
+
+def _check_reward(member: Member) -> float:
+    if member.reward is None:
+        raise ValueError(f"step(): member {member.index} has no reward; set member.reward in the loop's body")
+    try:
+        reward = float(member.reward)
+    except (TypeError, ValueError):
+        raise ValueError(f"step(): the reward of member {member.index} is {member.reward!r}, no number") from None
+    if not math.isfinite(reward):
+        raise ValueError(f"step(): the reward of member {member.index} is {reward}, not a finite number")
+    return reward

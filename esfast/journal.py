@@ -1,0 +1,93 @@
+"""The record of a run: from the base weights and a few kilobytes of seeds and coefficients, the tuned weights again.
+
+A journal is a text file of JSON lines, appended to and flushed to disk before the weights change. The first line says
+what the numbers mean; every line ends with the CRC-32 of what stands before it in the line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import zlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .noise import NOISE_VERSION
+from .ops import add_noise_
+from .plan import Plan
+
+if TYPE_CHECKING:
+    from .es import Generation
+
+FORMAT = 1
+
+
+class Journal:
+    """An append-only file of generations. `Journal.create` begins one; `read` gives header and records back."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    @classmethod
+    def create(cls, path: str | Path, noise: str, seed: int, weights: str, plan: Plan) -> Journal:
+        """Begins a journal. FileExistsError if there is one already: a run's record is never overwritten."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            raise FileExistsError(f"journal: {path} exists already; give the run another folder, or move it away")
+        header = {"esfast_journal": FORMAT, "noise": noise, "noise_version": NOISE_VERSION, "seed": seed,
+                  "weights": weights, "tensors": len(plan), "numel": plan.numel}  # fmt: skip
+        journal = cls(path)
+        journal._write(header)
+        return journal
+
+    def append(self, record: Generation) -> None:
+        """Adds one generation and waits until it is on disk. OSError if it can't be written."""
+        fields = dataclasses.asdict(record)
+        fields["seeds"] = [f"{s:016x}" for s in record.seeds]  # 64 bits don't fit the numbers of other JSON readers
+        self._write(fields)
+
+    def _write(self, fields: dict) -> None:
+        text = json.dumps(fields, separators=(",", ":"))
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(f"{text} {zlib.crc32(text.encode()):08x}\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def read(path: str | Path) -> tuple[dict, list[dict]]:
+    """Header and generations of a journal; ValueError names the line that is damaged or of another format."""
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    records = []
+    for number, line in enumerate(lines, start=1):
+        text, _, crc = line.rpartition(" ")
+        if crc != f"{zlib.crc32(text.encode()):08x}":
+            raise ValueError(f"journal: line {number} of {path} is damaged (its checksum does not fit)")
+        records.append(json.loads(text))
+    if not records or records[0].get("esfast_journal") != FORMAT:
+        raise ValueError(f"journal: {path} does not begin with the header of an esfast journal of format {FORMAT}")
+    for record in records[1:]:
+        record["seeds"] = [int(s, 16) for s in record["seeds"]]
+    return records[0], records[1:]
+
+
+def replay(plan: Plan, path: str | Path, until: int | None = None, backend: str = "auto") -> None:
+    """Applies a journal's generations (the first `until`, default all) to the base weights that its run began with.
+
+    Raises:
+        ValueError: the journal is damaged, of another noise version, of a run with weights="inplace" (whose rounding
+            errors no journal holds), or of a model of another size. Weights are untouched.
+    """
+    header, records = read(path)
+    if header["noise_version"] != NOISE_VERSION:
+        raise ValueError(f"journal: {path} is of noise version {header['noise_version']}, this is {NOISE_VERSION}")
+    if header["weights"] == "inplace":
+        raise ValueError(f'journal: {path} is of a run with weights="inplace", which can\'t be replayed to the bit')
+    if (header["tensors"], header["numel"]) != (len(plan), plan.numel):
+        raise ValueError(
+            f"journal: {path} is of a model with {header['tensors']} tensors and {header['numel']} weights, "
+            f"the plan has {len(plan)} and {plan.numel}"
+        )
+    for record in records[:until]:
+        add_noise_(plan, record["seeds"], record["coeffs"], noise=header["noise"], backend=backend)
