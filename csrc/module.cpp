@@ -89,7 +89,11 @@ void add_noise(Array<int64_t> segments, Array<uint64_t> seeds, Array<float> coef
     py::gil_scoped_release release;
     // a thread is worth its wake-up (some 10 us) from about 32 tiles on
     const int team = int(std::max<int64_t>(1, std::min<int64_t>(threads, tiles / 32)));
-    (void)team;
+    if (team == 1) {  // no parallel region: libgomp would wake or resize the team that torch keeps warm
+        IeeeMode mode;
+        for (int64_t tile = 0; tile < tiles; ++tile) run(job, tile);
+        return;
+    }
 #pragma omp parallel num_threads(team)
     {
         IeeeMode mode;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import warnings
 from collections.abc import Sequence
 
@@ -101,7 +102,7 @@ def _cpu(plan: Plan, seeds: np.ndarray, coeffs: np.ndarray, base: Plan | None, k
 @functools.cache
 def _cpu_missing() -> str | None:
     try:
-        from . import _cpu as _
+        importlib.import_module("._cpu", __package__)
     except ImportError as error:
         return f"its C++ extension is not built ({error}); run `pip install .` with a C++ compiler"
     return None

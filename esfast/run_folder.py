@@ -1,0 +1,80 @@
+"""The folder of a run: config.yaml, metrics.jsonl, journal.jsonl, summary.json, curves.png and model/."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+
+class RunFolder:
+    """Every file but the two that grow by lines is written whole or not at all."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.journal, self.metrics, self.model = path / "journal.jsonl", path / "metrics.jsonl", path / "model"
+
+    @classmethod
+    def claim(cls, path: str | Path) -> RunFolder:
+        """The folder for a new run, not made before there is something to write. FileExistsError if a run lives there
+        already: its record is never overwritten."""
+        folder = cls(Path(path))
+        if folder.journal.exists() or folder.metrics.exists():
+            raise FileExistsError(f"output_dir: {path} holds a run already; choose another folder, or move it away")
+        return folder
+
+    def append_metrics(self, row: dict[str, Any]) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        with open(self.metrics, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
+
+    def write_text(self, name: str, text: str) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        temporary = self.path / f".{name}.tmp"
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, self.path / name)
+
+    def save_model(self, model, tokenizer) -> None:
+        """A Hugging Face folder that from_pretrained loads."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".model-", dir=self.path))
+        try:
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+            temporary.chmod(0o755)
+            if self.model.exists():
+                shutil.rmtree(self.model)
+            os.replace(temporary, self.model)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    def draw_curves(self) -> None:
+        """Reward and held-out metrics over generations, as curves.png."""
+        from matplotlib.figure import Figure
+
+        rows = self.read_metrics()
+        trained = [r for r in rows if "reward_mean" in r]
+        figure = Figure(figsize=(9, 3.6), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        x = [r["generation"] for r in trained]
+        left.fill_between(x, [r["reward_min"] for r in trained], [r["reward_max"] for r in trained], alpha=0.2, lw=0)
+        left.plot(x, [r["reward_mean"] for r in trained], label="mean of the population")
+        left.plot(x, [r["reward_max"] for r in trained], lw=0.8, label="best member")
+        left.set(title="Training reward (fresh prompts)", xlabel="generation", ylabel="reward")
+        for name in sorted({k for r in rows for k in r if k.startswith("eval_")}):
+            points = [(r["generation"], r[name]) for r in rows if name in r]
+            right.plot(*zip(*points, strict=True), marker="o", ms=3, label=name.removeprefix("eval_"))
+        right.set(title="Held-out prompts", xlabel="generation")
+        for axes in (left, right):
+            axes.grid(alpha=0.3)
+            if axes.get_legend_handles_labels()[0]:
+                axes.legend(frameon=False)
+        temporary = self.path / ".curves.tmp.png"
+        figure.savefig(temporary, dpi=150)
+        os.replace(temporary, self.path / "curves.png")

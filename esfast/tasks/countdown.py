@@ -1,0 +1,268 @@
+"""Countdown: reach a target with every given number used exactly once, by + - * / and parentheses.
+
+The grading is that of arXiv 2509.24372: reward = 0.1 * format + answer. A completion is what the model wrote after a
+prompt that ends in an opened `<think>`. Model output is parsed, never evaluated as code.
+"""
+
+import hashlib
+import math
+import operator
+import random
+import re
+from collections.abc import Iterable, Sequence
+from fractions import Fraction
+
+THINK_END, ANSWER, ANSWER_END = "</think>", "<answer>", "</answer>"
+TOLERANCE = Fraction(1, 100_000)
+LONGEST_EXPRESSION = 1000  # characters; no honest answer comes near it, and it bounds the work on a hostile one
+
+_ARITHMETIC = re.compile(r"[0-9+\-*/() ]+")
+_TOKEN = re.compile(r"[0-9]+|[-+*/()]")
+_BINARY = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
+_PRECEDENCE = {"(": 0, "+": 1, "-": 1, "*": 2, "/": 2, "unary +": 3, "unary -": 3}
+
+PROMPTS = {
+    "paper": (
+        "You are given the numbers {numbers} and the target {target}. Write an arithmetic expression that equals the "
+        "target. Use every number exactly once, and nothing but the operations +, -, * and / and parentheses. Reason "
+        "step by step inside <think> </think>, then give only the expression inside <answer> </answer>, for example "
+        "<answer>(1 + 2) / 3</answer>.\n<think>"
+    ),
+    "compact": "{numbers}={target}\n<think>",
+}
+GAMES = {
+    "paper": {"count_of_numbers": 4, "low": 1, "high": 99},
+    "compact": {"count_of_numbers": 3, "low": 1, "high": 9},
+}
+HELD_OUT = 0.25  # share of all problems that belongs to the split "test"
+
+
+def score(completion: str, numbers: Sequence[int], target: float) -> float:
+    """Reward of one response, 0 to 1.1: 0.1 * `format_score` + `answer_score`."""
+    return 0.1 * format_score(completion) + answer_score(completion, numbers, target)
+
+
+def format_score(completion: str) -> float:
+    """1.0 for `...</think>`, a newline and `<answer>...</answer>` with nothing after it; otherwise 0.1 for a closed
+    `<think>` plus 0.5 for an `<answer>` that is closed. The dots stand for any text, tags and newlines included."""
+    _require_text(completion)
+    joint = completion.find(f"{THINK_END}\n{ANSWER}")
+    body = joint + len(f"{THINK_END}\n{ANSWER}")
+    if joint >= 0 and completion.endswith(ANSWER_END) and body <= len(completion) - len(ANSWER_END):
+        return 1.0
+    return 0.1 * (THINK_END in completion) + 0.5 * (last_answer(completion) is not None)
+
+
+def answer_score(completion: str, numbers: Sequence[int], target: float) -> float:
+    """1.0 if the last answer is an expression of exactly the given numbers, equal to the target within 1e-5, else 0.0.
+
+    Raises ValueError or TypeError if the problem itself (not the completion) is malformed: numbers must be whole and
+    target finite.
+    """
+    _require_text(completion)
+    given, wanted = sorted(_whole(n) for n in numbers), _exact(target)
+    answer = last_answer(completion)
+    if answer is None or len(answer) > LONGEST_EXPRESSION or not _ARITHMETIC.fullmatch(answer):
+        return 0.0
+    used = re.findall("[0-9]+", answer)
+    # Counted first, and the numbers compared before anything is calculated: no answer can then grow large values.
+    if len(used) != len(given) or max(map(len, used), default=0) > 300 or sorted(map(int, used)) != given:
+        return 0.0
+    try:
+        return float(abs(evaluate(answer) - wanted) < TOLERANCE)
+    except (ValueError, ZeroDivisionError):
+        return 0.0
+
+
+def is_correct(completion: str, numbers: Sequence[int], target: float) -> bool:
+    """Whether the answer earns its point, whatever the format: accuracy is the mean of this."""
+    return answer_score(completion, numbers, target) == 1.0
+
+
+def reward(prompts, completions, numbers, target, **kwargs) -> list[float]:
+    """`score` of each response, as a reward function of TRL's GRPOTrainer: every column is a list of equal length."""
+    return [score(*row) for row in zip(_texts(completions), numbers, target, strict=True)]
+
+
+def accuracy(prompts, completions, numbers, target, **kwargs) -> list[float]:
+    """`answer_score` of each response; arguments as in `reward`."""
+    return [answer_score(*row) for row in zip(_texts(completions), numbers, target, strict=True)]
+
+
+def last_answer(completion: str) -> str | None:
+    """Text of the last `<answer>...</answer>`, None if there is none; pairs are matched from the left, none nested.
+
+    Four searches whatever the text, where a regex needs quadratic time on many unclosed tags.
+    """
+    last_open = completion.rfind(ANSWER, 0, max(completion.rfind(ANSWER_END), 0))
+    if last_open < 0:
+        return None
+    # Openings since the previous closing belong to one pair, which begins at the first of them.
+    previous = max(completion.rfind(ANSWER_END, 0, last_open), 0)
+    start = completion.find(ANSWER, previous) + len(ANSWER)
+    return completion[start : completion.find(ANSWER_END, last_open)]
+
+
+def evaluate(expression: str) -> Fraction:
+    """Exact value of an expression of whole numbers, + - * / (binary, and + - unary), parentheses and spaces.
+
+    What is an error in Python is one here (`03`, `3 4`, `2(3)`), and so are its other operators, `**` and `//`.
+    Raises ValueError if the expression is malformed or longer than LONGEST_EXPRESSION, ZeroDivisionError as expected.
+    """
+    if len(expression) > LONGEST_EXPRESSION or not _ARITHMETIC.fullmatch(expression):
+        raise ValueError(f"not arithmetic, or longer than {LONGEST_EXPRESSION} characters: {expression[:80]!r}")
+    values: list[Fraction] = []
+    pending: list[str] = []  # operators and open parentheses whose right side is still being read (a shunting-yard)
+
+    def settle(precedence: int) -> None:
+        while pending and _PRECEDENCE[pending[-1]] >= precedence:
+            symbol, right = pending.pop(), values.pop()
+            if symbol.startswith("unary"):
+                values.append(-right if symbol == "unary -" else right)
+            else:
+                values.append(_BINARY[symbol](values.pop(), right))
+
+    operand_expected = True
+    for token in _TOKEN.findall(expression):
+        if operand_expected and token.isdigit() and (token[0] != "0" or not token.strip("0")):
+            values.append(Fraction(int(token)))
+            operand_expected = False
+        elif operand_expected and token in "(+-":
+            pending.append(token if token == "(" else f"unary {token}")
+        elif not operand_expected and token in _BINARY:
+            settle(_PRECEDENCE[token])
+            pending.append(token)
+            operand_expected = True
+        elif not operand_expected and token == ")":
+            settle(1)
+            if not pending:
+                raise ValueError(f"unmatched ')' in {expression!r}")
+            pending.pop()
+        else:
+            raise ValueError(f"unexpected {token!r} in {expression!r}")
+    if operand_expected:
+        raise ValueError(f"incomplete expression {expression!r}")
+    settle(1)
+    if pending:
+        raise ValueError(f"unmatched '(' in {expression!r}")
+    return values.pop()
+
+
+def prompt(numbers: Sequence[int], target: float, style: str = "paper") -> str:
+    """The prompt of one problem; it ends in an opened `<think>`. Styles are the keys of PROMPTS."""
+    separator = ", " if style == "paper" else " "
+    return _style(PROMPTS, style).format(numbers=separator.join(map(str, numbers)), target=target)
+
+
+def split_of(numbers: Sequence[int], target: float) -> str:
+    """The split, "train" or "test", to which a problem belongs, by a hash of its sorted numbers and target.
+
+    As it is the problem itself that decides, the splits can never meet: not with other seeds, counts or runs.
+    """
+    digest = hashlib.sha256(repr(_identity(numbers, target)).encode()).digest()
+    return "test" if int.from_bytes(digest[:4], "big") < HELD_OUT * 2**32 else "train"
+
+
+def problems(
+    count: int,
+    seed: int | str,
+    split: str = "train",
+    style: str = "paper",
+    *,
+    count_of_numbers: int | None = None,
+    low: int | None = None,
+    high: int | None = None,
+    targets: tuple[int, int] = (1, 100),
+    integer_target: bool = True,
+    exclude: Iterable[tuple[Sequence[int], float]] = (),
+) -> list[dict]:
+    """`count` distinct solvable problems as rows {prompt, numbers, target, solution}, the same for the same arguments.
+
+    Each target is the value of a random expression of the row's numbers, which are drawn from low..high; it lies in
+    the inclusive range `targets`. Numbers left out come from the style's entry in GAMES. A fresh seed (any int or str)
+    yields fresh problems of the split. Those in `exclude`, as pairs (numbers, target), are never drawn.
+    Raises ValueError if an argument is out of range or so many distinct problems cannot be found.
+    """
+    game = {"count_of_numbers": count_of_numbers, "low": low, "high": high}
+    size, low, high = (_style(GAMES, style)[key] if value is None else value for key, value in game.items())
+    if split not in ("train", "test"):
+        raise ValueError(f"unknown split {split!r}: expected 'train' or 'test'")
+    if count < 0 or not 1 <= size <= 10 or not 0 <= low <= high or targets[0] > targets[1]:
+        raise ValueError(
+            "expected count >= 0, 1 <= count_of_numbers <= 10, 0 <= low <= high and targets in ascending order; got "
+            f"count={count}, count_of_numbers={size}, low={low}, high={high}, targets={targets}"
+        )
+    rng = random.Random(f"countdown/{split}/{seed}")
+    seen = {_identity(*problem) for problem in exclude}
+    rows: list[dict] = []
+    failures = 0
+    while len(rows) < count:
+        numbers = [rng.randint(low, high) for _ in range(size)]
+        solution, value = _random_expression(numbers, rng)
+        fits = (
+            value is not None and targets[0] <= value <= targets[1] and (value.denominator == 1 or not integer_target)
+        )
+        target = 0 if not fits else int(value) if value.denominator == 1 else float(value)
+        identity = _identity(numbers, target)
+        if fits and identity not in seen and split_of(numbers, target) == split:
+            seen.add(identity)
+            row_prompt = prompt(numbers, target, style)
+            rows.append({"prompt": row_prompt, "numbers": numbers, "target": target, "solution": solution})
+            failures = 0
+        elif (failures := failures + 1) > 20_000:
+            raise ValueError(
+                f"only {len(rows)} of {count} distinct {split} problems found with {size} numbers from {low} to "
+                f"{high}: ask for fewer, or widen the numbers or targets"
+            )
+    return rows
+
+
+def _random_expression(numbers: Sequence[int], rng: random.Random) -> tuple[str, Fraction | None]:
+    """A random expression of all numbers, without needless parentheses, and its value (None: it divides by 0)."""
+    terms = [(str(n), Fraction(n), 3) for n in numbers]  # text, value, precedence of its outermost operator
+    while len(terms) > 1:
+        (a, x, p), (b, y, q) = (terms.pop(rng.randrange(len(terms))) for _ in range(2))
+        symbol = rng.choice("+-*/")
+        rank = _PRECEDENCE[symbol]
+        if symbol == "/" and y == 0:
+            return "", None
+        if symbol in "+*" and x < y:  # one way to write what is equal: less for a model to learn
+            a, x, p, b, y, q = b, y, q, a, x, p
+        left = f"({a})" if p < rank else a
+        right = f"({b})" if q < rank or (q == rank and symbol in "-/") else b
+        terms.append((f"{left}{symbol}{right}", _BINARY[symbol](x, y), rank))
+    return terms[0][0], terms[0][1]
+
+
+def _identity(numbers: Sequence[int], target: float) -> tuple[tuple[int, ...], float]:
+    value = _exact(target)
+    return tuple(sorted(_whole(n) for n in numbers)), int(value) if value.denominator == 1 else float(value)
+
+
+def _style(table: dict, style: str):
+    if style not in table:
+        raise ValueError(f"unknown prompt style {style!r}: expected one of {', '.join(table)}")
+    return table[style]
+
+
+def _texts(completions) -> list[str]:
+    return [c if isinstance(c, str) else c[-1]["content"] for c in completions]  # TRL also passes chat messages
+
+
+def _require_text(completion: str) -> None:
+    if not isinstance(completion, str):
+        raise TypeError(f"completion must be the generated text (str), got {type(completion).__name__}")
+
+
+def _whole(number: int) -> int:
+    if int(number) != number:
+        raise ValueError(f"Countdown numbers must be whole, got {number!r}")
+    return int(number)
+
+
+def _exact(target: float) -> Fraction:
+    if isinstance(target, Fraction):
+        return target
+    if not math.isfinite(target):
+        raise ValueError(f"target must be a finite number, got {target!r}")
+    return Fraction(target)

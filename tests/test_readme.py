@@ -1,0 +1,54 @@
+"""What the README shows is run: its Python blocks, the output it prints, and the options of its commands."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+import esfast
+from esfast import cli, embedded
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+COMMANDS = [line.split("#")[0].strip() for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+            for line in block.splitlines()]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return embedded.build(tmp_path_factory.mktemp("model") / "tiny", steps=2, progress=False)
+
+
+@pytest.mark.parametrize("block", range(len(PYTHON)))
+def test_python_blocks_run(block, tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code = PYTHON[block].replace("Qwen/Qwen2.5-0.5B-Instruct", str(tiny))
+    code = code.replace("generations=50", "generations=1").replace("completion_length=64", "completion_length=4")
+    model = torch.nn.ModuleDict({"embed": torch.nn.Embedding(3, 4), "head": torch.nn.Linear(4, 2)})
+    scope = {
+        "esfast": esfast, "model": model, "evaluate": lambda m: 1.0, "es": esfast.ES(model),
+        "seed": 1, "sigma": 0.01, "seeds": [1, 2], "coeffs": [0.1, -0.1],
+    }  # fmt: skip
+    exec(code, scope)
+    printed = capsys.readouterr().out
+    if "print(" in code:
+        shown = README.split(PYTHON[block] + "```\n\nprints\n\n```\n")[1].split("```")[0]
+        number = r"\d+\.\d+"
+        assert re.sub(number, "#", shown) == re.sub(number, "#", printed)
+        # another processor may round a matrix product differently, and a count then moves by a point or two
+        assert list(map(float, re.findall(number, shown))) == pytest.approx(
+            list(map(float, re.findall(number, printed))), abs=0.02
+        )
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("esfast ") and " bench " not in c])
+def test_commands_parse(command):
+    arguments = shlex.split(command)[1:]
+    parsed = cli._parser(full=arguments[0] == "train").parse_args(arguments)
+    assert callable(parsed.run)
+
+
+def test_the_readme_has_blocks_and_commands():
+    assert len(PYTHON) >= 4 and any(c.startswith("esfast train") for c in COMMANDS)

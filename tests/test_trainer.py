@@ -1,0 +1,212 @@
+"""ESTrainer and its run folder, on a tiny model with its real tokenizer and generation."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import esfast
+from esfast import embedded, journal
+from esfast.run_folder import RunFolder
+
+ROWS = [{"prompt": f"{i} {i + 1} {i + 2}={i}\n<think>", "numbers": [i, i + 1, i + 2], "target": i} for i in range(1, 7)]
+
+
+def count_digits(prompts, completions, **columns):
+    return [sum(c.isdigit() for c in text) for text in completions]
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    tokenizer = embedded.make_tokenizer()
+    return embedded.make_model(tokenizer).eval(), tokenizer
+
+
+def config(folder, **changes):
+    settings = {"output_dir": str(folder), "generations": 3, "population_size": 4, "sigma": 0.05, "lr": 0.05,
+                "prompts_per_generation": 4, "max_completion_length": 6, "eval_every": 2, "progress": False}  # fmt: skip
+    return esfast.ESConfig(**{**settings, **changes})
+
+
+def train(folder, model, rows=ROWS, **changes):
+    net, tokenizer = model
+    trainer = esfast.ESTrainer(
+        net, count_digits, config(folder, **changes), rows, ROWS, tokenizer, metrics={"digits": count_digits}
+    )
+    return trainer, trainer.train()
+
+
+def weights(net):
+    return {name: p.detach().clone() for name, p in net.named_parameters()}
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_run_folder_is_complete_and_the_saved_model_loads(tmp_path, model):
+    before = weights(model[0])
+    trainer, summary = train(tmp_path / "run", model)
+    folder = tmp_path / "run"
+    assert {p.name for p in folder.iterdir()} == {
+        "config.yaml", "metrics.jsonl", "journal.jsonl", "summary.json", "curves.png", "model",
+    }  # fmt: skip
+    assert esfast.ESConfig(**yaml.safe_load((folder / "config.yaml").read_text())) == trainer.args
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [r["generation"] for r in rows] == [0, 1, 2, 3]
+    assert ["eval_digits" in r for r in rows] == [True, False, True, True]  # before, every second, and the last
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((folder / "summary.json").read_text()) == summary
+    assert summary["generations"] == 3 and summary["before"]["eval_digits"] == rows[0]["eval_digits"]
+    assert {"perturb", "generate", "score", "update", "evaluate", "total"} <= summary["seconds"].keys()
+    loaded = AutoModelForCausalLM.from_pretrained(folder / "model")
+    assert equal(weights(loaded), weights(model[0])) and not equal(before, weights(loaded))
+    assert AutoTokenizer.from_pretrained(folder / "model")(ROWS[0]["prompt"]) == model[1](ROWS[0]["prompt"])
+
+
+def test_journal_leads_from_the_base_weights_to_the_saved_model(tmp_path, model):
+    base = embedded.make_model(model[1])
+    base.load_state_dict(model[0].state_dict())
+    train(tmp_path / "run", model)
+    journal.replay(esfast.Plan(base), tmp_path / "run" / "journal.jsonl")
+    assert equal(weights(base), weights(model[0]))
+
+
+def test_same_seed_same_bits_other_seed_other_bits(tmp_path, model):
+    start = {k: v.clone() for k, v in model[0].state_dict().items()}
+    results = []
+    for run, seed in enumerate((5, 5, 6)):
+        model[0].load_state_dict(start)
+        train(tmp_path / str(run), model, seed=seed)
+        results.append(weights(model[0]))
+    assert equal(results[0], results[1]) and not equal(results[0], results[2])
+
+
+def test_reward_functions_get_columns_and_are_added(tmp_path, model):
+    seen = []
+
+    def ones(prompts, completions, numbers, target, **rest):
+        seen.append((prompts, numbers, target, rest))
+        return [1.0] * len(completions)
+
+    def twos(prompts, completions, **columns):
+        return torch.full((len(completions),), 2.0).tolist()
+
+    net, tokenizer = model
+    trainer = esfast.ESTrainer(net, [ones, twos], config(tmp_path / "run", generations=1), ROWS, None, tokenizer)
+    before = weights(net)
+    trainer.train()
+    rows = trainer.folder.read_metrics()
+    assert rows[-1]["reward_mean"] == 3.0
+    assert equal(before, weights(net))  # equal rewards teach nothing
+    prompts, numbers, target, rest = seen[0]
+    assert len(prompts) == 4 and numbers == [[t, t + 1, t + 2] for t in target] and rest == {}
+
+
+def test_rows_are_drawn_without_repetition_until_all_were_used(tmp_path, model):
+    net, tokenizer = model
+    trainer = esfast.ESTrainer(net, count_digits, config(tmp_path / "run"), ROWS, None, tokenizer)
+    drawn = [row["target"] for g in range(3) for row in trainer._train_rows(g)]  # 12 draws from 6 rows
+    assert sorted(drawn[:6]) == sorted(drawn[6:]) == [1, 2, 3, 4, 5, 6]
+    assert drawn == [row["target"] for g in range(3) for row in trainer._train_rows(g)]
+
+
+def test_fresh_rows_from_a_function(tmp_path, model):
+    asked = []
+
+    def fresh(generation, count):
+        asked.append((generation, count))
+        return ROWS[:count]
+
+    train(tmp_path / "run", model, rows=fresh)
+    assert asked == [(0, 4), (1, 4), (2, 4)]
+
+
+def test_interrupt_saves_the_last_completed_generation(tmp_path, model):
+    net, tokenizer = model
+    calls = []
+
+    def interrupted(prompts, completions, **columns):
+        calls.append(weights(net))
+        if len(calls) == 4 + 2:  # the second member of the second generation
+            raise KeyboardInterrupt
+        return count_digits(prompts, completions)
+
+    trainer = esfast.ESTrainer(net, interrupted, config(tmp_path / "run"), ROWS, None, tokenizer)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert trainer.summary["generations"] == 1 and trainer.es.generation == 1
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    assert equal(weights(saved), weights(net)) and not equal(weights(net), calls[-1])
+
+
+def test_a_model_that_cannot_be_saved_leaves_no_half_folder(tmp_path, model):
+    folder = RunFolder.claim(tmp_path / "run")
+    folder.save_model(*model)
+
+    class Broken:
+        def save_pretrained(self, path):
+            (path / "model.safetensors").write_bytes(b"half")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        folder.save_model(Broken(), model[1])
+    assert [p.name for p in folder.path.iterdir()] == ["model"]
+    AutoModelForCausalLM.from_pretrained(folder.model)
+
+
+BAD = {
+    "args": (lambda p, m: esfast.ESTrainer(m[0], len, {"sigma": 1}, ROWS, None, m[1]), TypeError, "args: expected an esfast.ESConfig"),
+    "reward not callable": (lambda p, m: esfast.ESTrainer(m[0], ["accuracy"], config(p), ROWS, None, m[1]), TypeError, "expected functions, got str 'accuracy'"),
+    "no reward": (lambda p, m: esfast.ESTrainer(m[0], [], config(p), ROWS, None, m[1]), ValueError, "at least one function"),
+    "no rows": (lambda p, m: esfast.ESTrainer(m[0], len, config(p), None, None, m[1]), TypeError, "train_dataset: expected rows"),
+    "empty rows": (lambda p, m: esfast.ESTrainer(m[0], len, config(p), [], None, m[1]), ValueError, "train_dataset: expected at least one row"),
+    "no prompt": (lambda p, m: esfast.ESTrainer(m[0], len, config(p), [{"text": "x"}], None, m[1]), ValueError, 'must be dicts with a "prompt"'),
+    "unequal rows": (lambda p, m: esfast.ESTrainer(m[0], len, config(p), [ROWS[0], {"prompt": "x"}], None, m[1]), ValueError, "its rows must have equal columns"),
+    "generations": (lambda p, m: config(p, generations=0), ValueError, "ESConfig.generations: expected 1 <= ESConfig.generations"),
+    "population": (lambda p, m: config(p, population_size=1.5), TypeError, "ESConfig.population_size: expected an int, got float 1.5"),
+    "batch": (lambda p, m: config(p, batch_size=0), ValueError, "ESConfig.batch_size"),
+    "sigma": (lambda p, m: train(p, m, sigma=-1.0), ValueError, "sigma: expected a positive finite number, got -1.0"),
+    "mirrored": (lambda p, m: train(p, m, mirrored=True, population_size=5), ValueError, "mirrored sampling needs an even number, got 5"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_arguments(tmp_path, model, case):
+    call, error, message = BAD[case]
+    before = weights(model[0])
+    with pytest.raises(error) as caught:
+        call(tmp_path / "run", model)
+    assert message in str(caught.value)
+    assert equal(before, weights(model[0])) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("rewards", "message"),
+    [
+        ([1.0], "reward function bad: expected 4 rewards, got 1"),
+        ([1.0, float("nan"), 1.0, 1.0], "reward function bad: its reward for completion 1 is nan, no finite number"),
+        ([None] * 4, "reward function bad: its reward for completion 0 is None, no finite number"),
+    ],
+)
+def test_bad_rewards_are_named_and_the_weights_stay(tmp_path, model, rewards, message):
+    def bad(prompts, completions, **columns):
+        return rewards
+
+    net, tokenizer = model
+    before = weights(net)
+    trainer = esfast.ESTrainer(net, bad, config(tmp_path / "run"), ROWS, None, tokenizer)
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+    assert equal(before, weights(net))
+
+
+def test_a_run_is_never_overwritten(tmp_path, model):
+    train(tmp_path / "run", model, generations=1)
+    record = (tmp_path / "run" / "journal.jsonl").read_bytes()
+    with pytest.raises(FileExistsError, match="holds a run already"):
+        train(tmp_path / "run", model)
+    assert (tmp_path / "run" / "journal.jsonl").read_bytes() == record
