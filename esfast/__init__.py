@@ -7,7 +7,14 @@ from .noise import NOISE_VERSION, noise
 __version__ = "0.1.0"
 
 # Loaded on first use: `esfast --help` need not wait for torch, nor a user of add_noise_ for transformers.
-_HOMES = {"Plan": "plan", "Slice": "plan", "add_noise_": "ops", "ES": "es", "ESConfig": "trainer", "ESTrainer": "trainer"}
+_HOMES = {
+    "Plan": "plan",
+    "Slice": "plan",
+    "add_noise_": "ops",
+    "ES": "es",
+    "ESConfig": "trainer",
+    "ESTrainer": "trainer",
+}
 _MODULES = ("es", "journal", "ops", "plan", "rollout", "tasks", "trainer", "weights")
 __all__ = ["NOISE_VERSION", "noise", *_HOMES]
 

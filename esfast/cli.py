@@ -101,6 +101,7 @@ def _add_config_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _train(args: argparse.Namespace) -> None:
     from . import embedded
+    from .run_folder import RunFolder
     from .trainer import ESConfig, ESTrainer
 
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(ESConfig) if hasattr(args, f.name)}
@@ -112,6 +113,7 @@ def _train(args: argparse.Namespace) -> None:
         **(embedded.ES_DEFAULTS if embedded_model else {}),
     }
     config = ESConfig(**{**defaults, **given})
+    RunFolder.claim(config.output_dir)  # before minutes of loading
     began = time.perf_counter()
     model, tokenizer = _load(args)
     pretraining = time.perf_counter() - began if embedded_model else 0.0
@@ -149,6 +151,8 @@ def _summary(trainer, pretraining: float) -> str:
 def _evaluate(args: argparse.Namespace) -> None:
     from .rollout import TransformersEngine
 
+    if args.samples < 1:
+        raise ValueError(f"samples: expected at least 1, got {args.samples}")
     task = _task(args)
     rows = task.eval_rows(args.samples)
     model, tokenizer = _load(args)

@@ -32,6 +32,8 @@ def zscore(rewards: Sequence[float]) -> list[float]:
     """(R - mean) / std with the population's standard deviation, as in the paper; zeros if all rewards are equal."""
     if min(rewards) == max(rewards):
         return [0.0] * len(rewards)
+    exponent = math.frexp(max(map(abs, rewards)))[1]
+    rewards = [math.ldexp(r, -exponent) for r in rewards]  # exact; no square overflows, nor do all of them vanish
     mean = math.fsum(rewards) / len(rewards)  # fsum: the same bits everywhere, whatever the order
     std = math.sqrt(math.fsum((r - mean) ** 2 for r in rewards) / len(rewards))
     return [(r - mean) / std for r in rewards]
@@ -210,15 +212,22 @@ class Population:
         self._es, self.members = es, members
 
     def __iter__(self) -> Iterator[Member]:
-        es = self._es
+        es, mine = self._es, []
         try:
             for member in self.members:
                 if self.members is not es.members:
                     raise RuntimeError("this population is of the past; ask for a new one with es.population()")
+                if es._inside is not (mine[-1] if mine else None):
+                    raise RuntimeError("population: this loop was left, or another loop has its member in place")
+                mine.append(member)
                 es._enter(member)
                 yield member
         finally:
-            self._leave()
+            try:
+                self._leave(mine)
+            except KeyboardInterrupt:  # pressed on the way to restoring, before ES._leave could see to it
+                self._leave(mine)
+                raise
 
     def __len__(self) -> int:
         return len(self.members)
@@ -227,20 +236,25 @@ class Population:
         return self
 
     def __exit__(self, *exc) -> None:
-        self._leave()
+        try:
+            self._leave(self.members)
+        except KeyboardInterrupt:
+            self._leave(self.members)
+            raise
 
-    def _leave(self) -> None:
-        # not the member of a later population: an abandoned iterator may be closed at any time
-        if any(member is self._es._inside for member in self.members):
+    def _leave(self, members: Sequence[Member]) -> None:
+        # not the member of a later loop: an abandoned iterator may be closed at any time
+        inside = self._es._inside
+        if inside is not None and id(inside) in map(id, members):
             self._es._leave()
 
 
 def _check_positive(what: str, value) -> float:
     try:
         number = float("nan") if isinstance(value, (bool, str)) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError, RuntimeError):
         number = float("nan")
-    if not (math.isfinite(np.float32(min(number, 1e39))) and np.float32(number) > 0):
+    if not 2.0**-150 < number <= float(np.finfo(np.float32).max):  # what is finite and not 0 as a float32
         raise ValueError(f"{what}: expected a positive finite number, got {value!r}")
     return number
 
@@ -265,8 +279,8 @@ def _check_reward(member: Member) -> float:
     if member.reward is None:
         raise ValueError(f"step(): member {member.index} has no reward; set member.reward in the loop's body")
     try:
-        reward = float(member.reward)
-    except (TypeError, ValueError):
+        reward = float(member.reward if not isinstance(member.reward, str) else None)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last is PyTorch's, for several numbers
         raise ValueError(f"step(): the reward of member {member.index} is {member.reward!r}, no number") from None
     if not math.isfinite(reward):
         raise ValueError(f"step(): the reward of member {member.index} is {reward}, not a finite number")

@@ -7,13 +7,14 @@ what the numbers mean; every line ends with the CRC-32 of what stands before it 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .noise import NOISE_VERSION
+from .noise import NOISE_VERSION, check_int
 from .ops import add_noise_
 from .plan import Plan
 
@@ -50,24 +51,35 @@ class Journal:
 
     def _write(self, fields: dict) -> None:
         text = json.dumps(fields, separators=(",", ":"))
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(f"{text} {zlib.crc32(text.encode()):08x}\n")
-            file.flush()
-            os.fsync(file.fileno())
+        line = f"{text} {zlib.crc32(text.encode()):08x}\n".encode()
+        with open(self.path, "ab", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            try:
+                if file.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, "only a part of a line could be written", str(self.path))
+                os.fsync(file.fileno())
+            except BaseException:
+                file.truncate(end)  # no half lines, and no line whose step was not taken: it may be taken again
+                raise
 
 
 def read(path: str | Path) -> tuple[dict, list[dict]]:
     """Header and generations of a journal; ValueError names the line that is damaged or of another format."""
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
     records = []
-    for number, line in enumerate(lines, start=1):
-        text, _, crc = line.rpartition(" ")
-        if crc != f"{zlib.crc32(text.encode()):08x}":
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
+        text, _, crc = line.rpartition(b" ")
+        if crc != b"%08x" % zlib.crc32(text):
             raise ValueError(f"journal: line {number} of {path} is damaged (its checksum does not fit)")
         records.append(json.loads(text))
-    if not records or records[0].get("esfast_journal") != FORMAT:
+    header = records[0] if records else None
+    if not isinstance(header, dict) or header.get("esfast_journal") != FORMAT:
         raise ValueError(f"journal: {path} does not begin with the header of an esfast journal of format {FORMAT}")
-    for record in records[1:]:
+    for generation, record in enumerate(records[1:]):
+        if record["generation"] != generation:
+            raise ValueError(
+                f"journal: line {generation + 2} of {path} is of generation {record['generation']}, "
+                f"expected {generation}: a line is missing, or there twice"
+            )
         record["seeds"] = [int(s, 16) for s in record["seeds"]]
     return records[0], records[1:]
 
@@ -77,9 +89,10 @@ def replay(plan: Plan, path: str | Path, until: int | None = None, backend: str 
 
     Raises:
         ValueError: the journal is damaged, of another noise version, of a run with weights="inplace" (whose rounding
-            errors no journal holds), or of a model of another size. Weights are untouched.
+            errors no journal holds), or of a model of another size, or has fewer generations. Weights are untouched.
     """
     header, records = read(path)
+    until = check_int("until", len(records) if until is None else until, 0, len(records) + 1)
     if header["noise_version"] != NOISE_VERSION:
         raise ValueError(f"journal: {path} is of noise version {header['noise_version']}, this is {NOISE_VERSION}")
     if header["weights"] == "inplace":

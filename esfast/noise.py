@@ -133,8 +133,8 @@ def _radius(a: np.ndarray) -> np.ndarray:
 def fma(a, b, c) -> np.ndarray:
     """float32(a b + c) with one rounding, from float64: the product of two float32 is exact there, and the sum is
     rounded to odd, after which the second rounding can't go wrong (Boldo and Melquiond, 2008)."""
-    a, b, c = (np.asarray(x, dtype=np.float64) for x in (a, b, c))
     with np.errstate(all="ignore"):
+        a, b, c = (np.asarray(x, dtype=np.float64) for x in (a, b, c))
         product = a * b
         total = product + c
         back = total - product  # error of the sum, exactly (Knuth's TwoSum)

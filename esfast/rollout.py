@@ -4,6 +4,7 @@ ES spends nearly all its time here. The trainer needs only an object with `gener
 """
 
 import logging
+import os
 from collections.abc import Sequence
 
 import torch
@@ -22,7 +23,8 @@ class TransformersEngine:
     model           any causal LM with `generate`; it generates in eval mode and is left in the mode it was in
     tokenizer       its tokenizer; without a pad token the eos token pads
     max_new_tokens  longest completion, in tokens
-    batch_size      most prompts at once; None takes all together. When memory runs out it is halved, and stays so
+    batch_size      most prompts at once; None takes as many as have their keys and values in a quarter of the device's
+                    memory. When memory runs out nevertheless it is halved, and stays so
 
     Raises ValueError if max_new_tokens or batch_size is below 1, or if neither a pad nor an eos token is known.
     """
@@ -62,7 +64,8 @@ class TransformersEngine:
         try:
             done = 0
             while done < len(order):
-                batch = order[done : done + (self.batch_size or len(order))]
+                longest = len(encoded[order[done]]) + self.max_new_tokens
+                batch = order[done : done + (self.batch_size or batch_that_fits(self.model, longest))]
                 texts = self._try_batch([encoded[i] for i in batch])
                 if texts is None:
                     self.batch_size = len(batch) // 2
@@ -120,6 +123,23 @@ class TransformersEngine:
                 f"the prompt {shown!r} has {length} tokens, which with max_new_tokens={self.max_new_tokens} exceeds "
                 f"the model's context of {limit}: shorten the prompt or lower max_new_tokens"
             )
+
+
+def batch_that_fits(model, tokens: int) -> int:
+    """How many sequences of `tokens` tokens keep their keys and values in a quarter of the device's memory, at least 1.
+
+    Of all memory, not of what is free just now: a batch's size can show in the last bits of what it computes, and the
+    same run on the same machine shall give the same completions.
+    """
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    per_sequence = 2 * config.num_hidden_layers * heads * width * tokens * model.dtype.itemsize
+    if model.device.type == "cuda":
+        memory = torch.cuda.get_device_properties(model.device).total_memory
+    else:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(1, memory // 4 // per_sequence)
 
 
 def _end_tokens(model, tokenizer) -> list[int]:

@@ -1,0 +1,177 @@
+"""The embedded model: a tiny Qwen2 that esfast makes itself, so that everything can be tried with nothing to download.
+
+About 124 000 weights and a tokenizer of bytes, pre-trained in about a minute on one CPU core on worked Countdown
+examples: three numbers from 1 to 9, the "compact" prompt, and only problems of the train split. It learns to calculate
+a little, and to put the result into answer tags only where the first number is small: what it can do and what it
+shows in the rewarded form differ, as they do in a pre-trained language model, and ES has something to bring out.
+"""
+
+import hashlib
+import os
+import random
+import shutil
+import uuid
+from pathlib import Path
+
+import tokenizers
+import torch
+import transformers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tqdm.auto import tqdm
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from .tasks import countdown
+
+STEPS = 1600
+BATCH = 64
+LEARNING_RATE = 3e-3
+CORPUS = 20  # thousands of worked examples
+# For ESConfig: settings under which this model learns reliably within minutes.
+ES_DEFAULTS = {
+    "generations": 120,
+    "population_size": 30,
+    "sigma": 0.01,
+    "lr": 0.005,
+    "prompts_per_generation": 64,
+}
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+ALWAYS_TAGGED_UP_TO = 2  # a first number up to this: the example carries the answer tags
+TAGGED_OTHERWISE = 0.2  # share of tagged examples for other first numbers; greedy decoding seldom shows a fifth
+
+
+def cached(seed: int = 0, progress: bool = True) -> Path:
+    """Folder of the embedded model, built on first use, under $ESFAST_CACHE or else ~/.cache/esfast.
+
+    Its name holds a hash of the code that makes it, so a changed recipe never meets an old model, and the version of
+    transformers, whose older releases cannot read a newer one's tokenizer.
+    """
+    recipe = b"".join(Path(module).read_bytes() for module in (__file__, countdown.__file__))
+    digest = hashlib.sha256(recipe).hexdigest()[:12]
+    root = Path(os.environ.get("ESFAST_CACHE") or Path.home() / ".cache" / "esfast").expanduser()
+    folder = root / f"embedded-{digest}-transformers{transformers.__version__}-seed{seed}"
+    if not folder.exists():
+        try:
+            build(folder, seed, progress=progress)
+        except OSError:
+            if not folder.exists():  # else another process was faster, and its model is the same
+                raise
+    return folder
+
+
+def build(folder: str | os.PathLike, seed: int = 0, steps: int = STEPS, progress: bool = True) -> Path:
+    """Make, pre-train and save the embedded model as an ordinary Hugging Face folder, whole or not at all.
+
+    The same seed and steps give the same weights to the bit on the same machine and versions: the work is measured in
+    steps, not seconds, and done by one thread. The caller's random state and number of threads are left alone.
+    Raises FileExistsError if `folder` is there already, ValueError if steps is below 1.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists: remove it or build the embedded model in another folder")
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")  # a neighbour, so that the rename is atomic
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)  # at this size more threads only wait for each other
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            torch.default_generator.manual_seed(seed)  # of the CPU only: fork_rng forks no other
+            tokenizer = make_tokenizer()
+            model = make_model(tokenizer)
+            _pretrain(model, tokenizer, seed, steps, progress)
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        os.replace(unfinished, folder)
+    finally:
+        torch.set_num_threads(threads)
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return folder
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte, so that any text survives the round trip, plus one for each of the tags, for pad and eos.
+    (From its folder, AutoTokenizer makes it a Qwen2Tokenizer, with equal ids but text brought to Unicode form NFC.)
+
+    The tags are ordinary tokens: skip_special_tokens=True leaves them in the text, where the reward looks for them.
+    """
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = tokenizers.Tokenizer(models.BPE(vocab={byte: i for i, byte in enumerate(alphabet)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in TAGS])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="<|pad|>",
+        eos_token="<|endoftext|>",  # Qwen2's: AutoTokenizer would add it, one beyond the embeddings
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
+    """The untrained model in float32: 2 layers of width 64, tied embeddings. Draws from torch's global generator."""
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype="float32",
+    )
+    model = Qwen2ForCausalLM(config)
+    model.generation_config = GenerationConfig(
+        do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    return model
+
+
+def worked_example(row: dict, rng: random.Random) -> str:
+    """The completion to learn for a Countdown row: its solution, in answer tags or bare."""
+    tagged = row["numbers"][0] <= ALWAYS_TAGGED_UP_TO or rng.random() < TAGGED_OTHERWISE
+    return f"</think>\n<answer>{row['solution']}</answer>" if tagged else f"</think>\n{row['solution']}"
+
+
+def _pretrain(model: Qwen2ForCausalLM, tokenizer, seed: int, steps: int, progress: bool) -> None:
+    ids, labels = _corpus(tokenizer, seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / (0.1 * steps), (steps - step) / (0.9 * steps))
+    )
+    model.train()
+    bar = tqdm(range(steps), desc="pre-training the embedded model", unit="step", disable=not progress)
+    for _ in bar:
+        batch = torch.randint(len(ids), (BATCH,))
+        loss = model(input_ids=ids[batch], labels=labels[batch]).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if bar.n % 50 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+    model.eval()
+
+
+def _corpus(tokenizer, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and labels, both (examples, longest), padded on the right; only completions are labelled (not -100)."""
+    rng = random.Random(f"embedded/{seed}")
+    # By the thousand: problems are distinct within one call only, and here each should come with all its solutions.
+    rows = [
+        row for part in range(CORPUS) for row in countdown.problems(1000, f"embedded/{seed}/{part}", style="compact")
+    ]
+    prompts = tokenizer([row["prompt"] for row in rows])["input_ids"]
+    completions = tokenizer([worked_example(row, rng) + tokenizer.eos_token for row in rows])["input_ids"]
+    width = max(len(p) + len(c) for p, c in zip(prompts, completions, strict=True))
+    ids = torch.full((len(rows), width), tokenizer.pad_token_id)
+    labels = torch.full_like(ids, -100)
+    for i, (p, c) in enumerate(zip(prompts, completions, strict=True)):
+        ids[i, : len(p) + len(c)] = torch.tensor(p + c)
+        labels[i, len(p) : len(p) + len(c)] = torch.tensor(c)
+    return ids, labels
