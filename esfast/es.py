@@ -77,7 +77,8 @@ def coefficients(members: Sequence[Member], shaped: Sequence[float], lr: float) 
     total: dict[int, float] = {}
     for m, z in zip(members, shaped, strict=True):
         total[m.seed] = total.get(m.seed, 0.0) + m.sign * z
-    return list(total), [float(np.float32(lr / len(members) * t)) for t in total.values()]
+    with np.errstate(over="ignore"):  # ES.step refuses what is not finite
+        return list(total), [float(np.float32(lr / len(members) * t)) for t in total.values()]
 
 
 class ES:
@@ -132,7 +133,7 @@ class ES:
             raise ValueError(f"population_size: mirrored sampling needs an even number, got {population_size}")
         self.seed, self.mirrored, self.noise = check_seed(seed), bool(mirrored), check_kind(noise)
         self._shape = _check_shaping(shaping)
-        if weights not in MODES:
+        if not isinstance(weights, str) or weights not in MODES:
             raise ValueError(f"weights: expected one of {', '.join(map(repr, MODES))}, got {weights!r}")
         self.plan = model if isinstance(model, Plan) else Plan(model)
         get_backend(backend, self.plan.device)

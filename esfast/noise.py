@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import operator
 import zlib
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -55,7 +56,7 @@ def noise(seed: int, name: str, shape: int | tuple[int, ...], kind: str = "gauss
     """
     import torch
 
-    dims = tuple(check_int("shape", d, 0, 2**63) for d in ((shape,) if isinstance(shape, int) else shape))
+    dims = tuple(check_int("shape", d, 0, 2**63) for d in (shape if isinstance(shape, Iterable) else (shape,)))
     values = noise_at(seed, name, np.arange(math.prod(dims), dtype=np.uint64), kind)
     return torch.from_numpy(values).reshape(dims)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -49,19 +50,33 @@ def add_noise_(
     check_kind(noise)
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding: expected one of {', '.join(map(repr, ROUNDINGS))}, got {rounding!r}")
-    seeds, coeffs = check_members(seeds, coeffs)
     run = get_backend(backend, plan.device)
-    run(plan, seeds, coeffs, base, noise)
+    with _subnormals_kept():
+        seeds, coeffs = check_members(seeds, coeffs)
+        run(plan, seeds, coeffs, base, noise)
+
+
+@contextlib.contextmanager
+def _subnormals_kept():
+    """This thread calculates as IEEE 754 says, torch.set_flush_denormal or not; csrc/module.cpp sees to its own."""
+    flushing = (np.ones(1, dtype=np.uint32).view(np.float32) * np.float32(1))[0] == 0
+    if flushing:
+        torch.set_flush_denormal(False)
+    try:
+        yield
+    finally:
+        if flushing:
+            torch.set_flush_denormal(True)
 
 
 def check_members(seeds: Sequence[int], coeffs: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
     """Seeds as uint64 and coefficients as float32, equally many and finite; TypeError or ValueError otherwise."""
-    if isinstance(seeds, (int, np.integer, str)) or isinstance(coeffs, (int, float, str)):
+    if not all(isinstance(x, Iterable) and not isinstance(x, str) for x in (seeds, coeffs)):
         raise TypeError("seeds and coeffs: expected sequences of equal length, for example [seed], [sigma]")
     seeds = np.array([check_seed(s) for s in seeds], dtype=np.uint64)
     try:
         wide = np.array([float(c) for c in coeffs], dtype=np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise TypeError(f"coeffs: expected numbers, got {coeffs!r:.80}") from None
     if len(seeds) != len(wide):
         raise ValueError(f"seeds and coeffs: expected equally many, got {len(seeds)} and {len(wide)}")
@@ -124,7 +139,7 @@ def get_backend(name: str, device: torch.device):
     """The function that runs backend `name` on `device`; RuntimeError says why it can't."""
     if name == "auto":
         return _BACKENDS[auto_backend(device)]
-    if name not in _BACKENDS:
+    if not isinstance(name, str) or name not in _BACKENDS:
         known = ", ".join(map(repr, ("auto", *_BACKENDS)))
         raise ValueError(f"backend: expected one of {known}, got {name!r}")
     reason = _why_not(name, device)

@@ -19,6 +19,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Columns of the segment table, the fields of csrc/cpu.h's Segment.
 FIELDS = ("dst", "src", "rows", "cols", "dst_stride", "src_stride", "index_stride", "first", "tensor_id", "dtype")
 MAX_SEGMENTS_PER_TENSOR = 65536
+MAX_NUMEL = 2**62  # of a whole: tiles end behind the last element, and their numbers must fit an int64
 
 
 @dataclass(frozen=True)
@@ -189,18 +190,24 @@ def _check_window(name: str, tensor: torch.Tensor, window: Slice | None) -> Slic
         return Slice(tuple(tensor.shape), (0,) * tensor.dim())
     if not isinstance(window, Slice):
         raise TypeError(f"Plan: the third item of {name!r} must be an esfast.Slice, got {type(window).__name__}")
-    shape, offset = tuple(window.shape), tuple(window.offset)
+    if not all(isinstance(x, Iterable) for x in (window.shape, window.offset)):
+        raise TypeError(
+            f"Plan: the Slice of {name!r} needs one number a dimension, "
+            f"got shape {window.shape!r} and offset {window.offset!r}"
+        )
+    shape = tuple(check_int(f"Slice.shape of {name!r}", n, 0, 2**63) for n in window.shape)
+    offset = tuple(check_int(f"Slice.offset of {name!r}", n, 0, 2**63) for n in window.offset)
     if not len(shape) == len(offset) == tensor.dim():
         raise ValueError(
             f"Plan: {name!r} has {tensor.dim()} dimensions, but its Slice has shape {shape} and offset {offset}"
         )
     for d, (size, start, whole) in enumerate(zip(tensor.shape, offset, shape, strict=True)):
-        check_int(f"Slice.shape[{d}] of {name!r}", whole, 0, 2**63)
-        check_int(f"Slice.offset[{d}] of {name!r}", start, 0, 2**63)
         if start + size > whole:
             raise ValueError(
                 f"Plan: {name!r} reaches outside its whole in dimension {d}: offset {start} + size {size} > {whole}"
             )
+    if math.prod(shape) > MAX_NUMEL:
+        raise ValueError(f"Plan: the whole of {name!r}, {shape}, has more than 2**62 elements, too many to number")
     return Slice(shape, offset)
 
 
@@ -209,7 +216,10 @@ def _select(entries: list[Entry], include, exclude) -> list[Entry]:
 
     def matching(what: str, patterns) -> set[str]:
         found: set[str] = set()
-        for pattern in (patterns,) if isinstance(patterns, str) else patterns:
+        globs = [patterns] if isinstance(patterns, str) or not isinstance(patterns, Iterable) else list(patterns)
+        if not all(isinstance(glob, str) for glob in globs):
+            raise TypeError(f"Plan: {what}: expected a glob pattern or a list of them, got {patterns!r:.80}")
+        for pattern in globs:
             hits = {n for n in names if fnmatch.fnmatchcase(n, pattern)}
             if not hits:
                 close = difflib.get_close_matches(pattern, names, n=1, cutoff=0.4)
@@ -245,6 +255,8 @@ def _check_tensor(entry: Entry) -> None:
             f"Plan: {name!r} is {tensor.dtype}, expected float32, bfloat16 or float16 ({why}); "
             "convert it, or leave it out with exclude="
         )
+    if tensor.is_neg():
+        raise TypeError(f"Plan: {name!r} is a view whose sign is only turned on reading; pass .resolve_neg() of it")
     if tensor.numel() == 0:
         raise ValueError(
             f"Plan: {name!r} has no elements (shape {tuple(tensor.shape)}); if its values were repacked elsewhere "

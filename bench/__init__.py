@@ -1,0 +1,104 @@
+"""Everything that yields a number: `esfast bench NAME [options] [--json FILE|-]`.
+
+A benchmark is a module of this package with `add_arguments(parser)`, `run(args) -> dict` that holds "rows" (a list of
+dicts), and `table(result) -> (headers, lines of cells)`, which the terminal and the README show. A row that has a key
+"pass" and fails it makes the exit status 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+import tempfile
+from importlib import import_module
+from pathlib import Path
+
+BENCHMARKS = {
+    "noise": "speed of add_noise_ against what ES code does today and a memory copy, after a check to the bit",
+    "statistics": "is the noise N(0,1)? moments and correlations with their standard errors",
+    "countdown": "the embedded model learns Countdown: accuracy before and after, and where the time goes",
+}
+
+
+class BenchmarkError(RuntimeError):
+    """The benchmark can't or won't give figures; the message says why."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one benchmark; returns the exit status: 0, 1 if it refused or a row failed, 2 for unusable arguments."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = argparse.ArgumentParser(prog="esfast bench", description="Benchmarks; every figure comes with provenance.")
+    commands = parser.add_subparsers(dest="name", required=True, metavar="NAME")
+    for name, text in BENCHMARKS.items():
+        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        if argv[:1] == [name]:
+            import_module(f".{name}", __name__).add_arguments(command)
+        command.add_argument("--json", metavar="FILE", help="write the result there; - for stdout, and nothing else")
+    args = parser.parse_args(argv)
+    module = import_module(f".{args.name}", __name__)
+
+    from .provenance import provenance
+
+    where_from = provenance(args.name, argv[1:])  # now: what runs is what lies on disk as it starts
+    try:
+        result = {"benchmark": args.name, "provenance": where_from, **module.run(args)}
+        if args.json and args.json != "-":
+            write_whole(args.json, json.dumps(result, indent=1, allow_nan=False) + "\n")
+    except (RuntimeError, ValueError, OSError) as error:
+        print(f"esfast bench {args.name}: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"esfast bench {args.name}: interrupted", file=sys.stderr)
+        return 130
+    if args.json == "-":
+        print(json.dumps(result, indent=1, allow_nan=False))
+    print(text_table(*module.table(result)), file=sys.stderr if args.json == "-" else sys.stdout)
+    return int(any(row.get("pass") is False for row in result["rows"]))
+
+
+def child(code: str, *arguments: str) -> list[str]:
+    """Command that runs `code` in a new Python, which finds the modules that this one found."""
+    return [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; {code}", *arguments]
+
+
+def count(text: str) -> int:
+    """A positive whole number as one types it: 50000000, 5e7 or 2**30."""
+    try:
+        if match := re.fullmatch(r"(\d{1,3})\*\*(\d{1,2})", text):
+            number = int(match[1]) ** int(match[2])
+        else:
+            number = int(text) if text.isdecimal() else int(float(text))
+    except (ValueError, OverflowError):
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive number such as 1000, 5e7 or 2**30, got {text!r}")
+    return number
+
+
+def text_table(headers: list[str], lines: list[list[str]]) -> str:
+    """Columns padded with spaces, for a terminal: the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(headers, *lines, strict=True)]
+    pad = [str.ljust, *[str.rjust] * (len(widths) - 1)]
+    rule = ["-" * w for w in widths]
+    return "\n".join(
+        "  ".join(p(cell, w) for p, cell, w in zip(pad, line, widths, strict=True)).rstrip()
+        for line in (headers, rule, *lines)
+    )
+
+
+def write_whole(path: str | os.PathLike, text: str) -> None:
+    """Writes the file whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with open(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)  # mkstemp's 0600 is not what a shared result wants
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

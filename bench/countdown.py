@@ -1,0 +1,95 @@
+"""`esfast bench countdown`: the embedded model learns Countdown, from nothing to the tuned model, once a seed.
+
+Each seed is one `esfast train`, in a process and a run folder of its own. The embedded model is made afresh first, so
+that its pre-training is timed too, and shared by all seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from . import BenchmarkError, child
+
+PHASES = ("perturb", "generate", "score", "update", "evaluate")  # named in the table, the rest is "other"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run each (default: 0 1 2)")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the run folders, as FOLDER/seed0, ...")
+    parser.add_argument("train", nargs="*", metavar="-- OPTION", help="options of `esfast train`, after --")
+
+
+def run(args: argparse.Namespace) -> dict:
+    if len(set(args.seeds)) < len(args.seeds):
+        raise ValueError(f"--seeds: each once, got {args.seeds}")
+    with tempfile.TemporaryDirectory(prefix="esfast-countdown-") as scratch:
+        runs = args.keep if args.keep is not None else Path(scratch)
+        environment = os.environ | {"ESFAST_CACHE": str(Path(scratch) / "cache")}
+        began = time.perf_counter()
+        _call("making the embedded model", child("from esfast.embedded import cached; cached()"), environment)
+        pretraining = time.perf_counter() - began
+        rows = [_one(seed, runs / f"seed{seed}", args.train, environment, pretraining) for seed in args.seeds]
+    return {"rows": rows}
+
+
+def train_command(seed: int, folder: Path, options: list[str]) -> list[str]:
+    code = "from esfast.cli import main; sys.exit(main(sys.argv[1:]))"
+    return child(code, "train", "--seed", str(seed), "--out", str(folder), *options)
+
+
+def table(result: dict) -> tuple[list[str], list[list[str]]]:
+    headers = ["seed", "accuracy before", "accuracy after", "held-out problems", "generations", "seconds, all",
+               "making the base model", *PHASES, "other"]  # fmt: skip
+    rows, lines = result["rows"], []
+    for r in rows:
+        share = [f"{r['seconds'].get(phase, 0.0) / r['seconds_training']:.1%}" for phase in PHASES]
+        other = 1 - sum(r["seconds"].get(phase, 0.0) for phase in PHASES) / r["seconds_training"]
+        lines.append([
+            str(r["seed"]), _accuracy(r["accuracy_before"], r["eval_problems"]),
+            _accuracy(r["accuracy_after"], r["eval_problems"]), str(r["eval_problems"]), str(r["generations"]),
+            f"{r['seconds_total']:.0f}", f"{r['seconds_pretraining']:.0f}", *share, f"{other:.1%}",
+        ])  # fmt: skip
+    if len(rows) > 1:
+        keys = ("accuracy_before", "accuracy_after", "seconds_total")
+        before, after, seconds = (sum(r[key] for r in rows) / len(rows) for key in keys)
+        mean = ["mean", f"{before:.1%}", f"{after:.1%}", "", "", f"{seconds:.0f}"]
+        lines.append(mean + [""] * (len(headers) - len(mean)))
+    return headers, lines
+
+
+def _one(seed: int, folder: Path, options: list[str], environment: dict, pretraining: float) -> dict:
+    began = time.perf_counter()
+    _call(f"`esfast train` with seed {seed}", train_command(seed, folder, options), environment)
+    wall = time.perf_counter() - began
+    path = folder / "summary.json"
+    try:
+        s = json.loads(path.read_text(encoding="utf-8"))
+        seconds = dict(s["seconds"])
+        return {
+            "seed": seed, "generations": s["generations"], "eval_problems": s["eval_prompts"],
+            "accuracy_before": s["before"]["eval_accuracy"], "accuracy_after": s["after"]["eval_accuracy"],
+            "seconds_total": pretraining + wall,  # of the two commands, with the start of Python
+            "seconds_pretraining": pretraining, "seconds_training": seconds.pop("total"), "seconds": seconds,
+        }  # fmt: skip
+    except (OSError, ValueError, KeyError) as error:
+        raise BenchmarkError(f"`esfast train` with seed {seed} left no usable summary.json: {error!r}") from None
+
+
+def _call(what: str, command: list[str], environment: dict) -> None:
+    """Runs it with its output on our stderr: stdout may be a JSON file in the making."""
+    sys.stderr.flush()
+    status = subprocess.run(command, env=environment, stdout=2).returncode
+    if status:
+        raise BenchmarkError(f"{what} failed with exit status {status}, see above")
+
+
+def _accuracy(share: float, problems: int) -> str:
+    return f"{share:.1%} ± {math.sqrt(share * (1 - share) / problems):.1%}"

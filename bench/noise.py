@@ -1,0 +1,196 @@
+"""`esfast bench noise`: add_noise_ against what ES code does today and a plain memory copy, side by side.
+
+First the backend is held to the reference, and over a bit that differs nothing is timed. Then, in one process, each
+round runs ours, today's way and a copy of the same bytes one after the other, so that a busy machine slows all three.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+
+from ..noise import KINDS
+from ..ops import add_noise_
+from ..plan import Plan
+from . import count, memory, today
+from .workload import SIGMA, make_plan, population, verify, verify_ends
+
+LABELS = {
+    "perturb_base": "perturb from a base",  # one pass, dst = round(base + sigma noise); today's: one pass in place
+    "perturb_restore_base": "perturb + restore from a base",  # and a copy; today's: + and - sigma noise, in place
+    "perturb_restore": "perturb + restore in place",  # + and - sigma noise, two passes, neither of them exact
+    "update": "update",  # one pass with all members, in place
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=["cpu"], default="cpu", help="where the weights are (default: cpu)")
+    parser.add_argument("--backend", default="cpu", help="backend that is measured (default: cpu)")
+    parser.add_argument("--numel", type=count, default=50_000_000, help="weights in all, about (default: 5e7)")
+    parser.add_argument("--tensors", type=count, default=30, help="tensors they are in (default: 30)")
+    parser.add_argument("--members", type=count, default=30, help="members of the update (default: 30)")
+    parser.add_argument("--dtypes", nargs="+", choices=["bfloat16", "float32", "float16"],
+                        default=["bfloat16", "float32"], help="of the weights (default: bfloat16 float32)")  # fmt: skip
+    parser.add_argument("--noise", nargs="+", choices=KINDS, default=list(KINDS), help="kinds of noise (default: both)")
+    parser.add_argument("--threads", type=count, default=torch.get_num_threads(),
+                        help="threads of ours, today's way and the copy (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--repeats", type=count, default=9, help="rounds of each row (default: 9)")
+    parser.add_argument("--today-seconds", type=float, default=60.0,
+                        help="today's way is left out of later rounds of a row once it took so long (default: 60); "
+                        "each row says how often it ran")  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> dict:
+    with threads(args.threads):
+        for dtype in args.dtypes:
+            for kind in args.noise:
+                note(f"checking to the bit: {dtype}, {kind}")
+                verify(args.backend, getattr(torch, dtype), kind, args.members)
+        rows = [row for dtype in args.dtypes for row in _rows_of_dtype(args, dtype)]
+    return {"rows": rows}
+
+
+def table(result: dict) -> tuple[list[str], list[list[str]]]:
+    headers = ["operation", "noise", "dtype", "esfast, ms", "today, ms", "times as fast", "of copy's speed",
+               "GB/s", "10^6 weights/s"]  # fmt: skip
+    lines = []
+    for r in result["rows"]:
+        if r["op"] == "memory":
+            cells = ["?", "?"] if r["extra_bytes"] is None else [
+                f"{r['share_of_weights']:.2%}", f"{r['today_share_of_weights']:.2%}"]  # fmt: skip
+            lines.append(["extra memory, of the weights", r["noise"], r["dtype"], *cells, "", "", "", ""])
+            continue
+        fewer = f" ({r['today_repeats']}x)" if r["today_repeats"] < r["repeats"] else ""  # rounds that today's way ran
+        members = f", {r['members']} members" if r["op"] == "update" else ""
+        lines.append([
+            LABELS[r["op"]] + members, r["noise"], r["dtype"], _ms(r["ms_median"]), _ms(r["today_ms_median"]) + fewer,
+            f"{r['ratio_to_today']:.1f}", f"{r['share_of_copy']:.1%}", f"{r['gbytes_per_s']:.3g}",
+            f"{r['weights_per_s'] / 1e6:.0f}",
+        ])  # fmt: skip
+    return headers, lines
+
+
+def _ms(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: what is run, and what of it is counted."""
+
+    op: str
+    members: int
+    draws: int  # random numbers that ours draws for each weight
+    passes: int  # times that ours reads and writes each weight
+    ours: Callable[[], None]
+    todays: Callable[[], None]
+
+
+def _rows_of_dtype(args: argparse.Namespace, dtype: str) -> Iterator[dict]:
+    plan = make_plan(args.numel, args.tensors, getattr(torch, dtype))
+    base = plan.clone()
+    for kind in args.noise:
+        for case in _cases(plan, base, kind, args):
+            note(f"{dtype}, {kind}: {LABELS[case.op]}")
+            verify_ends(plan, base, 12345, kind, args.backend)
+            yield {
+                "op": case.op, "noise": kind, "dtype": dtype, "backend": args.backend, "threads": args.threads,
+                "numel": plan.numel, "tensors": len(plan), "members": case.members, "draws": case.draws,
+                "passes": case.passes, **_time(case, plan, base, args),
+            }  # fmt: skip
+    note(f"{dtype}: memory")
+    yield _memory_row(args, dtype)
+
+
+def _cases(plan: Plan, base: Plan, kind: str, args: argparse.Namespace) -> list[Case]:
+    tensors, k, (seeds, coeffs) = plan.tensors, args.members, population(args.members)
+
+    def ours(seeds: list[int], coeffs: list[float], base: Plan | None = None) -> None:
+        add_noise_(plan, seeds, coeffs, base=base, noise=kind, backend=args.backend)
+
+    def pair_from_base() -> None:
+        ours([1], [SIGMA], base)
+        ours([], [], base)
+
+    def pair_in_place() -> None:
+        ours([1], [SIGMA])
+        ours([1], [-SIGMA])
+
+    def todays_pair() -> None:
+        today.perturb_(tensors, 1, SIGMA, kind)
+        today.perturb_(tensors, 1, -SIGMA, kind)
+
+    return [
+        Case(
+            "perturb_base", 1, 1, 1, lambda: ours([1], [SIGMA], base), lambda: today.perturb_(tensors, 1, SIGMA, kind)
+        ),
+        Case("perturb_restore_base", 1, 1, 2, pair_from_base, todays_pair),
+        Case("perturb_restore", 1, 2, 2, pair_in_place, todays_pair),
+        Case("update", k, k, 1, lambda: ours(seeds, coeffs), lambda: today.update_(tensors, seeds, coeffs, kind)),
+    ]
+
+
+def _time(case: Case, plan: Plan, base: Plan, args: argparse.Namespace) -> dict:
+    def copy() -> None:
+        for mine, theirs in zip(plan.tensors, base.tensors, strict=True):
+            mine.copy_(theirs)
+
+    copy()
+    today.perturb_(plan.tensors[-1:], 1, SIGMA, "gaussian")  # PyTorch's threads are up
+    copied, our, todays = [], [], []
+    for _ in range(args.repeats):
+        copied.append(milliseconds(copy))  # which also undoes the round before
+        our.append(milliseconds(case.ours))
+        if not todays or sum(todays) + median(todays) <= 1000 * args.today_seconds:
+            todays.append(milliseconds(case.todays))
+    ms = median(our)
+    moved = 2 * plan.nbytes * case.passes  # each pass reads and writes every weight once
+    return {
+        "ms_median": ms, "ms_min": min(our), "repeats": len(our), "weights_per_s": plan.numel * case.draws / ms * 1e3,
+        "bytes": moved, "gbytes_per_s": moved / ms / 1e6,
+        "copy_ms_median": median(copied), "copy_ms_min": min(copied),
+        "share_of_copy": median(copied) * case.passes / ms,
+        "today_ms_median": median(todays), "today_ms_min": min(todays), "today_repeats": len(todays),
+        "ratio_to_today": median(todays) / ms, "ratio_to_today_min": min(todays) / min(our),
+    }  # fmt: skip
+
+
+def _memory_row(args: argparse.Namespace, dtype: str) -> dict:
+    sizes = args.numel, args.tensors, args.members, args.threads
+    found = memory.measure(*sizes, dtype, args.backend, args.noise)
+    row = {
+        "op": "memory", "noise": " or ".join(args.noise), "dtype": dtype, "backend": args.backend,
+        "threads": args.threads, "numel": args.numel, "tensors": args.tensors, "members": args.members,
+    }  # fmt: skip
+    if found is None:
+        return row | dict.fromkeys(("extra_bytes", "share_of_weights", "today_extra_bytes", "today_share_of_weights"))
+    for whose in ("", "today_"):
+        found[f"{whose}share_of_weights"] = found[f"{whose}extra_bytes"] / found["weights_bytes"]
+    return row | found
+
+
+def milliseconds(work: Callable[[], None]) -> float:
+    began = time.perf_counter()
+    work()
+    return 1e3 * (time.perf_counter() - began)
+
+
+@contextmanager
+def threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

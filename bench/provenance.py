@@ -1,0 +1,126 @@
+"""Where a figure comes from: hardware, versions, commit, date and command."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import shlex
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .. import NOISE_VERSION, __version__
+
+# What decides a figure. Results and README are written after measuring, and would make every figure's tree dirty.
+SOURCES = ("esfast", "csrc", "kernels", "bench/*.py", "setup.py", "pyproject.toml")
+
+
+def provenance(name: str, argv: list[str]) -> dict:
+    """Of a run of `esfast bench NAME ARGV...`; what can't be known here is None."""
+    commit, dirty = git_state()
+    return {
+        "hardware": {
+            "cpu": cpu_model(),
+            "cores": usable_cores(),
+            "memory_gib": memory_gib(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+        "versions": {
+            "esfast": __version__,
+            "noise": NOISE_VERSION,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+            "triton": _version("triton"),
+            **_extension(),
+        },
+        "commit": commit,
+        "dirty": dirty,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(["esfast", "bench", name, *_without_files(argv)]),
+    }
+
+
+def caption(result: dict) -> str:
+    """One line of Markdown that says where a result comes from."""
+    p = result["provenance"]
+    h, v = p["hardware"], p["versions"]
+    cores = f"{h['cores']} core" + "s" * (h["cores"] != 1)
+    machine = [h["gpu"], h["cpu"], cores, f"{h['memory_gib']} GiB" if h["memory_gib"] else None, v["instruction_set"]]
+    versions = [f"esfast {v['esfast']}", f"PyTorch {v['torch']}", f"Python {v['python']}"]
+    versions += [f"Triton {v['triton']}"] * bool(h["gpu"] and v["triton"]) + [f"{v['compiler']}"] * bool(v["compiler"])
+    commit = f"commit {p['commit'][:10]}{' with changes' * bool(p['dirty'])}" if p["commit"] else "commit unknown"
+    parts = [", ".join(filter(None, machine)), ", ".join(versions), commit, p["date"][:10], f"`{p['command']}`"]
+    return "; ".join(parts) + "."
+
+
+def cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def memory_gib() -> int | None:
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30)
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def git_state() -> tuple[str | None, bool | None]:
+    """Commit of the checkout that this code runs from, and whether its sources were changed since."""
+    here = Path(__file__).resolve()
+    try:
+        if here.parent.name != "bench" or not _git(here.parent, "ls-files", here.name):
+            return None, None  # an installed copy, possibly inside somebody else's repository
+        top = _git(here.parent, "rev-parse", "--show-toplevel")
+        return _git(top, "rev-parse", "HEAD"), bool(_git(top, "status", "--porcelain", "--", *SOURCES))
+    except (OSError, subprocess.SubprocessError):
+        return None, None
+
+
+def _git(folder: str | Path, *arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True, timeout=30)
+    return done.stdout.strip()
+
+
+def _extension() -> dict:
+    try:
+        from .. import _cpu
+    except ImportError:
+        return {"compiler": None, "instruction_set": None}
+    name = _cpu.COMPILER if not _cpu.COMPILER[:1].isdigit() else f"GCC {_cpu.COMPILER}"  # Clang names itself
+    return {"compiler": name, "instruction_set": _cpu.instruction_sets()[0]}
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _without_files(argv: list[str]) -> list[str]:
+    """The arguments less those that say where to write, which change no figure."""
+    kept, rest = [], iter(argv)
+    for argument in rest:
+        if argument in ("--json", "--keep"):
+            next(rest, None)
+        elif not argument.startswith(("--json=", "--keep=")):
+            kept.append(argument)
+    return kept

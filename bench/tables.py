@@ -1,0 +1,90 @@
+"""Puts measured figures into Markdown: `python -m esfast.bench.tables README.md [--check]`.
+
+What stands between `<!-- begin:NAME -->` and `<!-- end:NAME -->` is replaced by the table NAME, made from a file of
+bench/results/, with a caption that says where its figures come from. With --check nothing is written, and a file that
+isn't up to date is shown as a diff and makes the exit status 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from . import countdown, noise, statistics, write_whole
+from .provenance import caption
+
+Table = tuple[list[str], list[list[str]]]
+TABLES: dict[str, tuple[str, Callable[[dict], Table]]] = {
+    "noise-cpu": ("noise_cpu.json", noise.table),
+    "statistics": ("statistics.json", lambda result: statistics.table(statistics.summary(result))),
+    "countdown": ("countdown.json", countdown.table),
+}
+NOT_YET = "*Not yet measured.*"
+
+_BLOCK = re.compile(r"(<!-- begin:([\w-]+) -->\n).*?(<!-- end:\2 -->)", re.DOTALL)
+_MARKER = re.compile(r"<!-- (?:begin|end):([\w-]+) -->")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m esfast.bench.tables", description=__doc__.partition("\n")[0])
+    parser.add_argument("file", type=Path, help="Markdown file with markers")
+    parser.add_argument("--results", type=Path, help="folder of the JSON files (default: bench/results beside it)")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit status 1 and a diff if not up to date"
+    )
+    args = parser.parse_args(argv)
+    results = args.results if args.results is not None else args.file.parent / "bench" / "results"
+    try:
+        old = args.file.read_text(encoding="utf-8")
+        new = fill(old, results)
+    except (ValueError, OSError) as error:
+        print(f"{args.file}: {error}", file=sys.stderr)
+        return 1
+    if args.check:
+        name = args.file.name
+        diff = difflib.unified_diff(old.splitlines(True), new.splitlines(True), name, f"{name} as generated")
+        sys.stdout.writelines(diff)
+        return int(old != new)
+    if old != new:
+        write_whole(args.file, new)
+    return 0
+
+
+def fill(text: str, results: Path) -> str:
+    """`text` with every marked block replaced; ValueError for markers that are unknown or have no partner."""
+    blocks = [match[2] for match in _BLOCK.finditer(text)]
+    if sorted(_MARKER.findall(text)) != sorted(blocks * 2):
+        alone = sorted(set(_MARKER.findall(_BLOCK.sub("", text)))) or blocks
+        raise ValueError(f"begin and end markers don't pair up: {', '.join(alone)}")
+    for name in blocks:
+        if name not in TABLES:
+            raise ValueError(f"unknown table {name!r}; known: {', '.join(TABLES)}")
+    return _BLOCK.sub(lambda match: f"{match[1]}\n{generate(match[2], results)}\n\n{match[3]}", text)
+
+
+def generate(name: str, results: Path) -> str:
+    """The table NAME and its caption as Markdown."""
+    filename, make = TABLES[name]
+    path = results / filename
+    if not path.exists():
+        return NOT_YET
+    result = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return f"{markdown_table(*make(result))}\n\nMeasured with {caption(result)}"
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{filename} isn't what the table {name!r} needs: {error!r}; measure again") from None
+
+
+def markdown_table(headers: list[str], lines: list[list[str]]) -> str:
+    rule = [":--", *["--:"] * (len(headers) - 1)]
+    escaped = [[cell.replace("|", "\\|") for cell in line] for line in (headers, rule, *lines)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

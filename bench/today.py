@@ -1,0 +1,36 @@
+"""What ES code on top of plain PyTorch does today: the rival that the benchmarks time.
+
+Per tensor, as users of such code meet it: the generator is seeded, the noise is drawn in the weights' dtype, scaled and
+added; the update sums coeff * noise in a float32 tensor and adds that in the weights' dtype. Of the ways to write each
+step in PyTorch the fastest is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+
+
+def perturb_(tensors: Iterable[torch.Tensor], seed: int, sigma: float, kind: str) -> None:
+    """weights += sigma * noise(seed), in place; with -sigma it is the usual restore, which rounding leaves inexact."""
+    generator = torch.Generator()
+    for p in tensors:
+        p.add_(_draw(p, generator.manual_seed(seed), kind).mul_(sigma))
+
+
+def update_(tensors: Iterable[torch.Tensor], seeds: Sequence[int], coeffs: Sequence[float], kind: str) -> None:
+    """weights += sum_j coeffs[j] * noise(seeds[j]), in place."""
+    generator = torch.Generator()
+    for p in tensors:
+        total = torch.zeros(p.shape, dtype=torch.float32)
+        for seed, coeff in zip(seeds, coeffs, strict=True):
+            total.add_(_draw(p, generator.manual_seed(seed), kind), alpha=coeff)
+        p.add_(total.to(p.dtype))
+
+
+def _draw(p: torch.Tensor, generator: torch.Generator, kind: str) -> torch.Tensor:
+    if kind == "gaussian":
+        return torch.randn(p.shape, dtype=p.dtype, generator=generator)
+    # three times as fast on a CPU as torch.empty_like(p).bernoulli_()
+    return torch.randint(0, 2, p.shape, dtype=p.dtype, generator=generator).mul_(2).sub_(1)

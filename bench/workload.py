@@ -1,0 +1,107 @@
+"""Weights to measure on: tensors of the shapes of a language model, and odd ones for the check to the bit."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+from ..ops import add_noise_
+from ..plan import Plan, Slice
+from . import BenchmarkError
+
+# Of one layer, in units of the model's width: the attention, the MLP, the two norms.
+LAYER = (
+    ("self_attn.qkv_proj", (3, 1)), ("self_attn.o_proj", (1, 1)),
+    ("mlp.gate_proj", (8 / 3, 1)), ("mlp.up_proj", (8 / 3, 1)), ("mlp.down_proj", (1, 8 / 3)),
+    ("input_layernorm", (1,)), ("post_attention_layernorm", (1,)),
+)  # fmt: skip
+SIGMA = 1e-3
+
+
+def model_shapes(numel: int, tensors: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of `tensors` tensors with about `numel` weights in all: layers, and an embedding."""
+    parts = [(f"model.layers.{i // len(LAYER)}.{LAYER[i % len(LAYER)][0]}.weight", LAYER[i % len(LAYER)][1])
+             for i in range(tensors - 1)]  # fmt: skip
+    matrices = sum(math.prod(shape) for _, shape in parts if len(shape) == 2)
+    width = math.isqrt(int(0.8 * numel / max(matrices, 1)))  # the embedding gets about a fifth
+    width = min(max(1, width - width % 64 if width >= 64 else width), 8192)
+    shapes = {name: tuple(max(1, round(n * width)) for n in shape) for name, shape in parts}
+    rest = numel - sum(math.prod(shape) for shape in shapes.values())
+    return {"model.embed_tokens.weight": (max(1, round(rest / width)), width), **shapes}
+
+
+def make_plan(numel: int, tensors: int, dtype: torch.dtype) -> Plan:
+    shapes = model_shapes(numel, tensors)
+    generator = torch.Generator().manual_seed(0)
+    return Plan([(n, torch.empty(s, dtype=dtype).normal_(0, 0.02, generator=generator)) for n, s in shapes.items()])
+
+
+def odd_plan(dtype: torch.dtype) -> Plan:
+    """Sizes that no tile or vector divides, and a slice out of a larger matrix."""
+    generator = torch.Generator().manual_seed(1)
+    slices = {
+        "one": ((1,), Slice((1,), (0,))),
+        "vector": ((1031,), Slice((1031,), (0,))),
+        "matrix": ((37, 67), Slice((37, 67), (0, 0))),
+        "cube": ((3, 5, 131), Slice((3, 5, 131), (0, 0, 0))),
+        "shard": ((33, 65), Slice((90001, 100003), (89900, 77777))),  # its element numbers exceed 2^32
+    }
+    return Plan([(n, torch.empty(s, dtype=dtype).normal_(0, 0.02, generator=generator), w)
+                 for n, (s, w) in slices.items()])  # fmt: skip
+
+
+def verify(backend: str, dtype: torch.dtype, kind: str, members: int) -> None:
+    """Holds the backend to the reference on odd sizes: from a base and in place, one member and many.
+
+    Raises BenchmarkError at the first weight that differs in a bit.
+    """
+    for count in sorted({1, members}):
+        seeds, coeffs = population(count)
+        for from_base in (True, False):
+            results = []
+            for each in (backend, "reference"):
+                plan = odd_plan(dtype)
+                base = plan.clone() if from_base else None
+                if base is not None:
+                    for p in plan.tensors:
+                        p.fill_(math.nan)  # what is written from a base must not depend on what was there
+                add_noise_(plan, seeds, coeffs, base=base, noise=kind, backend=each)
+                results.append(plan)
+            what = f"{count} member{'s' * (count > 1)} {'from a base' if from_base else 'in place'}"
+            require_equal(*results, f"backend {backend!r}, {kind}, {what}")
+
+
+def verify_ends(plan: Plan, base: Plan, seed: int, kind: str, backend: str) -> None:
+    """The very call that is timed, checked on both ends of every tensor; `plan` is left perturbed."""
+    add_noise_(plan, [seed], [SIGMA], base=base, noise=kind, backend=backend)
+    found, expected = [], []
+    for name, mine, theirs in zip(plan.names, plan.tensors, base.tensors, strict=True):
+        n = mine.numel()
+        for start, stop in [(0, n)] if n <= 122 else [(0, 61), (n - 61, n)]:
+            found.append((name, mine.view(-1)[start:stop], Slice((n,), (start,))))
+            expected.append((name, theirs.view(-1)[start:stop].clone(), Slice((n,), (start,))))
+    expected = Plan(expected)
+    add_noise_(expected, [seed], [SIGMA], noise=kind, backend="reference")
+    require_equal(Plan(found), expected, f"backend {backend!r}, {kind}, on the weights to be timed")
+
+
+def require_equal(found: Plan, expected: Plan, what: str) -> None:
+    for name, a, b in zip(found.names, found.tensors, expected.tensors, strict=True):
+        bits = torch.int32 if a.element_size() == 4 else torch.int16
+        differ = (a.reshape(-1).view(bits) != b.reshape(-1).view(bits)).nonzero().view(-1)
+        if len(differ):
+            i = int(differ[0])
+            raise BenchmarkError(
+                f"{what}: {len(differ)} of {a.numel()} weights of {name!r} ({a.dtype}) differ from the reference, "
+                f"first {i}: {a.reshape(-1)[i].item()!r} instead of {b.reshape(-1)[i].item()!r}. No figures are given"
+            )
+
+
+def population(count: int) -> tuple[list[int], list[float]]:
+    """Seeds and coefficients such as a generation of `count` members gives; SIGMA if it is one."""
+    if count == 1:
+        return [2**63 + 1], [SIGMA]
+    coeffs = np.linspace(-1.7, 1.7, count) * 5e-4 / count
+    return [2**63 + 1 + 7919 * j for j in range(count)], [float(np.float32(c)) for c in coeffs]

@@ -1,0 +1,53 @@
+"""What every test runs under: repeatable examples, poisoned memory, the thread count as it was."""
+
+import hypothesis
+import pytest
+import torch
+
+hypothesis.settings.register_profile(
+    "esfast",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
+)
+hypothesis.settings.load_profile("esfast")
+
+INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """torch.empty gives NaN, so that a weight that nobody wrote is seen."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+    torch.utils.deterministic.fill_uninitialized_memory = filled
+
+
+@pytest.fixture(autouse=True)
+def same_threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def bits():
+    """bits(tensor): its raw bits as integers, so that 0 differs from -0 and a NaN equals itself."""
+    return lambda tensor: tensor.detach().contiguous().view(INTEGERS[tensor.dtype])
+
+
+@pytest.fixture(scope="session")
+def same_bits(bits):
+    """same_bits(a, b): whether two tensors, or two sequences of tensors, agree to the bit."""
+
+    def compare(a, b) -> bool:
+        if isinstance(a, torch.Tensor):
+            return a.dtype == b.dtype and torch.equal(bits(a), bits(b))
+        return len(a) == len(b) and all(map(compare, a, b))
+
+    return compare
