@@ -13,12 +13,14 @@ from setuptools import setup
 from setuptools.command.build_ext import build_ext
 
 # -ffp-contract=off keeps mul and add apart: the noise is defined to the bit (csrc/noise.h).
-COMMON = ["-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
+# -Wno-maybe-uninitialized: g++ 12 warns of its own AVX-512 header.
+COMMON = ["-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden",
+          "-Wno-maybe-uninitialized"]  # fmt: skip
 INSTRUCTION_SETS = {
     "avx2": ["-mavx2", "-mfma"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"],
 }
-HEADERS = [os.path.join("csrc", name) for name in ("noise.h", "dtypes.h", "cpu.h")]
+HEADERS = [os.path.join("csrc", name) for name in ("noise.h", "lanes.h", "dtypes.h", "cpu.h")]
 
 
 class Build(build_ext):

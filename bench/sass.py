@@ -1,8 +1,8 @@
 """`esfast bench sass`: what the GPU kernels cost, read from their machine code; no GPU is needed.
 
 Triton compiles offline for each architecture, and the disassembly is cut into basic blocks. A perturbation is the
-shortest path through the kernel that uses its 128-bit loads and stores and passes once through the loop over members; the
-update's figure is one turn of that loop. Both are divided by the weights that a thread holds, NOPs left out. At the
+shortest path through the kernel that uses its 128-bit loads and stores and passes once through the loop over members;
+the update's figure is one turn of that loop. Both are divided by the weights that a thread holds, NOPs left out. At the
 bandwidth of an H200 there are 28 to 31 issue slots per bf16 weight: a kernel above that is bound by arithmetic.
 """
 
@@ -21,7 +21,12 @@ from pathlib import Path
 from . import BenchmarkError
 
 # SASS instructions per weight (update: per weight and member) that a kernel may take on sm_90.
-BUDGETS = {("perturb", "gaussian"): 31, ("perturb", "rademacher"): 12, ("update", "gaussian"): 28, ("update", "rademacher"): 6}
+BUDGETS = {
+    ("perturb", "gaussian"): 31,
+    ("perturb", "rademacher"): 12,
+    ("update", "gaussian"): 28,
+    ("update", "rademacher"): 6,
+}
 DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
 KINDS = {"gaussian": 0, "rademacher": 1}
 # Budgets are those of 16-bit weights; a float32 weight moves twice the bytes and has twice the slots.
@@ -51,7 +56,8 @@ def run(args: argparse.Namespace) -> dict:
 
 
 def table(result: dict) -> tuple[list[str], list[list[str]]]:
-    headers = ["kernel", "noise", "dtype", "arch", "SASS per weight", "budget", "registers", "spilled bytes", "widest load", "widest store"]  # fmt: skip
+    headers = ["kernel", "noise", "dtype", "arch", "SASS per weight", "budget", "registers", "spilled bytes",
+               "widest load", "widest store"]  # fmt: skip
     return headers, [
         [r["kernel"], r["noise"], r["dtype"], f"sm_{r['arch']}", f"{r['sass_per_weight']:.1f}", str(r["budget"] or "-"),
          str(r["registers"]), str(r["spill_bytes"]), f"{r['load_bits']} bits", f"{r['store_bits']} bits"]
@@ -100,7 +106,9 @@ def _rows(noise: str, kind: int, dtype: str, arch: int) -> list[dict]:
             "memory_instructions": figures.memory,
         }  # fmt: skip
         if budget:
-            row["pass"] = per_weight <= budget and not figures.spill_bytes and figures.load_bits == figures.store_bits == 128
+            row["pass"] = (
+                per_weight <= budget and not figures.spill_bytes and figures.load_bits == figures.store_bits == 128
+            )
         rows.append(row)
     return rows
 
@@ -116,7 +124,9 @@ def disassemble(cubin: bytes) -> Disassembly:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        return Disassembly(_tool(folder, "nvdisasm", "-c", path), _tool(folder, "cuobjdump", "--dump-resource-usage", path))
+        return Disassembly(
+            _tool(folder, "nvdisasm", "-c", path), _tool(folder, "cuobjdump", "--dump-resource-usage", path)
+        )
 
 
 def _tool(folder: str, name: str, *arguments) -> str:
@@ -166,7 +176,11 @@ class Figures:
 def measure(code: Disassembly) -> Figures:
     blocks = control_flow(code.sass)
     head, tail = _loop(blocks)
-    paths = [_cheapest(blocks, [0], head), _cheapest(blocks, [head], tail), _cheapest(blocks, blocks[tail].following, None, {head})]
+    paths = [
+        _cheapest(blocks, [0], head),
+        _cheapest(blocks, [head], tail),
+        _cheapest(blocks, blocks[tail].following, None, {head}),
+    ]
     # a path's end begins the next one
     path = paths[0][:-1] + paths[1] + paths[2]
     used = [i for b in dict.fromkeys(path) for i in blocks[b].instructions]
@@ -205,7 +219,9 @@ def control_flow(sass: str) -> list[Block]:
 
 def _loop(blocks: list[Block]) -> tuple[int, int]:
     """First and last block of the longest loop; the endless BRA behind a kernel's end is a loop of one instruction."""
-    loops = [(sum(b.cost for b in blocks[to : i + 1]), to, i) for i, b in enumerate(blocks) for to in b.following if to <= i]
+    loops = [
+        (sum(b.cost for b in blocks[to : i + 1]), to, i) for i, b in enumerate(blocks) for to in b.following if to <= i
+    ]
     cost, head, tail = max(loops)
     if cost < 10:
         raise BenchmarkError("no loop over members in the machine code")

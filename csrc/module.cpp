@@ -103,7 +103,7 @@ void add_noise(Array<int64_t> segments, Array<uint64_t> seeds, Array<float> coef
 }
 
 py::tuple philox_words(uint64_t seed, uint64_t block, uint32_t tensor_id, uint32_t domain) {
-    const Words w = philox(seed, block, tensor_id, domain);
+    const Words<uint32_t> w = philox(seed, block, tensor_id, domain);
     return py::make_tuple(w.x0, w.x1, w.x2, w.x3);
 }
 

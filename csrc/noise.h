@@ -27,7 +27,6 @@ enum Domain : uint32_t { GAUSSIAN = 0, RADEMACHER = 1, STOCHASTIC_ROUNDING = 2, 
 constexpr int GAUSSIANS_PER_BLOCK = 4;     // one Philox call gives four words: two Box-Muller pairs
 constexpr int SIGNS_PER_BLOCK = 128;       // or 128 bits: a sign each
 
-struct Words { uint32_t x0, x1, x2, x3; };
 struct Pair { float z0, z1; };
 
 // ---- the only float operations, one rounding each ------------------------------------------------------------------
@@ -51,21 +50,33 @@ ESFAST_FN uint32_t as_bits(float x) { uint32_t u; memcpy(&u, &x, 4); return u; }
 // Seven rounds are the fewest that pass BigCrush; ten would cost three more issue slots per number.
 constexpr int PHILOX_ROUNDS = 7;
 
-ESFAST_FN Words philox(uint64_t seed, uint64_t block, uint32_t tensor_id, uint32_t domain) {
+template <class U>
+struct Words { U x0, x1, x2, x3; };
+
+// One 64-bit product gives both halves: IMAD.WIDE on a GPU, pmuludq on a CPU.
+ESFAST_FN uint64_t wide(uint32_t a, uint32_t b) { return uint64_t(a) * b; }
+ESFAST_FN uint32_t high(uint64_t product) { return uint32_t(product >> 32); }
+ESFAST_FN uint32_t low(uint64_t product) { return uint32_t(product); }
+
+// U is uint32_t, or any type with ^, wide, high and low: several words at once (csrc/lanes.h).
+template <class U>
+ESFAST_FN Words<U> philox(uint64_t seed, Words<U> c) {
     uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
-    Words c = {uint32_t(block), uint32_t(block >> 32), tensor_id, domain};
 #if defined(__CUDA_ARCH__)
 #pragma unroll
 #endif
     for (int round = 0; round < PHILOX_ROUNDS; ++round) {
-        // one 64-bit product gives both halves: IMAD.WIDE on a GPU, pmuludq on a CPU
-        const uint64_t p0 = uint64_t(c.x0) * 0xD2511F53u;
-        const uint64_t p1 = uint64_t(c.x2) * 0xCD9E8D57u;
-        c = {uint32_t(p1 >> 32) ^ c.x1 ^ k0, uint32_t(p1), uint32_t(p0 >> 32) ^ c.x3 ^ k1, uint32_t(p0)};
+        const auto p0 = wide(c.x0, 0xD2511F53u);
+        const auto p1 = wide(c.x2, 0xCD9E8D57u);
+        c = {high(p1) ^ c.x1 ^ k0, low(p1), high(p0) ^ c.x3 ^ k1, low(p0)};
         k0 += 0x9E3779B9u;
         k1 += 0xBB67AE85u;
     }
     return c;
+}
+
+ESFAST_FN Words<uint32_t> philox(uint64_t seed, uint64_t block, uint32_t tensor_id, uint32_t domain) {
+    return philox(seed, Words<uint32_t>{uint32_t(block), uint32_t(block >> 32), tensor_id, domain});
 }
 
 // ---- gaussian: Box-Muller in portable arithmetic -------------------------------------------------------------------

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from .interrupts import held
 from .journal import Journal
 from .noise import DOMAINS, check_int, check_kind, check_seed, philox
 from .ops import get_backend
@@ -180,11 +181,12 @@ class ES:
         if not np.isfinite(coeffs).all():
             raise ValueError(f"step(): lr {self.lr} and the shaped rewards give coefficients that are not finite")
         record = Generation(self.generation, seeds, coeffs, rewards, self.sigma, self.lr)
-        if self._journal is not None:
-            self._journal.append(record)  # on disk first: a journal that can't be written changes no weight
-        self._weights.update(seeds, coeffs)
-        self.generation += 1
-        self.members = []
+        with held():  # all of it or nothing: a step half taken would be taken again
+            if self._journal is not None:
+                self._journal.append(record)  # on disk first: a journal that can't be written changes no weight
+            self._weights.update(seeds, coeffs)
+            self.generation += 1
+            self.members = []
         return record
 
     def _enter(self, member: Member) -> None:

@@ -38,7 +38,7 @@ class Journal:
         if path.exists():
             raise FileExistsError(f"journal: {path} exists already; give the run another folder, or move it away")
         header = {"esfast_journal": FORMAT, "noise": noise, "noise_version": NOISE_VERSION, "seed": seed,
-                  "weights": weights, "tensors": len(plan), "numel": plan.numel}  # fmt: skip
+                  "weights": weights, "numel": plan.numel, "layout": plan.layout}  # fmt: skip
         journal = cls(path)
         journal._write(header)
         return journal
@@ -89,7 +89,8 @@ def replay(plan: Plan, path: str | Path, until: int | None = None, backend: str 
 
     Raises:
         ValueError: the journal is damaged, of another noise version, of a run with weights="inplace" (whose rounding
-            errors no journal holds), or of a model of another size, or has fewer generations. Weights are untouched.
+            errors no journal holds), or of another model (names, shapes or
+            dtypes), or has fewer generations. Weights are untouched.
     """
     header, records = read(path)
     until = check_int("until", len(records) if until is None else until, 0, len(records) + 1)
@@ -97,10 +98,10 @@ def replay(plan: Plan, path: str | Path, until: int | None = None, backend: str 
         raise ValueError(f"journal: {path} is of noise version {header['noise_version']}, this is {NOISE_VERSION}")
     if header["weights"] == "inplace":
         raise ValueError(f'journal: {path} is of a run with weights="inplace", which can\'t be replayed to the bit')
-    if (header["tensors"], header["numel"]) != (len(plan), plan.numel):
+    if header["layout"] != plan.layout:
         raise ValueError(
-            f"journal: {path} is of a model with {header['tensors']} tensors and {header['numel']} weights, "
-            f"the plan has {len(plan)} and {plan.numel}"
+            f"journal: {path} is of a model with {header['numel']} weights and layout {header['layout']} (of names, "
+            f"shapes and dtypes), the plan has {plan.numel} and {plan.layout}"
         )
     for record in records[:until]:
         add_noise_(plan, record["seeds"], record["coeffs"], noise=header["noise"], backend=backend)

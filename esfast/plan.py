@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import math
+import weakref
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -87,7 +89,7 @@ class Plan:
             found = ", ".join(sorted(map(str, devices)))
             raise ValueError(f"Plan: all tensors must be on one device, found {found}. Make one Plan per device.")
         self.device = devices.pop()
-        self._paired: tuple[Plan, np.ndarray] | None = None
+        self._paired: tuple[weakref.ref[Plan], np.ndarray] | None = None  # the base last used; not kept alive
         self._table = _table(self.entries, self.entries)
         self._addresses = self._current_addresses()
         _check_overlap(self.entries, self._table)
@@ -107,6 +109,11 @@ class Plan:
     @property
     def nbytes(self) -> int:
         return sum(e.tensor.numel() * e.tensor.element_size() for e in self.entries)
+
+    @property
+    def layout(self) -> str:
+        """Eight hex digits for names, shapes, places and dtypes: what the noise, and so a journal, depends on."""
+        return f"{zlib.crc32(repr([_describe(e) for e in self.entries]).encode()):08x}"
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -132,9 +139,9 @@ class Plan:
         if not isinstance(base, Plan):
             raise TypeError(f"base: expected a Plan (for example plan.clone()), got {type(base).__name__}")
         base._check_addresses()
-        if self._paired is None or self._paired[0] is not base:
+        if self._paired is None or self._paired[0]() is not base:
             self._check_base(base)
-            self._paired = (base, _table(self.entries, base.entries))
+            self._paired = (weakref.ref(base), _table(self.entries, base.entries))
         return self._paired[1]
 
     def _check_base(self, base: Plan) -> None:

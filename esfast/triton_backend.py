@@ -77,7 +77,9 @@ def missing(device: torch.device) -> str | None:
     if INTERPRETED.value:
         return None if device.type == "cpu" else "TRITON_INTERPRET=1 interprets kernels on CPU tensors only"
     if device.type != "cuda":
-        return f"it needs tensors on a GPU, and these are on {device}; TRITON_INTERPRET=1 interprets it on the CPU, slowly"
+        return (
+            f"it needs tensors on a GPU, and these are on {device}; TRITON_INTERPRET=1 interprets it on the CPU, slowly"
+        )
     try:
         triton.runtime.driver.active.get_current_target()
     except Exception as error:  # whatever the driver's own loading raises

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+from .interrupts import held
 from .ops import add_noise_
 from .plan import Plan
 
@@ -53,9 +54,10 @@ class InplaceWeights:
 
     def _move(self, target: list[tuple[int, float]]) -> None:
         terms = [(s, -c) for s, c in self._applied] + target
-        if terms:  # from member to member in one pass, rounded once
-            add_noise_(self.plan, [s for s, _ in terms], [c for _, c in terms], **self._options)
-        self._applied = target
+        with held():  # what is applied and what is noted down must not part
+            if terms:  # from member to member in one pass, rounded once
+                add_noise_(self.plan, [s for s, _ in terms], [c for _, c in terms], **self._options)
+            self._applied = target
 
 
 MODES = {"base": BaseWeights, "inplace": InplaceWeights}

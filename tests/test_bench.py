@@ -7,10 +7,10 @@ import sys
 
 import pytest
 import torch
-from esfast.bench import BENCHMARKS, child, count, countdown, main, memory, statistics, tables, workload
-from esfast.bench.provenance import caption
 
 from esfast import ops
+from esfast.bench import BENCHMARKS, child, count, countdown, main, memory, statistics, tables, workload
+from esfast.bench.provenance import caption
 from esfast.noise import tensor_id
 
 NOISE = ["noise", "--numel", "3e4", "--tensors", "9", "--members", "3", "--repeats", "2", "--threads", "1"]

@@ -1,6 +1,8 @@
 """Plan: which weights, under which names, in which memory."""
 
 import copy
+import gc
+import weakref
 
 import hypothesis.strategies as st
 import numpy as np
@@ -236,3 +238,14 @@ def test_an_entry_knows_its_twin():
     assert Entry("w", a, window).same_place(Entry("w", b, window))
     for other in (Entry("v", b, window), Entry("w", b, Slice((3,), (0,))), Entry("w", b.half(), window)):
         assert not Entry("w", a, window).same_place(other)
+
+
+def test_a_base_is_not_kept_alive():
+    plan = Plan([("w", torch.randn(64))])
+    base = plan.clone()
+    plan.table(base)
+    gone = weakref.ref(base)
+    del base
+    gc.collect()
+    assert gone() is None
+    plan.table(plan.clone())

@@ -215,7 +215,9 @@ def test_scores_countdown(tiny):
 def test_mini_batches_are_sized_for_the_memory(tiny, monkeypatch):
     model, tokenizer = tiny
     config = model.config
-    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * 16 * 4  # keys and values, head width 16, float32
+    per_token = (
+        2 * config.num_hidden_layers * config.num_key_value_heads * 16 * 4
+    )  # keys and values, head width 16, float32
     longest = max(len(tokenizer(prompt)["input_ids"]) for prompt in PROMPTS) + 12
     sizes = []
     original = TransformersEngine._try_batch
