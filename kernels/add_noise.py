@@ -1,6 +1,6 @@
 """dst = round(src + sum_j coeff_j noise(seed_j)) over all tensors of a plan, in one launch per dtype.
 
-Work is cut into tiles at multiples of TILE of the element's number in its whole tensor (csrc/cpu.h), and moves in quads:
+Work is cut into tiles at multiples of TILE of the element's number in its whole tensor (csrc/cpu.h) and moved in quads:
 four consecutive elements, which are one Gaussian block. A thread holds whole quads, so nothing passes through shared
 memory; where a tile is whole and aligned, every access is 128 bits wide.
 """
