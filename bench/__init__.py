@@ -19,6 +19,7 @@ from pathlib import Path
 BENCHMARKS = {
     "noise": "speed of add_noise_ against what ES code does today and a memory copy, after a check to the bit",
     "statistics": "is the noise N(0,1)? moments and correlations with their standard errors",
+    "sass": "what the Triton kernels compile to: instructions per weight against their budgets; needs no GPU",
     "countdown": "the embedded model learns Countdown: accuracy before and after, and where the time goes",
 }
 

@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,8 +30,6 @@ BUDGETS = {
 }
 DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
 KINDS = {"gaussian": 0, "rademacher": 1}
-# Budgets are those of 16-bit weights; a float32 weight moves twice the bytes and has twice the slots.
-BUDGETED = ("bfloat16", "float16")
 
 _INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;")
 _LABEL = re.compile(r"^(\.L_x_\d+):")
@@ -97,7 +96,7 @@ def _rows(noise: str, kind: int, dtype: str, arch: int) -> list[dict]:
     rows = []
     for kernel, count in (("perturb", figures.path), ("update", figures.loop)):
         per_weight = count / per_thread
-        budget = BUDGETS[kernel, noise] if arch == 90 and dtype in BUDGETED else None
+        budget = BUDGETS[kernel, noise] if arch == 90 else None
         row = {
             "backend": "triton", "kernel": kernel, "noise": noise, "dtype": dtype, "arch": arch,
             "sass_per_weight": round(per_weight, 2), "budget": budget, "weights_per_thread": per_thread,
@@ -175,19 +174,12 @@ class Figures:
 
 def measure(code: Disassembly) -> Figures:
     blocks = control_flow(code.sass)
-    head, tail = _loop(blocks)
-    paths = [
-        _cheapest(blocks, [0], head),
-        _cheapest(blocks, [head], tail),
-        _cheapest(blocks, blocks[tail].following, None, {head}),
-    ]
-    # a path's end begins the next one
-    path = paths[0][:-1] + paths[1] + paths[2]
+    _, path, loop = min(_passes(blocks))
     used = [i for b in dict.fromkeys(path) for i in blocks[b].instructions]
     resources = {k: int(v) for k, v in re.findall(r"(REG|STACK):(\d+)", code.resources)}
     return Figures(
         path=sum(blocks[b].cost for b in path),
-        loop=sum(blocks[b].cost for b in paths[1]),
+        loop=sum(blocks[b].cost for b in loop),
         spill_bytes=resources["STACK"],
         registers=resources["REG"],
         load_bits=_widest(used, "LDG"),
@@ -217,29 +209,30 @@ def control_flow(sass: str) -> list[Block]:
     return blocks
 
 
-def _loop(blocks: list[Block]) -> tuple[int, int]:
-    """First and last block of the longest loop; the endless BRA behind a kernel's end is a loop of one instruction."""
-    loops = [
-        (sum(b.cost for b in blocks[to : i + 1]), to, i) for i, b in enumerate(blocks) for to in b.following if to <= i
-    ]
-    cost, head, tail = max(loops)
-    if cost < 10:
-        raise BenchmarkError("no loop over members in the machine code")
-    return head, tail
+def _passes(blocks: list[Block]) -> list[tuple[int, list[int], list[int]]]:
+    """For each loop: price and blocks of the cheapest path through the kernel that turns in it once, and the turn."""
+    found = []
+    loops = [(to, i) for i, b in enumerate(blocks) for to in b.following if to <= i]
+    for head, tail in loops:
+        if sum(b.cost for b in blocks[head : tail + 1]) < 10:
+            continue  # the endless BRA behind a kernel's end
+        ways = [_cheapest(blocks, [0], head), _cheapest(blocks, [head], tail),
+                _cheapest(blocks, blocks[tail].following, None, {head})]  # fmt: skip
+        if all(ways):
+            path = ways[0][:-1] + ways[1] + ways[2]
+            found.append((sum(_price(blocks[b]) for b in path), path, ways[1]))
+    if not found:
+        raise BenchmarkError("the machine code has no loop over members that this reader understands")
+    return found
 
 
-def _cheapest(blocks: list[Block], starts: list[int], goal: int | None, avoid: set[int] = frozenset()) -> list[int]:
-    """Blocks of the shortest path to `goal` (None: to the kernel's end), shunning those that access single elements,
-    which serve tiles that are not whole or not aligned."""
-
-    def price(i: int) -> int:
-        return blocks[i].cost + 1_000_000 * (blocks[i].uses(".U16", "STS", "LDS") or _single_float(blocks[i]))
-
-    queue = [(price(s), s, (s,)) for s in starts if s not in avoid]
+def _cheapest(blocks: list[Block], starts: list[int], goal: int | None, avoid: Set[int] = frozenset()) -> list[int]:
+    """Blocks of the cheapest path to `goal` (None: to the kernel's end); empty if there is none."""
+    queue = [(_price(blocks[s]), s, (s,)) for s in starts if s not in avoid]
     heapq.heapify(queue)
     seen = set(avoid)
     while queue:
-        cost, i, path = heapq.heappop(queue)
+        price, i, path = heapq.heappop(queue)
         if i in seen:
             continue
         seen.add(i)
@@ -248,8 +241,13 @@ def _cheapest(blocks: list[Block], starts: list[int], goal: int | None, avoid: s
             return list(path)
         for n in blocks[i].following:
             if n not in seen:
-                heapq.heappush(queue, (cost + price(n), n, (*path, n)))
-    raise BenchmarkError("the machine code has no path through the kernel that this reader understands")
+                heapq.heappush(queue, (price + _price(blocks[n]), n, (*path, n)))
+    return []
+
+
+def _price(block: Block) -> int:
+    """Instructions, and a fine for access to single elements, which serves tiles that are not whole or not aligned."""
+    return block.cost + 1_000_000 * (block.uses(".U16", "STS", "LDS") or _single_float(block))
 
 
 def _single_float(block: Block) -> bool:

@@ -15,13 +15,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from . import countdown, noise, statistics, write_whole
+from . import countdown, noise, sass, statistics, write_whole
 from .provenance import caption
 
 Table = tuple[list[str], list[list[str]]]
 TABLES: dict[str, tuple[str, Callable[[dict], Table]]] = {
     "noise-cpu": ("noise_cpu.json", noise.table),
     "statistics": ("statistics.json", lambda result: statistics.table(statistics.summary(result))),
+    "sass": ("sass.json", sass.table),
     "countdown": ("countdown.json", countdown.table),
 }
 NOT_YET = "*Not yet measured.*"

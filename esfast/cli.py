@@ -213,10 +213,12 @@ def _load(args: argparse.Namespace):
     """Model and tokenizer, on the device."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
     from . import embedded
     from .ops import auto_backend
 
+    disable_progress_bar()  # the bars of loading and saving would tear that of the training
     path = args.model if args.model is not None else embedded.cached()
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
     device = args.device

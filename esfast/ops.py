@@ -34,12 +34,13 @@ def add_noise_(
 
     Args:
         plan: the weights that are written.
-        seeds: K ints, 0 <= seed < 2**64; K may be 0.
-        coeffs: K finite numbers, rounded to float32.
+        seeds: K ints, 0 <= seed < 2**64; K may be 0. For a plan on a GPU also an int64 tensor of their bits there.
+        coeffs: K finite numbers, rounded to float32. With a tensor of seeds a float32 tensor there, whose values are
+            not looked at: such a call copies nothing from the host and can be captured in a CUDA graph.
         base: what is read; the same tensors as `plan` (`plan.clone()` is). Default: `plan` itself, in place.
         noise: "gaussian" or "rademacher".
         rounding: "nearest" (to even).
-        backend: "auto", "cpu" or "reference". All give the same bits; a NaN weight stays some NaN.
+        backend: "auto", "cpu", "triton" or "reference". All give the same bits; a NaN weight stays some NaN.
 
     Raises:
         TypeError, ValueError: an argument outside the above; no weight was changed.
@@ -52,7 +53,10 @@ def add_noise_(
         raise ValueError(f"rounding: expected one of {', '.join(map(repr, ROUNDINGS))}, got {rounding!r}")
     run = get_backend(backend, plan.device)
     with _subnormals_kept():
-        seeds, coeffs = check_members(seeds, coeffs)
+        if isinstance(seeds, torch.Tensor) and run is _triton:
+            _check_device_members(plan, seeds, coeffs)
+        else:
+            seeds, coeffs = check_members(seeds, coeffs)
         run(plan, seeds, coeffs, base, noise)
 
 
@@ -86,6 +90,23 @@ def check_members(seeds: Sequence[int], coeffs: Sequence[float]) -> tuple[np.nda
         j = int(np.flatnonzero(~np.isfinite(coeffs))[0])
         raise ValueError(f"coeffs[{j}]: expected a finite float32, got {wide[j]}")
     return seeds, coeffs
+
+
+def _check_device_members(plan: Plan, seeds: torch.Tensor, coeffs) -> None:
+    for what, values, dtype in (("seeds", seeds, torch.int64), ("coeffs", coeffs, torch.float32)):
+        if not (
+            isinstance(values, torch.Tensor) and values.dtype is dtype and values.device == plan.device
+            and values.shape == (len(seeds),) and values.is_contiguous()
+        ):  # fmt: skip
+            got = (
+                f"{values.dtype} {tuple(values.shape)} on {values.device}"
+                if isinstance(values, torch.Tensor)
+                else values
+            )
+            raise TypeError(
+                f"{what}: with a tensor of seeds, expected a contiguous {dtype} vector on {plan.device}, "
+                f"got {got!r:.80}"
+            )
 
 
 # ---- backends: a function (plan, seeds, coeffs, base, kind) each, and the reason why it can't run, if any -----------
@@ -123,16 +144,32 @@ def _cpu_missing() -> str | None:
     return None
 
 
+def _triton(plan: Plan, seeds, coeffs, base: Plan | None, kind: str) -> None:
+    from . import triton_backend
+
+    triton_backend.run(plan, seeds, coeffs, base, kind)
+
+
+def _triton_missing(device: torch.device) -> str | None:
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"Triton is not installed ({error}); pip install triton"
+    return importlib.import_module(".triton_backend", __package__).missing(device)
+
+
+@functools.cache
 def _why_not(name: str, device: torch.device) -> str | None:
     """Why the backend can't work on tensors of this device, or None if it can."""
-    if name == "reference":
-        return None
-    if device.type != "cpu":
-        return f"it works on CPU tensors, and these are on {device}"
-    return _cpu_missing()
+    if name == "triton":
+        return _triton_missing(device)
+    if name == "cpu":
+        return _cpu_missing() if device.type == "cpu" else f"it works on CPU tensors, and these are on {device}"
+    return None
 
 
-_BACKENDS = {"cpu": _cpu, "reference": _reference}  # best first: the order in which "auto" tries them
+# Best first: the order in which "auto" tries them.
+_BACKENDS = {"cpu": _cpu, "triton": _triton, "reference": _reference}
 
 
 def get_backend(name: str, device: torch.device):
@@ -153,8 +190,9 @@ def auto_backend(device: torch.device) -> str:
     """What backend="auto" takes for tensors of this device."""
     chosen = next(name for name in _BACKENDS if _why_not(name, device) is None)
     if chosen == "reference":
+        better = "cpu" if device.type == "cpu" else "triton"
         warnings.warn(
-            f"esfast uses its slow reference on {device}, because backend 'cpu' can't run: {_why_not('cpu', device)}",
+            f"esfast uses its slow reference on {device}, as backend {better!r} can't run: {_why_not(better, device)}",
             RuntimeWarning,
             stacklevel=4,
         )

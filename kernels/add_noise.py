@@ -1,8 +1,9 @@
 """dst = round(src + sum_j coeff_j noise(seed_j)) over all tensors of a plan, in one launch per dtype.
 
-Work is cut into tiles at multiples of TILE of the element's number in its whole tensor (csrc/cpu.h) and moved in quads:
-four consecutive elements, which are one Gaussian block. A thread holds whole quads, so nothing passes through shared
-memory; where a tile is whole and aligned, every access is 128 bits wide.
+Work is cut into tiles at multiples of TILE of the element's number in its whole tensor, as csrc/cpu.h does. Weights are
+loaded in their own order, so that accesses are 128 bits wide and conversions go in pairs, and then split into four
+tensors by their number mod 4: the four of one Gaussian block lie at one place of four tensors, in one thread, and
+nothing passes through shared memory.
 """
 
 import os
@@ -10,7 +11,7 @@ import os
 import triton
 import triton.language as tl
 
-from .noise import GAUSSIAN, RADEMACHER, add_signed, as_bits, as_float, gaussian_pair, philox
+from .noise import GAUSSIAN, RADEMACHER, add_signed, as_bits, gaussian_pair, philox
 
 # 32 weights a thread: fewer leave key schedules and addresses unamortised, more spill.
 TILE = 4096
@@ -28,81 +29,49 @@ def pack_span(tensor_id, begin, end, whole):
 
 
 @triton.jit
-def _from16(x, DTYPE: tl.constexpr):
-    if DTYPE == BFLOAT16:
-        return as_float(x.to(tl.uint32) << 16)
-    else:
-        return x.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-
-
-@triton.jit
-def _to16(x, DTYPE: tl.constexpr):
-    if DTYPE == BFLOAT16:
-        if INTERPRETED:  # the interpreter's own conversion (3.9) rounds a half away from zero and loses the carry
-            bits = as_bits(x)
-            rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-            return tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, rounded).to(tl.uint16)
-        else:
-            return x.to(tl.bfloat16).to(tl.uint16, bitcast=True)
-    else:
-        return x.to(tl.float16).to(tl.uint16, bitcast=True)
-
-
-@triton.jit
-def _load4(address, quad, begin, end, whole, DTYPE: tl.constexpr):
-    """Elements 4 quad .. 4 quad + 3 behind `address` as four float32 tensors; 0 outside [begin, end)."""
+def _pointers(address, element, WHOLE: tl.constexpr, DTYPE: tl.constexpr):
     if DTYPE == FLOAT32:
-        place = quad[:, None] * 4 + tl.arange(0, 4)[None, :]
-        if whole:
-            aligned = tl.multiple_of(address.to(tl.pointer_type(tl.float32)), 16)
-            x = tl.load(aligned + place)
-        else:
-            x = tl.load(
-                address.to(tl.pointer_type(tl.float32)) + place, mask=(place >= begin) & (place < end), other=0.0
-            )
-        even, odd = tl.split(tl.reshape(x, (quad.shape[0], 2, 2)))
-        a0, a2 = tl.split(even)
-        a1, a3 = tl.split(odd)
+        p = address.to(tl.pointer_type(tl.float32))
+    elif DTYPE == BFLOAT16:
+        p = address.to(tl.pointer_type(tl.bfloat16))
     else:
-        if whole:
-            v = tl.load(tl.multiple_of(address.to(tl.pointer_type(tl.uint64)), 16) + quad)
-        else:
-            p = address.to(tl.pointer_type(tl.uint16)) + quad * 4
-            e = quad * 4
-            v = tl.load(p, mask=(e >= begin) & (e < end), other=0).to(tl.uint64)
-            v |= tl.load(p + 1, mask=(e + 1 >= begin) & (e + 1 < end), other=0).to(tl.uint64) << 16
-            v |= tl.load(p + 2, mask=(e + 2 >= begin) & (e + 2 < end), other=0).to(tl.uint64) << 32
-            v |= tl.load(p + 3, mask=(e + 3 >= begin) & (e + 3 < end), other=0).to(tl.uint64) << 48
-        low, high = v.to(tl.uint32), (v >> 32).to(tl.uint32)
-        a0, a1 = _from16(low & 0xFFFF, DTYPE), _from16(low >> 16, DTYPE)
-        a2, a3 = _from16(high & 0xFFFF, DTYPE), _from16(high >> 16, DTYPE)
+        p = address.to(tl.pointer_type(tl.float16))
+    if WHOLE:
+        p = tl.multiple_of(p, 16)
+    return p + element
+
+
+@triton.jit
+def _load4(address, element, begin, end, WHOLE: tl.constexpr, DTYPE: tl.constexpr):
+    """The elements behind `address`, 0 outside [begin, end), as four float32 tensors: number 0, 1, 2, 3 mod 4."""
+    p = _pointers(address, element, WHOLE, DTYPE)
+    if WHOLE:
+        x = tl.load(p)
+    else:
+        x = tl.load(p, mask=(element >= begin) & (element < end), other=0.0)
+    even, odd = tl.split(tl.reshape(x.to(tl.float32), (element.shape[0] // 4, 2, 2)))
+    a0, a2 = tl.split(even)
+    a1, a3 = tl.split(odd)
     return a0, a1, a2, a3
 
 
 @triton.jit
-def _store4(address, quad, begin, end, whole, a, DTYPE: tl.constexpr):
+def _store4(address, element, begin, end, WHOLE: tl.constexpr, a, DTYPE: tl.constexpr):
     """Rounds four float32 tensors to the dtype and stores them where _load4 would read them."""
-    if DTYPE == FLOAT32:
-        place = quad[:, None] * 4 + tl.arange(0, 4)[None, :]
-        x = tl.reshape(tl.join(tl.join(a[0], a[2]), tl.join(a[1], a[3])), (quad.shape[0], 4))
-        if whole:
-            tl.store(tl.multiple_of(address.to(tl.pointer_type(tl.float32)), 16) + place, x)
-        else:
-            tl.store(address.to(tl.pointer_type(tl.float32)) + place, x, mask=(place >= begin) & (place < end))
+    p = _pointers(address, element, WHOLE, DTYPE)
+    x = tl.reshape(tl.join(tl.join(a[0], a[2]), tl.join(a[1], a[3])), (element.shape[0],))
+    if DTYPE == BFLOAT16 and INTERPRETED:
+        # the interpreter's own conversion (3.9) rounds a half away from zero and loses the carry
+        bits = as_bits(x)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        rounded = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, rounded)
+        y = rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
     else:
-        h0, h1, h2, h3 = _to16(a[0], DTYPE), _to16(a[1], DTYPE), _to16(a[2], DTYPE), _to16(a[3], DTYPE)
-        if whole:
-            low = h0.to(tl.uint32) | (h1.to(tl.uint32) << 16)
-            high = h2.to(tl.uint32) | (h3.to(tl.uint32) << 16)
-            v = low.to(tl.uint64) | (high.to(tl.uint64) << 32)
-            tl.store(tl.multiple_of(address.to(tl.pointer_type(tl.uint64)), 16) + quad, v)
-        else:
-            p = address.to(tl.pointer_type(tl.uint16)) + quad * 4
-            e = quad * 4
-            tl.store(p, h0, mask=(e >= begin) & (e < end))
-            tl.store(p + 1, h1, mask=(e + 1 >= begin) & (e + 1 < end))
-            tl.store(p + 2, h2, mask=(e + 2 >= begin) & (e + 2 < end))
-            tl.store(p + 3, h3, mask=(e + 3 >= begin) & (e + 3 < end))
+        y = x.to(p.dtype.element_ty)
+    if WHOLE:
+        tl.store(p, y)
+    else:
+        tl.store(p, y, mask=(element >= begin) & (element < end))
 
 
 @triton.jit
@@ -134,6 +103,53 @@ def _rademacher4(a, coeff, word):
 
 
 @triton.jit
+def _tile(
+    dst, src, start, tensor, begin, end, seeds, coeffs, members,
+    WHOLE: tl.constexpr, KIND: tl.constexpr, DTYPE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """One tile. WHOLE: every element is there and both addresses are multiples of 16."""
+    if KIND == GAUSSIAN:
+        element = tl.arange(0, TILE)
+        a = _load4(src, element, begin, end, WHOLE, DTYPE)
+        block = start >> 2
+        low = _bound_to(tl.arange(0, TILE // 4), a[0]) + block.to(tl.uint32)  # tiles are aligned: no carry within one
+        high = tl.zeros_like(low) + (block >> 32).to(tl.uint32)
+        tensor_id = tl.zeros_like(low) + tensor
+        for j in range(members):
+            seed, coeff = tl.load(seeds + j), tl.load(coeffs + j)
+            k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+            a = _gaussian4(a, coeff, k0, k1, low, high, tensor_id)
+        _store4(dst, element, begin, end, WHOLE, a, DTYPE)
+    else:
+        # A thread holds the same quad of each of the block's four words: all of its signs come from one Philox call.
+        i = tl.arange(0, TILE // 4)
+        element = (i // 32) * 128 + i % 32
+        a = _load4(src, element, begin, end, WHOLE, DTYPE)
+        b = _load4(src, element + 32, begin, end, WHOLE, DTYPE)
+        c = _load4(src, element + 64, begin, end, WHOLE, DTYPE)
+        d = _load4(src, element + 96, begin, end, WHOLE, DTYPE)
+        bound = _bound_to(tl.arange(0, TILE // 16), a[0])
+        block = start >> 7
+        low = bound // 8 + block.to(tl.uint32)
+        high = tl.zeros_like(low) + (block >> 32).to(tl.uint32)
+        tensor_id = tl.zeros_like(low) + tensor
+        domain = tl.zeros_like(low) + RADEMACHER
+        shift = bound % 8 * 4
+        for j in range(members):
+            seed, coeff = tl.load(seeds + j), tl.load(coeffs + j)
+            k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+            x0, x1, x2, x3 = philox(k0, k1, low, high, tensor_id, domain)
+            a = _rademacher4(a, coeff, x0 >> shift)
+            b = _rademacher4(b, coeff, x1 >> shift)
+            c = _rademacher4(c, coeff, x2 >> shift)
+            d = _rademacher4(d, coeff, x3 >> shift)
+        _store4(dst, element, begin, end, WHOLE, a, DTYPE)
+        _store4(dst, element + 32, begin, end, WHOLE, b, DTYPE)
+        _store4(dst, element + 64, begin, end, WHOLE, c, DTYPE)
+        _store4(dst, element + 96, begin, end, WHOLE, d, DTYPE)
+
+
+@triton.jit
 def add_noise_kernel(
     tiles,  # int64 [tiles, 4]: dst, src, number of the tile's first element, pack_span(...)
     seeds,  # int64 [members]: the bits of the 64-bit seeds
@@ -150,43 +166,8 @@ def add_noise_kernel(
     low_span = span.to(tl.int32)
     begin, end, whole = low_span & 0x1FFF, (low_span >> 13) & 0x1FFF, (low_span >> 26) != 0
     tensor = (span >> 32).to(tl.uint32)
-
-    if KIND == GAUSSIAN:
-        quad = tl.arange(0, TILE // 4)
-        a = _load4(src, quad, begin, end, whole, DTYPE)
-        block = start >> 2
-        low = _bound_to(quad, a[0]) + block.to(tl.uint32)  # tiles are aligned: no carry within one
-        high = tl.zeros_like(low) + (block >> 32).to(tl.uint32)
-        tensor_id = tl.zeros_like(low) + tensor
-        for j in range(members):
-            seed, coeff = tl.load(seeds + j), tl.load(coeffs + j)
-            k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
-            a = _gaussian4(a, coeff, k0, k1, low, high, tensor_id)
-        _store4(dst, quad, begin, end, whole, a, DTYPE)
+    # Two copies of the code: values that could come from either of two loads cost 40 moves and address selections.
+    if whole:
+        _tile(dst, src, start, tensor, begin, end, seeds, coeffs, members, True, KIND, DTYPE, TILE)
     else:
-        # A thread holds the same quad of each of the block's four words: all of its signs come from one Philox call.
-        i = tl.arange(0, TILE // 16)
-        quad = (i // 8) * 32 + i % 8
-        a = _load4(src, quad, begin, end, whole, DTYPE)
-        b = _load4(src, quad + 8, begin, end, whole, DTYPE)
-        c = _load4(src, quad + 16, begin, end, whole, DTYPE)
-        d = _load4(src, quad + 24, begin, end, whole, DTYPE)
-        bound = _bound_to(i, a[0])
-        block = start >> 7
-        low = bound // 8 + block.to(tl.uint32)
-        high = tl.zeros_like(low) + (block >> 32).to(tl.uint32)
-        tensor_id = tl.zeros_like(low) + tensor
-        domain = tl.zeros_like(low) + RADEMACHER
-        shift = bound % 8 * 4
-        for j in range(members):
-            seed, coeff = tl.load(seeds + j), tl.load(coeffs + j)
-            k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
-            x0, x1, x2, x3 = philox(k0, k1, low, high, tensor_id, domain)
-            a = _rademacher4(a, coeff, x0 >> shift)
-            b = _rademacher4(b, coeff, x1 >> shift)
-            c = _rademacher4(c, coeff, x2 >> shift)
-            d = _rademacher4(d, coeff, x3 >> shift)
-        _store4(dst, quad, begin, end, whole, a, DTYPE)
-        _store4(dst, quad + 8, begin, end, whole, b, DTYPE)
-        _store4(dst, quad + 16, begin, end, whole, c, DTYPE)
-        _store4(dst, quad + 24, begin, end, whole, d, DTYPE)
+        _tile(dst, src, start, tensor, begin, end, seeds, coeffs, members, False, KIND, DTYPE, TILE)

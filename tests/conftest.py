@@ -1,8 +1,13 @@
 """What every test runs under: repeatable examples, poisoned memory, the thread count as it was."""
 
+import os
+
 import hypothesis
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # read when Triton is first imported: kernels are then interpreted
+    os.environ["TRITON_INTERPRET"] = "1"
 
 hypothesis.settings.register_profile(
     "esfast",

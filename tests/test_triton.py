@@ -1,0 +1,206 @@
+"""The Triton kernels under the interpreter, to the bit against the C++ backend; what they compile to is in test_sass.py.
+
+Triton 3.9's interpreter has an exact fma. That of 3.6 computes fma(a, b, c) as a * b + c with two roundings, so there
+only rademacher noise can be compared.
+"""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import esfast
+from esfast.ops import check_members
+
+triton = pytest.importorskip("triton", reason="Triton is not installed: its kernels can't be interpreted")
+from esfast import triton_backend  # noqa: E402
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="a GPU is here: kernels are compiled, not interpreted"
+)
+EXACT_FMA = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+KERNELS = Path(triton_backend.add_noise_kernel.fn.__code__.co_filename).parent
+GAUSSIAN = pytest.param(
+    "gaussian",
+    marks=pytest.mark.skipif(
+        not EXACT_FMA, reason=f"the fma of Triton {triton.__version__}'s interpreter rounds twice"
+    ),
+)
+
+
+def entries(dtype):
+    """Whole tiles and tails, odd starts, a slice of columns, one beyond 2^32 blocks, a scalar, rows of one element."""
+    generator = torch.Generator().manual_seed(1)
+    matrix = torch.randn(8, 700, generator=generator).to(dtype)
+    flat = torch.randn(2600, generator=generator).to(dtype)
+    return [
+        ("plain", torch.randn(3, 400, generator=generator).to(dtype)),
+        ("odd start", flat[7:1036]),
+        ("slice", matrix[2:5, 30:643], esfast.Slice((1000, 5000), (3, 700))),
+        ("far", flat[1040:1700], esfast.Slice((2**40,), (2**34 - 100,))),
+        ("scalar", torch.tensor(3.0).to(dtype)),
+        ("column", matrix[:4, 690:691]),
+        ("transposed", torch.randn(5, 3, generator=generator).to(dtype).t()),
+    ]
+
+
+def both(dtype, kind, seeds, coeffs, inplace=False, tile=512):
+    source = esfast.Plan(entries(dtype))
+    ours, theirs = source.clone(), source.clone()
+    triton_backend.run(ours, *check_members(seeds, coeffs), None if inplace else source, kind, tile)
+    esfast.add_noise_(theirs, seeds, coeffs, base=None if inplace else source, noise=kind, backend="cpu")
+    return ours, theirs
+
+
+@pytest.mark.parametrize("kind", [GAUSSIAN, "rademacher"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("inplace", [False, True])
+def test_equals_the_cpu_backend(dtype, kind, inplace, same_bits):
+    ours, theirs = both(dtype, kind, [2**64 - 1, 5], [0.01, -0.3], inplace)
+    for name, a, b in zip(ours.names, ours.tensors, theirs.tensors, strict=True):
+        assert same_bits([a], [b]), name
+
+
+@pytest.mark.parametrize("kind", [GAUSSIAN, "rademacher"])
+@pytest.mark.parametrize("members", [1, 3, 64])
+def test_member_counts(kind, members, same_bits):
+    plan = esfast.Plan([("w", torch.linspace(-1, 1, 600).bfloat16())])
+    ours, theirs = plan.clone(), plan.clone()
+    seeds, coeffs = list(range(members)), [0.01 * (-1) ** j / (j + 1) for j in range(members)]
+    triton_backend.run(ours, *check_members(seeds, coeffs), plan, kind, 512)
+    esfast.add_noise_(theirs, seeds, coeffs, base=plan, noise=kind, backend="cpu")
+    assert same_bits(ours.tensors, theirs.tensors)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rounding_of_extreme_weights(dtype, same_bits):
+    """Ties, subnormals, infinities and the overflow of float16; with noise of one bit so that sums are known."""
+    bits = torch.arange(-32768, 32768, 7).to(torch.int16)
+    values = bits.view(dtype) if dtype.itemsize == 2 else (bits.to(torch.int32) << 16 | 0x7FFF).view(torch.float32)
+    values = values[~values.isnan()]
+    for coeff in (1e-3, 2.0**-133, 3.0):
+        plan = esfast.Plan([("w", values.clone())])
+        ours, theirs = plan.clone(), plan.clone()
+        triton_backend.run(ours, *check_members([9], [coeff]), plan, "rademacher", 4096)
+        esfast.add_noise_(theirs, [9], [coeff], base=plan, noise="rademacher", backend="cpu")
+        assert same_bits(ours.tensors, theirs.tensors)
+
+
+def test_public_call_mixed_dtypes_and_copy(same_bits):
+    plan = esfast.Plan([(str(d), torch.randn(300).to(d)) for d in DTYPES])
+    base, wanted = plan.clone(), plan.clone()
+    esfast.add_noise_(plan, [3], [0.5], base=base, noise="rademacher", backend="triton")
+    esfast.add_noise_(wanted, [3], [0.5], base=base, noise="rademacher", backend="cpu")
+    assert same_bits(plan.tensors, wanted.tensors)
+    esfast.add_noise_(plan, [], [], base=base, backend="triton")
+    assert same_bits(plan.tensors, base.tensors)
+
+
+def test_members_as_tensors(same_bits):
+    plan = esfast.Plan([("w", torch.randn(300))])
+    wanted = plan.clone()
+    esfast.add_noise_(wanted, [2**64 - 2, 4], [0.5, 0.25], noise="rademacher", backend="cpu")
+    seeds, coeffs = torch.tensor([-2, 4]), torch.tensor([0.5, 0.25])
+    before = plan.tensors[0].clone()
+    for bad in ((seeds.int(), coeffs), (seeds, coeffs.double()), (seeds, coeffs[:1]), (seeds, [0.5, 0.25])):
+        with pytest.raises(TypeError, match="with a tensor of seeds, expected a contiguous torch"):
+            esfast.add_noise_(plan, *bad, noise="rademacher", backend="triton")
+    assert same_bits(plan.tensors, [before])
+    esfast.add_noise_(plan, seeds, coeffs, noise="rademacher", backend="triton")
+    assert same_bits(plan.tensors, wanted.tensors)
+
+
+def test_tables_follow_the_base(same_bits):
+    plan = esfast.Plan([("w", torch.randn(200))])
+    for _ in range(2):
+        base = esfast.Plan([("w", torch.randn(200))])
+        esfast.add_noise_(plan, [1], [1.0], base=base, noise="rademacher", backend="triton")
+        wanted = base.clone()
+        esfast.add_noise_(wanted, [1], [1.0], noise="rademacher", backend="cpu")
+        assert same_bits(plan.tensors, wanted.tensors)
+
+
+# ---- the tests would notice: any constant, any order ----------------------------------------------------------------
+
+SOURCE = (KERNELS / "noise.py").read_text()
+BODY = SOURCE[SOURCE.index("@triton.jit") :]
+GAUSSIAN_BODY = BODY[: BODY.index("def add_signed")]  # what rademacher adds is held by the tests above
+NUMBERS = list(re.finditer(r"0x[0-9A-F]+|-?\d+\.\d+", GAUSSIAN_BODY))
+SWAPS = [
+    ("x0 = (p1 >> 32)", "x0 = (p0 >> 32)"), ("^ x1 ^ k0", "^ x3 ^ k0"), ("static_range(7)", "static_range(6)"),
+    ("e * _LN)", "e * (_LN * 1.0000001))"), ("w = tl.fma(tl.fma(-f, f, f), q, e * _LN)", "w = (f - f * f) * q + e * _LN"),
+    ("return tl.fma(s * d, tl.fma(0.37602824, d, 0.501085818), s)", "return s * d * tl.fma(0.37602824, d, 0.501085818) + s"),
+    ("(r * h) * s", "r * (h * s)"), ("d = tl.fma(-s, y, 1.0)", "d = 1.0 - s * y"), ("(a | 1)", "a"),
+]  # fmt: skip
+
+
+def mutated(tmp_path, text):
+    """The kernels with another noise.py, as a package of its own."""
+    folder = tmp_path / "mutant"
+    folder.mkdir()
+    for file in KERNELS.glob("*.py"):
+        (folder / file.name).write_text(file.read_text())
+    (folder / "noise.py").write_text(SOURCE[: SOURCE.index("@triton.jit")] + text)
+    name = f"mutant{abs(hash(text))}"
+    spec = importlib.util.spec_from_file_location(
+        name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    return importlib.import_module(f"{name}.add_noise").add_noise_kernel
+
+
+def numbers_of(kernel, kind):
+    count = 2**16
+    plan = esfast.Plan([("w", torch.zeros(count))])
+    tiles = torch.from_numpy(triton_backend.tile_table(plan.table(), count))
+    # a tile of 2^16 elements does not fit the 13 bits of a span, but a whole one is not asked for its ends
+    tiles[0, 3] = plan.table()[0, 8] << 32 | 1 << 26
+    kernel[(1,)](tiles, torch.tensor([77]), torch.ones(1), 1, KIND=kind, DTYPE=0, TILE=count)
+    return plan.tensors[0]
+
+
+@pytest.fixture(scope="module")
+def unmutated():
+    plan = esfast.Plan([("w", torch.zeros(2**16))])
+    esfast.add_noise_(plan, [77], [1.0], backend="cpu")
+    return plan.tensors[0]
+
+
+@pytest.mark.skipif(not EXACT_FMA, reason="gaussian noise needs the exact fma of Triton 3.9's interpreter")
+class TestMutants:
+    def test_original_is_equal(self, tmp_path, unmutated):
+        assert torch.equal(numbers_of(mutated(tmp_path, BODY), 0), unmutated)
+
+    @pytest.mark.parametrize("place", range(len(NUMBERS)), ids=lambda i: f"{i}:{NUMBERS[i][0]}")
+    def test_another_constant_is_noticed(self, place, tmp_path, unmutated):
+        m = NUMBERS[place]
+        if m[0].startswith("0x"):
+            other = hex(int(m[0], 16) ^ (1 << 16))
+        else:
+            other = repr(float(np.nextafter(np.float32(m[0]), np.float32(9))))
+        text = BODY[: m.start()] + other + BODY[m.end() :]
+        assert not torch.equal(numbers_of(mutated(tmp_path, text), 0), unmutated)
+
+    @pytest.mark.parametrize("swap", range(len(SWAPS)))
+    def test_another_order_is_noticed(self, swap, tmp_path, unmutated):
+        old, new = SWAPS[swap]
+        assert BODY.count(old) == 1, old
+        assert not torch.equal(numbers_of(mutated(tmp_path, BODY.replace(old, new)), 0), unmutated)
+
+
+def test_without_a_gpu_the_error_says_what_is_missing():
+    code = (
+        "import torch, esfast\nplan = esfast.Plan([('w', torch.zeros(3))])\n"
+        "try: esfast.add_noise_(plan, [1], [1.0], backend='triton')\nexcept RuntimeError as error: print(error)"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert "backend 'triton' can't run: it needs tensors on a GPU, and these are on cpu" in done.stdout
