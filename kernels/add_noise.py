@@ -11,12 +11,13 @@ import os
 import triton
 import triton.language as tl
 
-from .noise import GAUSSIAN, RADEMACHER, add_signed, as_bits, gaussian_pair, philox
+from .noise import GAUSSIAN, RADEMACHER, add_signed, as_bits, as_float, gaussian_pair, philox
 
 # 32 weights a thread: fewer leave key schedules and addresses unamortised, more spill.
 TILE = 4096
 NUM_WARPS = 4
-OPTIONS = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
+# Left alone, ptxas takes 128 registers and spills 8 bytes, or up to 164; from 129 to 168 three blocks fit an SM.
+OPTIONS = {"num_warps": NUM_WARPS, "maxnreg": 144, "enable_fp_fusion": False}
 
 INTERPRETED: tl.constexpr = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 FLOAT32: tl.constexpr = tl.constexpr(0)  # dtypes, as in csrc/dtypes.h
@@ -49,6 +50,8 @@ def _load4(address, element, begin, end, WHOLE: tl.constexpr, DTYPE: tl.constexp
         x = tl.load(p)
     else:
         x = tl.load(p, mask=(element >= begin) & (element < end), other=0.0)
+    if DTYPE == BFLOAT16:  # by bits, as the interpreter's conversion (3.9) is wrong for subnormals
+        x = as_float(x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16)
     even, odd = tl.split(tl.reshape(x.to(tl.float32), (element.shape[0] // 4, 2, 2)))
     a0, a2 = tl.split(even)
     a1, a3 = tl.split(odd)

@@ -160,17 +160,21 @@ def test_dtype_changes_the_rounding_only():
 
 def test_an_explicit_backend_that_can_not_run_raises(monkeypatch, same_bits):
     monkeypatch.setattr(ops, "_cpu_missing", lambda: "its C++ extension is not built")
+    ops._why_not.cache_clear()
     plan = plan_of(w=torch.ones(3))
     with pytest.raises(RuntimeError, match="backend 'cpu' can't run: its C\\+\\+ extension is not built"):
         add_noise_(plan, [1], [1.0], backend="cpu")
     assert plan.tensors[0].tolist() == [1, 1, 1]
-    ops.auto_backend.cache_clear()
+    for cache in (ops._why_not, ops.auto_backend):
+        cache.cache_clear()
+    monkeypatch.setattr(ops, "_triton_missing", lambda device: "Triton is not installed")
     try:
         with pytest.warns(RuntimeWarning, match="slow reference.*not built"):
             add_noise_(plan, [1], [1.0])
         assert ops.backend_report()["cpu"] == "its C++ extension is not built"
     finally:
-        ops.auto_backend.cache_clear()
+        for cache in (ops._why_not, ops.auto_backend):
+            cache.cache_clear()
     assert same_bits(plan.tensors[0], 1 + esfast.noise(1, "w", 3))
 
 
