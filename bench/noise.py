@@ -17,10 +17,12 @@ from statistics import median
 import torch
 
 from ..noise import KINDS
-from ..ops import add_noise_
+from ..ops import add_noise_, auto_backend
 from ..plan import Plan
-from . import count, memory, today
+from . import BenchmarkError, count, memory, today
 from .workload import SIGMA, make_plan, population, verify, verify_ends
+
+Table = tuple[list[str], list[list[str]]]
 
 LABELS = {
     "perturb_base": "perturb from a base",  # one pass, dst = round(base + sigma noise); today's: one pass in place
@@ -31,8 +33,8 @@ LABELS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", choices=["cpu"], default="cpu", help="where the weights are (default: cpu)")
-    parser.add_argument("--backend", default="cpu", help="backend that is measured (default: cpu)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where the weights are (default: cpu)")
+    parser.add_argument("--backend", default="auto", help="backend that is measured (default: what auto takes there)")
     parser.add_argument("--numel", type=count, default=50_000_000, help="weights in all, about (default: 5e7)")
     parser.add_argument("--tensors", type=count, default=30, help="tensors they are in (default: 30)")
     parser.add_argument("--members", type=count, default=30, help="members of the update (default: 30)")
@@ -48,16 +50,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict:
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise BenchmarkError("--device cuda: PyTorch finds no CUDA device here")
+    if args.backend == "auto":
+        args.backend = auto_backend(torch.device(args.device))
     with threads(args.threads):
         for dtype in args.dtypes:
             for kind in args.noise:
                 note(f"checking to the bit: {dtype}, {kind}")
-                verify(args.backend, getattr(torch, dtype), kind, args.members)
+                verify(args.backend, getattr(torch, dtype), kind, args.members, args.device)
         rows = [row for dtype in args.dtypes for row in _rows_of_dtype(args, dtype)]
     return {"rows": rows}
 
 
-def table(result: dict) -> tuple[list[str], list[list[str]]]:
+def table(result: dict) -> Table:
     headers = ["operation", "noise", "dtype", "esfast, ms", "today, ms", "times as fast", "of copy's speed",
                "GB/s", "10^6 weights/s"]  # fmt: skip
     lines = []
@@ -77,6 +83,13 @@ def table(result: dict) -> tuple[list[str], list[list[str]]]:
     return headers, lines
 
 
+def summary(result: dict) -> Table:
+    """The rows of a first look: bfloat16 weights, from a base."""
+    kept = ("perturb_base", "perturb_restore_base", "update", "memory")
+    headers, lines = table({"rows": [r for r in result["rows"] if r["dtype"] == "bfloat16" and r["op"] in kept]})
+    return [*headers[:2], *headers[3:6]], [[*line[:2], *line[3:6]] for line in lines]
+
+
 def _ms(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
@@ -94,16 +107,16 @@ class Case:
 
 
 def _rows_of_dtype(args: argparse.Namespace, dtype: str) -> Iterator[dict]:
-    plan = make_plan(args.numel, args.tensors, getattr(torch, dtype))
+    plan = make_plan(args.numel, args.tensors, getattr(torch, dtype), args.device)
     base = plan.clone()
     for kind in args.noise:
         for case in _cases(plan, base, kind, args):
             note(f"{dtype}, {kind}: {LABELS[case.op]}")
             verify_ends(plan, base, 12345, kind, args.backend)
             yield {
-                "op": case.op, "noise": kind, "dtype": dtype, "backend": args.backend, "threads": args.threads,
-                "numel": plan.numel, "tensors": len(plan), "members": case.members, "draws": case.draws,
-                "passes": case.passes, **_time(case, plan, base, args),
+                "op": case.op, "noise": kind, "dtype": dtype, "backend": args.backend, "device": args.device,
+                "threads": args.threads, "numel": plan.numel, "tensors": len(plan), "members": case.members,
+                "draws": case.draws, "passes": case.passes, **_time(case, plan, base, args),
             }  # fmt: skip
     note(f"{dtype}: memory")
     yield _memory_row(args, dtype)
@@ -164,7 +177,7 @@ def _time(case: Case, plan: Plan, base: Plan, args: argparse.Namespace) -> dict:
 
 def _memory_row(args: argparse.Namespace, dtype: str) -> dict:
     sizes = args.numel, args.tensors, args.members, args.threads
-    found = memory.measure(*sizes, dtype, args.backend, args.noise)
+    found = memory.measure(*sizes, dtype, args.backend, args.noise) if args.device == "cpu" else None
     row = {
         "op": "memory", "noise": " or ".join(args.noise), "dtype": dtype, "backend": args.backend,
         "threads": args.threads, "numel": args.numel, "tensors": args.tensors, "members": args.members,
@@ -177,9 +190,16 @@ def _memory_row(args: argparse.Namespace, dtype: str) -> dict:
 
 
 def milliseconds(work: Callable[[], None]) -> float:
+    synchronize()
     began = time.perf_counter()
     work()
+    synchronize()
     return 1e3 * (time.perf_counter() - began)
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 @contextmanager

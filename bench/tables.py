@@ -21,6 +21,8 @@ from .provenance import caption
 Table = tuple[list[str], list[list[str]]]
 TABLES: dict[str, tuple[str, Callable[[dict], Table]]] = {
     "noise-cpu": ("noise_cpu.json", noise.table),
+    "noise-cpu-summary": ("noise_cpu.json", noise.summary),
+    "noise-gpu": ("noise_gpu.json", noise.table),
     "statistics": ("statistics.json", lambda result: statistics.table(statistics.summary(result))),
     "sass": ("sass.json", sass.table),
     "countdown": ("countdown.json", countdown.table),

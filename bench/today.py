@@ -14,16 +14,16 @@ import torch
 
 def perturb_(tensors: Iterable[torch.Tensor], seed: int, sigma: float, kind: str) -> None:
     """weights += sigma * noise(seed), in place; with -sigma it is the usual restore, which rounding leaves inexact."""
-    generator = torch.Generator()
     for p in tensors:
+        generator = torch.Generator(p.device)
         p.add_(_draw(p, generator.manual_seed(seed), kind).mul_(sigma))
 
 
 def update_(tensors: Iterable[torch.Tensor], seeds: Sequence[int], coeffs: Sequence[float], kind: str) -> None:
     """weights += sum_j coeffs[j] * noise(seeds[j]), in place."""
-    generator = torch.Generator()
     for p in tensors:
-        total = torch.zeros(p.shape, dtype=torch.float32)
+        generator = torch.Generator(p.device)
+        total = torch.zeros(p.shape, dtype=torch.float32, device=p.device)
         for seed, coeff in zip(seeds, coeffs, strict=True):
             total.add_(_draw(p, generator.manual_seed(seed), kind), alpha=coeff)
         p.add_(total.to(p.dtype))
@@ -31,6 +31,6 @@ def update_(tensors: Iterable[torch.Tensor], seeds: Sequence[int], coeffs: Seque
 
 def _draw(p: torch.Tensor, generator: torch.Generator, kind: str) -> torch.Tensor:
     if kind == "gaussian":
-        return torch.randn(p.shape, dtype=p.dtype, generator=generator)
+        return torch.randn(p.shape, dtype=p.dtype, device=p.device, generator=generator)
     # three times as fast on a CPU as torch.empty_like(p).bernoulli_()
-    return torch.randint(0, 2, p.shape, dtype=p.dtype, generator=generator).mul_(2).sub_(1)
+    return torch.randint(0, 2, p.shape, dtype=p.dtype, device=p.device, generator=generator).mul_(2).sub_(1)

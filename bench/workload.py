@@ -32,13 +32,13 @@ def model_shapes(numel: int, tensors: int) -> dict[str, tuple[int, ...]]:
     return {"model.embed_tokens.weight": (max(1, round(rest / width)), width), **shapes}
 
 
-def make_plan(numel: int, tensors: int, dtype: torch.dtype) -> Plan:
-    shapes = model_shapes(numel, tensors)
-    generator = torch.Generator().manual_seed(0)
-    return Plan([(n, torch.empty(s, dtype=dtype).normal_(0, 0.02, generator=generator)) for n, s in shapes.items()])
+def make_plan(numel: int, tensors: int, dtype: torch.dtype, device: str = "cpu") -> Plan:
+    generator = torch.Generator(device).manual_seed(0)
+    return Plan([(n, torch.empty(s, dtype=dtype, device=device).normal_(0, 0.02, generator=generator))
+                 for n, s in model_shapes(numel, tensors).items()])  # fmt: skip
 
 
-def odd_plan(dtype: torch.dtype) -> Plan:
+def odd_plan(dtype: torch.dtype, device: str = "cpu") -> Plan:
     """Sizes that no tile or vector divides, and a slice out of a larger matrix."""
     generator = torch.Generator().manual_seed(1)
     slices = {
@@ -48,11 +48,11 @@ def odd_plan(dtype: torch.dtype) -> Plan:
         "cube": ((3, 5, 131), Slice((3, 5, 131), (0, 0, 0))),
         "shard": ((33, 65), Slice((90001, 100003), (89900, 77777))),  # its element numbers exceed 2^32
     }
-    return Plan([(n, torch.empty(s, dtype=dtype).normal_(0, 0.02, generator=generator), w)
+    return Plan([(n, torch.empty(s, dtype=dtype).normal_(0, 0.02, generator=generator).to(device), w)
                  for n, (s, w) in slices.items()])  # fmt: skip
 
 
-def verify(backend: str, dtype: torch.dtype, kind: str, members: int) -> None:
+def verify(backend: str, dtype: torch.dtype, kind: str, members: int, device: str = "cpu") -> None:
     """Holds the backend to the reference on odd sizes: from a base and in place, one member and many.
 
     Raises BenchmarkError at the first weight that differs in a bit.
@@ -62,7 +62,7 @@ def verify(backend: str, dtype: torch.dtype, kind: str, members: int) -> None:
         for from_base in (True, False):
             results = []
             for each in (backend, "reference"):
-                plan = odd_plan(dtype)
+                plan = odd_plan(dtype, device)
                 base = plan.clone() if from_base else None
                 if base is not None:
                     for p in plan.tensors:

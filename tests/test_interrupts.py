@@ -11,6 +11,14 @@ from esfast import ES, Plan, journal, ops
 from esfast.interrupts import held
 
 
+@pytest.fixture(autouse=True)
+def python_handles_sigint():
+    """A shell starts what runs in its background with SIGINT ignored, and Python leaves that so."""
+    old = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, old)
+
+
 @pytest.fixture
 def interrupted_call(monkeypatch):
     """The n-th call of the backend presses Ctrl-C, as a signal that arrives while the C++ code runs."""
