@@ -60,7 +60,7 @@ def _parser(full: bool) -> argparse.ArgumentParser:
     _add_model_arguments(evaluate)
     evaluate.add_argument("--samples", type=int, default=500, help="held-out problems (default: 500)")
     evaluate.add_argument("--max-completion-length", type=int, help="longest response, in tokens (default: the task's)")
-    evaluate.add_argument("--batch-size", type=int, help="most prompts generated at once (default: all)")
+    evaluate.add_argument("--batch-size", type=int, help="most prompts generated at once (default: 64)")
     evaluate.add_argument("--json", action="store_true", help="print the result as JSON")
     evaluate.set_defaults(run=_evaluate)
 
@@ -149,6 +149,8 @@ def _summary(trainer, pretraining: float) -> str:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
     from .rollout import TransformersEngine
 
     if args.samples < 1:
@@ -157,7 +159,10 @@ def _evaluate(args: argparse.Namespace) -> None:
     rows = task.eval_rows(args.samples)
     model, tokenizer = _load(args)
     engine = TransformersEngine(model, tokenizer, args.max_completion_length or task.max_new_tokens, args.batch_size)
-    completions = engine.generate([row["prompt"] for row in rows])
+    prompts, chunk = [row["prompt"] for row in rows], args.batch_size or 64
+    completions = []
+    for start in tqdm(range(0, len(prompts), chunk), unit="batch", dynamic_ncols=True, leave=False):
+        completions += engine.generate(prompts[start : start + chunk])
     columns = {key: [row[key] for row in rows] for key in rows[0]} | {"completions": completions}
     columns["prompts"] = columns.pop("prompt")
     correct = sum(task.accuracy(**columns))

@@ -149,9 +149,9 @@ class ESTrainer:
         c = self.args
         self.folder.write_text("config.yaml", yaml.safe_dump(dataclasses.asdict(c), sort_keys=False))
         self.clock = Clock(self.es.plan.device)
+        bar = tqdm(total=c.generations, unit="gen", disable=not c.progress, dynamic_ncols=True, smoothing=0.1)
         before = after = self._evaluate()
         self.folder.append_metrics({"generation": 0, **before})
-        bar = tqdm(total=c.generations, unit="gen", disable=not c.progress, dynamic_ncols=True, smoothing=0.1)
         try:
             while self.es.generation < c.generations:
                 row = self._generation()

@@ -25,8 +25,9 @@ BFLOAT16: tl.constexpr = tl.constexpr(1)
 
 
 def pack_span(tensor_id, begin, end, whole):
-    """int64 of a tile: elements [begin, end) of it are there; `whole`: all are, and dst and src are multiples of 16."""
-    return tensor_id << 32 | whole << 26 | end << 13 | begin
+    """int64 of a tile of at most 2^15 elements: [begin, end) of it are there; `whole`: all are, and dst and src are
+    multiples of 16."""
+    return tensor_id << 32 | whole << 31 | end << 15 | begin
 
 
 @triton.jit
@@ -167,7 +168,7 @@ def add_noise_kernel(
     record = tiles + tl.program_id(0).to(tl.int64) * 4
     dst, src, start, span = tl.load(record), tl.load(record + 1), tl.load(record + 2), tl.load(record + 3)
     low_span = span.to(tl.int32)
-    begin, end, whole = low_span & 0x1FFF, (low_span >> 13) & 0x1FFF, (low_span >> 26) != 0
+    begin, end, whole = low_span & 0x7FFF, (low_span >> 15) & 0xFFFF, low_span < 0
     tensor = (span >> 32).to(tl.uint32)
     # Two copies of the code: values that could come from either of two loads cost 40 moves and address selections.
     if whole:
