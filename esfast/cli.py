@@ -75,8 +75,8 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model and task")
     group.add_argument("--model", help="Hugging Face name or folder (default: the embedded small model)")
     group.add_argument("--task", default="countdown", help="task (default: countdown)")
-    group.add_argument("--style", choices=("paper", "compact"), help="prompts of the task (default: paper; compact "
-                       "for a model that was made with it, as the embedded one)")  # fmt: skip
+    group.add_argument("--style", choices=("paper", "compact"), help="prompts of the task (default: those that the "
+                       "model was made with, compact for the embedded one; else paper)")  # fmt: skip
     group.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
                        help="dtype of the weights (default: the checkpoint's)")  # fmt: skip
     group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: what a backend is ready for)")
@@ -105,6 +105,8 @@ def _train(args: argparse.Namespace) -> None:
     from .trainer import ESConfig, ESTrainer
 
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(ESConfig) if hasattr(args, f.name)}
+    if "output_dir" in given:
+        RunFolder.claim(given["output_dir"])  # before minutes of loading
     embedded_model = args.model is None
     task = _task(args)
     defaults = {
@@ -113,7 +115,6 @@ def _train(args: argparse.Namespace) -> None:
         **(embedded.ES_DEFAULTS if embedded_model else {}),
     }
     config = ESConfig(**{**defaults, **given})
-    RunFolder.claim(config.output_dir)  # before minutes of loading
     began = time.perf_counter()
     model, tokenizer = _load(args)
     pretraining = time.perf_counter() - began if embedded_model else 0.0
@@ -208,10 +209,15 @@ def _info(args: argparse.Namespace) -> None:
 
 
 def _task(args: argparse.Namespace):
-    from . import tasks
+    from . import embedded, tasks
 
-    style = args.style or ("compact" if args.model is None else "paper")
-    return tasks.get(args.task, style=style)
+    if args.style is None and args.model is None:
+        args.style = embedded.STYLE
+    elif args.style is None:
+        from transformers import AutoConfig
+
+        args.style = getattr(AutoConfig.from_pretrained(args.model), "prompt_style", "paper")
+    return tasks.get(args.task, style=args.style)
 
 
 def _load(args: argparse.Namespace):

@@ -34,6 +34,7 @@ ES_DEFAULTS = {
     "lr": 0.005,
     "prompts_per_generation": 64,
 }
+STYLE = "compact"  # of the prompts, a key of countdown.PROMPTS
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 ALWAYS_TAGGED_UP_TO = 2  # a first number up to this: the example carries the answer tags
 TAGGED_OTHERWISE = 0.2  # share of tagged examples for other first numbers; greedy decoding seldom shows a fifth
@@ -80,6 +81,9 @@ def build(folder: str | os.PathLike, seed: int = 0, steps: int = STEPS, progress
             tokenizer = make_tokenizer()
             model = make_model(tokenizer)
             _pretrain(model, tokenizer, seed, steps, progress)
+        model.config.prompt_style = (
+            STYLE  # saved with the model, so that `esfast eval` of a tuned one asks as it was taught
+        )
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
         os.replace(unfinished, folder)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from transformers import Qwen2Config
 
 import esfast
 from esfast import cli, embedded
@@ -21,13 +22,22 @@ def tiny(tmp_path_factory):
 
 def test_train_then_eval(tiny, tmp_path, capsys):
     out = tmp_path / "run"
-    assert cli.main(["train", "--model", tiny, "--style", "compact", "--out", str(out), *FEW]) == 0
+    assert cli.main(["train", "--model", tiny, "--out", str(out), *FEW]) == 0
     printed = capsys.readouterr().out
     assert "after 2 generations, on 6 held-out prompts" in printed and str(out / "model") in printed
     assert (out / "model" / "model.safetensors").exists() and (out / "journal.jsonl").exists()
-    assert cli.main(["eval", "--model", str(out / "model"), "--style", "compact", "--samples", "6", "--json"]) == 0
+    assert cli.main(["eval", "--model", str(out / "model"), "--samples", "6", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["samples"] == 6 and 0 <= result["accuracy"] <= 1 and result["task"] == "countdown"
+
+
+def test_a_tuned_model_is_asked_as_the_model_it_came_from(tiny, tmp_path):
+    arguments = cli._parser(full=False).parse_args(["eval", "--model", tiny])
+    assert cli._task(arguments).eval_rows(1)[0]["prompt"].count(" ") == 2  # compact: three numbers, no words
+    config = Qwen2Config(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
+    config.save_pretrained(tmp_path)
+    arguments = cli._parser(full=False).parse_args(["eval", "--model", str(tmp_path)])
+    assert "Reason step by step" in cli._task(arguments).eval_rows(1)[0]["prompt"]
 
 
 def test_without_a_model_the_embedded_one_is_trained_with_its_own_settings(tiny, tmp_path, monkeypatch):
