@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import sys
-import tempfile
 from importlib import import_module
-from pathlib import Path
+
+from ..run_folder import write_whole
 
 BENCHMARKS = {
     "noise": "speed of add_noise_ against what ES code does today and a memory copy, after a check to the bit",
@@ -88,18 +87,3 @@ def text_table(headers: list[str], lines: list[list[str]]) -> str:
         "  ".join(p(cell, w) for p, cell, w in zip(pad, line, widths, strict=True)).rstrip()
         for line in (headers, rule, *lines)
     )
-
-
-def write_whole(path: str | os.PathLike, text: str) -> None:
-    """Writes the file whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with open(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)  # mkstemp's 0600 is not what a shared result wants
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

@@ -15,7 +15,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from . import countdown, noise, sass, statistics, write_whole
+from ..run_folder import write_whole
+from . import countdown, noise, sass, statistics
 from .provenance import caption
 
 Table = tuple[list[str], list[list[str]]]

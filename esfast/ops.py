@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 
-from .noise import check_kind, check_seed, fma, noise_at
+from .noise import DOMAINS, check_kind, check_seed, fma, noise_at
 from .plan import Plan
 
 ROUNDINGS = ("nearest",)
@@ -130,7 +130,7 @@ def _cpu(plan: Plan, seeds: np.ndarray, coeffs: np.ndarray, base: Plan | None, k
     from . import _cpu as extension
 
     extension.add_noise(
-        plan.table(base), seeds, coeffs, {"gaussian": 0, "rademacher": 1}[kind],
+        plan.table(base), seeds, coeffs, DOMAINS[kind],
         torch.get_num_threads(), extension.instruction_sets()[0],
     )  # fmt: skip
 

@@ -34,12 +34,6 @@ class RunFolder:
     def read_metrics(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
 
-    def write_text(self, name: str, text: str) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
-        temporary = self.path / f".{name}.tmp"
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, self.path / name)
-
     def save_model(self, model, tokenizer) -> None:
         """A Hugging Face folder that from_pretrained loads."""
         self.path.mkdir(parents=True, exist_ok=True)
@@ -78,3 +72,18 @@ class RunFolder:
         temporary = self.path / ".curves.tmp.png"
         figure.savefig(temporary, dpi=150)
         os.replace(temporary, self.path / "curves.png")
+
+
+def write_whole(path: str | os.PathLike, text: str) -> None:
+    """Writes the file whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with open(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)  # mkstemp's 0600 is not what a shared result wants
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

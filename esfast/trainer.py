@@ -24,7 +24,7 @@ from tqdm import tqdm
 from .es import ES, SHAPINGS
 from .noise import KINDS, check_int
 from .rollout import TransformersEngine
-from .run_folder import RunFolder
+from .run_folder import RunFolder, write_whole
 from .weights import MODES
 
 log = logging.getLogger(__name__)
@@ -54,7 +54,9 @@ class ESConfig:
     weights: str = _option("base", "base: exact, one extra copy; inplace: no copy, drifts", tuple(MODES))
     prompts_per_generation: int = _option(200, "prompts that every member of a generation answers")
     max_completion_length: int = _option(1024, "longest response, in tokens")
-    batch_size: int | None = _option(None, "most prompts generated at once (default: all; halved when out of memory)")
+    batch_size: int | None = _option(
+        None, "most prompts generated at once (default: what fits a quarter of the memory)"
+    )
     eval_every: int = _option(10, "generations between evaluations; 0: only before and after")
     eval_prompts: int = _option(500, "held-out prompts of an evaluation")
     progress: bool = _option(True, "show the progress bar")
@@ -147,7 +149,7 @@ class ESTrainer:
     def train(self) -> dict[str, Any]:
         """Runs all generations and saves; returns the summary. On Ctrl-C the last completed generation is saved."""
         c = self.args
-        self.folder.write_text("config.yaml", yaml.safe_dump(dataclasses.asdict(c), sort_keys=False))
+        write_whole(self.folder.path / "config.yaml", yaml.safe_dump(dataclasses.asdict(c), sort_keys=False))
         self.clock = Clock(self.es.plan.device)
         bar = tqdm(total=c.generations, unit="gen", disable=not c.progress, dynamic_ncols=True, smoothing=0.1)
         before = after = self._evaluate()
@@ -231,7 +233,7 @@ class ESTrainer:
             "generations": self.es.generation, "seed": self.args.seed, "eval_prompts": len(self.eval_dataset or ()),
             "before": before, "after": after, "seconds": seconds | {"total": round(sum(seconds.values()), 3)},
         }  # fmt: skip
-        self.folder.write_text("summary.json", json.dumps(self.summary, indent=2) + "\n")
+        write_whole(self.folder.path / "summary.json", json.dumps(self.summary, indent=2) + "\n")
 
 
 def _check_rows(what: str, rows, required: bool = True) -> None:
