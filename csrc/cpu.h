@@ -5,15 +5,24 @@
 namespace esfast {
 
 // One matrix of weights: rows of `cols` contiguous elements. Element (r, c) lies at dst + r * dst_stride + c, is
-// computed from src + r * src_stride + c, and has number first + r * index_stride + c in its whole tensor. A plain
-// tensor is one row. Strides and counts in elements. esfast/plan.py fills this table as rows of int64.
+// computed from src + r * src_stride + c (and, with weight decay, from anchor + r * anchor_stride + c, where there is
+// one), and has number first + r * index_stride + c in its whole tensor and number flat + r * cols + c in the plan's
+// flat buffers. A plain tensor is one row. Strides and counts in elements. esfast/plan.py fills this table as rows of
+// int64. The anchor is in dst's format, or bfloat16 if that is SPLIT.
 struct Segment {
-    int64_t dst, src, rows, cols, dst_stride, src_stride, index_stride, first, tensor_id, dtype;
+    int64_t dst, src, anchor, rows, cols, dst_stride, src_stride, anchor_stride, index_stride, first, flat, tensor_id;
+    int64_t src_format, dst_format;
 };
 
 // Work is cut at multiples of TILE of the element's number, never of its address: a Philox block then lies in one
 // tile, whatever the slice, and 1024 floats stay in the first-level cache while all members pass over them.
 constexpr int TILE = 1024;
+
+// The update by Adam (Kingma and Ba, arXiv 1412.6980) with bias-corrected step and eps, if m is not null.
+struct Adam {
+    float *m, *v;  // flat buffers
+    float one_minus_beta1, one_minus_beta2, step, eps;
+};
 
 struct Job {
     const Segment* segments;
@@ -22,7 +31,11 @@ struct Job {
     const uint64_t* seeds;
     const float* coeffs;
     int64_t member_count;
-    int64_t kind;  // Domain::GAUSSIAN or Domain::RADEMACHER
+    int64_t kind;     // Domain::GAUSSIAN or Domain::RADEMACHER
+    bool stochastic;  // rounding, from words of seeds[0]
+    float decay;      // 0: none
+    uint16_t* low;    // flat buffer of the low halves, of the side (or both) whose format is SPLIT
+    Adam adam;
 };
 
 inline int64_t tiles_per_row(const Segment& s) { return (s.cols + TILE - 2) / TILE + 1; }  // at most, over all rows

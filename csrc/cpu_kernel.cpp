@@ -1,5 +1,7 @@
-// dst = round(src + sum_j coeff_j noise(seed_j)) on one tile. Compiled once per instruction set (setup.py passes
+// dst = round(src + sum_j coeff_j noise(seed_j)) on one tile, with weight decay and Adam where asked for. Compiled once per instruction set (setup.py passes
 // ESFAST_ISA and the flags); the loops are plain so that the compiler's vectoriser can take them.
+#include <type_traits>
+
 #include "cpu.h"
 #include "dtypes.h"
 #include "lanes.h"
@@ -31,7 +33,8 @@ void add_gaussian(Acc acc, const Job& job, uint32_t tensor_id, uint64_t first_bl
         for (int chunk = begin; chunk < end; ++chunk) {
             uint32_t radius_word[CHUNK], angle_word[CHUNK];
             // tiles are aligned, so the low word of the block number cannot carry inside one
-            pair_words<CHUNK / 2>(radius_word, angle_word, job.seeds[j], first_block + uint64_t(chunk * CHUNK / 2), tensor_id);
+            pair_words<CHUNK / 2>(radius_word, angle_word, job.seeds[j], first_block + uint64_t(chunk * CHUNK / 2), tensor_id,
+                                  GAUSSIAN);
             float* const even = acc[0] + chunk * CHUNK;
             float* const odd = acc[1] + chunk * CHUNK;
 #pragma omp simd
@@ -65,74 +68,151 @@ void add_rademacher(Acc acc, const Job& job, uint32_t tensor_id, uint64_t first_
     }
 }
 
-template <class T, class storage = typename T::storage>
-void load_all(Acc acc, const storage* src) {
-    if constexpr (sizeof(storage) == 2) {
+// A tile of memory: element 0 of the tile lies at `p` (and `low`), though only those of the span may be touched.
+template <class T>
+struct Place {
+    typename T::storage* p;
+    uint16_t* low = nullptr;  // of SPLIT
+};
+
+template <class T>
+void read(Acc acc, Place<T> from, Span span) {
+    constexpr bool SPLIT_PAIR = std::is_same_v<T, Split>;
+    const auto one = [&](int i) {
+        if constexpr (SPLIT_PAIR) return T::load(from.p[i], from.low[i]);
+        else return T::load(from.p[i]);
+    };
+    if (span.end - span.begin < TILE) {
+        memset(acc, 0, sizeof(float[2][PAIRS]));
+        for (int i = span.begin; i < span.end; ++i) acc[i & 1][i / 2] = one(i);
+    } else if constexpr (sizeof(*from.p) == 2) {
         for (int p = 0; p < PAIRS; ++p) {
-            uint32_t both;
-            memcpy(&both, src + 2 * p, 4);
-            acc[0][p] = T::load(storage(both));
-            acc[1][p] = T::load(storage(both >> 16));
+            uint32_t both, low = 0;
+            memcpy(&both, from.p + 2 * p, 4);
+            if constexpr (SPLIT_PAIR) {
+                memcpy(&low, from.low + 2 * p, 4);
+                acc[0][p] = T::load(uint16_t(both), uint16_t(low));
+                acc[1][p] = T::load(uint16_t(both >> 16), uint16_t(low >> 16));
+            } else {
+                acc[0][p] = T::load(uint16_t(both));
+                acc[1][p] = T::load(uint16_t(both >> 16));
+            }
         }
     } else {
-        for (int p = 0; p < PAIRS; ++p) {
-            acc[0][p] = T::load(src[2 * p]);
-            acc[1][p] = T::load(src[2 * p + 1]);
-        }
+        for (int p = 0; p < PAIRS; ++p) acc[0][p] = one(2 * p), acc[1][p] = one(2 * p + 1);
     }
 }
 
-template <class T, class storage = typename T::storage>
-void store_all(storage* dst, Acc acc) {
-    if constexpr (sizeof(storage) == 2) {
+using Random = uint32_t (*)[PAIRS];  // words for stochastic rounding, laid out as Acc
+
+template <class T, bool STOCHASTIC>
+void write_rounded(Place<T> to, Acc acc, Random random, Span span) {
+    const auto rounded = [&](int k, int p) {
+        if constexpr (STOCHASTIC) return T::store(acc[k][p], random[k][p]);
+        else return T::store(acc[k][p]);
+    };
+    if (span.end - span.begin < TILE) {
+        for (int i = span.begin; i < span.end; ++i) to.p[i] = rounded(i & 1, i / 2);
+    } else if constexpr (sizeof(*to.p) == 2) {
         for (int p = 0; p < PAIRS; ++p) {
-            const uint32_t both = T::store(acc[0][p]) | uint32_t(T::store(acc[1][p])) << 16;
-            memcpy(dst + 2 * p, &both, 4);
+            const uint32_t both = rounded(0, p) | uint32_t(rounded(1, p)) << 16;
+            memcpy(to.p + 2 * p, &both, 4);
         }
     } else {
-        for (int p = 0; p < PAIRS; ++p) {
-            dst[2 * p] = T::store(acc[0][p]);
-            dst[2 * p + 1] = T::store(acc[1][p]);
-        }
+        for (int p = 0; p < PAIRS; ++p) to.p[2 * p] = rounded(0, p), to.p[2 * p + 1] = rounded(1, p);
     }
 }
 
 template <class T>
+void write(Place<T> to, Acc acc, Random random, Span span) {
+    if (random) write_rounded<T, true>(to, acc, random, span);
+    else write_rounded<T, false>(to, acc, random, span);
+}
+
+template <>
+void write(Place<Split> to, Acc acc, Random, Span span) {
+    for (int i = span.begin; i < span.end; ++i) {
+        const uint32_t x = Split::canonical(acc[i & 1][i / 2]);
+        to.p[i] = Split::high(x), to.low[i] = Split::low(x);
+    }
+}
+
+// x += decay (anchor - x); without an anchor towards 0
+void add_decay(Acc x, float decay, Acc anchor) {
+    for (int k = 0; k < 2; ++k)
+        for (int p = 0; p < PAIRS; ++p) x[k][p] = fma_(decay, add_(anchor[k][p], -x[k][p]), x[k][p]);
+}
+
+// x += step m / (sqrt(v) + eps) for the gradient g and the moments at m and v, which belong to the tile's element 0
+void add_adam(Acc x, Acc g, const Adam& a, float* m, float* v, Span span) {
+    for (int i = span.begin; i < span.end; ++i) {
+        float& at = x[i & 1][i / 2];
+        const float gradient = g[i & 1][i / 2];
+        m[i] = fma_(a.one_minus_beta1, add_(gradient, -m[i]), m[i]);
+        v[i] = fma_(a.one_minus_beta2, add_(mul_(gradient, gradient), -v[i]), v[i]);
+        at = fma_(a.step, div_(m[i], add_(sqrt_(v[i]), a.eps)), at);
+    }
+}
+
+template <class Src, class Dst>
 void run_row(const Job& job, const Segment& s, int64_t row, int64_t tile) {
-    using storage = typename T::storage;
+    using Anchor = std::conditional_t<std::is_same_v<Dst, Split>, BFloat16, Dst>;
     const int64_t start = s.first + row * s.index_stride;          // number of the row's first element
     const int64_t tile_start = (start / TILE + tile) * TILE;       // number of the tile's first element
     const int64_t stop = start + s.cols;
     if (tile_start >= stop) return;
     const Span span = {int(start > tile_start ? start - tile_start : 0),
                        int(stop < tile_start + TILE ? stop - tile_start : TILE)};
-    const int count = span.end - span.begin;
-    const int64_t offset = tile_start + span.begin - start;
-    const storage* const src = reinterpret_cast<const storage*>(s.src) + row * s.src_stride + offset;
-    storage* const dst = reinterpret_cast<storage*>(s.dst) + row * s.dst_stride + offset;
-    if (job.member_count == 0) {  // round(src) is src: the copy that restores
-        memmove(dst, src, size_t(count) * sizeof(storage));
-        return;
+    const int64_t skipped = tile_start - start;  // < 0 if the tile begins before the row
+    const int64_t flat = s.flat + row * s.cols + skipped;
+    const auto place = [&](auto format, int64_t address, int64_t stride) {
+        using T = decltype(format);
+        return Place<T>{reinterpret_cast<typename T::storage*>(address) + row * stride + skipped, job.low + flat};
+    };
+    const Place<Src> src = place(Src{}, s.src, s.src_stride);
+    const Place<Dst> dst = place(Dst{}, s.dst, s.dst_stride);
+    const bool adam = job.adam.m != nullptr;
+    if constexpr (std::is_same_v<Src, Dst> && !std::is_same_v<Src, Split>) {
+        if (job.member_count == 0 && job.decay == 0 && !adam) {  // round(src) is src: the copy that restores
+            memmove(dst.p + span.begin, src.p + span.begin, size_t(span.end - span.begin) * sizeof(*dst.p));
+            return;
+        }
     }
 
-    alignas(64) float acc[2][PAIRS];
-    if (count == TILE) {
-        load_all<T>(acc, src);
-    } else {
-        memset(acc, 0, sizeof(acc));
-        for (int i = span.begin; i < span.end; ++i) acc[i & 1][i / 2] = T::load(src[i - span.begin]);
+    alignas(64) float x[2][PAIRS], g[2][PAIRS];
+    read(x, src, span);
+    if (job.decay != 0) {
+        if (s.anchor) read(g, place(Anchor{}, s.anchor, s.anchor_stride), span);
+        else memset(g, 0, sizeof(g));
+        add_decay(x, job.decay, g);
     }
+    if (adam) memset(g, 0, sizeof(g));
+    const Acc acc = adam ? g : x;
     if (job.kind == GAUSSIAN) {
         add_gaussian(acc, job, uint32_t(s.tensor_id), uint64_t(tile_start) / GAUSSIANS_PER_BLOCK, span);
     } else {
         add_rademacher(acc, job, uint32_t(s.tensor_id), uint64_t(tile_start) / SIGNS_PER_BLOCK, span);
     }
-    if (count == TILE) {
-        store_all<T>(dst, acc);
+    if (adam) add_adam(x, g, job.adam, job.adam.m + flat, job.adam.v + flat, span);
+    if (job.stochastic && job.member_count > 0) {
+        uint32_t random[2][PAIRS];
+        pair_words<PAIRS / 2>(random[0], random[1], job.seeds[0], uint64_t(tile_start) / 4, uint32_t(s.tensor_id),
+                              STOCHASTIC_ROUNDING);
+        write(dst, x, random, span);
     } else {
-        for (int i = span.begin; i < span.end; ++i) dst[i - span.begin] = T::store(acc[i & 1][i / 2]);
+        write(dst, x, nullptr, span);
     }
 }
+
+using RowFunction = void (*)(const Job&, const Segment&, int64_t row, int64_t tile);
+
+// [source format][destination format]; ops.py sees to it that only these are asked for
+constexpr RowFunction ROWS[4][4] = {
+    {run_row<Float32, Float32>, run_row<Float32, BFloat16>, run_row<Float32, Float16>, nullptr},
+    {nullptr, run_row<BFloat16, BFloat16>, nullptr, nullptr},
+    {nullptr, nullptr, run_row<Float16, Float16>, nullptr},
+    {nullptr, run_row<Split, BFloat16>, nullptr, run_row<Split, Split>},
+};
 
 }  // namespace
 
@@ -146,9 +226,7 @@ void ESFAST_JOIN(tile_, ESFAST_ISA)(const Job& job, int64_t tile) {
     const Segment& s = job.segments[low];
     const int64_t per_row = tiles_per_row(s), local = tile - job.first_tile[low];
     const int64_t row = local / per_row, column = local % per_row;
-    if (s.dtype == FLOAT32) run_row<Float32>(job, s, row, column);
-    else if (s.dtype == BFLOAT16) run_row<BFloat16>(job, s, row, column);
-    else run_row<Float16>(job, s, row, column);
+    ROWS[s.src_format][s.dst_format](job, s, row, column);
 }
 
 }  // namespace esfast

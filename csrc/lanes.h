@@ -40,19 +40,20 @@ ESFAST_FN void store_both(uint32_t* to, Lanes even, Lanes odd) {
     memcpy(to, &both, sizeof(both));
 }
 
-// For N blocks numbered first, first + 1, ... (no carry out of the low word) the words of their 2 N Box-Muller pairs:
-// those for the radius, x0 and x2 of each block, and those for the angle, x1 and x3.
+// For N blocks numbered first, first + 1, ... (no carry out of the low word) their words by pairs of elements: those of
+// the even ones (radii), x0 and x2 of each block, and those of the odd ones (angles), x1 and x3.
 template <int N>
-ESFAST_FN void pair_words(uint32_t* radius, uint32_t* angle, uint64_t seed, uint64_t first, uint32_t tensor_id) {
+ESFAST_FN void pair_words(uint32_t* even, uint32_t* odd, uint64_t seed, uint64_t first, uint32_t tensor_id,
+                           Domain domain) {
     const Vector zero = {};
     Vector step;
     for (int i = 0; i < LANES; ++i) step[i] = uint64_t(i);
     for (int i = 0; i < N; i += LANES) {
         const Vector number = zero + uint64_t(uint32_t(first) + uint32_t(i)) + step;
         const Words<Lanes> w = philox(seed, Words<Lanes>{{number}, {zero + (first >> 32)}, {zero + uint64_t(tensor_id)},
-                                                         {zero + uint64_t(GAUSSIAN)}});
-        store_both(radius + 2 * i, w.x0, w.x2);
-        store_both(angle + 2 * i, w.x1, w.x3);
+                                                         {zero + uint64_t(domain)}});
+        store_both(even + 2 * i, w.x0, w.x2);
+        store_both(odd + 2 * i, w.x1, w.x3);
     }
 }
 
@@ -63,11 +64,12 @@ ESFAST_FN void pair_words(uint32_t* radius, uint32_t* angle, uint64_t seed, uint
 namespace esfast {
 
 template <int N>
-ESFAST_FN void pair_words(uint32_t* radius, uint32_t* angle, uint64_t seed, uint64_t first, uint32_t tensor_id) {
+ESFAST_FN void pair_words(uint32_t* even, uint32_t* odd, uint64_t seed, uint64_t first, uint32_t tensor_id,
+                           Domain domain) {
     for (int i = 0; i < N; ++i) {
-        const Words<uint32_t> w = philox(seed, first + uint64_t(i), tensor_id, GAUSSIAN);
-        radius[2 * i] = w.x0, radius[2 * i + 1] = w.x2;
-        angle[2 * i] = w.x1, angle[2 * i + 1] = w.x3;
+        const Words<uint32_t> w = philox(seed, first + uint64_t(i), tensor_id, domain);
+        even[2 * i] = w.x0, even[2 * i + 1] = w.x2;
+        odd[2 * i] = w.x1, odd[2 * i + 1] = w.x3;
     }
 }
 

@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -68,10 +69,12 @@ std::vector<std::string> instruction_sets() {
 template <class T>
 using Array = py::array_t<T, py::array::c_style>;
 
-void add_noise(Array<int64_t> segments, Array<uint64_t> seeds, Array<float> coeffs, int64_t kind, int threads,
+// `low`, `m` and `v` are addresses of the plan's flat buffers, 0 for none; `adam` is {1 - beta1, 1 - beta2, step, eps}.
+void add_noise(Array<int64_t> segments, Array<uint64_t> seeds, Array<float> coeffs, int64_t kind, bool stochastic,
+               float decay, uintptr_t low, uintptr_t m, uintptr_t v, std::array<float, 4> adam, int threads,
                const std::string& instruction_set) {
     constexpr int64_t FIELDS = sizeof(Segment) / sizeof(int64_t);
-    if (segments.ndim() != 2 || segments.shape(1) != FIELDS) throw std::invalid_argument("segments: shape (n, 10) expected");
+    if (segments.ndim() != 2 || segments.shape(1) != FIELDS) throw std::invalid_argument("segments: one int64 per field of a segment expected");
     if (seeds.size() != coeffs.size()) throw std::invalid_argument("seeds and coeffs differ in length");
     TileFunction run = nullptr;
     for (auto& v : variants())
@@ -79,7 +82,8 @@ void add_noise(Array<int64_t> segments, Array<uint64_t> seeds, Array<float> coef
     if (!run) throw std::invalid_argument("this processor or build has no instruction set " + instruction_set);
 
     Job job = {reinterpret_cast<const Segment*>(segments.data()), nullptr, segments.shape(0), seeds.data(), coeffs.data(),
-               seeds.size(), kind};
+               seeds.size(), kind, stochastic, decay, reinterpret_cast<uint16_t*>(low),
+               {reinterpret_cast<float*>(m), reinterpret_cast<float*>(v), adam[0], adam[1], adam[2], adam[3]}};
     std::vector<int64_t> first_tile(size_t(job.segment_count) + 1, 0);
     for (int64_t i = 0; i < job.segment_count; ++i)
         first_tile[size_t(i) + 1] = first_tile[size_t(i)] + job.segments[i].rows * tiles_per_row(job.segments[i]);
@@ -112,6 +116,7 @@ py::tuple philox_words(uint64_t seed, uint64_t block, uint32_t tensor_id, uint32
 PYBIND11_MODULE(_cpu, m) {
     m.doc() = "The CPU backend of esfast.add_noise_.";
     m.def("add_noise", &add_noise, py::arg("segments"), py::arg("seeds"), py::arg("coeffs"), py::arg("kind"),
+          py::arg("stochastic"), py::arg("decay"), py::arg("low"), py::arg("m"), py::arg("v"), py::arg("adam"),
           py::arg("threads"), py::arg("instruction_set"));
     m.def("instruction_sets", &instruction_sets, "Instruction sets that this build and this processor have, best first.");
     m.def("philox", &philox_words, "The four words of one Philox4x32-7 call, for the known-answer test.");

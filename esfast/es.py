@@ -177,10 +177,11 @@ class ES:
             raise RuntimeError("step(): no population to learn from; iterate over population() first")
         rewards = [_check_reward(m) for m in self.members]
         shaped = self._shape(rewards)
-        seeds, coeffs = coefficients(self.members, shaped, _check_positive("lr", self.lr))
+        sigma, lr = _check_positive("sigma", self.sigma), _check_positive("lr", self.lr)
+        seeds, coeffs = coefficients(self.members, shaped, lr)
         if not np.isfinite(coeffs).all():
             raise ValueError(f"step(): lr {self.lr} and the shaped rewards give coefficients that are not finite")
-        record = Generation(self.generation, seeds, coeffs, rewards, self.sigma, self.lr)
+        record = Generation(self.generation, seeds, coeffs, rewards, sigma, lr)
         with held():  # all of it or nothing: a step half taken would be taken again
             if self._journal is not None:
                 self._journal.append(record)  # on disk first: a journal that can't be written changes no weight

@@ -5,16 +5,79 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import math
 import warnings
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from .noise import DOMAINS, check_kind, check_seed, fma, noise_at
+from .noise import DOMAINS, check_kind, check_seed
 from .plan import Plan
+from .segments import Table
 
-ROUNDINGS = ("nearest",)
+ROUNDINGS = ("nearest", "stochastic")
+
+
+@dataclass(frozen=True)
+class Adam:
+    """One step of Adam (Kingma and Ba, arXiv 1412.6980) up the gradient g = sum_j coeffs[j] * noise(seeds[j]):
+
+        m += (1 - beta1) (g - m);  v += (1 - beta2) (g^2 - v);  weight += step * m / (sqrt(v) + eps)
+
+    in float32, with m and v kept between steps in the flat buffers `moments`, a float32 tensor (2, plan.flat_numel) on
+    the plan's device, zero at first. `step` and `eps` hold the correction of the bias: see `Adam.at`.
+    """
+
+    moments: torch.Tensor
+    one_minus_beta1: np.float32
+    one_minus_beta2: np.float32
+    step: np.float32
+    eps: np.float32
+
+    @classmethod
+    def at(cls, t: int, moments: torch.Tensor, lr: float, beta1: float, beta2: float, eps: float) -> Adam:
+        """Step number t = 1, 2, ... with learning rate lr: lr' = lr sqrt(1 - beta2^t) / (1 - beta1^t) and
+        eps' = eps sqrt(1 - beta2^t), which make m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps) of the paper."""
+        root = math.sqrt(1 - beta2**t)
+        numbers = 1 - beta1, 1 - beta2, lr * root / (1 - beta1**t), eps * root
+        return cls(moments, *(np.float32(x) for x in numbers))
+
+    @property
+    def numbers(self) -> tuple[float, float, float, float]:
+        return tuple(float(x) for x in (self.one_minus_beta1, self.one_minus_beta2, self.step, self.eps))
+
+
+@dataclass(frozen=True)
+class Call:
+    """A checked call of add_noise_, as every backend gets it."""
+
+    plan: Plan
+    seeds: np.ndarray | torch.Tensor  # uint64 (int64 on the device)
+    coeffs: np.ndarray | torch.Tensor  # float32
+    base: Plan | None = None
+    kind: str = "gaussian"
+    stochastic: bool = False
+    decay: np.float32 = np.float32(0)
+    anchor: Plan | None = None
+    adam: Adam | None = None
+
+    @property
+    def table(self) -> Table:
+        return self.plan.table(self.base, self.anchor)
+
+    @property
+    def low(self) -> torch.Tensor | None:
+        """The flat buffer of low halves, of the side that has one."""
+        return self.plan.low if self.plan.low is not None else self.base.low if self.base is not None else None
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether it writes the base as it is: round(src) is src, whatever a NaN's payload."""
+        table = self.table
+        same = bool((table.column("src_format") == table.column("dst_format")).all())
+        return len(self.seeds) == 0 and not self.decay and self.adam is None and same
 
 
 def add_noise_(
@@ -25,6 +88,10 @@ def add_noise_(
     noise: str = "gaussian",
     rounding: str = "nearest",
     backend: str = "auto",
+    *,
+    decay: float = 0.0,
+    anchor: Plan | None = None,
+    adam: Adam | None = None,
 ) -> None:
     """`plan = round(base + sum_j coeffs[j] * noise(seeds[j]))` in one pass over the weights, in place.
 
@@ -37,10 +104,16 @@ def add_noise_(
         seeds: K ints, 0 <= seed < 2**64; K may be 0. For a plan on a GPU also an int64 tensor of their bits there.
         coeffs: K finite numbers, rounded to float32. With a tensor of seeds a float32 tensor there, whose values are
             not looked at: such a call copies nothing from the host and can be captured in a CUDA graph.
-        base: what is read; the same tensors as `plan` (`plan.clone()` is). Default: `plan` itself, in place.
+        base: what is read; the same tensors as `plan` (`plan.clone()` is), or float32 ones (`plan.master()`). Default:
+            `plan` itself, in place.
         noise: "gaussian" or "rademacher".
-        rounding: "nearest" (to even).
-        backend: "auto", "cpu", "triton" or "reference". All give the same bits; a NaN weight stays some NaN.
+        rounding: "nearest" (to even), or "stochastic": up or down to a neighbour with probabilities that make the mean
+            exact, drawn from seeds[0] in a domain of its own, so the noise is independent of it. With no seeds, and for
+            float32 weights, both are the same.
+        backend: "auto", "cpu", "cuda", "triton" or "reference". All give the same bits; a NaN weight stays some NaN.
+        decay: weight decay, 0 <= decay <= 1: the base is moved by this fraction towards `anchor`, before the noise.
+        anchor: a plan of the same tensors and dtypes, for example of the initial weights; default: zero.
+        adam: the sum is the gradient of a step of Adam instead; its moments are changed too.
 
     Raises:
         TypeError, ValueError: an argument outside the above; no weight was changed.
@@ -51,13 +124,33 @@ def add_noise_(
     check_kind(noise)
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding: expected one of {', '.join(map(repr, ROUNDINGS))}, got {rounding!r}")
+    if not isinstance(decay, (int, float, np.floating)) or not 0 <= decay <= 1:
+        raise ValueError(f"decay: expected a number from 0 to 1, got {decay!r}")
     run = get_backend(backend, plan.device)
     with _subnormals_kept():
-        if isinstance(seeds, torch.Tensor) and run is _triton:
+        if isinstance(seeds, torch.Tensor) and run in (_cuda, _triton):
             _check_device_members(plan, seeds, coeffs)
         else:
             seeds, coeffs = check_members(seeds, coeffs)
-        run(plan, seeds, coeffs, base, noise)
+        if adam is not None:
+            _check_adam(plan, base, adam)
+        call = Call(plan, seeds, coeffs, base, noise, rounding == "stochastic", np.float32(decay), anchor, adam)
+        call.table  # noqa: B018  for its checks, before anything changes
+        run(call)
+
+
+def _check_adam(plan: Plan, base: Plan | None, adam: Adam) -> None:
+    m = adam.moments if isinstance(adam, Adam) else None
+    if base is not None and base is not plan:
+        raise ValueError("adam: works in place, without a base")
+    if not (
+        isinstance(m, torch.Tensor) and m.dtype is torch.float32 and m.device == plan.device and m.is_contiguous()
+        and m.shape == (2, plan.flat_numel)
+    ):  # fmt: skip
+        raise TypeError(
+            f"adam: expected an esfast.ops.Adam with moments = torch.zeros(2, plan.flat_numel) in float32 on "
+            f"{plan.device}, got {adam!r:.80}"
+        )
 
 
 @contextlib.contextmanager
@@ -109,28 +202,23 @@ def _check_device_members(plan: Plan, seeds: torch.Tensor, coeffs) -> None:
             )
 
 
-# ---- backends: a function (plan, seeds, coeffs, base, kind) each, and the reason why it can't run, if any -----------
+# ---- backends: a function of a Call each, and the reason why it can't run, if any -----------------------------------
 
 
-def _reference(plan: Plan, seeds: np.ndarray, coeffs: np.ndarray, base: Plan | None, kind: str) -> None:
-    plan.table(base)  # for its checks
-    for dst, src in zip(plan.entries, (base or plan).entries, strict=True):
-        corner = np.ix_(*(np.arange(o, o + n) for o, n in zip(dst.window.offset, dst.tensor.shape, strict=True)))
-        index = np.ravel_multi_index(corner, dst.window.shape) if corner else np.zeros(())
-        acc = src.tensor.detach().cpu().to(torch.float32).numpy()
-        for seed, coeff in zip(seeds, coeffs, strict=True):
-            acc = fma(coeff, noise_at(int(seed), dst.name, index, kind), acc)
-        if len(seeds):
-            dst.tensor.detach().copy_(torch.from_numpy(np.asarray(acc)).to(dst.tensor.dtype))
-        elif dst is not src:
-            dst.tensor.detach().copy_(src.tensor.detach())
+def _reference(call: Call) -> None:
+    from . import reference
+
+    reference.run(call)
 
 
-def _cpu(plan: Plan, seeds: np.ndarray, coeffs: np.ndarray, base: Plan | None, kind: str) -> None:
+def _cpu(call: Call) -> None:
     from . import _cpu as extension
 
+    m, v = (b.data_ptr() for b in call.adam.moments) if call.adam is not None else (0, 0)
     extension.add_noise(
-        plan.table(base), seeds, coeffs, DOMAINS[kind],
+        call.table.rows, call.seeds, call.coeffs, DOMAINS[call.kind], call.stochastic, call.decay,
+        call.low.data_ptr() if call.low is not None else 0, m, v,
+        call.adam.numbers if call.adam is not None else (0.0,) * 4,
         torch.get_num_threads(), extension.instruction_sets()[0],
     )  # fmt: skip
 
@@ -144,10 +232,16 @@ def _cpu_missing() -> str | None:
     return None
 
 
-def _triton(plan: Plan, seeds, coeffs, base: Plan | None, kind: str) -> None:
+def _cuda(call: Call) -> None:
+    from . import cuda_backend
+
+    cuda_backend.run(call)
+
+
+def _triton(call: Call) -> None:
     from . import triton_backend
 
-    triton_backend.run(plan, seeds, coeffs, base, kind)
+    triton_backend.run(call)
 
 
 def _triton_missing(device: torch.device) -> str | None:
@@ -161,6 +255,8 @@ def _triton_missing(device: torch.device) -> str | None:
 @functools.cache
 def _why_not(name: str, device: torch.device) -> str | None:
     """Why the backend can't work on tensors of this device, or None if it can."""
+    if name == "cuda":
+        return importlib.import_module(".cuda_backend", __package__).missing(device)
     if name == "triton":
         return _triton_missing(device)
     if name == "cpu":
@@ -169,7 +265,7 @@ def _why_not(name: str, device: torch.device) -> str | None:
 
 
 # Best first: the order in which "auto" tries them.
-_BACKENDS = {"cpu": _cpu, "triton": _triton, "reference": _reference}
+_BACKENDS = {"cpu": _cpu, "cuda": _cuda, "triton": _triton, "reference": _reference}
 
 
 def get_backend(name: str, device: torch.device):

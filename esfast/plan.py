@@ -7,51 +7,32 @@ import fnmatch
 import math
 import weakref
 import zlib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 
-import numpy as np
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .noise import check_int, tensor_id
+from .segments import (
+    BFLOAT16,
+    FLOAT16,
+    FLOAT32,
+    FORMATS,
+    SPLIT,
+    Entry,
+    Slice,
+    Table,
+    check_overlap,
+    describe,
+    flat_starts,
+)
 
-# The codes of csrc/dtypes.h.
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-# Columns of the segment table, the fields of csrc/cpu.h's Segment.
-FIELDS = ("dst", "src", "rows", "cols", "dst_stride", "src_stride", "index_stride", "first", "tensor_id", "dtype")
-MAX_SEGMENTS_PER_TENSOR = 65536
+__all__ = ["Entry", "Plan", "Slice"]
+
+# By the format that is written: what it may be computed from, and what it may decay to.
+_BASES = {FLOAT32: (FLOAT32,), BFLOAT16: (BFLOAT16, SPLIT, FLOAT32), FLOAT16: (FLOAT16, FLOAT32), SPLIT: ()}
+_ANCHORS = {FLOAT32: (FLOAT32,), BFLOAT16: (BFLOAT16,), FLOAT16: (FLOAT16,), SPLIT: (BFLOAT16,)}
 MAX_NUMEL = 2**62  # of a whole: tiles end behind the last element, and their numbers must fit an int64
-
-
-@dataclass(frozen=True)
-class Slice:
-    """Where a tensor lies in a larger one: `tensor = whole[offset[0] : offset[0] + tensor.shape[0], ...]`.
-
-    It gets the noise that these elements have in the whole: shards of a matrix, and the parts of a fused one, are
-    perturbed exactly as the matrix they come from.
-
-    Args:
-        shape: shape of the whole tensor.
-        offset: index of the tensor's first element in the whole, one number a dimension.
-    """
-
-    shape: tuple[int, ...]
-    offset: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor of a plan: `tensor` holds the elements `window` of the whole tensor called `name`."""
-
-    name: str
-    tensor: torch.Tensor
-    window: Slice
-
-    def same_place(self, other: Entry) -> bool:
-        return (self.name, self.window, self.tensor.shape, self.tensor.dtype, self.tensor.device) == (
-            other.name, other.window, other.tensor.shape, other.tensor.dtype, other.tensor.device
-        )  # fmt: skip
 
 
 class Plan:
@@ -91,10 +72,14 @@ class Plan:
             found = ", ".join(sorted(map(str, devices)))
             raise ValueError(f"Plan: all tensors must be on one device, found {found}. Make one Plan per device.")
         self.device = devices.pop()
-        self._paired: tuple[weakref.ref[Plan], np.ndarray] | None = None  # the base last used; not kept alive
-        self._table = _table(self.entries, self.entries)
+        self.low: torch.Tensor | None = None  # flat buffer of the low halves, in a split plan
+        self._finish()
+        check_overlap(self.entries, self._table)
+
+    def _finish(self) -> None:
+        self._tables: list[tuple[weakref.ref[Plan], weakref.ref[Plan] | None, Table]] = []  # others are not kept alive
+        self._table = Table(self.entries, self.entries)
         self._addresses = self._current_addresses()
-        _check_overlap(self.entries, self._table)
 
     @property
     def names(self) -> list[str]:
@@ -115,7 +100,7 @@ class Plan:
     @property
     def layout(self) -> str:
         """Eight hex digits for names, shapes, places and dtypes: what the noise, and so a journal, depends on."""
-        return f"{zlib.crc32(repr([_describe(e) for e in self.entries]).encode()):08x}"
+        return f"{zlib.crc32(repr([describe(e) for e in self.entries]).encode()):08x}"
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -126,38 +111,89 @@ class Plan:
 
     def clone(self) -> Plan:
         """A plan of the same names over copies of the tensors: the base that members are written from."""
-        copy = Plan([(e.name, e.tensor.detach().clone(), e.window) for e in self.entries])
-        copy._private = True
+        return self._copy(
+            lambda e: (e.tensor.detach().clone(), e.split), None if self.low is None else self.low.clone()
+        )
+
+    def master(self) -> Plan:
+        """A plan of the same names over float32 copies, which updates change without rounding to 16 bits.
+
+        A bfloat16 tensor becomes a split one: its upper halves as bfloat16 (`high()`), from which members are written
+        at the cost of 2 bytes a weight, and the lower 16 bits in a buffer that only updates read. Their arithmetic is
+        float32's, to the bit. A float16 tensor becomes a float32 one: 2^30 floats round to the same half, zero, and no
+        16 bits more can tell them apart. A float32 tensor is copied.
+        """
+
+        def as_master(e: Entry) -> tuple[torch.Tensor, bool]:
+            if e.format == BFLOAT16:
+                return e.tensor.detach().clone(), True
+            return e.tensor.detach().to(torch.float32, copy=True), False
+
+        splits = any(e.format == BFLOAT16 for e in self.entries)
+        low = torch.zeros(self.flat_numel, dtype=torch.int16, device=self.device) if splits else None
+        return self._copy(as_master, low)
+
+    def high(self) -> Plan:
+        """A plan over the same memory that leaves out the low halves of split tensors."""
+        return self._copy(lambda e: (e.tensor, False), None)
+
+    def _copy(self, tensor_of: Callable[[Entry], tuple[torch.Tensor, bool]], low: torch.Tensor | None) -> Plan:
+        copy = object.__new__(Plan)
+        copy.entries = [
+            Entry(e.name, tensor, e.window, split) for e in self.entries for tensor, split in [tensor_of(e)]
+        ]
+        copy._tensors = [e.tensor for e in copy.entries]
+        copy.device, copy._private = self.device, True
+        copy.low = low
+        copy._finish()
         return copy
 
-    def table(self, base: Plan | None = None) -> np.ndarray:
-        """The segments of csrc/cpu.h: int64 array (segments, 10), destinations in this plan, sources in `base`.
+    @property
+    def flat_numel(self) -> int:
+        """Elements of a flat buffer that holds a number for each weight of the plan."""
+        return flat_starts(self.entries)[-1]
+
+    def table(self, base: Plan | None = None, anchor: Plan | None = None) -> Table:
+        """The segments that a pass over the weights needs: destinations here, sources in `base` (default: here too),
+        and the weights that it decays to in `anchor`.
 
         Raises:
-            TypeError, ValueError: `base` is no plan of the same tensors, or shares memory with this one.
+            TypeError, ValueError: `base` or `anchor` is no plan of the same tensors, is of a format that can't be
+                converted, or shares memory with this one.
             RuntimeError: a tensor was moved or replaced since its plan was made.
         """
         self._check_addresses()
-        if base is None or base is self:
+        base = self if base is None else base
+        if base is self and anchor is None:
             return self._table
-        if not isinstance(base, Plan):
-            raise TypeError(f"base: expected a Plan (for example plan.clone()), got {type(base).__name__}")
-        base._check_addresses()
-        if self._paired is None or self._paired[0]() is not base:
-            self._check_base(base)
-            self._paired = (weakref.ref(base), _table(self.entries, base.entries))
-        return self._paired[1]
+        for what, other in (("base", base), ("anchor", anchor)):
+            if other is not None and other is not self:
+                if not isinstance(other, Plan):
+                    raise TypeError(f"{what}: expected a Plan (for example plan.clone()), got {type(other).__name__}")
+                other._check_addresses()
+        for b, a, table in self._tables:
+            if b() is base and (anchor is None if a is None else a() is anchor):
+                return table
+        self._check_other("base", base, _BASES)
+        if anchor is not None:
+            self._check_other("anchor", anchor, _ANCHORS)
+        table = Table(self.entries, base.entries, anchor.entries if anchor is not None else None)
+        alive = [t for t in self._tables if t[0]() is not None and (t[1] is None or t[1]() is not None)]
+        self._tables = [*alive, (weakref.ref(base), weakref.ref(anchor) if anchor is not None else None, table)]
+        return table
 
-    def _check_base(self, base: Plan) -> None:
-        for mine, theirs in zip(self.entries, base.entries, strict=False):
-            if not mine.same_place(theirs):
+    def _check_other(self, what: str, other: Plan, formats: dict[int, tuple[int, ...]]) -> None:
+        if other is self:
+            return
+        for mine, theirs in zip(self.entries, other.entries, strict=False):
+            if not mine.same_place(theirs) or theirs.format not in formats[mine.format]:
                 raise ValueError(
-                    f"base: its {_describe(theirs)} stands where the plan has {_describe(mine)}; "
-                    "base must hold the same tensors in the same order, as plan.clone() does"
+                    f"{what}: its {describe(theirs)} stands where the plan has {describe(mine)}; "
+                    f"{what} must hold the same tensors in the same order, as plan.clone() does"
                 )
-        if len(self) != len(base):
-            raise ValueError(f"base: expected {len(self)} tensors as in the plan, got {len(base)}")
-        _check_overlap(self.entries + base.entries, np.concatenate([self._table, base._table]))
+        if len(self) != len(other):
+            raise ValueError(f"{what}: expected {len(self)} tensors as in the plan, got {len(other)}")
+        check_overlap(self.entries + other.entries, self._table, other._table)
 
     def _current_addresses(self) -> list[int]:
         return list(map(torch.Tensor.data_ptr, self._tensors))  # on every call: 400 take 22 us, in a loop 29
@@ -262,7 +298,7 @@ def _check_tensor(entry: Entry) -> None:
         raise TypeError(f"Plan: {name!r} has layout {tensor.layout}; only dense (strided) tensors can be perturbed")
     if tensor.is_meta:
         raise ValueError(f"Plan: {name!r} is on the meta device and has no memory; load the weights first")
-    if tensor.dtype not in DTYPES:
+    if tensor.dtype not in FORMATS:
         why = "arithmetic is in float32" if tensor.dtype is torch.float64 else "only float weights can be perturbed"
         raise TypeError(
             f"Plan: {name!r} is {tensor.dtype}, expected float32, bfloat16 or float16 ({why}); "
@@ -299,7 +335,7 @@ def _check_names(entries: list[Entry]) -> None:
         for twin in by_name.setdefault(e.name, []):
             if twin.window.shape != e.window.shape or _windows_meet(twin, e):
                 raise ValueError(
-                    f"Plan: the name {e.name!r} is given twice, for {_describe(twin)} and {_describe(e)}; "
+                    f"Plan: the name {e.name!r} is given twice, for {describe(twin)} and {describe(e)}; "
                     "only disjoint slices of one whole may share a name"
                 )
         by_name[e.name].append(e)
@@ -310,84 +346,3 @@ def _windows_meet(a: Entry, b: Entry) -> bool:
         x < y + m and y < x + n
         for x, y, n, m in zip(a.window.offset, b.window.offset, a.tensor.shape, b.tensor.shape, strict=True)
     )
-
-
-def _describe(e: Entry) -> str:
-    window = f" at {e.window.offset} of {e.window.shape}" if tuple(e.tensor.shape) != e.window.shape else ""
-    return f"{e.name!r} {tuple(e.tensor.shape)} {str(e.tensor.dtype).removeprefix('torch.')}{window}"
-
-
-def _table(dst: list[Entry], src: list[Entry]) -> np.ndarray:
-    rows = [row for d, s in zip(dst, src, strict=True) for row in _segments(d, s)]
-    return np.array(rows, dtype=np.int64).reshape(len(rows), len(FIELDS))
-
-
-def _segments(dst: Entry, src: Entry) -> list[tuple[int, ...]]:
-    """The tensor as matrices whose rows are contiguous in both memories and in the numbering of the whole.
-
-    Each dimension is (size, stride in dst, stride in src, stride in the numbering). A dimension that continues the
-    next one in all three is merged with it; what is left beyond a matrix is enumerated.
-    """
-    shape, window, size = dst.tensor.shape, dst.window, dst.tensor.element_size()
-    numbering = [math.prod(window.shape[d + 1 :]) for d in range(len(shape))]
-    first = sum(o * n for o, n in zip(window.offset, numbering, strict=True))
-    dims: list[tuple[int, int, int, int]] = []
-    for n, *strides in reversed(list(zip(shape, dst.tensor.stride(), src.tensor.stride(), numbering, strict=True))):
-        if n == 1:
-            continue
-        if dims and all(s == dims[0][0] * t for s, t in zip(strides, dims[0][1:], strict=True)):
-            dims[0] = (n * dims[0][0], *dims[0][1:])
-        else:
-            dims.insert(0, (n, *strides))
-    if not dims or dims[-1][1:] != (1, 1, 1):
-        dims.append((1, 1, 1, 1))  # a column: rows of one element
-    if len(dims) == 1:
-        dims.insert(0, (1, 0, 0, 0))
-    *outer, (rows, dst_stride, src_stride, index_stride), (cols, *_) = dims
-    if math.prod(d[0] for d in outer) > MAX_SEGMENTS_PER_TENSOR:
-        raise ValueError(
-            f"Plan: {dst.name!r} with strides {dst.tensor.stride()} is scattered over more than "
-            f"{MAX_SEGMENTS_PER_TENSOR} matrices; make it .contiguous()"
-        )
-    segments = []
-    for place in np.ndindex(*(d[0] for d in outer)):
-        d, s, i = (int(sum(p * dim[k] for p, dim in zip(place, outer, strict=True))) for k in (1, 2, 3))
-        segments.append(
-            (dst.tensor.data_ptr() + d * size, src.tensor.data_ptr() + s * size, rows, cols, dst_stride, src_stride,
-             index_stride, first + i, tensor_id(dst.name), DTYPES[dst.tensor.dtype])
-        )  # fmt: skip
-    return segments
-
-
-def _check_overlap(entries: list[Entry], table: np.ndarray) -> None:
-    """No byte may belong to two tensors, or twice to one: it would be perturbed twice."""
-    owner = np.repeat(np.arange(len(entries)), [len(_segments(e, e)) for e in entries])
-    size = np.array([e.tensor.element_size() for e in entries])[owner]
-    start, rows, stride = table[:, 0], table[:, 2], table[:, 4] * size
-    length = table[:, 3] * size
-    end = start + (rows - 1) * stride + length
-    order = np.argsort(start, kind="stable")
-    clear = start[order][1:] >= np.maximum.accumulate(end[order])[:-1]
-    suspect = np.zeros(len(order), dtype=bool)  # extents that meet; their rows may still be disjoint, as columns are
-    suspect[order[1:][~clear]] = True
-    suspect[order[:-1][~clear]] = True
-    suspect |= (rows > 1) & (stride < length)
-    if not suspect.any():
-        return
-    # an extent that meets an earlier one may meet it across others: take all that lie under any suspect's extent
-    low, high = start[suspect].min(), end[suspect].max()
-    suspect |= (start < high) & (end > low)
-    starts = np.concatenate([start[i] + stride[i] * np.arange(rows[i]) for i in np.flatnonzero(suspect)])
-    ends = starts + np.repeat(length[suspect], rows[suspect])
-    who = np.repeat(owner[suspect], rows[suspect])
-    order = np.argsort(starts, kind="stable")
-    starts, ends, who = starts[order], ends[order], who[order]
-    reach = np.maximum.accumulate(ends)
-    bad = np.flatnonzero(starts[1:] < reach[:-1])
-    if len(bad):
-        a, b = entries[who[bad[0]]], entries[who[bad[0] + 1]]
-        where = f"{_describe(a)} overlaps itself" if a is b else f"{_describe(a)} and {_describe(b)} overlap"
-        raise ValueError(
-            f"Plan: {where} in memory, so some weights would be perturbed twice; pass each weight once "
-            "(tied weights of equal shape and strides are recognised)"
-        )

@@ -1,76 +1,50 @@
-"""Launches the Triton kernel of esfast.kernels over a plan: a table of tiles made once, a launch per dtype and call."""
+"""Launches the Triton kernel of esfast.kernels over a plan: tables made once, a launch per pair of formats and call."""
 
 from __future__ import annotations
 
 import contextlib
-import weakref
 
 import numpy as np
 import torch
 import triton
 
-from .kernels.add_noise import INTERPRETED, OPTIONS, TILE, add_noise_kernel, pack_span
+from .kernels.add_noise import ADAM_TILE, INTERPRETED, OPTIONS, TILE, add_noise_kernel
 from .noise import DOMAINS
-from .plan import DTYPES, FIELDS, Plan
+from .segments import SPLIT
+from .tiles import tiles_of
 
-_SIZES = {code: dtype.itemsize for dtype, code in DTYPES.items()}
-
-# By plan and tile size: the segments (in place, or from the base last used) and their tiles on the device, by dtype.
-_cache: weakref.WeakKeyDictionary[Plan, dict[int, tuple[np.ndarray, dict[int, torch.Tensor]]]]
-_cache = weakref.WeakKeyDictionary()
+NO_DECAY, TO_ZERO, TO_ANCHOR = range(3)
 
 
-def run(plan: Plan, seeds, coeffs, base: Plan | None, kind: str, tile: int = TILE) -> None:
-    """See ops.add_noise_. Seeds and coefficients: NumPy arrays, or tensors on the device, which are not copied, so that
-    the call can be captured in a CUDA graph. `tile` is for tests: small tiles make many of a small tensor."""
-    segments = plan.table(base)
-    if len(seeds) == 0:  # round(src) is src, whatever a NaN's payload: a copy
-        if base is not None and base is not plan:
-            torch._foreach_copy_([t.detach() for t in plan.tensors], [t.detach() for t in base.tensors])
+def run(call, tile: int | None = None) -> None:
+    """See ops.add_noise_; `call` is an ops.Call. Seeds and coefficients that are tensors on the device are not copied,
+    so that the call can be captured in a CUDA graph. `tile` is for tests: small tiles make many of a small tensor."""
+    plan, adam = call.plan, call.adam
+    if call.is_copy:
+        if call.base is not None and call.base is not plan:
+            torch._foreach_copy_([t.detach() for t in plan.tensors], [t.detach() for t in call.base.tensors])
         return
+    seeds, coeffs = call.seeds, call.coeffs
     if isinstance(seeds, np.ndarray):
         # the driver stages small pageable copies, so the host does not wait for the stream
         seeds = torch.from_numpy(seeds.view(np.int64)).to(plan.device, non_blocking=True)
         coeffs = torch.from_numpy(coeffs).to(plan.device, non_blocking=True)
+    decay = NO_DECAY if not call.decay else TO_ZERO if call.anchor is None else TO_ANCHOR
+    tile = tile or (ADAM_TILE if adam is not None else TILE)
+    m, v = (b.data_ptr() for b in adam.moments) if adam is not None else (0, 0)
+    numbers = adam.numbers if adam is not None else (0.0,) * 4
+    low = call.low.data_ptr() if call.low is not None else 0
     with torch.cuda.device(plan.device) if plan.device.type == "cuda" else contextlib.nullcontext():
-        for dtype, tiles in _tiles_of(plan, segments, tile).items():
-            add_noise_kernel[(len(tiles),)](
-                tiles, seeds, coeffs, len(seeds), KIND=DOMAINS[kind], DTYPE=dtype, TILE=tile,
+        for t in tiles_of(
+            call.table, tile, plan.device, extras=call.low is not None or bool(decay) or adam is not None
+        ):
+            add_noise_kernel[(len(t.records),)](
+                t.records, t.records if t.extras is None else t.extras, seeds, coeffs, len(seeds),
+                low if SPLIT in (t.src_format, t.dst_format) else 0, m, v, float(call.decay), *numbers,
+                KIND=DOMAINS[call.kind], SRC=t.src_format, DST=t.dst_format, TILE=tile,
+                STOCHASTIC=call.stochastic and len(seeds) > 0, DECAY=decay, ADAM=adam is not None,
                 **({} if INTERPRETED.value else OPTIONS),
             )  # fmt: skip
-
-
-def _tiles_of(plan: Plan, segments: np.ndarray, tile: int) -> dict[int, torch.Tensor]:
-    cached = _cache.setdefault(plan, {})
-    if tile not in cached or cached[tile][0] is not segments:
-        groups = {int(d): segments[segments[:, -1] == d] for d in np.unique(segments[:, -1])}
-        cached[tile] = (segments, {d: torch.from_numpy(tile_table(g, tile)).to(plan.device) for d, g in groups.items()})
-    return cached[tile][1]
-
-
-def tile_table(segments: np.ndarray, tile: int) -> np.ndarray:
-    """The tiles of segments of one dtype, as add_noise_kernel reads them: int64 array (tiles, 4).
-
-    32 bytes for every 8 KiB of 16-bit weights, or 0.4 %. ValueError if they are more than one launch can have.
-    """
-    column = {name: segments[:, i] for i, name in enumerate(FIELDS)}
-    size = _SIZES[int(column["dtype"][0])]
-    per_row = (column["cols"] + tile - 2) // tile + 1  # at most, over all rows: csrc/cpu.h's tiles_per_row
-    counts = column["rows"] * per_row
-    if counts.sum() >= 2**31:
-        raise ValueError(f"Plan: its {counts.sum()} tiles are more than one launch can have, 2**31 - 1")
-    of = np.repeat(np.arange(len(segments)), counts)  # the segment of each tile
-    local = np.arange(counts.sum()) - (np.cumsum(counts) - counts)[of]
-    row, place = np.divmod(local, per_row[of])
-    start = column["first"][of] + row * column["index_stride"][of]  # number of the row's first element
-    tile_start = (start // tile + place) * tile
-    skipped = tile_start - start
-    begin, end = np.maximum(-skipped, 0), np.minimum(column["cols"][of] - skipped, tile)
-    dst = column["dst"][of] + (row * column["dst_stride"][of] + skipped) * size
-    src = column["src"][of] + (row * column["src_stride"][of] + skipped) * size
-    whole = ((begin == 0) & (end == tile) & ((dst | src) % 16 == 0)).astype(np.int64)
-    table = np.stack([dst, src, tile_start, pack_span(column["tensor_id"][of], begin, end, whole)], axis=1)
-    return np.ascontiguousarray(table[end > begin])
 
 
 def missing(device: torch.device) -> str | None:

@@ -8,6 +8,7 @@ import triton.language as tl
 
 GAUSSIAN: tl.constexpr = tl.constexpr(0)  # domains, as in csrc/noise.h
 RADEMACHER: tl.constexpr = tl.constexpr(1)
+STOCHASTIC_ROUNDING: tl.constexpr = tl.constexpr(2)
 
 _LN = tl.constexpr(-2 * 0.69314718055994530942 / 8388608)
 

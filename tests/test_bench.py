@@ -81,9 +81,10 @@ def test_today_runs_less_often_when_its_time_is_up(tmp_path, monkeypatch, capsys
 def test_a_backend_that_differs_in_one_bit_is_not_timed(where, monkeypatch, capsys, tmp_path):
     right = ops._BACKENDS["cpu"]
 
-    def wrong(plan, seeds, coeffs, base, kind):
-        right(plan, seeds, coeffs, base, kind)
-        if kind == "rademacher" and ("cube" in plan.names) == (where == "odd sizes"):
+    def wrong(call):
+        right(call)
+        plan = call.plan
+        if call.kind == "rademacher" and ("cube" in plan.names) == (where == "odd sizes"):
             plan.tensors[-1].view(-1)[-1:].view(torch.int16).bitwise_xor_(1)
 
     monkeypatch.setitem(ops._BACKENDS, "cpu", wrong)
@@ -132,9 +133,9 @@ def test_statistics_pass_on_good_noise(tmp_path, monkeypatch, capsys):
 def test_statistics_fail_on_bad_noise(change, expected, monkeypatch, tmp_path):
     right = ops._BACKENDS["cpu"]
 
-    def wrong(plan, seeds, coeffs, base, kind):
-        right(plan, seeds, coeffs, base, kind)
-        change(plan.tensors[0])
+    def wrong(call):
+        right(call)
+        change(call.plan.tensors[0])
 
     monkeypatch.setitem(ops._BACKENDS, "cpu", wrong)
     path = tmp_path / "statistics.json"

@@ -28,8 +28,8 @@ SIZES = st.one_of(st.integers(1, 9), st.sampled_from((31, 32, 33, 63, 64, 65, 12
 
 def run_cpu(plan, base, seeds, coeffs, kind, threads=1, instruction_set=None):
     _cpu.add_noise(
-        plan.table(base), np.array(seeds, dtype=np.uint64), np.array(coeffs, dtype=np.float32), DOMAINS[kind], threads,
-        instruction_set or _cpu.instruction_sets()[0],
+        plan.table(base).rows, np.array(seeds, dtype=np.uint64), np.array(coeffs, dtype=np.float32), DOMAINS[kind],
+        False, 0.0, 0, 0, 0, (0.0,) * 4, threads, instruction_set or _cpu.instruction_sets()[0],
     )  # fmt: skip
 
 
@@ -213,12 +213,12 @@ def test_extension_refuses_a_table_it_can_not_read():
     plan, none = Plan([("w", torch.zeros(3))]), np.zeros(0, dtype=np.uint64)
     one = np.zeros(1, dtype=np.float32)
     for table, coeffs, name, words in (
-        (plan.table()[:, :9], one[:0], "baseline", "segments"),
-        (plan.table(), one, "baseline", "differ in length"),
-        (plan.table(), one[:0], "mmx", "no instruction set mmx"),
+        (plan.table().rows[:, :9], one[:0], "baseline", "segments"),
+        (plan.table().rows, one, "baseline", "differ in length"),
+        (plan.table().rows, one[:0], "mmx", "no instruction set mmx"),
     ):
         with pytest.raises(ValueError, match=words):
-            _cpu.add_noise(np.ascontiguousarray(table), none, coeffs, 0, 1, name)
+            _cpu.add_noise(np.ascontiguousarray(table), none, coeffs, 0, False, 0.0, 0, 0, 0, (0.0,) * 4, 1, name)
 
 
 # ---- each constant of the definition matters: changed by one last place, the two twins part --------------------------

@@ -13,7 +13,8 @@ from torch import nn
 
 import esfast
 from esfast import Plan, Slice, add_noise_
-from esfast.plan import FIELDS, Entry
+from esfast.plan import Entry
+from esfast.segments import FIELDS
 
 COLUMN = {name: i for i, name in enumerate(FIELDS)}
 
@@ -122,8 +123,8 @@ def test_tables_are_made_once():
     paired = plan.table(first)
     assert paired is plan.table(first) and paired is not plan.table()
     other = plan.table(second)
-    assert (other[:, COLUMN["src"]] == [t.data_ptr() for t in second.tensors]).all()
-    assert (plan.table(first)[:, COLUMN["src"]] == [t.data_ptr() for t in first.tensors]).all()
+    assert (other.rows[:, COLUMN["src"]] == [t.data_ptr() for t in second.tensors]).all()
+    assert (plan.table(first).rows[:, COLUMN["src"]] == [t.data_ptr() for t in first.tensors]).all()
 
 
 @pytest.mark.parametrize(
@@ -143,7 +144,7 @@ def test_tables_are_made_once():
     ],
 )
 def test_a_tensor_is_as_few_matrices_as_its_strides_allow(tensor, rows):
-    table = Plan([("w", tensor)]).table()
+    table = Plan([("w", tensor)]).table().rows
     assert [(r[COLUMN["rows"]], r[COLUMN["cols"]]) for r in table.tolist()] == rows
 
 
@@ -159,7 +160,7 @@ def test_the_table_names_every_element_once(data):
     tensor = full[tuple(slice(None, None, s) for s in steps)]
     assert list(tensor.shape) == shape
     found = {}
-    for row in Plan([("w", tensor, Slice(tuple(whole), tuple(offset)))]).table().tolist():
+    for row in Plan([("w", tensor, Slice(tuple(whole), tuple(offset)))]).table().rows.tolist():
         s = dict(zip(FIELDS, row, strict=True))
         for r in range(s["rows"]):
             for c in range(s["cols"]):
@@ -236,7 +237,7 @@ def test_an_entry_knows_its_twin():
     a, b = torch.zeros(2), torch.zeros(2)
     window = Slice((2,), (0,))
     assert Entry("w", a, window).same_place(Entry("w", b, window))
-    for other in (Entry("v", b, window), Entry("w", b, Slice((3,), (0,))), Entry("w", b.half(), window)):
+    for other in (Entry("v", b, window), Entry("w", b, Slice((3,), (0,))), Entry("w", b.view(2, 1), window)):
         assert not Entry("w", a, window).same_place(other)
 
 

@@ -48,7 +48,7 @@ def test_compiles_for(target):
         "backend, arch, warp = sys.argv[1].split(':')\n"
         "target = GPUTarget(backend, int(arch) if arch.isdigit() else arch, int(warp))\n"
         "for kind in (0, 1):\n    for dtype in (0, 1, 2):\n"
-        "        print(len(compile_kernel(kind, dtype, target).asm['cubin' if backend == 'cuda' else 'hsaco']))"
+        "        print(len(compile_kernel(kind, (dtype, dtype), target).asm['cubin' if backend == 'cuda' else 'hsaco']))"
     )
     done = python(code, target)
     assert done.returncode == 0, done.stderr

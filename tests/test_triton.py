@@ -16,10 +16,11 @@ import pytest
 import torch
 
 import esfast
-from esfast.ops import check_members
+from esfast.ops import Call, check_members
 
 triton = pytest.importorskip("triton", reason="Triton is not installed: its kernels can't be interpreted")
 from esfast import triton_backend  # noqa: E402
+from esfast.tiles import tile_table  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="a GPU is here: kernels are compiled, not interpreted"
@@ -54,7 +55,7 @@ def entries(dtype):
 def both(dtype, kind, seeds, coeffs, inplace=False, tile=512):
     source = esfast.Plan(entries(dtype))
     ours, theirs = source.clone(), source.clone()
-    triton_backend.run(ours, *check_members(seeds, coeffs), None if inplace else source, kind, tile)
+    triton_backend.run(Call(ours, *check_members(seeds, coeffs), None if inplace else source, kind), tile)
     esfast.add_noise_(theirs, seeds, coeffs, base=None if inplace else source, noise=kind, backend="cpu")
     return ours, theirs
 
@@ -74,7 +75,7 @@ def test_member_counts(kind, members, same_bits):
     plan = esfast.Plan([("w", torch.linspace(-1, 1, 600).bfloat16())])
     ours, theirs = plan.clone(), plan.clone()
     seeds, coeffs = list(range(members)), [0.01 * (-1) ** j / (j + 1) for j in range(members)]
-    triton_backend.run(ours, *check_members(seeds, coeffs), plan, kind, 512)
+    triton_backend.run(Call(ours, *check_members(seeds, coeffs), plan, kind), 512)
     esfast.add_noise_(theirs, seeds, coeffs, base=plan, noise=kind, backend="cpu")
     assert same_bits(ours.tensors, theirs.tensors)
 
@@ -88,7 +89,7 @@ def test_rounding_of_extreme_weights(dtype, same_bits):
     for coeff in (1e-3, 2.0**-133, 3.0):
         plan = esfast.Plan([("w", values.clone())])
         ours, theirs = plan.clone(), plan.clone()
-        triton_backend.run(ours, *check_members([9], [coeff]), plan, "rademacher", 4096)
+        triton_backend.run(Call(ours, *check_members([9], [coeff]), plan, "rademacher"), 4096)
         esfast.add_noise_(theirs, [9], [coeff], base=plan, noise="rademacher", backend="cpu")
         assert same_bits(ours.tensors, theirs.tensors)
 
@@ -159,8 +160,11 @@ def mutated(tmp_path, text):
 def numbers_of(kernel, kind):
     count = 2**15
     plan = esfast.Plan([("w", torch.zeros(count))])
-    tiles = torch.from_numpy(triton_backend.tile_table(plan.table(), count))
-    kernel[(1,)](tiles, torch.tensor([77]), torch.ones(1), 1, KIND=kind, DTYPE=0, TILE=count)
+    tiles = torch.from_numpy(tile_table(plan.table().rows, count)[0])
+    kernel[(1,)](
+        tiles, tiles, torch.tensor([77]), torch.ones(1), 1, 0, 0, 0, 0.0, 0.0, 0.0, 0.0, 0.0,
+        KIND=kind, SRC=0, DST=0, TILE=count, STOCHASTIC=False, DECAY=0, ADAM=False,
+    )  # fmt: skip
     return plan.tensors[0]
 
 

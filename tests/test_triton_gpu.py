@@ -5,7 +5,7 @@ import torch
 
 import esfast
 from esfast import triton_backend
-from esfast.ops import check_members
+from esfast.ops import Call, check_members
 
 pytestmark = [
     pytest.mark.gpu,
@@ -59,7 +59,7 @@ def test_equals_the_cpu_backend(dtype, kind, members, same_bits):
 def test_any_tile_gives_the_same_bits(tile, same_bits):
     cpu, gpu = on_both(torch.bfloat16)
     base = gpu.clone()
-    triton_backend.run(gpu, *check_members([5], [0.1]), base, "gaussian", tile)
+    triton_backend.run(Call(gpu, *check_members([5], [0.1]), base), tile)
     esfast.add_noise_(cpu, [5], [0.1])
     assert_equal(gpu, cpu, same_bits)
 

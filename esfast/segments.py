@@ -1,0 +1,168 @@
+"""Tensors as the kernels see them: a table of matrices, each with its addresses, strides and element numbers."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from .noise import tensor_id
+
+# The formats of csrc/dtypes.h. SPLIT is a float32 held as a bfloat16 tensor and, in the plan's flat buffer, the 16 bits
+# that this leaves out.
+FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+FLOAT32, BFLOAT16, FLOAT16, SPLIT = range(4)
+# Columns of the segment table, the fields of csrc/cpu.h's Segment.
+FIELDS = ("dst", "src", "anchor", "rows", "cols", "dst_stride", "src_stride", "anchor_stride", "index_stride", "first",
+          "flat", "tensor_id", "src_format", "dst_format")  # fmt: skip
+MAX_SEGMENTS_PER_TENSOR = 65536
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Where a tensor lies in a larger one: `tensor = whole[offset[0] : offset[0] + tensor.shape[0], ...]`.
+
+    It gets the noise that these elements have in the whole: shards of a matrix, and the parts of a fused one, are
+    perturbed exactly as the matrix they come from.
+
+    Args:
+        shape: shape of the whole tensor.
+        offset: index of the tensor's first element in the whole, one number a dimension.
+    """
+
+    shape: tuple[int, ...]
+    offset: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a plan: `tensor` holds the elements `window` of the whole tensor called `name`.
+
+    With `split` it holds the upper halves of float32 weights, and the plan's flat buffer the lower ones.
+    """
+
+    name: str
+    tensor: torch.Tensor
+    window: Slice
+    split: bool = False
+
+    @property
+    def format(self) -> int:
+        return SPLIT if self.split else FORMATS[self.tensor.dtype]
+
+    def same_place(self, other: Entry) -> bool:
+        return (self.name, self.window, self.tensor.shape, self.tensor.device) == (
+            other.name, other.window, other.tensor.shape, other.tensor.device
+        )  # fmt: skip
+
+
+def describe(e: Entry) -> str:
+    window = f" at {e.window.offset} of {e.window.shape}" if tuple(e.tensor.shape) != e.window.shape else ""
+    return (
+        f"{e.name!r} {tuple(e.tensor.shape)} {str(e.tensor.dtype).removeprefix('torch.')}{' split' * e.split}{window}"
+    )
+
+
+class Table:
+    """The segments of one pass over the weights, as csrc/cpu.h reads them.
+
+    Attributes: `rows` (int64 array (segments, len(FIELDS))); `device` is for what a backend makes of them there.
+    """
+
+    def __init__(self, dst: list[Entry], src: list[Entry], anchor: list[Entry] | None = None):
+        starts = flat_starts(dst)
+        rows = [
+            row
+            for d, s, a, flat in zip(dst, src, anchor or [None] * len(dst), starts[:-1], strict=True)
+            for row in _segments(d, s, a, flat)
+        ]
+        self.rows = np.array(rows, dtype=np.int64).reshape(len(rows), len(FIELDS))
+        self.device: dict = {}
+
+    def column(self, name: str) -> np.ndarray:
+        return self.rows[:, FIELDS.index(name)]
+
+
+def flat_starts(entries: list[Entry]) -> list[int]:
+    """Where each tensor begins in the plan's flat buffers (low halves, moments), and their length behind the last.
+
+    Tensors begin at multiples of 16 elements, so that a GPU reads the buffers 128 bits at once.
+    """
+    return [0, *itertools.accumulate((e.tensor.numel() + 15) // 16 * 16 for e in entries)]
+
+
+def _segments(dst: Entry, src: Entry, anchor: Entry | None, flat: int) -> list[tuple[int, ...]]:
+    """The tensor as matrices whose rows are contiguous in all memories and in the numbering of the whole.
+
+    Each dimension is (size, stride in dst, in src, in the anchor, in the numbering). A dimension that continues the
+    next one in all of them is merged with it; what is left beyond a matrix is enumerated.
+    """
+    shape, window, tensors = dst.tensor.shape, dst.window, [e.tensor for e in (dst, src, anchor or dst)]
+    numbering = [math.prod(window.shape[d + 1 :]) for d in range(len(shape))]
+    first = sum(o * n for o, n in zip(window.offset, numbering, strict=True))
+    dims: list[tuple[int, ...]] = []
+    for n, *strides in reversed(list(zip(shape, *(t.stride() for t in tensors), numbering, strict=True))):
+        if n == 1:
+            continue
+        if dims and all(s == dims[0][0] * t for s, t in zip(strides, dims[0][1:], strict=True)):
+            dims[0] = (n * dims[0][0], *dims[0][1:])
+        else:
+            dims.insert(0, (n, *strides))
+    if not dims or dims[-1][1:] != (1, 1, 1, 1):
+        dims.append((1, 1, 1, 1, 1))  # a column: rows of one element
+    if len(dims) == 1:
+        dims.insert(0, (1, 0, 0, 0, 0))
+    *outer, (rows, *strides, index_stride), (cols, *_) = dims
+    if math.prod(d[0] for d in outer) > MAX_SEGMENTS_PER_TENSOR:
+        raise ValueError(
+            f"Plan: {dst.name!r} with strides {dst.tensor.stride()} is scattered over more than "
+            f"{MAX_SEGMENTS_PER_TENSOR} matrices; make it .contiguous()"
+        )
+    segments = []
+    for number, place in enumerate(np.ndindex(*(d[0] for d in outer))):
+        *offsets, index = (int(sum(p * dim[k] for p, dim in zip(place, outer, strict=True))) for k in range(1, 5))
+        at = [t.data_ptr() + o * t.element_size() for t, o in zip(tensors, offsets, strict=True)]
+        segments.append(
+            (*at[:2], at[2] if anchor else 0, rows, cols, *strides, index_stride, first + index,
+             flat + number * rows * cols, tensor_id(dst.name), src.format, dst.format)
+        )  # fmt: skip
+    return segments
+
+
+def check_overlap(entries: list[Entry], *tables: Table) -> None:
+    """No byte may belong to two tensors, or twice to one: it would be perturbed twice."""
+    owner = np.repeat(np.arange(len(entries)), [len(_segments(e, e, None, 0)) for e in entries])
+    size = np.array([e.tensor.element_size() for e in entries])[owner]
+    start, rows, cols, stride = (
+        np.concatenate([t.column(name) for t in tables]) for name in ("dst", "rows", "cols", "dst_stride")
+    )
+    stride, length = stride * size, cols * size
+    end = start + (rows - 1) * stride + length
+    order = np.argsort(start, kind="stable")
+    clear = start[order][1:] >= np.maximum.accumulate(end[order])[:-1]
+    suspect = np.zeros(len(order), dtype=bool)  # extents that meet; their rows may still be disjoint, as columns are
+    suspect[order[1:][~clear]] = True
+    suspect[order[:-1][~clear]] = True
+    suspect |= (rows > 1) & (stride < length)
+    if not suspect.any():
+        return
+    # an extent that meets an earlier one may meet it across others: take all that lie under any suspect's extent
+    low, high = start[suspect].min(), end[suspect].max()
+    suspect |= (start < high) & (end > low)
+    starts = np.concatenate([start[i] + stride[i] * np.arange(rows[i]) for i in np.flatnonzero(suspect)])
+    ends = starts + np.repeat(length[suspect], rows[suspect])
+    who = np.repeat(owner[suspect], rows[suspect])
+    order = np.argsort(starts, kind="stable")
+    starts, ends, who = starts[order], ends[order], who[order]
+    reach = np.maximum.accumulate(ends)
+    bad = np.flatnonzero(starts[1:] < reach[:-1])
+    if len(bad):
+        a, b = entries[who[bad[0]]], entries[who[bad[0] + 1]]
+        where = f"{describe(a)} overlaps itself" if a is b else f"{describe(a)} and {describe(b)} overlap"
+        raise ValueError(
+            f"Plan: {where} in memory, so some weights would be perturbed twice; pass each weight once "
+            "(tied weights of equal shape and strides are recognised)"
+        )
