@@ -33,6 +33,8 @@ KINDS = {"gaussian": 0, "rademacher": 1}
 
 _INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;")
 _LABEL = re.compile(r"^(\.L_x_\d+):")
+# On sm_80 a jump may be written as a call that never returns.
+_JUMP = re.compile(r"\b(?:BRA|EXIT)\b|\bCALL\.REL\.NOINC `\(\.L_x")
 _MEMORY = re.compile(r"\b(LDG|STG|LDS|LDSM|STS|LDL|STL)\b[.\w]*")
 
 
@@ -46,25 +48,32 @@ def run(args: argparse.Namespace) -> dict:
         import triton
     except ImportError as error:
         raise BenchmarkError(f"Triton is not installed ({error}): pip install triton") from error
-    rows = []
+    from . import sass_cuda
+
+    rows, cuda_missing = [], sass_cuda.missing()
     for arch in args.arch:
         for noise, kind in KINDS.items():
             for dtype in args.dtypes:
                 rows += _rows(noise, kind, dtype, arch)
-    return {"triton": triton.__version__, "rows": rows}
+        if not cuda_missing:
+            rows += sass_cuda.rows(arch, args.dtypes)
+    return {"triton": triton.__version__, "cuda": cuda_missing or "built", "rows": rows}
 
 
 def table(result: dict) -> tuple[list[str], list[list[str]]]:
-    headers = ["kernel", "noise", "dtype", "arch", "SASS per weight", "budget", "registers", "spilled bytes",
+    headers = ["backend", "kernel", "noise", "dtype", "arch", "SASS per weight", "budget", "registers", "spilled bytes",
                "widest load", "widest store"]  # fmt: skip
     return headers, [
-        [r["kernel"], r["noise"], r["dtype"], f"sm_{r['arch']}", f"{r['sass_per_weight']:.1f}", str(r["budget"] or "-"),
-         str(r["registers"]), str(r["spill_bytes"]), f"{r['load_bits']} bits", f"{r['store_bits']} bits"]
+        [r["backend"], r["kernel"], r["noise"], r["dtype"], f"sm_{r['arch']}", f"{r['sass_per_weight']:.1f}",
+         str(r["budget"] or "-"), str(r["registers"]), str(r["spill_bytes"]), f"{r['load_bits']} bits",
+         f"{r['store_bits']} bits"]
         for r in result["rows"]
     ]  # fmt: skip
 
 
-def compile_kernel(kind: int, dtype: int, target=None, tile: int | None = None):
+def compile_kernel(
+    kind: int, formats: tuple[int, int], target=None, tile: int | None = None, stochastic=False, decay=0, adam=False
+):
     """The compiled Triton kernel, for a GPUTarget (default sm_90). Needs no GPU."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -73,13 +82,14 @@ def compile_kernel(kind: int, dtype: int, target=None, tile: int | None = None):
     from ..kernels import add_noise as k
 
     names = k.add_noise_kernel.arg_names
-    types = ["*i64", "*i64", "*fp32", "i32", "constexpr", "constexpr", "constexpr"]
-    constants = {"KIND": kind, "DTYPE": dtype, "TILE": tile or k.TILE}
+    types = ["*i64", "*i64", "*i64", "*fp32", "i32", *["i64"] * 3, *["fp32"] * 5, *["constexpr"] * 7]
+    constants = {"KIND": kind, "SRC": formats[0], "DST": formats[1], "TILE": tile or k.TILE,
+                 "STOCHASTIC": stochastic, "DECAY": decay, "ADAM": adam}  # fmt: skip
     source = ASTSource(
         fn=k.add_noise_kernel,
         signature=dict(zip(names, types, strict=True)),
         constexprs=constants,
-        attrs={(i,): [["tt.divisibility", 16]] for i in range(3)},  # torch allocates at multiples of 512 bytes
+        attrs={(i,): [["tt.divisibility", 16]] for i in (0, 1, 2, 3, 5, 6, 7)},  # torch allocates at multiples of 512
     )
     return triton.compile(source, target=target or GPUTarget("cuda", 90, 32), options=k.OPTIONS)
 
@@ -89,27 +99,30 @@ def _rows(noise: str, kind: int, dtype: str, arch: int) -> list[dict]:
 
     from ..kernels.add_noise import NUM_WARPS, TILE
 
-    compiled = compile_kernel(kind, DTYPES[dtype], GPUTarget("cuda", arch, 32))
+    compiled = compile_kernel(kind, (DTYPES[dtype],) * 2, GPUTarget("cuda", arch, 32))
     code = disassemble(compiled.asm["cubin"])
     per_thread = TILE // (32 * NUM_WARPS)
     figures = measure(code)
-    rows = []
-    for kernel, count in (("perturb", figures.path), ("update", figures.loop)):
-        per_weight = count / per_thread
-        budget = BUDGETS[kernel, noise] if arch == 90 else None
-        row = {
-            "backend": "triton", "kernel": kernel, "noise": noise, "dtype": dtype, "arch": arch,
-            "sass_per_weight": round(per_weight, 2), "budget": budget, "weights_per_thread": per_thread,
-            "spill_bytes": figures.spill_bytes, "shared_bytes": compiled.metadata.shared,
-            "registers": figures.registers, "load_bits": figures.load_bits, "store_bits": figures.store_bits,
-            "memory_instructions": figures.memory,
-        }  # fmt: skip
-        if budget:
-            row["pass"] = (
-                per_weight <= budget and not figures.spill_bytes and figures.load_bits == figures.store_bits == 128
-            )
-        rows.append(row)
-    return rows
+    return [
+        row("triton", kernel, noise, dtype, arch, count / per_thread, per_thread, figures, BUDGETS)
+        | {"shared_bytes": compiled.metadata.shared}
+        for kernel, count in (("perturb", figures.path), ("update", figures.loop))
+    ]
+
+
+def row(backend, kernel, noise, dtype, arch, per_weight, per_thread, figures: Figures, budgets: dict) -> dict:
+    budget = budgets[kernel, noise] if arch == 90 else None
+    found = {
+        "backend": backend, "kernel": kernel, "noise": noise, "dtype": dtype, "arch": arch,
+        "sass_per_weight": round(per_weight, 2), "budget": budget, "weights_per_thread": per_thread,
+        "spill_bytes": figures.spill_bytes, "registers": figures.registers, "load_bits": figures.load_bits,
+        "store_bits": figures.store_bits, "memory_instructions": figures.memory,
+    }  # fmt: skip
+    if budget:
+        found["pass"] = (
+            per_weight <= budget and not figures.spill_bytes and figures.load_bits == figures.store_bits == 128
+        )
+    return found
 
 
 @dataclass
@@ -124,11 +137,11 @@ def disassemble(cubin: bytes) -> Disassembly:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
         return Disassembly(
-            _tool(folder, "nvdisasm", "-c", path), _tool(folder, "cuobjdump", "--dump-resource-usage", path)
+            tool(folder, "nvdisasm", "-c", path), tool(folder, "cuobjdump", "--dump-resource-usage", path)
         )
 
 
-def _tool(folder: str, name: str, *arguments) -> str:
+def tool(folder: str, name: str, *arguments) -> str:
     import triton
 
     found = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
@@ -139,7 +152,7 @@ def _tool(folder: str, name: str, *arguments) -> str:
         shutil.copy(found, tool)
         tool.chmod(0o755)
     environment = {**os.environ, "PATH": f"{folder}:{os.environ.get('PATH', '')}"}
-    done = subprocess.run([tool, *map(str, arguments)], capture_output=True, text=True, env=environment)
+    done = subprocess.run([tool, *map(str, arguments)], capture_output=True, text=True, env=environment, cwd=folder)
     if done.returncode:
         raise BenchmarkError(f"{name} failed: {done.stderr.strip() or done.stdout.strip()}")
     return done.stdout
@@ -172,14 +185,15 @@ class Figures:
     memory: dict[str, int]
 
 
-def measure(code: Disassembly) -> Figures:
+def measure(code: Disassembly, loop: bool = True) -> Figures:
+    """What a kernel costs; without `loop`, one that is made for one member."""
     blocks = control_flow(code.sass)
-    _, path, loop = min(_passes(blocks))
+    _, path, turn = min(_passes(blocks)) if loop else (*_straight(blocks), [])
     used = [i for b in dict.fromkeys(path) for i in blocks[b].instructions]
     resources = {k: int(v) for k, v in re.findall(r"(REG|STACK):(\d+)", code.resources)}
     return Figures(
         path=sum(blocks[b].cost for b in path),
-        loop=sum(blocks[b].cost for b in loop),
+        loop=sum(blocks[b].cost for b in turn),
         spill_bytes=resources["STACK"],
         registers=resources["REG"],
         load_bits=_widest(used, "LDG"),
@@ -195,15 +209,15 @@ def control_flow(sass: str) -> list[Block]:
             blocks.append(Block(label[1]))
         elif found := _INSTRUCTION.match(line):
             blocks[-1].instructions.append(found[2])
-            if re.search(r"\b(BRA|EXIT)\b", found[2]):
+            if _JUMP.search(found[2]):
                 blocks.append(Block(None))
     places = {b.label: i for i, b in enumerate(blocks) if b.label}
     for i, block in enumerate(blocks):
         last = block.instructions[-1] if block.instructions else ""
-        target = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", last)
+        target = re.search(r"\b(?:BRA|CALL\.REL\.NOINC)\b.*`\((\.L_x_\d+)\)", last)
         if target:
             block.following.append(places[target[1]])
-        unconditional = re.match(r"(BRA|EXIT)\b", last) is not None
+        unconditional = re.match(r"(BRA(?!\.U )|EXIT)\b", last) is not None
         if not unconditional and i + 1 < len(blocks):
             block.following.append(i + 1)
     return blocks
@@ -216,14 +230,28 @@ def _passes(blocks: list[Block]) -> list[tuple[int, list[int], list[int]]]:
     for head, tail in loops:
         if sum(b.cost for b in blocks[head : tail + 1]) < 10:
             continue  # the endless BRA behind a kernel's end
-        ways = [_cheapest(blocks, [0], head), _cheapest(blocks, [head], tail),
-                _cheapest(blocks, blocks[tail].following, None, {head})]  # fmt: skip
+        turn = _cheapest(blocks, [head], tail)
+        behind = [n for b in turn for n in blocks[b].following if n not in turn]
+        ways = [_cheapest(blocks, [0], head), turn, _cheapest(blocks, behind, None, set(turn))]
         if all(ways):
             path = ways[0][:-1] + ways[1] + ways[2]
             found.append((sum(_price(blocks[b]) for b in path), path, ways[1]))
     if not found:
         raise BenchmarkError("the machine code has no loop over members that this reader understands")
     return found
+
+
+def _straight(blocks: list[Block]) -> tuple[int, list[int]]:
+    """Price and blocks of the cheapest path through a kernel without a loop that stores 128 bits at once."""
+    found = []
+    for i, block in enumerate(blocks):
+        ways = _cheapest(blocks, [0], i), _cheapest(blocks, [i], None)
+        if block.uses("STG.E.128") and all(ways):
+            path = ways[0][:-1] + ways[1]
+            found.append((sum(_price(blocks[b]) for b in path), path))
+    if not found:
+        raise BenchmarkError("the machine code has no 128-bit store that this reader finds a way to")
+    return min(found)
 
 
 def _cheapest(blocks: list[Block], starts: list[int], goal: int | None, avoid: Set[int] = frozenset()) -> list[int]:
@@ -251,7 +279,8 @@ def _price(block: Block) -> int:
 
 
 def _single_float(block: Block) -> bool:
-    return sum(bool(re.search(r"\b(LDG|STG)\.E ", i)) for i in block.instructions) > 3
+    loads, stores = (sum(f"{kind}.E " in i for i in block.instructions) for kind in ("LDG", "STG"))
+    return loads > 3 or stores > 0
 
 
 def _widest(instructions: list[str], kind: str) -> int:

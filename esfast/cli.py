@@ -187,7 +187,7 @@ def _info(args: argparse.Namespace) -> None:
     import torch
     import transformers
 
-    from . import NOISE_VERSION, __version__
+    from . import NOISE_VERSION, __version__, cuda_backend
     from .ops import auto_backend, backend_report
 
     print(f"esfast {__version__}, noise version {NOISE_VERSION}")
@@ -200,6 +200,7 @@ def _info(args: argparse.Namespace) -> None:
         print(f"cpu extension: uses {sets[0]} (has {', '.join(sets)}), {torch.get_num_threads()} threads, {openmp}")
     except ImportError:
         print("cpu extension: not built")
+    print(f"cuda extension: {cuda_backend.build()}")
     devices = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     for device in devices:
         name = torch.cuda.get_device_name(device) if device != "cpu" else platform.processor() or platform.machine()

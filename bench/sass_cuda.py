@@ -1,0 +1,68 @@
+"""The CUDA kernels' rows of `esfast bench sass`, read from the machine code inside the extension module esfast._cuda.
+
+A perturbation is the shortest path through a kernel for one member that uses its 128-bit loads and stores; an update's
+figure is one turn of the loop over members in a kernel for any number.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import tempfile
+from collections.abc import Collection
+from pathlib import Path
+
+from . import BenchmarkError, sass
+
+# SASS instructions per weight (update: per weight and member) that a kernel may take on sm_90.
+BUDGETS = {
+    ("perturb", "gaussian"): 28.5,
+    ("perturb", "rademacher"): 9,
+    ("update", "gaussian"): 26,
+    ("update", "rademacher"): 4,
+}
+# Formats and rule in a kernel's mangled name: csrc/cuda_kernel.cu's add_noise_kernel<Src, Src, KIND, RULE>.
+_KERNEL = re.compile(r"add_noise_kernelINS_\d+(Float32|BFloat16|Float16)ES2_Lj([01])ELNS_4RuleE([01])E")
+_KINDS = {"0": "gaussian", "1": "rademacher"}
+_RULES = {"0": "perturb", "1": "update"}
+
+
+def missing() -> str | None:
+    """Why there is no machine code of CUDA kernels to read, or None."""
+    try:
+        extension = importlib.import_module("esfast._cuda")
+    except ImportError as error:
+        return f"esfast._cuda is not built ({error})"
+    return extension.ABSENT or None
+
+
+def machine_code(arch: int) -> dict[str, sass.Disassembly]:
+    """The functions that the build has for one compute capability."""
+    extension = Path(importlib.import_module("esfast._cuda").__file__)
+    with tempfile.TemporaryDirectory() as folder:
+        sass.tool(folder, "cuobjdump", "--extract-elf", f"sm_{arch}", extension)
+        cubins = sorted(Path(folder).glob(f"*sm_{arch}*.cubin"))
+        if not cubins:
+            raise BenchmarkError(f"esfast._cuda has no machine code for sm_{arch}")
+        code = "".join(sass.tool(folder, "nvdisasm", "-c", cubin) for cubin in cubins)
+        usage = "".join(sass.tool(folder, "cuobjdump", "--dump-resource-usage", cubin) for cubin in cubins)
+    parts = re.split(r"^\s*\.section\s+\.text\.([^,\s]+),.*$", code, flags=re.MULTILINE)
+    return {
+        name: sass.Disassembly(text, re.search(rf"{re.escape(name)}:\s*(.*)", usage)[1])
+        for name, text in zip(parts[1::2], parts[2::2], strict=True)
+    }
+
+
+def rows(arch: int, dtypes: Collection[str] = tuple(sass.DTYPES)) -> list[dict]:
+    """Rows as those of sass.run."""
+    found = []
+    for function, code in machine_code(arch).items():
+        name = _KERNEL.search(function)
+        if not name or name[1].lower() not in dtypes:
+            continue
+        dtype, noise, kernel = name[1].lower(), _KINDS[name[2]], _RULES[name[3]]
+        figures = sass.measure(code, loop=kernel == "update")
+        per_thread = 64 if (noise, kernel) == ("rademacher", "update") else 32  # csrc/cuda_kernel.cuh's Layout
+        count = figures.loop if kernel == "update" else figures.path
+        found.append(sass.row("cuda", kernel, noise, dtype, arch, count / per_thread, per_thread, figures, BUDGETS))
+    return sorted(found, key=lambda r: (r["noise"], list(sass.DTYPES).index(r["dtype"]), r["kernel"]))

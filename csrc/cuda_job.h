@@ -1,0 +1,61 @@
+// What cuda_module.cpp, cuda_kernel.cu and the threads in cuda_kernel.cuh say to each other.
+#pragma once
+#include <stdint.h>
+
+#include <string>
+
+#include "dtypes.h"
+
+namespace esfast {
+
+// Elements of a tile, which a block of threads takes.
+constexpr int CUDA_TILE = 8192;
+
+// esfast/tiles.py makes these records. dst, src and anchor are the addresses of the tile's element 0, which like all
+// others outside [begin, end) may not be there.
+struct alignas(16) TileRecord {
+    uint64_t dst, src;
+    int64_t start;  // number of element 0 in its whole tensor
+    uint64_t span;  // tensor id << 32 | whole << 31 | end << 15 | begin
+};
+
+struct alignas(16) TileExtra {
+    uint64_t anchor;  // 0: none
+    int64_t flat;     // number of element 0 in the flat buffers
+};
+
+// One launch: all tiles of one pair of formats. Addresses are those of device memory.
+struct CudaJob {
+    uint64_t tiles, extras;   // extras: 0 where none of decay, low, m is there
+    uint64_t seeds, coeffs;
+    uint64_t low, m, v;       // flat buffers, 0 where there is none
+    int32_t members;
+    int32_t stochastic;       // rounding, from words of the first seed
+    float decay;              // 0: none
+    float one_minus_beta1, one_minus_beta2, step, eps;
+};
+
+enum Rule {
+    ONE,   // add one member, round to nearest: what perturbs is bound by memory, so it has a kernel without ballast
+    ADD,   // any number of members, with weight decay and stochastic rounding where asked for
+    ADAM,  // the same in place, and the sum is the gradient of a step of Adam
+};
+
+inline Rule rule_of(const CudaJob& job, int dst_format) {
+    const bool rounds_stochastically = job.stochastic && (dst_format == BFLOAT16 || dst_format == FLOAT16);
+    if (job.m) return ADAM;
+    return job.members == 1 && job.decay == 0 && !rounds_stochastically ? ONE : ADD;
+}
+
+struct CudaKernel {
+    int src_format, dst_format, kind;
+    Rule rule;
+};
+
+// Starts the kernel on a stream (a cudaStream_t) of a device and does not wait. Empty, or what went wrong.
+std::string launch(const CudaKernel& kernel, const CudaJob& job, int64_t tiles, int device, uint64_t stream);
+
+// Why no kernel can run on this device (< 0: on any at all), or empty.
+std::string unusable(int device);
+
+}  // namespace esfast

@@ -1,0 +1,392 @@
+// dst = round(src + sum_j coeff_j noise(seed_j)) for the weights of one thread, with weight decay and Adam where asked for.
+// A GPU and, one thread after another, a CPU (tests/cuda_on_host.cpp) run the same lines: only how memory is addressed and
+// pairs of 16-bit weights are converted differs.
+#pragma once
+#include <type_traits>
+
+#include "cuda_job.h"
+
+#if defined(__CUDA_ARCH__)
+#define ESFAST_UNROLL _Pragma("unroll")
+#else
+#define ESFAST_UNROLL
+#endif
+
+namespace esfast {
+
+// ---- memory and conversions ----------------------------------------------------------------------------------------
+
+struct alignas(16) Vector { uint32_t word[4]; };
+
+// What a plain cast points to could be any memory: it gives LD and ST instead of LDG and STG.
+template <class T>
+ESFAST_FN T& at(uint64_t address) {
+#if defined(__CUDA_ARCH__)
+    return *static_cast<T*>(__cvta_global_to_generic(address));
+#else
+    return *reinterpret_cast<T*>(address);
+#endif
+}
+
+// 128 bits at once. The store is assembly as nvcc 13.0 takes an assignment apart and, of float32, stores single words.
+ESFAST_FN Vector load_vector(uint64_t address) {
+#if defined(__CUDA_ARCH__)
+    const uint4 v = at<const uint4>(address);
+    return {{v.x, v.y, v.z, v.w}};
+#else
+    return at<const Vector>(address);
+#endif
+}
+
+ESFAST_FN void store_vector(uint64_t address, const Vector& v) {
+#if defined(__CUDA_ARCH__)
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
+                 :: "l"(address), "r"(v.word[0]), "r"(v.word[1]), "r"(v.word[2]), "r"(v.word[3]) : "memory");
+#else
+    at<Vector>(address) = v;
+#endif
+}
+
+// The two weights of a word, and back, rounded to nearest even: as dtypes.h but for the payload of a NaN.
+template <class T>
+ESFAST_FN void unpack(uint32_t word, float* x) {
+#if defined(__CUDA_ARCH__)
+    if constexpr (std::is_same_v<T, Float16>) {
+        asm("{.reg .f16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b;}"
+            : "=f"(x[0]), "=f"(x[1]) : "r"(word));
+        return;
+    }
+#endif
+    x[0] = T::load(uint16_t(word));
+    x[1] = T::load(uint16_t(word >> 16));
+}
+
+template <class T>
+ESFAST_FN uint32_t pack(float x0, float x1) {
+#if defined(__CUDA_ARCH__)
+    uint32_t word;
+    if constexpr (std::is_same_v<T, Float16>) asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(x1), "f"(x0));
+    else asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(x1), "f"(x0));
+    return word;
+#else
+    return T::store(x0) | uint32_t(T::store(x1)) << 16;
+#endif
+}
+
+// Where element 0 lies, in memory and (SPLIT) in the flat buffer of low halves.
+template <class T>
+struct Place {
+    uint64_t address, low;
+    static ESFAST_FN uint64_t address_of(uint64_t address, uint32_t e) {
+        return address + uint64_t(e) * sizeof(typename T::storage);
+    }
+    ESFAST_FN uint64_t of(int e) const { return address_of(address, uint32_t(e)); }
+    ESFAST_FN uint64_t low_of(int e) const { return low + uint64_t(e) * 2; }
+};
+
+// G elements from number e, by 128-bit accesses.
+template <int G, class T>
+ESFAST_FN void load_group(float* x, Place<T> from, int e) {
+    if constexpr (std::is_same_v<T, Float32>) {
+        ESFAST_UNROLL
+        for (int k = 0; k < G; k += 4) {
+            const Vector v = load_vector(from.of(e + k));
+            ESFAST_UNROLL
+            for (int i = 0; i < 4; ++i) x[k + i] = as_float(v.word[i]);
+        }
+    } else {
+        static_assert(G == 8);
+        const Vector v = load_vector(from.of(e));
+        [[maybe_unused]] Vector low;
+        if constexpr (std::is_same_v<T, Split>) low = load_vector(from.low_of(e));
+        ESFAST_UNROLL
+        for (int i = 0; i < 4; ++i) {
+            if constexpr (std::is_same_v<T, Split>) {
+                x[2 * i] = T::load(uint16_t(v.word[i]), uint16_t(low.word[i]));
+                x[2 * i + 1] = T::load(uint16_t(v.word[i] >> 16), uint16_t(low.word[i] >> 16));
+            } else {
+                unpack<T>(v.word[i], x + 2 * i);
+            }
+        }
+    }
+}
+
+template <class T>
+ESFAST_FN float load_one(Place<T> from, int e) {
+    if constexpr (std::is_same_v<T, Split>) {
+        return T::load(at<const uint16_t>(from.of(e)), at<const uint16_t>(from.low_of(e)));
+    } else {
+        return T::load(at<const typename T::storage>(from.of(e)));
+    }
+}
+
+template <int G, bool STOCHASTIC, class T>
+ESFAST_FN void store_group(Place<T> to, int e, const float* x, const uint32_t* random) {
+    if constexpr (std::is_same_v<T, Float32>) {
+        ESFAST_UNROLL
+        for (int k = 0; k < G; k += 4)
+            store_vector(to.of(e + k), {{as_bits(x[k]), as_bits(x[k + 1]), as_bits(x[k + 2]), as_bits(x[k + 3])}});
+    } else {
+        Vector v;
+        [[maybe_unused]] Vector low;
+        ESFAST_UNROLL
+        for (int i = 0; i < 4; ++i) {
+            const float x0 = x[2 * i], x1 = x[2 * i + 1];
+            if constexpr (std::is_same_v<T, Split>) {
+                const uint32_t a = T::canonical(x0), b = T::canonical(x1);
+                v.word[i] = T::high(a) | uint32_t(T::high(b)) << 16;
+                low.word[i] = T::low(a) | uint32_t(T::low(b)) << 16;
+            } else if constexpr (STOCHASTIC) {
+                v.word[i] = T::store(x0, random[2 * i]) | uint32_t(T::store(x1, random[2 * i + 1])) << 16;
+            } else {
+                v.word[i] = pack<T>(x0, x1);
+            }
+        }
+        store_vector(to.of(e), v);
+        if constexpr (std::is_same_v<T, Split>) store_vector(to.low_of(e), low);
+    }
+}
+
+template <bool STOCHASTIC, class T>
+ESFAST_FN void store_one(Place<T> to, int e, float x, uint32_t random) {
+    if constexpr (std::is_same_v<T, Float32>) {
+        at<uint32_t>(to.of(e)) = as_bits(x);
+    } else if constexpr (std::is_same_v<T, Split>) {
+        const uint32_t a = T::canonical(x);
+        at<uint16_t>(to.of(e)) = T::high(a);
+        at<uint16_t>(to.low_of(e)) = T::low(a);
+    } else if constexpr (STOCHASTIC) {
+        at<uint16_t>(to.of(e)) = T::store(x, random);
+    } else {
+        at<uint16_t>(to.of(e)) = uint16_t(pack<T>(x, 0.0f));
+    }
+}
+
+// ---- which weights a thread holds ----------------------------------------------------------------------------------
+
+// Groups of G neighbours. Neighbouring threads hold neighbouring groups, and the elements of a warp lie together, so that
+// where only a part of a tile is there (a row of a shard) most of the other warps have nothing to do.
+//
+// Instructions per weight and member on sm_90, bf16, for so many weights a thread:
+//     gaussian     16: 25.7   32: 24.0   a key schedule, 14 additions, is paid once a thread and member
+//     rademacher   32:  4.4   64:  3.2   one Philox call and its schedule, for threads that share a block of 128
+// What perturbs with rademacher noise waits for memory: there 32 weights leave more threads to wait.
+template <uint32_t KIND, Rule RULE, int G>
+struct Layout {
+    static constexpr int WEIGHTS = KIND == RADEMACHER && RULE != ONE ? 64 : 32;
+    static constexpr int THREADS = CUDA_TILE / WEIGHTS;
+    static constexpr int SHARERS = SIGNS_PER_BLOCK / WEIGHTS;  // threads of one Rademacher block,
+    static constexpr int PER_WORD = 32 / (SHARERS * G);        // and the groups of each in one of its four words
+
+    // Number of the thread's first element in the tile, and of a group's from there on.
+    static ESFAST_FN uint32_t first(uint32_t thread) {
+        if constexpr (KIND == GAUSSIAN) return thread / 32 * (32 * WEIGHTS) + thread % 32 * G;
+        else return thread / SHARERS * SIGNS_PER_BLOCK + thread % SHARERS * G;
+    }
+    static ESFAST_FN constexpr int offset(int group) {
+        if constexpr (KIND == GAUSSIAN) return group * (32 * G);
+        else return group / PER_WORD * 32 + group % PER_WORD * (SHARERS * G);
+    }
+};
+
+struct Span { int begin, end; };  // elements that are there
+
+// ---- one thread ----------------------------------------------------------------------------------------------------
+
+template <class Src, class Dst, uint32_t KIND, Rule RULE>
+struct Thread {
+    static constexpr int G = sizeof(typename Src::storage) == 4 && sizeof(typename Dst::storage) == 4 ? 4 : 8;
+    using Held = Layout<KIND, RULE, G>;
+    using Anchor = std::conditional_t<std::is_same_v<Dst, Split>, BFloat16, Dst>;
+    static constexpr int WEIGHTS = Held::WEIGHTS, GROUPS = WEIGHTS / G;
+
+    static constexpr bool READS_EXTRAS = RULE != ONE || std::is_same_v<Src, Split> || std::is_same_v<Dst, Split>;
+
+    // All from the thread's first element on: groups then lie at distances that the compiler knows.
+    const CudaJob& job;
+    uint32_t first;
+    uint64_t number;  // in its whole tensor
+    uint32_t tensor_id;
+    Span span;
+    bool whole, aligned;
+    Place<Src> src;
+    Place<Dst> dst;
+    Place<Anchor> anchor;
+    uint64_t flat;  // number in the flat buffers
+
+    ESFAST_FN Thread(const CudaJob& job, uint32_t tile, uint32_t thread) : job(job), first(Held::first(thread)) {
+        const TileRecord record = at<const TileRecord>(job.tiles + uint64_t(tile) * sizeof(TileRecord));
+        TileExtra extra = {0, 0};
+        if (READS_EXTRAS && job.extras) extra = at<const TileExtra>(job.extras + uint64_t(tile) * sizeof(TileExtra));
+        number = uint64_t(record.start) + first;
+        tensor_id = uint32_t(record.span >> 32);
+        span = {int(uint32_t(record.span) & 0x7fff) - int(first), int(uint32_t(record.span) >> 15 & 0xffff) - int(first)};
+        whole = int32_t(uint32_t(record.span)) < 0;
+        aligned = ((record.dst | record.src | extra.anchor | uint64_t(extra.flat) * 2) & 15) == 0;
+        flat = uint64_t(extra.flat) + first;
+        src = {src.address_of(record.src, first), job.low + flat * 2};
+        dst = {dst.address_of(record.dst, first), job.low + flat * 2};
+        anchor = {extra.anchor ? anchor.address_of(extra.anchor, first) : 0, 0};
+    }
+
+    ESFAST_FN void run() const {
+        // so that a tile that is there in part keeps only the warps that it needs
+        if (!whole && (span.end <= 0 || offset(GROUPS - 1) + G <= span.begin)) return;
+        if constexpr (RULE == ADAM) {
+            float g[WEIGHTS];
+            ESFAST_UNROLL
+            for (int i = 0; i < WEIGHTS; ++i) g[i] = 0;
+            add_members(g);
+            ESFAST_UNROLL
+            for (int i = 0; i < GROUPS; ++i) {
+                float x[G];
+                const bool together = whole || is_inside(offset(i));
+                read(x, src, offset(i), together);
+                if (job.decay != 0) decay(x, offset(i), together);
+                step(x, g + i * G, offset(i), together);
+                if (CAN_BE_STOCHASTIC && job.stochastic) write_stochastic(x, offset(i), together);
+                else write(x, offset(i), together);
+            }
+        } else {
+            float x[WEIGHTS];
+            // Two copies of the accesses: asking again for each group takes an instruction per weight.
+            if (whole) {
+                ESFAST_UNROLL
+                for (int i = 0; i < GROUPS; ++i) read(x + i * G, src, offset(i), true);
+            } else {
+                ESFAST_UNROLL
+                for (int i = 0; i < GROUPS; ++i) read(x + i * G, src, offset(i), is_inside(offset(i)));
+            }
+            if (RULE != ONE && job.decay != 0) {
+                ESFAST_UNROLL
+                for (int i = 0; i < GROUPS; ++i) decay(x + i * G, offset(i), whole || is_inside(offset(i)));
+            }
+            add_members(x);
+            if (CAN_BE_STOCHASTIC && job.stochastic) {
+                ESFAST_UNROLL
+                for (int i = 0; i < GROUPS; ++i) write_stochastic(x + i * G, offset(i), whole || is_inside(offset(i)));
+            } else if (whole) {
+                ESFAST_UNROLL
+                for (int i = 0; i < GROUPS; ++i) write(x + i * G, offset(i), true);
+            } else {
+                ESFAST_UNROLL
+                for (int i = 0; i < GROUPS; ++i) write(x + i * G, offset(i), is_inside(offset(i)));
+            }
+        }
+    }
+
+  private:
+    static ESFAST_FN constexpr int offset(int group) { return Held::offset(group); }
+    ESFAST_FN bool holds(int e) const { return e >= span.begin && e < span.end; }
+    ESFAST_FN bool is_inside(int e) const { return aligned && e >= span.begin && e + G <= span.end; }
+
+    template <class T>
+    ESFAST_FN void read(float* x, Place<T> from, int e, bool together) const {
+        if (together) {
+            load_group<G>(x, from, e);
+        } else {
+            ESFAST_UNROLL
+            for (int k = 0; k < G; ++k) x[k] = holds(e + k) ? load_one(from, e + k) : 0.0f;
+        }
+    }
+
+    template <bool STOCHASTIC, class T>
+    ESFAST_FN void write_rounded(Place<T> to, const float* x, const uint32_t* random, int e, bool together) const {
+        if (together) {
+            store_group<G, STOCHASTIC>(to, e, x, random);
+        } else {
+            ESFAST_UNROLL
+            for (int k = 0; k < G; ++k)
+                if (holds(e + k)) store_one<STOCHASTIC>(to, e + k, x[k], STOCHASTIC ? random[k] : 0);
+        }
+    }
+
+    static constexpr bool CAN_BE_STOCHASTIC = RULE != ONE && (std::is_same_v<Dst, BFloat16> || std::is_same_v<Dst, Float16>);
+
+    ESFAST_FN void write(const float* x, int e, bool together) const { write_rounded<false>(dst, x, nullptr, e, together); }
+
+    ESFAST_FN void write_stochastic(const float* x, int e, bool together) const {
+        uint32_t random[G];
+        ESFAST_UNROLL
+        for (int k = 0; k < G; k += 4) {
+            const Words<uint32_t> w = words(at<const uint64_t>(job.seeds), e + k, 4, STOCHASTIC_ROUNDING);
+            random[k] = w.x0, random[k + 1] = w.x1, random[k + 2] = w.x2, random[k + 3] = w.x3;
+        }
+        write_rounded<true>(dst, x, random, e, together);
+    }
+
+    // Of the block that element e is in. Tiles are aligned: the low word of a block's number can't carry within one.
+    ESFAST_FN Words<uint32_t> words(uint64_t seed, int e, int per_block, uint32_t domain) const {
+        const uint64_t block = number / uint32_t(per_block);
+        return philox(seed, Words<uint32_t>{uint32_t(block) + uint32_t(e / per_block), uint32_t(block >> 32), tensor_id, domain});
+    }
+
+    // x += decay (anchor - x); without an anchor towards 0
+    ESFAST_FN void decay(float* x, int e, bool together) const {
+        float toward[G];
+        ESFAST_UNROLL
+        for (int k = 0; k < G; ++k) toward[k] = 0;
+        if (anchor.address) read(toward, anchor, e, together);
+        ESFAST_UNROLL
+        for (int k = 0; k < G; ++k) x[k] = fma_(job.decay, add_(toward[k], -x[k]), x[k]);
+    }
+
+    // x += step m / (sqrt(v) + eps) for the gradient g
+    ESFAST_FN void step(float* x, const float* g, int e, bool together) const {
+        const Place<Float32> at_m = {job.m + flat * 4, 0}, at_v = {job.v + flat * 4, 0};
+        float m[G], v[G];
+        read(m, at_m, e, together);
+        read(v, at_v, e, together);
+        ESFAST_UNROLL
+        for (int k = 0; k < G; ++k) {
+            m[k] = fma_(job.one_minus_beta1, add_(g[k], -m[k]), m[k]);
+            v[k] = fma_(job.one_minus_beta2, add_(mul_(g[k], g[k]), -v[k]), v[k]);
+            x[k] = fma_(job.step, div_(m[k], add_(sqrt_(v[k]), job.eps)), x[k]);
+        }
+        write_rounded<false>(at_m, m, nullptr, e, together);
+        write_rounded<false>(at_v, v, nullptr, e, together);
+    }
+
+    ESFAST_FN void add_members(float* x) const {
+#if defined(__CUDA_ARCH__)
+#pragma unroll 1
+#endif
+        for (int j = 0; j < (RULE == ONE ? 1 : job.members); ++j) {
+            const uint64_t seed = at<const uint64_t>(job.seeds + uint64_t(j) * 8);
+            const float coeff = at<const float>(job.coeffs + uint64_t(j) * 4);
+            if constexpr (KIND == GAUSSIAN) add_gaussian(x, seed, coeff);
+            else add_rademacher(x, seed, coeff);
+        }
+    }
+
+    // Tried instead of Box-Muller: the inverse CDF by a table in shared memory, 16 linear pieces an octave. 16.4 instructions
+    // per weight and member, not 24.0; but 9.6 of them are for the integer pipe, which takes two cycles each, and bank
+    // conflicts stretch LDS.64 to 4.7 cycles (simulated), which four schedulers share: 19 cycles for 24, errors of 3e-4
+    // where 2e-4 are allowed, and nothing where memory is the limit. Not worth a second definition of the noise.
+    ESFAST_FN void add_gaussian(float* x, uint64_t seed, float coeff) const {
+        ESFAST_UNROLL
+        for (int i = 0; i < WEIGHTS; i += 4) {
+            const Words<uint32_t> w = words(seed, offset(i / G) + i % G, GAUSSIANS_PER_BLOCK, GAUSSIAN);
+            const Pair a = gaussian_pair(w.x0, w.x1), b = gaussian_pair(w.x2, w.x3);
+            x[i] = fma_(coeff, a.z0, x[i]);
+            x[i + 1] = fma_(coeff, a.z1, x[i + 1]);
+            x[i + 2] = fma_(coeff, b.z0, x[i + 2]);
+            x[i + 3] = fma_(coeff, b.z1, x[i + 3]);
+        }
+    }
+
+    // Signs as conditions on neighbouring bits: ptxas moves seven of them to predicates at once (R2P), which leaves a
+    // selection and an addition per weight. With noise.h's with_sign they are three instructions, 4.0 in all and not 3.3.
+    ESFAST_FN void add_rademacher(float* x, uint64_t seed, float coeff) const {
+        const Words<uint32_t> w = words(seed, 0, SIGNS_PER_BLOCK, RADEMACHER);
+        const uint32_t bit = first % 32;  // of the thread's first sign in each word
+        const uint32_t word[4] = {w.x0 >> bit, w.x1 >> bit, w.x2 >> bit, w.x3 >> bit};
+        ESFAST_UNROLL
+        for (int i = 0; i < WEIGHTS; ++i) {
+            const int e = offset(i / G) + i % G;
+            x[i] = add_(x[i], word[e / 32] & (1u << e % 32) ? -coeff : coeff);
+        }
+    }
+};
+
+}  // namespace esfast

@@ -1,0 +1,69 @@
+"""Launches the CUDA kernels of csrc/cuda_kernel.cu over a plan: tables made once, one launch per pair of formats."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from .noise import DOMAINS
+from .tiles import tiles_of
+
+
+def run(call) -> None:
+    """See ops.add_noise_; `call` is an ops.Call. Members that are tensors on the device are not copied, so that after a
+    first call, which makes the table and loads the code, the next can be captured in a CUDA graph."""
+    extension, device = importlib.import_module("._cuda", __package__), call.plan.device
+    stream = torch.cuda.current_stream(device).cuda_stream
+    run_with(call, functools.partial(extension.add_noise, device=device.index or 0, stream=stream), extension.TILE)
+
+
+def run_with(call, add_noise: Callable[..., None], tile: int) -> None:
+    """`run` with `add_noise` to launch a kernel, which takes the arguments of _cuda.add_noise."""
+    plan, adam = call.plan, call.adam
+    if call.is_copy:
+        if call.base is not None and call.base is not plan:
+            torch._foreach_copy_([t.detach() for t in plan.tensors], [t.detach() for t in call.base.tensors])
+        return
+    seeds, coeffs = call.seeds, call.coeffs
+    if isinstance(seeds, np.ndarray):
+        # the driver stages small pageable copies, so the host does not wait for the stream
+        seeds = torch.from_numpy(seeds.view(np.int64)).to(plan.device, non_blocking=True)
+        coeffs = torch.from_numpy(coeffs).to(plan.device, non_blocking=True)
+    anchored = bool(call.decay) and call.anchor is not None
+    for t in tiles_of(call.table, tile, plan.device, extras=call.low is not None or anchored or adam is not None):
+        add_noise(
+            tiles=t.records.data_ptr(), extras=t.extras.data_ptr() if t.extras is not None else 0,
+            tile_count=len(t.records), src_format=t.src_format, dst_format=t.dst_format, seeds=seeds.data_ptr(),
+            coeffs=coeffs.data_ptr(), members=len(seeds), kind=DOMAINS[call.kind], stochastic=call.stochastic,
+            decay=float(call.decay), low=call.low.data_ptr() if call.low is not None else 0,
+            moments=[m.data_ptr() for m in adam.moments] if adam is not None else (0, 0),
+            adam=adam.numbers if adam is not None else (0.0,) * 4,
+        )  # fmt: skip
+
+
+@functools.cache
+def missing(device: torch.device) -> str | None:
+    """Why CUDA kernels can't run on tensors of this device, or None."""
+    try:
+        extension = importlib.import_module("._cuda", __package__)
+    except ImportError as error:
+        return f"its extension is not built ({error}); run `pip install .` with nvcc on the PATH"
+    if extension.ABSENT:
+        return f"not built: {extension.ABSENT}; install the CUDA toolkit, then esfast again"
+    reason = extension.unusable(-1 if device.type != "cuda" else device.index or 0)
+    if reason:
+        return reason
+    return None if device.type == "cuda" else f"it needs tensors on a GPU, and these are on {device}"
+
+
+def build() -> str:
+    """What this build has: `esfast info` shows it."""
+    try:
+        extension = importlib.import_module("._cuda", __package__)
+    except ImportError as error:
+        return f"not built ({error})"
+    return f"not built: {extension.ABSENT}" if extension.ABSENT else f"built for {extension.ARCHITECTURES}"
