@@ -1,24 +1,60 @@
 #!/usr/bin/env bash
-# One command for a CUDA machine, which needs no network: builds in place, runs the GPU tests, then the benchmarks, and
-# leaves JSON in bench/results/ (or $OUT). Needs torch, triton, pytest, hypothesis, pybind11 and a C++ compiler.
+# One command for a CUDA machine, which needs no network: builds in place, runs the GPU tests, then the benchmarks, in
+# under 8 minutes, stopping at the first red test. JSON goes to bench/results/ (or $OUT). Needs torch, triton, pytest,
+# hypothesis, pybind11 and a C++ compiler. ESFAST_SUITE_DEVICE=cpu tries the script itself, on tiny shapes, where there
+# is no GPU; its figures mean nothing and go to $OUT or a temporary folder.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 root=$PWD
 python=$(command -v "${PYTHON:-python3}")
 case $python in /*) ;; *) python=$root/$python ;; esac
-out=$(mkdir -p "${OUT:-bench/results}" && cd "${OUT:-bench/results}" && pwd)
-
-"$python" setup.py -q build_ext --inplace
-# the package as it is when installed, bench/ and kernels/ inside esfast/; from elsewhere, as the checkout's esfast/ is not
+device=${ESFAST_SUITE_DEVICE:-cuda}
 tree=$(mktemp -d)
 trap 'rm -rf "$tree"' EXIT
+if [ "$device" = cuda ]; then out=${OUT:-bench/results}; else out=${OUT:-$tree/results}; fi
+out=$(mkdir -p "$out" && cd "$out" && pwd)
+
+step() {
+    local name=$1 began=$SECONDS
+    shift
+    printf '\n== %s\n' "$name"
+    "$@"
+    printf '== %s: %s s (%s s in all)\n' "$name" "$((SECONDS - began))" "$SECONDS"
+}
+esfast() { "$python" -c 'import sys; from esfast.cli import main; sys.exit(main(sys.argv[1:]))' "$@"; }
+tests() { "$python" -m pytest -q -p no:cacheprovider -c "$root/pyproject.toml" "$@"; }
+
+step build "$python" setup.py -q build_ext --inplace
+# the package as it is when installed, bench/ and kernels/ inside esfast/; from elsewhere, as the checkout's esfast/ is not
 mkdir "$tree/esfast"
 ln -s "$root"/esfast/* "$root/bench" "$root/kernels" "$tree/esfast/"
 export PYTHONPATH="$tree${PYTHONPATH:+:$PYTHONPATH}"
 cd "$tree"
-esfast() { "$python" -c 'import sys; from esfast.cli import main; sys.exit(main(sys.argv[1:]))' "$@"; }
 
-esfast info
-"$python" -m pytest -q -p no:cacheprovider -c "$root/pyproject.toml" "$root/tests/test_triton_gpu.py"
-# 1.5e9 weights in 300 tensors: a model of 1.5 billion, its base and what today's way needs beside it
-esfast bench noise --device cuda --numel 1.5e9 --tensors 300 --today-seconds 10 --json "$out/noise_gpu.json"
+sanitize() { # that the tool is slow, or has no test to run, is no reason to have no figures
+    local status=0
+    timeout 60 compute-sanitizer --tool "$1" --error-exitcode 1 "$python" -m pytest -q -p no:cacheprovider \
+        -c "$root/pyproject.toml" "$root/tests/test_cuda_gpu.py" -k small || status=$?
+    case $status in
+        5) echo "compute-sanitizer $1: NOT RUN, no test of test_cuda_gpu.py is called small" ;;
+        124) echo "compute-sanitizer $1: NOT DONE, given up after 60 s" ;;
+        *) return "$status" ;;
+    esac
+}
+
+step info esfast info
+gpu_tests=("$root/tests/test_triton_gpu.py" "$root/tests/test_bench_gpu.py")
+if [ -f "$root/tests/test_cuda_gpu.py" ]; then gpu_tests+=("$root/tests/test_cuda_gpu.py"); fi
+step "GPU tests" tests "${gpu_tests[@]}"
+if [ -f "$root/tests/test_cuda_gpu.py" ] && [ "$device" = cuda ] && command -v compute-sanitizer >/dev/null; then
+    step memcheck sanitize memcheck
+    step racecheck sanitize racecheck
+fi
+if [ "$device" = cuda ]; then
+    left=$((420 - SECONDS)) # what the steps before have left of the time
+    step "bench gpu" esfast bench gpu --seconds "$((left > 60 ? left : 60))" --json "$out/noise_gpu.json"
+else
+    step "bench gpu" esfast bench gpu --device cpu --dtypes bfloat16 --repeats 1 --json "$out/noise_dry_run.json"
+fi
+# instructions as this machine's Triton compiles them; the README's, sass.json, are those of the newest
+step "bench sass" esfast bench sass --json "$out/sass_here.json"

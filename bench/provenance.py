@@ -27,7 +27,7 @@ def provenance(name: str, argv: list[str]) -> dict:
             "cpu": cpu_model(),
             "cores": usable_cores(),
             "memory_gib": memory_gib(),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            **_gpu(),
         },
         "versions": {
             "esfast": __version__,
@@ -36,6 +36,8 @@ def provenance(name: str, argv: list[str]) -> dict:
             "python": platform.python_version(),
             "numpy": np.__version__,
             "triton": _version("triton"),
+            "cuda": torch.version.cuda,
+            "driver": driver_version(),
             **_extension(),
         },
         "commit": commit,
@@ -50,9 +52,13 @@ def caption(result: dict) -> str:
     p = result["provenance"]
     h, v = p["hardware"], p["versions"]
     cores = f"{h['cores']} core" + "s" * (h["cores"] != 1)
-    machine = [h["gpu"], h["cpu"], cores, f"{h['memory_gib']} GiB" if h["memory_gib"] else None, v["instruction_set"]]
+    machine = [h["cpu"], cores, f"{h['memory_gib']} GiB" if h["memory_gib"] else None, v["instruction_set"]]
     versions = [f"esfast {v['esfast']}", f"PyTorch {v['torch']}", f"Python {v['python']}"]
-    versions += [f"Triton {v['triton']}"] * bool(h["gpu"] and v["triton"]) + [f"{v['compiler']}"] * bool(v["compiler"])
+    if h["gpu"]:
+        machine = [h["gpu"], f"{h['gpu_memory_gib']} GiB", *machine]
+        named = {"Triton": v["triton"], "CUDA": v["cuda"], "driver": v["driver"]}
+        versions += [f"{name} {version}" for name, version in named.items() if version]
+    versions += [v["compiler"]] * bool(v["compiler"])
     commit = f"commit {p['commit'][:10]}{' with changes' * bool(p['dirty'])}" if p["commit"] else "commit unknown"
     parts = [", ".join(filter(None, machine)), ", ".join(versions), commit, p["date"][:10], f"`{p['command']}`"]
     return "; ".join(parts) + "."
@@ -80,6 +86,24 @@ def memory_gib() -> int | None:
         return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30)
     except (AttributeError, ValueError, OSError):
         return None
+
+
+def _gpu() -> dict:
+    """The GPU that torch uses unless told otherwise."""
+    if not torch.cuda.is_available():
+        return {"gpu": None, "gpu_memory_gib": None}
+    found = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {"gpu": found.name, "gpu_memory_gib": round(found.total_memory / 2**30)}
+
+
+def driver_version() -> str | None:
+    """Of NVIDIA's kernel driver."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip().partition("\n")[0] or None
 
 
 def git_state() -> tuple[str | None, bool | None]:

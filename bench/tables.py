@@ -16,14 +16,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..run_folder import write_whole
-from . import countdown, noise, sass, statistics
+from . import countdown, gpu, noise, sass, statistics
 from .provenance import caption
 
 Table = tuple[list[str], list[list[str]]]
 TABLES: dict[str, tuple[str, Callable[[dict], Table]]] = {
     "noise-cpu": ("noise_cpu.json", noise.table),
     "noise-cpu-summary": ("noise_cpu.json", noise.summary),
-    "noise-gpu": ("noise_gpu.json", noise.table),
+    "noise-gpu": ("noise_gpu.json", gpu.readme_table),
+    "noise-gpu-summary": ("noise_gpu.json", gpu.summary),
     "statistics": ("statistics.json", lambda result: statistics.table(statistics.summary(result))),
     "sass": ("sass.json", sass.table),
     "countdown": ("countdown.json", countdown.table),

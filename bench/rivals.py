@@ -1,0 +1,68 @@
+"""What `esfast bench gpu` measures add_noise_ against: ES code of today, and a copy. A fused rival is in randn4x.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+
+class Today:
+    """The three methods by which a worker of es-at-scale, the library of arXiv 2509.24372, changes its weights.
+
+    Parameter by parameter: a generator is seeded, the same for each, noise is drawn in the weights' dtype, multiplied
+    into a temporary and added; restoring subtracts. Each method ends with a synchronisation and an empty allocator
+    cache, which costs time by itself: without `empties_cache` it does not.
+    """
+
+    def __init__(self, parameters: Sequence[torch.Tensor], kind: str, empties_cache: bool):
+        self.parameters, self.kind, self.empties_cache = list(parameters), kind, empties_cache
+
+    def perturb_self_weights(self, seed: int, noise_scale: float, negate: bool = False) -> None:
+        for p in self.parameters:
+            self._add(p, seed, -noise_scale if negate else noise_scale)
+        self._finish()
+
+    def restore_self_weights(self, seed: int, sigma: float) -> None:
+        self.perturb_self_weights(seed, sigma, negate=True)
+
+    def update_weights_from_seeds(
+        self, seeds: Sequence[int], coeffs: Sequence[float], alpha: float, population_size: int
+    ) -> None:
+        for seed, coeff in zip(seeds, coeffs, strict=True):
+            for p in self.parameters:
+                self._add(p, seed, alpha / population_size * coeff)
+        self._finish()
+
+    def fill_cache(self) -> None:
+        """The allocator's cache as it is in the midst of a run, after another contender emptied it."""
+        for p in (max(self.parameters, key=torch.numel), min(self.parameters, key=torch.numel)):
+            self._add(p, 0, 0.0)
+
+    def _add(self, p: torch.Tensor, seed: int, scale: float) -> None:
+        generator = torch.Generator(device=p.device)
+        generator.manual_seed(seed)
+        if self.kind == "gaussian":
+            noise = torch.randn(p.shape, dtype=p.dtype, device=p.device, generator=generator)
+        else:  # es-at-scale has no such noise; this is how one would draw it there
+            noise = torch.randint(0, 2, p.shape, dtype=p.dtype, device=p.device, generator=generator).mul_(2).sub_(1)
+        p.data.add_(scale * noise)
+        del noise
+
+    def _finish(self) -> None:
+        if self.empties_cache and torch.cuda.is_available():
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+
+
+def copy_each(destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+    for mine, theirs in zip(destinations, sources, strict=True):
+        mine.copy_(theirs)
+
+
+def copy_flat(flat: torch.Tensor) -> None:
+    """As many bytes as `flat` has are read and written by two copies that are as large as can be, without more memory:
+    its halves go onto each other."""
+    low, high = flat.chunk(2)
+    low.copy_(high)
+    high.copy_(low)

@@ -1,0 +1,415 @@
+"""`esfast bench gpu`: the lists of parameters, the rivals, the rows; on the GPU that is here, or else on the CPU."""
+
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import esfast
+from esfast import ops
+from esfast.bench import gpu, main, models, noise, provenance, rivals, tables, workload
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BACKEND = "triton" if DEVICE == "cuda" else "cpu"  # interpreted kernels are too slow for every row
+RUN = ["gpu", "--device", DEVICE, "--models", "tiny", "--backends", BACKEND, "--members", "3", "--repeats", "1"]
+PASSES = {
+    "perturb_base": (1, 1),
+    "perturb": (1, 1),
+    "perturb_restore_base": (1, 2),
+    "perturb_restore": (2, 2),
+    "update": (3, 1),
+}
+KINDS = ("gaussian", "rademacher")
+
+
+# ---- the lists of parameters ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "model, count",
+    [("Qwen2.5-0.5B", 494_032_768), ("Qwen2.5-1.5B", 1_543_714_304), ("Qwen2.5-7B", 7_615_616_512),
+     ("Llama-3.1-8B", 8_030_261_248)],
+)  # fmt: skip
+def test_totals_are_the_published_ones(model, count):
+    assert models.numel(models.parameters(models.MODELS[model])) == count
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_names_and_shapes_are_those_of_transformers(name):
+    import transformers
+
+    m = models.MODELS[name]
+    family = "Qwen2" if m.qkv_bias else "Llama"
+    config = getattr(transformers, f"{family}Config")(
+        hidden_size=m.hidden, num_hidden_layers=m.layers, num_attention_heads=m.heads, num_key_value_heads=m.kv_heads,
+        intermediate_size=m.intermediate, vocab_size=m.vocab, tie_word_embeddings=m.tied,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = getattr(transformers, f"{family}ForCausalLM")(config)
+    wanted = [(n, tuple(p.shape)) for n, p in model.named_parameters()]
+    assert list(models.parameters(m).items()) == wanted
+
+
+def test_a_workload_is_one_allocation():
+    shapes = models.parameters(models.MODELS["tiny"])
+    w = gpu.Workload.make(shapes, torch.bfloat16, DEVICE)
+    assert {n: tuple(t.shape) for n, t in zip(w.plan.names, w.plan.tensors, strict=True)} == shapes
+    start = w.flat.data_ptr()
+    for t in w.plan.tensors:
+        assert (t.data_ptr() - start) % gpu.ALIGNMENT == 0
+        assert start <= t.data_ptr() and t.data_ptr() + t.nbytes <= start + w.flat.nbytes
+        assert t.numel() < 100 or 0.01 < t.float().std() < 0.03
+    before = w.flat.clone()
+    rivals.copy_flat(w.flat)
+    low, high = before.chunk(2)
+    assert torch.equal(w.flat, torch.cat([high, high])) and len(low) == len(high)
+    rivals.copy_each(w.plan.tensors, w.base.tensors)
+    assert all(map(torch.equal, w.plan.tensors, w.base.tensors))
+
+
+# ---- the rivals do what they are said to -----------------------------------------------------------------------------
+
+
+def weights(dtype, count=40_000):
+    return [torch.full((count,), 0.5, dtype=dtype, device=DEVICE), torch.full((3, 7), 0.5, dtype=dtype, device=DEVICE)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("empties_cache", [False, True])
+def test_today_perturbs_restores_and_updates(kind, empties_cache):
+    tensors = weights(torch.float32)
+    today = rivals.Today(tensors, kind, empties_cache)
+    today.perturb_self_weights(7, 0.1)
+    noise = (tensors[0] - 0.5) / 0.1
+    assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
+    if kind == "rademacher":
+        assert set(noise.round().tolist()) == {-1.0, 1.0}
+    today.restore_self_weights(7, 0.1)
+    assert all(torch.allclose(t, torch.full_like(t, 0.5), atol=1e-6) for t in tensors)
+    today.update_weights_from_seeds([7, 8], [1.0, -3.0], alpha=0.2, population_size=2)
+    change = tensors[0] - 0.5
+    assert abs(change.std() - 0.1 * 10**0.5) < 0.01
+    today.update_weights_from_seeds([7, 8], [-1.0, 3.0], alpha=0.2, population_size=2)
+    today.fill_cache()
+    assert all(torch.allclose(t, torch.full_like(t, 0.5), atol=1e-6) for t in tensors)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_fused_rival_perturbs_all_weights(kind, dtype):
+    pytest.importorskip("triton")
+    from esfast.bench import randn4x
+
+    big, small = weights(dtype)
+    big = big[3:]  # not aligned, and no multiple of a tile
+    aligned = torch.full((2 * randn4x.TILE,), 0.5, dtype=dtype, device=DEVICE)
+    plan = esfast.Plan([("a", big), ("b", small), ("c", aligned)])
+    base = plan.clone()
+    rival = randn4x.Randn4x(plan, base)
+    for options in randn4x.OPTIONS.values():
+        for t in plan.tensors:
+            t.fill_(float("nan"))
+        rival.run([7, 2**64 - 1], [0.1, 0.2], True, kind, options)
+        noise = torch.cat([(t.float() - 0.5).view(-1) for t in plan.tensors]) / 0.05**0.5
+        assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
+        if dtype is torch.float32:  # 16-bit rounding makes equal ones
+            distinct = 4 if kind == "rademacher" else 0.99 * len(noise)
+            assert len(noise.unique()) >= distinct
+        x = noise - noise.mean()
+        for lag in (1, 2, 3, 8, 128, 1024):
+            assert abs((x[lag:] * x[:-lag]).mean()) < 0.03, lag
+        from_base = [t.clone() for t in plan.tensors]
+        rival.run([], [], True, kind, options)
+        assert all(map(torch.equal, plan.tensors, base.tensors))
+        rival.run([7, 2**64 - 1], [0.1, 0.2], False, kind, options)
+        assert all(map(torch.equal, plan.tensors, from_base))
+        rivals.copy_each(plan.tensors, base.tensors)
+    assert big[0] == 0.5 and weights(dtype)[0][0] == 0.5
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from esfast.bench import randn4x
+kernel = randn4x.randn4x_kernel
+types = ["*i64", "*i64", "*fp32", "i32", "constexpr", "constexpr", "constexpr"]
+for options in randn4x.OPTIONS.values():
+    for kind in (0, 1):
+        for dtype in (0, 1, 2):
+            source = ASTSource(
+                fn=kernel, signature=dict(zip(kernel.arg_names, types)),
+                constexprs={"KIND": kind, "DTYPE": dtype, "TILE": randn4x.TILE},
+                attrs={(i,): [["tt.divisibility", 16]] for i in range(3)},
+            )
+            ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+            print("st.global.v" in ptx and "ld.global.v" in ptx)
+"""
+
+
+def test_the_fused_rival_compiles_for_a_gpu_and_is_vectorised():
+    pytest.importorskip("triton")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["True"] * 12, done.stdout
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    path = tmp_path_factory.mktemp("gpu") / "noise_gpu.json"
+    assert main([*RUN, "--seconds", "600", "--json", str(path)]) == 0
+    return json.loads(path.read_text())
+
+
+def test_every_row_is_there(result):
+    rows = result["rows"]
+    assert [(r["op"], r["noise"], r["dtype"]) for r in rows] == [
+        (op, kind, dtype)
+        for dtype in ("bfloat16", "float32")
+        for op, kind in [
+            *((op, kind) for kind, op in itertools.product(KINDS, PASSES)),
+            ("memory", "gaussian or rademacher"),
+        ]
+    ]
+    assert result["left_out"] == []
+    for r in rows:
+        assert (r["model"], r["device"], r["backend"]) == ("tiny", DEVICE, BACKEND)
+        if r["op"] == "memory":
+            assert (r["extra_bytes"] is None) == (DEVICE == "cpu")
+            continue
+        size = {"bfloat16": 2, "float32": 4}[r["dtype"]]
+        assert (r["draws"], r["passes"]) == PASSES[r["op"]] and r["members"] == (3 if r["op"] == "update" else 1)
+        assert r["bytes"] == 2 * size * r["numel"] * r["passes"] and r["repeats"] == 1
+        assert r["gbytes_per_s"] == pytest.approx(r["bytes"] / r["ms_median"] / 1e6)
+        assert r["weights_per_s"] * r["ms_median"] / 1e3 == pytest.approx(r["numel"] * r["draws"])
+        assert r["share_of_copy"] == pytest.approx(r["copy_ms_median"] * r["passes"] / r["ms_median"])
+        for rival in ("today", "today_kept", "randn4x"):
+            if r[f"{rival}_ms_median"] is None:
+                assert rival == "randn4x"
+                continue
+            assert r[f"ratio_to_{rival}"] == pytest.approx(r[f"{rival}_ms_median"] / r["ms_median"])
+            assert r[f"{rival}_host_us_median"] > 0 and r[f"{rival}_repeats"] == 1
+        assert r["copy_variant"] in ("flat", "each") and r["host_us_median"] > 0
+        assert r["today_members"] == r["members"] and r["today_scaled"] is False
+
+
+def test_figures_of_a_cpu_are_never_a_gpus(result, tmp_path):
+    (tmp_path / "noise_gpu.json").write_text(json.dumps(result))
+    headers, lines = gpu.table(result)
+    assert all(len(line) == len(headers) for line in lines)
+    for name in ("noise-gpu", "noise-gpu-summary"):
+        if DEVICE == "cpu":
+            assert all("on a CPU" in line[4] for line in lines)
+            with pytest.raises(ValueError, match="measured on cpu, which is no GPU"):
+                tables.generate(name, tmp_path)
+        for row in result["rows"]:
+            row["device"] = "cuda"
+        (tmp_path / "noise_gpu.json").write_text(json.dumps(result))
+        text = tables.generate(name, tmp_path)
+        assert "| tiny | update, 3 members | rademacher | bfloat16 |" in text and "on a CPU" not in text
+        for row in result["rows"]:
+            row["device"] = DEVICE
+        (tmp_path / "noise_gpu.json").write_text(json.dumps(result))
+        assert tables.generate(name, tmp_path / "elsewhere") == tables.NOT_YET
+
+
+def test_the_summary_keeps_the_rows_where_a_rival_is_faster(result):
+    rows = [dict(r, device="cuda", **{f"ratio_to_{x}": 2.0 for x in ("today", "today_kept", "randn4x")})
+            for r in result["rows"] if r["op"] != "memory"]  # fmt: skip
+    _, lines = gpu.summary({"rows": rows})
+    assert {line[3] for line in lines} == {"bfloat16"} and len(lines) == 10
+    for rival in ("today", "today_kept", "randn4x"):
+        slow = next(r for r in rows if r["dtype"] == "float32")
+        slow[f"ratio_to_{rival}"] = 0.5
+        _, lines = gpu.summary({"rows": rows})
+        assert [line[3] for line in lines].count("float32") == 1
+        slow[f"ratio_to_{rival}"] = 2.0
+
+
+@pytest.mark.parametrize("where", ["odd sizes", "timed weights"])
+def test_a_backend_that_differs_in_one_bit_is_not_timed(where, monkeypatch, capsys, tmp_path):
+    right = ops.add_noise_
+
+    def wrong(plan, *arguments, backend, **options):
+        right(plan, *arguments, backend=backend, **options)
+        if backend == BACKEND and ("cube" in plan.names) == (where == "odd sizes"):
+            plan.tensors[-1].view(-1)[-1:].view(torch.int16).bitwise_xor_(1)
+
+    for module in (gpu, workload):
+        monkeypatch.setattr(module, "add_noise_", wrong)
+    monkeypatch.setattr(gpu, "race", lambda *_: pytest.fail("timed"))
+    assert main([*RUN, "--dtypes", "bfloat16", "--json", str(tmp_path / "r.json")]) == 1
+    assert "differ from the reference" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a CUDA device is here")
+def test_without_a_gpu_it_says_so(capsys):
+    assert main(["gpu"]) == 1
+    assert "PyTorch finds no CUDA device here" in capsys.readouterr().err
+
+
+def test_a_backend_that_is_not_ready_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "backend_report", lambda device: {"triton": "no driver", "reference": "ready"})
+    assert main(["gpu", "--device", DEVICE, "--models", "tiny"]) == 1
+    assert f"no backend can run on {DEVICE}: triton: no driver" in capsys.readouterr().err
+
+
+def test_what_does_not_fit_is_left_out_aloud(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (100 * 2**30, 100 * 2**30))
+    shapes = models.parameters(models.MODELS["Llama-3.1-8B"])
+    assert gpu._too_large(shapes, "bfloat16", "cuda") is None and gpu._too_large(shapes, "float32", "cpu") is None
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (60 * 2**30, 80 * 2**30))
+    assert gpu._too_large(shapes, "float32", "cuda") == "needs 65.7 GiB of GPU memory, and 60.0 are free"
+
+    monkeypatch.setattr(gpu, "_too_large", lambda shapes, dtype, device: "no room" if dtype == "float32" else None)
+
+    def out_of_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nMore words")
+
+    monkeypatch.setattr(gpu, "_rows", out_of_memory)
+    assert main([*RUN, "--json", str(tmp_path / "r.json")]) == 0
+    left_out = json.loads((tmp_path / "r.json").read_text())["left_out"]
+    assert [(r["model"], r["dtype"], r["reason"]) for r in left_out] == [
+        ("tiny", "float32", "no room"), ("tiny", "bfloat16", "CUDA out of memory.")
+    ]  # fmt: skip
+    assert "left out: no room" in capsys.readouterr().out
+
+
+# ---- the clock -------------------------------------------------------------------------------------------------------
+
+
+class FakeGpu:
+    """A clock of the host and one of the device, which works through what is queued."""
+
+    def __init__(self, monkeypatch):
+        self.host = self.device = 0.0
+        fake = self
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                self.at = max(fake.host, fake.device)
+                fake.device = self.at
+
+            def synchronize(self):
+                fake.host = max(fake.host, self.at)
+
+            def elapsed_time(self, end):
+                return 1e3 * (end.at - self.at)
+
+        monkeypatch.setattr(gpu, "now", lambda: self.host)
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+
+    def work(self, launch, compute):
+        def run():
+            self.host += launch
+            self.device = max(self.device, self.host) + compute
+
+        return run
+
+
+def test_a_launch_is_hidden_behind_the_copy_before(monkeypatch):
+    fake = FakeGpu(monkeypatch)
+    lap = gpu.lap(gpu.Contender(fake.work(0.0001, 0.02), fake.work(0.0, 0.01)), on_gpu=True)
+    assert (lap.ms, lap.host_us, lap.seconds) == pytest.approx((20, 100, 0.03))
+    slow = gpu.lap(gpu.Contender(fake.work(0.05, 0.02), fake.work(0.0, 0.01)), on_gpu=True)
+    assert slow.ms == pytest.approx(60)  # 40 of them the device waited for the host
+    wall = gpu.lap(gpu.Contender(fake.work(0.003, 0.0), fake.work(1.0, 0.0)), on_gpu=False)
+    assert (wall.ms, wall.host_us) == pytest.approx((3, 3000))
+
+
+def test_a_race_keeps_to_its_time(monkeypatch):
+    fake = FakeGpu(monkeypatch)
+
+    def contender(seconds, rounds=gpu.MIN_ROUNDS):
+        return gpu.Contender(fake.work(seconds, 0.0), lambda: None, rounds)
+
+    def rounds(seconds, repeats=9):
+        contenders = {"ours": contender(0.1), "slow": contender(1.0, 1)}
+        return {name: len(x) for name, x in gpu.race(contenders, repeats, seconds, True).items()}
+
+    assert rounds(100) == {"ours": 9, "slow": 9}
+    assert rounds(0) == {"ours": gpu.MIN_ROUNDS, "slow": 1}
+    assert rounds(0, repeats=2) == {"ours": 2, "slow": 1}
+    assert rounds(2.55) == {"ours": 5, "slow": 2}
+
+
+def test_a_budget_hands_on_what_is_saved(monkeypatch):
+    fake = FakeGpu(monkeypatch)
+    budget = gpu.Budget(10.0, 4.0)
+    assert budget.share(1.0) == pytest.approx(2.5)
+    fake.host = 1.0
+    assert budget.share(2.0) == pytest.approx(6.0)
+    fake.host = 12.0
+    assert budget.share(1.0) == 0.0
+
+
+def test_todays_update_is_scaled_where_time_is_short(tmp_path, capsys):
+    path = tmp_path / "r.json"
+    command = [
+        *RUN,
+        "--repeats",
+        "1",
+        "--noise",
+        "gaussian",
+        "--dtypes",
+        "float32",
+        "--seconds",
+        "0",
+        "--json",
+        str(path),
+    ]
+    assert main(command) == 0
+    update = next(r for r in json.loads(path.read_text())["rows"] if r["op"] == "update")
+    assert (update["members"], update["today_members"], update["today_scaled"]) == (3, 1, True)
+    assert "(1 of 3 members, scaled)" in capsys.readouterr().out
+    laps = {"today:": [gpu.Lap(2.0, 30.0, 1.0), gpu.Lap(4.0, 50.0, 1.0)], "today_kept:": [gpu.Lap(1.0, 1.0, 1.0)]}
+    assert gpu._figures(laps, "today", 3.0) == {
+        "today_variant": None, "today_ms_median": 9.0, "today_ms_min": 6.0, "today_repeats": 2, "today_host_us_median": 120.0
+    }  # fmt: skip
+    copies = {"copy:flat": [gpu.Lap(2.0, 1.0, 1.0)], "copy:each": [gpu.Lap(1.0, 1.0, 1.0)]}
+    assert gpu._figures(copies, "copy", 1)["copy_variant"] == "each"
+
+
+# ---- where it comes from ---------------------------------------------------------------------------------------------
+
+
+def test_provenance_names_the_gpu_and_its_driver(monkeypatch, tmp_path):
+    class Properties:
+        name, total_memory = "NVIDIA H200", 140 * 2**30
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho 570.86.15\necho 570.86.15\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    found = provenance.provenance("gpu", [])
+    assert (found["hardware"]["gpu"], found["hardware"]["gpu_memory_gib"]) == ("NVIDIA H200", 140)
+    assert (found["versions"]["cuda"], found["versions"]["driver"]) == ("12.8", "570.86.15")
+    shown = provenance.caption({"provenance": found})
+    assert shown.startswith("NVIDIA H200, 140 GiB, ") and "CUDA 12.8, driver 570.86.15" in shown
+    smi.write_text("#!/bin/sh\necho no devices were found >&2\nexit 9\n")
+    assert provenance.driver_version() is None
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+def test_the_suite_is_a_shell_script():
+    script = Path(noise.__file__).resolve().parent / "gpu_suite.sh"
+    assert subprocess.run(["bash", "-n", script]).returncode == 0
