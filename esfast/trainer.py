@@ -25,6 +25,7 @@ from .es import ES, SHAPINGS
 from .noise import KINDS, check_int
 from .rollout import TransformersEngine
 from .run_folder import RunFolder, write_whole
+from .schedules import SCHEDULES, check_schedule
 from .weights import MODES
 
 log = logging.getLogger(__name__)
@@ -48,6 +49,11 @@ class ESConfig:
     population_size: int = _option(30, "members, that is perturbed models, a generation")
     sigma: float = _option(1e-3, "standard deviation of the perturbation, in units of the weights")
     lr: float = _option(5e-4, "step size of the update (the paper's alpha)")
+    sigma_schedule: str = _option("constant", "how sigma changes over the generations", tuple(SCHEDULES))
+    lr_schedule: str = _option("constant", "how lr changes over the generations", tuple(SCHEDULES))
+    sigma_final_fraction: float = _option(0.1, "share of sigma that a schedule other than constant ends at")
+    lr_final_fraction: float = _option(0.1, "share of lr that a schedule other than constant ends at")
+    warmup_generations: int = _option(0, "first generations, in which lr rises to its full value")
     mirrored: bool = _option(False, "members come in pairs, +noise and -noise")
     noise: str = _option("gaussian", "kind of noise", KINDS)
     shaping: str = _option("zscore", "how rewards become weights of the noise", tuple(SHAPINGS))
@@ -67,6 +73,17 @@ class ESConfig:
             check_int(f"ESConfig.{name}", getattr(self, name), least, 2**63)
         if self.batch_size is not None:
             check_int("ESConfig.batch_size", self.batch_size, 1, 2**63)
+        check_int("ESConfig.warmup_generations", self.warmup_generations, 0, self.generations)
+        for name in ("sigma", "lr"):
+            check_schedule(f"ESConfig.{name}", *(getattr(self, name + s) for s in ("", "_schedule", "_final_fraction")))
+
+    def rates(self, generation: int) -> tuple[float, float]:
+        """sigma and lr of a generation (0, 1, ...), from its number alone, so that a run can be taken up anywhere."""
+        sigma = SCHEDULES[self.sigma_schedule](self.sigma, generation, self.generations, self.sigma_final_fraction)
+        lr = SCHEDULES[self.lr_schedule](
+            self.lr, generation, self.generations, self.lr_final_fraction, self.warmup_generations
+        )
+        return sigma, lr
 
 
 class Clock:
@@ -177,6 +194,7 @@ class ESTrainer:
     def _generation(self) -> dict[str, Any]:
         began, generation = time.perf_counter(), self.es.generation
         rows = self._train_rows(generation)
+        self.es.sigma, self.es.lr = self.args.rates(generation)
         self.clock.lap("other")
         with self.es.population() as members:
             for member in members:
