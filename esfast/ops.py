@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from . import custom_op
 from .noise import DOMAINS, check_kind, check_seed
 from .plan import Plan
 from .segments import Table
@@ -75,9 +76,9 @@ class Call:
     @property
     def is_copy(self) -> bool:
         """Whether it writes the base as it is: round(src) is src, whatever a NaN's payload."""
-        table = self.table
-        same = bool((table.column("src_format") == table.column("dst_format")).all())
-        return len(self.seeds) == 0 and not self.decay and self.adam is None and same
+        if len(self.seeds) or self.decay or self.adam is not None:
+            return False
+        return bool((self.table.column("src_format") == self.table.column("dst_format")).all())
 
 
 def add_noise_(
@@ -119,6 +120,8 @@ def add_noise_(
         TypeError, ValueError: an argument outside the above; no weight was changed.
         RuntimeError: the backend can't run here (it says why), or the plan's memory moved.
     """
+    if torch.compiler.is_compiling():
+        return custom_op.traced(plan, seeds, coeffs, base, noise, rounding, backend, decay, anchor, adam)
     if not isinstance(plan, Plan):
         raise TypeError(f"plan: expected an esfast.Plan, got {type(plan).__name__}; write esfast.Plan(model)")
     check_kind(noise)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import itertools
 import math
 import weakref
 import zlib
@@ -32,6 +33,8 @@ __all__ = ["Entry", "Plan", "Slice"]
 # By the format that is written: what it may be computed from, and what it may decay to.
 _BASES = {FLOAT32: (FLOAT32,), BFLOAT16: (BFLOAT16, SPLIT, FLOAT32), FLOAT16: (FLOAT16, FLOAT32), SPLIT: ()}
 _ANCHORS = {FLOAT32: (FLOAT32,), BFLOAT16: (BFLOAT16,), FLOAT16: (FLOAT16,), SPLIT: (BFLOAT16,)}
+PLANS: weakref.WeakValueDictionary[int, Plan] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
 MAX_NUMEL = 2**62  # of a whole: tiles end behind the last element, and their numbers must fit an int64
 
 
@@ -79,6 +82,8 @@ class Plan:
     def _finish(self) -> None:
         self._tables: list[tuple[weakref.ref[Plan], weakref.ref[Plan] | None, Table]] = []  # others are not kept alive
         self._table = Table(self.entries, self.entries)
+        self.number = next(_numbers)  # by which a traced call finds it
+        PLANS[self.number] = self
         self._addresses = self._current_addresses()
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 
 import numpy as np
 import torch
@@ -14,6 +15,10 @@ from .segments import SPLIT
 from .tiles import tiles_of
 
 NO_DECAY, TO_ZERO, TO_ANCHOR = range(3)
+
+# What autotune tries: tile, warps, registers a thread. The default comes first.
+CONFIGS = ((TILE, 4, 144), (2048, 4, 96), (4096, 8, 96), (8192, 8, 144), (8192, 16, 96))
+_tuned: dict[tuple, tuple[int, int, int]] = {}  # by device, noise and whether there is one member
 
 
 def run(call, tile: int | None = None) -> None:
@@ -30,7 +35,7 @@ def run(call, tile: int | None = None) -> None:
         seeds = torch.from_numpy(seeds.view(np.int64)).to(plan.device, non_blocking=True)
         coeffs = torch.from_numpy(coeffs).to(plan.device, non_blocking=True)
     decay = NO_DECAY if not call.decay else TO_ZERO if call.anchor is None else TO_ANCHOR
-    tile = tile or (ADAM_TILE if adam is not None else TILE)
+    tile, options = _configuration(call, tile)
     m, v = (b.data_ptr() for b in adam.moments) if adam is not None else (0, 0)
     numbers = adam.numbers if adam is not None else (0.0,) * 4
     low = call.low.data_ptr() if call.low is not None else 0
@@ -43,8 +48,58 @@ def run(call, tile: int | None = None) -> None:
                 low if SPLIT in (t.src_format, t.dst_format) else 0, m, v, float(call.decay), *numbers,
                 KIND=DOMAINS[call.kind], SRC=t.src_format, DST=t.dst_format, TILE=tile,
                 STOCHASTIC=call.stochastic and len(seeds) > 0, DECAY=decay, ADAM=adam is not None,
-                **({} if INTERPRETED.value else OPTIONS),
+                **options,
             )  # fmt: skip
+
+
+def _configuration(call, tile: int | None) -> tuple[int, dict]:
+    """Tile and compiler options of a call."""
+    options = dict(OPTIONS)
+    if call.adam is not None:
+        tile = tile or ADAM_TILE
+    elif tile is None:
+        tile, options["num_warps"], options["maxnreg"] = _tuned.get(_key(call), CONFIGS[0])
+    return tile, {} if INTERPRETED.value else options
+
+
+def _key(call) -> tuple:
+    return call.plan.device, call.kind, len(call.seeds) == 1
+
+
+def autotune(plan, noise: str = "gaussian", members: int = 1, repeats: int = 10) -> dict[tuple[int, int, int], float]:
+    """Times the configurations for this plan's device, keeps the fastest for later calls with this noise and as many
+    members (one, or several), and returns the milliseconds of each: {(tile, warps, registers): ms}.
+
+    Opt-in, since the default is meant to be good everywhere and a measurement takes a copy of the weights: each
+    configuration writes into that copy from the plan, which is only read, so nothing is ever applied twice.
+    """
+    from .ops import Call, check_members
+
+    scratch = plan.clone()
+    call = Call(scratch, *check_members(range(members), [1e-3] * members), plan, noise)
+    before, times = _tuned.get(_key(call)), {}
+    try:
+        for config in CONFIGS:
+            _tuned[_key(call)] = config
+            run(call)  # compiles, and makes the tables
+            times[config] = min(_milliseconds(call) for _ in range(repeats))
+    except BaseException:
+        _tuned.pop(_key(call))
+        if before is not None:
+            _tuned[_key(call)] = before
+        raise
+    _tuned[_key(call)] = min(times, key=times.get)
+    return times
+
+
+def _milliseconds(call) -> float:
+    if call.plan.device.type == "cuda":
+        torch.cuda.synchronize(call.plan.device)
+    began = time.perf_counter()
+    run(call)
+    if call.plan.device.type == "cuda":
+        torch.cuda.synchronize(call.plan.device)
+    return 1e3 * (time.perf_counter() - began)
 
 
 def missing(device: torch.device) -> str | None:

@@ -206,3 +206,22 @@ def test_without_a_gpu_the_error_says_what_is_missing():
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     assert "backend 'triton' can't run: it needs tensors on a GPU, and these are on cpu" in done.stdout
+
+
+def test_autotune_only_reads_the_weights(same_bits, monkeypatch):
+    """It keeps the fastest configuration, weights stay as they were, and results too; a failure keeps the old choice."""
+    plan = esfast.Plan([("w", torch.randn(300))])
+    before = plan.clone()
+    monkeypatch.setattr(triton_backend, "_tuned", {})
+    slow = iter([5.0, 4.0, 1.0, 2.0, 3.0])
+    monkeypatch.setattr(triton_backend, "_milliseconds", lambda call: next(slow))
+    times = triton_backend.autotune(plan, "rademacher", repeats=1)
+    assert list(times) == list(triton_backend.CONFIGS) and list(triton_backend._tuned.values()) == [(4096, 8, 96)]
+    assert same_bits(plan.tensors, before.tensors)
+    monkeypatch.setattr(triton_backend, "_milliseconds", lambda call: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        triton_backend.autotune(plan, "rademacher")
+    assert list(triton_backend._tuned.values()) == [(4096, 8, 96)]
+    esfast.add_noise_(plan, [1], [0.5], noise="rademacher", backend="triton")
+    esfast.add_noise_(before, [1], [0.5], noise="rademacher", backend="cpu")
+    assert same_bits(plan.tensors, before.tensors)

@@ -1,0 +1,55 @@
+"""add_noise_ as a torch custom op, for code that torch.compile traces; eager calls are spared the dispatcher.
+
+The op is given the tensors and the number of their plan, which knows their names and places. Functionalisation may hand
+it copies of the tensors: then it works on these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from .plan import PLANS, Plan
+
+
+@torch.library.custom_op("esfast::add_noise_", mutates_args=("tensors",))
+def add_noise_op(
+    tensors: Sequence[torch.Tensor],
+    base: Sequence[torch.Tensor],
+    plan: int,
+    seeds: Sequence[int],
+    coeffs: Sequence[float],
+    noise: str,
+    rounding: str,
+    backend: str,
+    decay: float,
+) -> None:
+    from .ops import add_noise_
+
+    whole = PLANS[plan]
+    source = _over(whole, base) if base else None
+    add_noise_(_over(whole, tensors), [s % 2**64 for s in seeds], coeffs, source, noise, rounding, backend, decay=decay)
+
+
+@add_noise_op.register_fake
+def _(tensors, base, plan, seeds, coeffs, noise, rounding, backend, decay) -> None:
+    return None
+
+
+def _over(plan: Plan, tensors: Sequence[torch.Tensor]) -> Plan:
+    """The plan itself if the tensors are its own, or one of the same names and places over them."""
+    if [t.data_ptr() for t in tensors] == [t.data_ptr() for t in plan._tensors]:
+        return plan
+    return Plan([(e.name, t, e.window) for e, t in zip(plan.entries, tensors, strict=True)])
+
+
+def traced(plan: Plan, seeds, coeffs, base, noise, rounding, backend, decay, anchor, adam) -> None:
+    """What add_noise_ does while torch.compile traces it."""
+    if anchor is not None or adam is not None or plan.low is not None or (base is not None and base.low is not None):
+        raise RuntimeError("add_noise_: under torch.compile without anchor, adam and split masters; call it outside")
+    signed = [int(s) - 2**64 if int(s) >= 2**63 else int(s) for s in seeds]  # an op's ints have 64 bits with sign
+    add_noise_op(
+        plan._tensors, base._tensors if base is not None and base is not plan else [], plan.number,
+        signed, [float(c) for c in coeffs], noise, rounding, backend, float(decay),
+    )  # fmt: skip
