@@ -64,7 +64,7 @@ class Call:
     anchor: Plan | None = None
     adam: Adam | None = None
 
-    @property
+    @functools.cached_property  # looking whether memory moved takes 22 us for 400 tensors
     def table(self) -> Table:
         return self.plan.table(self.base, self.anchor)
 
