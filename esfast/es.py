@@ -17,9 +17,9 @@ import torch
 from .interrupts import held
 from .journal import Journal
 from .noise import DOMAINS, check_int, check_kind, check_seed, philox
-from .ops import get_backend
+from .ops import ROUNDINGS, get_backend
 from .plan import Plan
-from .weights import MODES
+from .weights import MODES, InplaceWeights, automatic
 
 
 def member_seed(seed: int, generation: int, index: int) -> int:
@@ -63,7 +63,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Generation:
-    """What one `ES.step` did: theta += sum_j coeffs[j] * noise(seeds[j])."""
+    """What one `ES.step` did: theta += -decay * theta + sum_j coeffs[j] * noise(seeds[j])."""
 
     generation: int
     seeds: list[int]
@@ -71,6 +71,7 @@ class Generation:
     rewards: list[float]
     sigma: float
     lr: float
+    decay: float = 0.0  # a float32 value
 
 
 def coefficients(members: Sequence[Member], shaped: Sequence[float], lr: float) -> tuple[list[int], list[float]]:
@@ -102,8 +103,12 @@ class ES:
         mirrored: members come in pairs +noise, -noise of one seed.
         noise: "gaussian" or "rademacher".
         shaping: "zscore", "centered_rank", or a function from the list of rewards to a list of as many numbers.
-        weights: "base" (exact; one extra copy of the weights) or "inplace" (no extra memory, not exact: bfloat16
-            weights drift by about as much as they learn).
+        weights: "base" (exact; one extra copy of the weights), "master" (exact, and updates are not rounded to 16 bits;
+            two extra copies), "host" (exact; the copy is in host memory), "inplace" (no extra memory, not exact:
+            bfloat16 weights drift by about as much as they learn) or "auto" (the most exact that fits, and it says
+            which). See esfast.weights.
+        rounding: of updates, "nearest" or "stochastic"; see `add_noise_`.
+        weight_decay: an update first moves the weights by lr * weight_decay of themselves towards zero. >= 0.
         backend: as in `add_noise_`.
         journal: a path; every step is appended to it before the weights change. See esfast.journal.
 
@@ -127,6 +132,8 @@ class ES:
         weights: str = "base",
         backend: str = "auto",
         journal: str | Path | None = None,
+        rounding: str = "nearest",
+        weight_decay: float = 0.0,
     ):
         self.sigma, self.lr = _check_positive("sigma", sigma), _check_positive("lr", lr)
         self.population_size = check_int("population_size", population_size, 2, 2**32)
@@ -134,9 +141,15 @@ class ES:
             raise ValueError(f"population_size: mirrored sampling needs an even number, got {population_size}")
         self.seed, self.mirrored, self.noise = check_seed(seed), bool(mirrored), check_kind(noise)
         self._shape = _check_shaping(shaping)
-        if not isinstance(weights, str) or weights not in MODES:
-            raise ValueError(f"weights: expected one of {', '.join(map(repr, MODES))}, got {weights!r}")
+        if not isinstance(weights, str) or weights not in (*MODES, "auto"):
+            raise ValueError(f"weights: expected one of {', '.join(map(repr, (*MODES, 'auto')))}, got {weights!r}")
+        if rounding not in ROUNDINGS:
+            raise ValueError(f"rounding: expected one of {', '.join(map(repr, ROUNDINGS))}, got {rounding!r}")
+        if weight_decay != 0:
+            _check_positive("weight_decay", weight_decay)
+        self.rounding, self.weight_decay = rounding, float(weight_decay)
         self.plan = model if isinstance(model, Plan) else Plan(model)
+        weights = automatic(self.plan) if weights == "auto" else weights
         get_backend(backend, self.plan.device)
         self.generation = 0
         self.members: list[Member] = []
@@ -144,7 +157,7 @@ class ES:
         self._weights = MODES[weights](self.plan, self.noise, backend)
         self._journal = None
         if journal is not None:
-            self._journal = Journal.create(journal, self.noise, self.seed, weights, self.plan)
+            self._journal = Journal.create(journal, self.noise, self.seed, weights, self.plan, rounding)
 
     def population(self) -> Population:
         """The members of this generation: iterate over it, directly or in a `with` block.
@@ -181,14 +194,22 @@ class ES:
         seeds, coeffs = coefficients(self.members, shaped, lr)
         if not np.isfinite(coeffs).all():
             raise ValueError(f"step(): lr {self.lr} and the shaped rewards give coefficients that are not finite")
-        record = Generation(self.generation, seeds, coeffs, rewards, sigma, lr)
+        decay = float(np.float32(lr * self.weight_decay))
+        if not decay <= 1:
+            raise ValueError(f"step(): lr {lr} times weight_decay {self.weight_decay} is more than all of the weights")
+        record = Generation(self.generation, seeds, coeffs, rewards, sigma, lr, decay)
         with held():  # all of it or nothing: a step half taken would be taken again
             if self._journal is not None:
                 self._journal.append(record)  # on disk first: a journal that can't be written changes no weight
-            self._weights.update(seeds, coeffs)
+            self._weights.update(seeds, coeffs, self.rounding, decay)
             self.generation += 1
             self.members = []
         return record
+
+    def drift(self) -> float | None:
+        """With weights="inplace" the RMS distance of sampled weights from exact float32 arithmetic (see
+        esfast.weights), None in the modes that restore exactly."""
+        return self._weights.drift() if type(self._weights) is InplaceWeights else None
 
     def _enter(self, member: Member) -> None:
         self._inside = member

@@ -31,14 +31,16 @@ class Journal:
         self.path = path
 
     @classmethod
-    def create(cls, path: str | Path, noise: str, seed: int, weights: str, plan: Plan) -> Journal:
+    def create(
+        cls, path: str | Path, noise: str, seed: int, weights: str, plan: Plan, rounding: str = "nearest"
+    ) -> Journal:
         """Begins a journal. FileExistsError if there is one already: a run's record is never overwritten."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             raise FileExistsError(f"journal: {path} exists already; give the run another folder, or move it away")
         header = {"esfast_journal": FORMAT, "noise": noise, "noise_version": NOISE_VERSION, "seed": seed,
-                  "weights": weights, "numel": plan.numel, "layout": plan.layout}  # fmt: skip
+                  "weights": weights, "rounding": rounding, "numel": plan.numel, "layout": plan.layout}  # fmt: skip
         journal = cls(path)
         journal._write(header)
         return journal
@@ -103,5 +105,11 @@ def replay(plan: Plan, path: str | Path, until: int | None = None, backend: str 
             f"journal: {path} is of a model with {header['numel']} weights and layout {header['layout']} (of names, "
             f"shapes and dtypes), the plan has {plan.numel} and {plan.layout}"
         )
+    truth = plan.master() if header["weights"] == "master" else plan
     for record in records[:until]:
-        add_noise_(plan, record["seeds"], record["coeffs"], noise=header["noise"], backend=backend)
+        add_noise_(
+            truth, record["seeds"], record["coeffs"], noise=header["noise"], backend=backend,
+            rounding=header.get("rounding", "nearest"), decay=record.get("decay", 0.0),
+        )  # fmt: skip
+    if truth is not plan:
+        add_noise_(plan, [], [], base=truth, backend=backend)

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from .es import ES, SHAPINGS
 from .noise import KINDS, check_int
+from .ops import ROUNDINGS
 from .rollout import TransformersEngine
 from .run_folder import RunFolder, write_whole
 from .schedules import SCHEDULES, check_schedule
@@ -57,7 +58,14 @@ class ESConfig:
     mirrored: bool = _option(False, "members come in pairs, +noise and -noise")
     noise: str = _option("gaussian", "kind of noise", KINDS)
     shaping: str = _option("zscore", "how rewards become weights of the noise", tuple(SHAPINGS))
-    weights: str = _option("base", "base: exact, one extra copy; inplace: no copy, drifts", tuple(MODES))
+    weights: str = _option(
+        "base",
+        "base: exact, one extra copy; master: exact float32 updates, two; host: the copy is in host memory; "
+        "inplace: none, drifts; auto: the most exact that fits",
+        (*MODES, "auto"),
+    )
+    rounding: str = _option("nearest", "of updates to 16-bit weights", ROUNDINGS)
+    weight_decay: float = _option(0.0, "an update moves the weights by lr times this towards zero")
     prompts_per_generation: int = _option(200, "prompts that every member of a generation answers")
     max_completion_length: int = _option(1024, "longest response, in tokens")
     batch_size: int | None = _option(
@@ -159,7 +167,7 @@ class ESTrainer:
         self.engine = engine or TransformersEngine(model, processing_class, c.max_completion_length, c.batch_size)
         self.folder = RunFolder.claim(c.output_dir)
         self.es = ES(model, c.sigma, c.lr, c.population_size, c.seed, c.mirrored, c.noise, c.shaping, c.weights,
-                     journal=self.folder.journal)  # fmt: skip
+                     journal=self.folder.journal, rounding=c.rounding, weight_decay=c.weight_decay)  # fmt: skip
         self.clock = Clock(self.es.plan.device)
         self.summary: dict[str, Any] = {}
 
@@ -203,8 +211,8 @@ class ESTrainer:
         self.clock.lap("perturb")
         record = self.es.step()
         self.clock.lap("update")
-        rewards = np.array(record.rewards)
-        return {
+        rewards, drift = np.array(record.rewards), self.es.drift()
+        return ({} if drift is None else {"drift": drift}) | {
             "generation": self.es.generation, "reward_mean": float(rewards.mean()), "reward_max": float(rewards.max()),
             "reward_min": float(rewards.min()), "reward_std": float(rewards.std()), "sigma": record.sigma,
             "lr": record.lr, "seconds": time.perf_counter() - began,

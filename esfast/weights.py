@@ -1,16 +1,33 @@
-"""How a member's weights are made and undone.
+"""How a member's weights are made and undone. For 16-bit weights:
 
-| mode    | extra memory | read + written per member, 16-bit weights | after the population                        |
-|---------|--------------|-------------------------------------------|---------------------------------------------|
-| base    | 1x weights   | 4 bytes a weight                          | the same bits as before                     |
-| inplace | none         | 4 bytes a weight                          | rounding errors stay: a drift, in every dtype |
+| mode    | extra memory | read + written per member | after the population | an update                        |
+|---------|--------------|---------------------------|----------------------|----------------------------------|
+| master  | 2x weights   | 4 bytes a weight          | the same bits        | float32's, nothing is lost       |
+| base    | 1x weights   | 4 bytes a weight          | the same bits        | rounded once to the weight's type|
+| host    | none there   | 4 bytes a weight          | the same bits        | as with base                     |
+| inplace | none         | 4 bytes a weight          | rounding errors stay | as with base, and on top of them |
+
+`master` reads 4 bytes for float16 instead of 2, since float32 can't be split into a half and 16 bits (Plan.master). For
+float32 weights master and base are the same thing. `host` keeps the base in (pinned) host memory and copies it back
+once a generation; its members move in place from one to the next, so they carry the rounding of those moves.
 """
 
 from __future__ import annotations
 
+import logging
+import os
+
+import torch
+
 from .interrupts import held
 from .ops import add_noise_
 from .plan import Plan
+from .segments import Slice
+
+log = logging.getLogger(__name__)
+
+WEIGHTS_SHARE = 0.6  # of the device's memory that `auto` gives to weights and their copies; the rest is for generating
+DRIFT_SAMPLE = 256  # weights of each tensor that `inplace` watches
 
 
 class BaseWeights:
@@ -20,44 +37,124 @@ class BaseWeights:
     """
 
     def __init__(self, plan: Plan, noise: str, backend: str):
-        self.plan, self.base = plan, plan.clone()
+        self.plan, self.truth = plan, self._truth(plan)
+        self.base = self.truth.high() if self.truth.low is not None else self.truth  # what members are written from
         self._options = {"noise": noise, "backend": backend}
 
-    def perturb(self, seed: int, coeff: float) -> None:
-        add_noise_(self.plan, [seed], [coeff], base=self.base, **self._options)
+    def _truth(self, plan: Plan) -> Plan:
+        return plan.clone()
+
+    def perturb(self, seed: int, coeff: float, rounding: str = "nearest") -> None:
+        add_noise_(self.plan, [seed], [coeff], base=self.base, rounding=rounding, **self._options)
 
     def restore(self) -> None:
-        add_noise_(self.plan, [], [], base=self.base, **self._options)
+        add_noise_(self.plan, [], [], base=self.truth, **self._options)
 
-    def update(self, seeds: list[int], coeffs: list[float]) -> None:
-        add_noise_(self.base, seeds, coeffs, **self._options)
+    def update(self, seeds: list[int], coeffs: list[float], rounding: str = "nearest", decay: float = 0.0) -> None:
+        add_noise_(self.truth, seeds, coeffs, rounding=rounding, decay=decay, **self._options)
         self.restore()
 
 
+class MasterWeights(BaseWeights):
+    """The truth is float32 (Plan.master): updates are not rounded to 16 bits. Members are written from its upper
+    halves, and the weights between generations are the truth rounded once."""
+
+    def _truth(self, plan: Plan) -> Plan:
+        return plan.master()
+
+
 class InplaceWeights:
-    """Members are made in place, each from the one before, and the noise is subtracted again. Not exact."""
+    """Members are made in place, each from the one before, and the noise is subtracted again. Not exact.
+
+    `drift()` measures what that and the rounding of updates have done, on a sample of the weights.
+    """
 
     def __init__(self, plan: Plan, noise: str, backend: str):
         self.plan = plan
         self._options = {"noise": noise, "backend": backend}
         self._applied: list[tuple[int, float]] = []
+        self._watched = _sample(plan)
+        copies = [(name, t.to(torch.float32, copy=True), w) for name, t, w in self._watched]
+        self._exact = Plan(copies) if copies else None
 
-    def perturb(self, seed: int, coeff: float) -> None:
-        self._move([(seed, coeff)])
+    def perturb(self, seed: int, coeff: float, rounding: str = "nearest") -> None:
+        self._move([(seed, coeff)], rounding)
 
     def restore(self) -> None:
         self._move([])
 
-    def update(self, seeds: list[int], coeffs: list[float]) -> None:
+    def update(self, seeds: list[int], coeffs: list[float], rounding: str = "nearest", decay: float = 0.0) -> None:
         self.restore()
-        add_noise_(self.plan, seeds, coeffs, **self._options)
+        add_noise_(self.plan, seeds, coeffs, rounding=rounding, decay=decay, **self._options)
+        if self._exact is not None:
+            add_noise_(self._exact, seeds, coeffs, decay=decay, **self._options)
 
-    def _move(self, target: list[tuple[int, float]]) -> None:
+    def drift(self) -> float | None:
+        """RMS distance of the watched weights, while no member is in place, from what float32 arithmetic that restores
+        exactly would hold. None if no tensor is contiguous and whole."""
+        if self._exact is None:
+            return None
+        apart = [(t.float() - e).double() for (_, t, _), e in zip(self._watched, self._exact.tensors, strict=True)]
+        return float(torch.cat(apart).square().mean().sqrt())
+
+    def _move(self, target: list[tuple[int, float]], rounding: str = "nearest") -> None:
         terms = [(s, -c) for s, c in self._applied] + target
         with held():  # what is applied and what is noted down must not part
             if terms:  # from member to member in one pass, rounded once
-                add_noise_(self.plan, [s for s, _ in terms], [c for _, c in terms], **self._options)
+                add_noise_(self.plan, [s for s, _ in terms], [c for _, c in terms], rounding=rounding, **self._options)
             self._applied = target
 
 
-MODES = {"base": BaseWeights, "inplace": InplaceWeights}
+class HostWeights(InplaceWeights):
+    """Members move in place, and the weights come back from a copy in host memory when the population is left."""
+
+    def __init__(self, plan: Plan, noise: str, backend: str):
+        super().__init__(plan, noise, backend)
+        pinned = plan.device.type == "cuda"
+        self._host = [torch.empty_like(t, device="cpu", pin_memory=pinned) for t in self.plan.tensors]
+        self._save()
+
+    def restore(self) -> None:
+        with held():
+            torch._foreach_copy_([t.detach() for t in self.plan.tensors], self._host)  # complete before the next kernel
+            self._applied = []
+
+    def update(self, seeds: list[int], coeffs: list[float], rounding: str = "nearest", decay: float = 0.0) -> None:
+        super().update(seeds, coeffs, rounding, decay)
+        self._save()
+
+    def _save(self) -> None:
+        torch._foreach_copy_(self._host, [t.detach() for t in self.plan.tensors])
+
+
+def _sample(plan: Plan) -> list[tuple[str, torch.Tensor, Slice]]:
+    """Up to DRIFT_SAMPLE neighbouring weights from the middle of each whole, contiguous tensor, as views."""
+    views = []
+    for e in plan.entries:
+        n, t = e.tensor.numel(), e.tensor.detach()
+        if t.is_contiguous() and tuple(t.shape) == e.window.shape:
+            start = max(0, n // 2 - DRIFT_SAMPLE // 2)
+            views.append((e.name, t.view(-1)[start : start + DRIFT_SAMPLE], Slice((n,), (start,))))
+    return views
+
+
+MODES = {"base": BaseWeights, "master": MasterWeights, "host": HostWeights, "inplace": InplaceWeights}
+
+
+def automatic(plan: Plan) -> str:
+    """The most exact mode whose copies, with the weights, take at most WEIGHTS_SHARE of the device's memory.
+
+    Of all memory, not of what is free just now: the same run on the same machine shall take the same mode.
+    """
+    if plan.device.type == "cuda":
+        total = torch.cuda.get_device_properties(plan.device).total_memory
+    else:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    room = WEIGHTS_SHARE * total - plan.nbytes
+    wide = all(t.dtype is torch.float32 for t in plan.tensors)
+    if not wide and 4 * plan.numel <= room:
+        mode = "master"
+    else:  # a host copy of what lies in host memory anyway saves nothing
+        mode = "base" if plan.nbytes <= room else "host" if plan.device.type != "cpu" else "inplace"
+    log.warning('weights="auto" takes %r: %.2f GB of weights, %.1f GB of memory', mode, plan.nbytes / 1e9, total / 1e9)
+    return mode

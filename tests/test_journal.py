@@ -60,6 +60,7 @@ def test_what_is_written_is_read(tmp_path):
     header, found = read(path)
     assert header == {
         "esfast_journal": 1, "noise": "gaussian", "noise_version": NOISE_VERSION, "seed": 2**63 + 1, "weights": "base",
+        "rounding": "nearest",
         "numel": 92, "layout": plan_of().layout,
     }  # fmt: skip
     assert found == [vars(r) for r in records]

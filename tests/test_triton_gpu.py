@@ -5,7 +5,7 @@ import torch
 
 import esfast
 from esfast import triton_backend
-from esfast.ops import Call, check_members
+from esfast.ops import Adam, Call, check_members
 
 pytestmark = [
     pytest.mark.gpu,
@@ -53,6 +53,29 @@ def test_equals_the_cpu_backend(dtype, kind, members, same_bits):
     assert_equal(bases[1], bases[0], same_bits)
     esfast.add_noise_(gpu, [], [], base=bases[1])
     assert_equal(gpu, bases[0], same_bits)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_masters_decay_adam_and_stochastic_rounding(dtype, kind, same_bits):
+    cpu, gpu = on_both(dtype)
+    for plan, backend in ((cpu, "cpu"), (gpu, "triton")):
+        anchor, master = plan.clone(), plan.master()
+        moments = torch.zeros(2, plan.flat_numel, device=plan.device)
+        options = {"noise": kind, "backend": backend, "rounding": "stochastic"}
+        for t in (1, 2):
+            adam = Adam.at(t, moments, 1e-3, 0.9, 0.99, 1e-8)
+            esfast.add_noise_(plan, [t, 5], [0.5, 0.25], adam=adam, decay=0.1, **options)
+            esfast.add_noise_(plan, [t, 6], [0.5, 0.25], decay=0.1, anchor=anchor, **options)
+            esfast.add_noise_(master, [t, 7], [1e-5, 2e-5], decay=0.01, **options)
+        plan.result = [plan.clone(), moments]
+        esfast.add_noise_(plan, [9], [1e-3], base=master.high(), **options)
+        plan.result.append(plan.clone())
+        esfast.add_noise_(plan, [], [], base=master, **options)
+    assert_equal(gpu, cpu, same_bits)
+    assert_equal(gpu.result[0], cpu.result[0], same_bits)
+    assert_equal(gpu.result[2], cpu.result[2], same_bits)
+    assert same_bits([gpu.result[1].cpu()], [cpu.result[1]])
 
 
 @pytest.mark.parametrize("tile", [512, 1024, 8192])
