@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import esfast
-from esfast import triton_backend
+from esfast import ops, triton_backend
 from esfast.ops import Adam, Call, check_members
 
 pytestmark = [
@@ -13,6 +13,11 @@ pytestmark = [
 ]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KINDS = ("gaussian", "rademacher")
+
+
+@pytest.fixture(autouse=True)
+def auto_is_triton(monkeypatch):
+    monkeypatch.setattr(ops, "auto_backend", lambda device: "triton" if device.type == "cuda" else "cpu")
 
 
 def entries(dtype):
