@@ -34,19 +34,18 @@ cd "$tree"
 sanitize() { # that the tool is slow, or has no test to run, is no reason to have no figures
     local status=0
     timeout 60 compute-sanitizer --tool "$1" --error-exitcode 1 "$python" -m pytest -q -p no:cacheprovider \
-        -c "$root/pyproject.toml" "$root/tests/test_cuda_gpu.py" -k "cpu_backend and 2-dtype1" || status=$?
+        -c "$root/pyproject.toml" "$root/tests/test_gpu.py" -k "equals_the_cpu_backend and cuda and 2-dtype1" || status=$?
     case $status in
-        5) echo "compute-sanitizer $1: NOT RUN, no test of test_cuda_gpu.py has that name" ;;
+        5) echo "compute-sanitizer $1: NOT RUN, no test of test_gpu.py has that name" ;;
         124) echo "compute-sanitizer $1: NOT DONE, given up after 60 s" ;;
         *) return "$status" ;;
     esac
 }
 
 step info esfast info
-gpu_tests=("$root/tests/test_triton_gpu.py" "$root/tests/test_bench_gpu.py")
-if [ -f "$root/tests/test_cuda_gpu.py" ]; then gpu_tests+=("$root/tests/test_cuda_gpu.py"); fi
+gpu_tests=("$root/tests/test_gpu.py" "$root/tests/test_bench_gpu.py")
 step "GPU tests" tests "${gpu_tests[@]}"
-if [ -f "$root/tests/test_cuda_gpu.py" ] && [ "$device" = cuda ] && command -v compute-sanitizer >/dev/null; then
+if [ "$device" = cuda ] && command -v compute-sanitizer >/dev/null; then
     step memcheck sanitize memcheck
     step racecheck sanitize racecheck
 fi

@@ -1,19 +1,41 @@
-"""On a GPU: the CUDA kernels against the C++ backend on the CPU, to the bit, and what only a device can show."""
+"""On a GPU: the CUDA and Triton kernels against the C++ backend on the CPU, to the bit, and what only a device can show."""
+
+import functools
 
 import pytest
 import torch
 
 import esfast
-from esfast import cuda_backend
-from esfast.ops import Adam
+from esfast.ops import Adam, Call, backend_report, check_members
 
-REASON = cuda_backend.missing(torch.device("cuda", 0)) if torch.cuda.is_available() else "no CUDA device"
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(REASON is not None, reason=f"{REASON}: test_cuda.py runs the kernels on the CPU"),
+    pytest.mark.skipif(
+        not torch.cuda.is_available(),
+        reason="no CUDA device: test_cuda.py and test_triton.py run the kernels on the CPU",
+    ),
 ]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KINDS = ("gaussian", "rademacher")
+
+
+@functools.cache
+def require(backend):
+    state = backend_report("cuda")[backend]
+    if state != "ready":
+        pytest.skip(f"backend {backend!r} can't run: {state}")
+
+
+@pytest.fixture(params=["cuda", "triton"])
+def run(request):
+    """add_noise_ by one of the GPU backends, or by the CPU's for a plan there."""
+    require(request.param)
+
+    def add_noise(plan, *arguments, **options):
+        esfast.add_noise_(plan, *arguments, **options, backend=request.param if plan.device.type == "cuda" else "cpu")
+
+    add_noise.backend = request.param
+    return add_noise
 
 
 def entries(dtype):
@@ -36,10 +58,6 @@ def on_both(dtype):
     return there, esfast.Plan([(e.name, e.tensor.cuda(), e.window) for e in there.entries])
 
 
-def run(plan, *arguments, **options):
-    esfast.add_noise_(plan, *arguments, **options, backend="cuda" if plan.device.type == "cuda" else "cpu")
-
-
 def assert_equal(gpu, cpu, same_bits):
     for name, a, b in zip(cpu.names, gpu.tensors, cpu.tensors, strict=True):
         assert same_bits([a.cpu()], [b]), name
@@ -49,7 +67,7 @@ def assert_equal(gpu, cpu, same_bits):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("members", [1, 2, 30, 64])
-def test_equals_the_cpu_backend(dtype, kind, members, rounding, same_bits):
+def test_equals_the_cpu_backend(dtype, kind, members, rounding, same_bits, run):
     cpu, gpu = on_both(dtype)
     seeds, coeffs = [2**64 - 1 - j for j in range(members)], [0.01 * (-1) ** j for j in range(members)]
     bases = cpu.clone(), gpu.clone()
@@ -65,7 +83,7 @@ def test_equals_the_cpu_backend(dtype, kind, members, rounding, same_bits):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_masters_and_adam_equal_the_cpu_backend(dtype, kind, same_bits):
+def test_masters_and_adam_equal_the_cpu_backend(dtype, kind, same_bits, run):
     plans = on_both(dtype)
     masters = [p.master() for p in plans]
     moments = [torch.zeros(2, m.flat_numel, device=m.device) for m in masters]
@@ -81,17 +99,52 @@ def test_masters_and_adam_equal_the_cpu_backend(dtype, kind, same_bits):
         assert torch.equal(masters[1].low.cpu(), masters[0].low)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_masters_decay_adam_and_stochastic_rounding(dtype, kind, same_bits, run):
+    cpu, gpu = on_both(dtype)
+    for plan in (cpu, gpu):
+        anchor, master = plan.clone(), plan.master()
+        moments = torch.zeros(2, plan.flat_numel, device=plan.device)
+        options = {"noise": kind, "rounding": "stochastic"}
+        for t in (1, 2):
+            adam = Adam.at(t, moments, 1e-3, 0.9, 0.99, 1e-8)
+            run(plan, [t, 5], [0.5, 0.25], adam=adam, decay=0.1, **options)
+            run(plan, [t, 6], [0.5, 0.25], decay=0.1, anchor=anchor, **options)
+            run(master, [t, 7], [1e-5, 2e-5], decay=0.01, **options)
+        plan.result = [plan.clone(), moments]
+        run(plan, [9], [1e-3], base=master.high(), **options)
+        plan.result.append(plan.clone())
+        run(plan, [], [], base=master, **options)
+    assert_equal(gpu, cpu, same_bits)
+    assert_equal(gpu.result[0], cpu.result[0], same_bits)
+    assert_equal(gpu.result[2], cpu.result[2], same_bits)
+    assert same_bits([gpu.result[1].cpu()], [cpu.result[1]])
+
+
 def test_equals_triton(same_bits):
-    pytest.importorskip("triton")
+    require("cuda"), require("triton")
     _, cuda = on_both(torch.bfloat16)
     triton = cuda.clone()
     for kind in KINDS:
-        run(cuda, [1, 2, 3], [0.5, -0.25, 0.1], noise=kind)
+        esfast.add_noise_(cuda, [1, 2, 3], [0.5, -0.25, 0.1], noise=kind, backend="cuda")
         esfast.add_noise_(triton, [1, 2, 3], [0.5, -0.25, 0.1], noise=kind, backend="triton")
     assert same_bits([t.cpu() for t in cuda.tensors], [t.cpu() for t in triton.tensors])
 
 
-def test_replayed_cuda_graph_follows_its_tables(same_bits):
+@pytest.mark.parametrize("tile", [512, 1024, 8192])
+def test_any_tile_gives_the_same_bits(tile, same_bits):
+    require("triton")
+    from esfast import triton_backend
+
+    cpu, gpu = on_both(torch.bfloat16)
+    base = gpu.clone()
+    triton_backend.run(Call(gpu, *check_members([5], [0.1]), base), tile)
+    esfast.add_noise_(cpu, [5], [0.1])
+    assert_equal(gpu, cpu, same_bits)
+
+
+def test_replayed_cuda_graph_follows_its_tables(same_bits, run):
     cpu, gpu = on_both(torch.bfloat16)
     base, start = gpu.clone(), cpu.clone()
     seeds, coeffs = torch.tensor([1, -2], device="cuda"), torch.tensor([0.5, 0.25], device="cuda")
@@ -106,7 +159,7 @@ def test_replayed_cuda_graph_follows_its_tables(same_bits):
     assert_equal(gpu, cpu, same_bits)
 
 
-def test_the_current_stream_is_used(same_bits):
+def test_the_current_stream_is_used(same_bits, run):
     cpu, gpu = on_both(torch.float32)
     streams = [torch.cuda.Stream(), torch.cuda.Stream()]
     for i in range(20):
@@ -119,7 +172,7 @@ def test_the_current_stream_is_used(same_bits):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_the_device_of_the_tensors_is_used(same_bits):
+def test_the_device_of_the_tensors_is_used(same_bits, run):
     cpu, _ = on_both(torch.bfloat16)
     gpu = esfast.Plan([(e.name, e.tensor.to("cuda:1"), e.window) for e in cpu.entries])
     run(gpu, [4], [0.5])
@@ -128,7 +181,7 @@ def test_the_device_of_the_tensors_is_used(same_bits):
     assert_equal(gpu, cpu, same_bits)
 
 
-def test_more_than_2_to_the_31_elements(same_bits):
+def test_more_than_2_to_the_31_elements(same_bits, run):
     count = 2**31 + 5000
     if torch.cuda.mem_get_info()[0] < 3 * count:
         pytest.skip(f"needs {3 * count / 2**30:.0f} GiB of free GPU memory")
@@ -140,6 +193,7 @@ def test_more_than_2_to_the_31_elements(same_bits):
 
 
 def test_a_failed_launch_names_the_kernel():
+    require("cuda")
     from esfast import _cuda
 
     numbers = dict.fromkeys(("tiles", "extras", "seeds", "coeffs", "members", "low", "device", "stream"), 0)
@@ -148,3 +202,17 @@ def test_a_failed_launch_names_the_kernel():
             **numbers, tile_count=0, src_format=1, dst_format=1, kind=0, stochastic=False, decay=0.0,
             moments=(0, 0), adam=(0.0,) * 4,
         )  # fmt: skip
+
+
+def test_es_on_a_gpu_equals_es_on_a_cpu(same_bits, run):
+    finals = []
+    for device, backend in (("cpu", "cpu"), ("cuda", run.backend)):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(64, 64).to(device, torch.bfloat16)
+        es = esfast.ES(model, sigma=0.1, lr=0.1, population_size=4, backend=backend)
+        for generation in range(5):
+            for member in es.population():
+                member.reward = float((member.seed + generation) % 7)
+            es.step()
+        finals.append([t.detach().cpu() for t in es.plan.tensors])
+    assert same_bits(*finals)
