@@ -19,7 +19,7 @@ BENCHMARKS = {
     "noise": "speed of add_noise_ against what ES code does today and a memory copy, after a check to the bit",
     "gpu": "speed of add_noise_ on a GPU, over the parameters of real models, against today's way and a fused rival",
     "statistics": "is the noise N(0,1)? moments and correlations with their standard errors",
-    "sass": "what the Triton kernels compile to: instructions per weight against their budgets; needs no GPU",
+    "sass": "what the GPU kernels compile to: instructions per weight against their budgets; needs no GPU",
     "countdown": "the embedded model learns Countdown: accuracy before and after, and where the time goes",
 }
 

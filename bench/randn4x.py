@@ -15,7 +15,7 @@ import triton.language as tl
 from .. import segments
 from ..noise import DOMAINS
 from ..plan import Plan
-from ..tiles import tiles_of
+from ..tiles import members_on, tiles_of
 
 FLOAT32, BFLOAT16 = tl.constexpr(segments.FLOAT32), tl.constexpr(segments.BFLOAT16)
 GAUSSIAN = tl.constexpr(DOMAINS["gaussian"])
@@ -141,9 +141,8 @@ class Randn4x:
         if not seeds:
             torch._foreach_copy_(self.plan.tensors, self.base.tensors)
             return
-        device = self.plan.device
-        keys = torch.from_numpy(np.array(seeds, dtype=np.uint64).view(np.int64)).to(device, non_blocking=True)
-        scales = torch.from_numpy(np.array(coeffs, dtype=np.float32)).to(device, non_blocking=True)
+        arrays = np.array(seeds, dtype=np.uint64), np.array(coeffs, dtype=np.float32)
+        keys, scales = members_on(self.plan.device, *arrays)
         tiles = self.tiles[self.base if from_base else None]
         randn4x_kernel[(len(tiles.records),)](
             tiles.records, keys, scales, len(seeds), KIND=DOMAINS[kind], DTYPE=tiles.dst_format, TILE=TILE, **options

@@ -6,11 +6,10 @@ import functools
 import importlib
 from collections.abc import Callable
 
-import numpy as np
 import torch
 
 from .noise import DOMAINS
-from .tiles import tiles_of
+from .tiles import copy_base, members_on, tiles_of
 
 
 def run(call) -> None:
@@ -25,16 +24,9 @@ def run_with(call, add_noise: Callable[..., None], tile: int) -> None:
     """`run` with `add_noise` to launch a kernel, which takes the arguments of _cuda.add_noise."""
     plan, adam = call.plan, call.adam
     if call.is_copy:
-        if call.base is not None and call.base is not plan:
-            torch._foreach_copy_([t.detach() for t in plan.tensors], [t.detach() for t in call.base.tensors])
-        return
-    seeds, coeffs = call.seeds, call.coeffs
-    if isinstance(seeds, np.ndarray):
-        # the driver stages small pageable copies, so the host does not wait for the stream
-        seeds = torch.from_numpy(seeds.view(np.int64)).to(plan.device, non_blocking=True)
-        coeffs = torch.from_numpy(coeffs).to(plan.device, non_blocking=True)
-    anchored = bool(call.decay) and call.anchor is not None
-    for t in tiles_of(call.table, tile, plan.device, extras=call.low is not None or anchored or adam is not None):
+        return copy_base(call)
+    seeds, coeffs = members_on(plan.device, call.seeds, call.coeffs)
+    for t in tiles_of(call.table, tile, plan.device, call.needs_extras):
         add_noise(
             tiles=t.records.data_ptr(), extras=t.extras.data_ptr() if t.extras is not None else 0,
             tile_count=len(t.records), src_format=t.src_format, dst_format=t.dst_format, seeds=seeds.data_ptr(),

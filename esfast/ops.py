@@ -74,6 +74,11 @@ class Call:
         return self.plan.low if self.plan.low is not None else self.base.low if self.base is not None else None
 
     @property
+    def needs_extras(self) -> bool:
+        """Whether it reads an anchor or a flat buffer."""
+        return self.low is not None or self.adam is not None or (bool(self.decay) and self.anchor is not None)
+
+    @property
     def is_copy(self) -> bool:
         """Whether it writes the base as it is: round(src) is src, whatever a NaN's payload."""
         if len(self.seeds) or self.decay or self.adam is not None:

@@ -1,4 +1,4 @@
-"""The work of a GPU launch: tiles of a plan's segments, one launch for each pair of formats."""
+"""What the GPU backends share: tiles of a plan's segments, one launch for each pair of formats, and members there."""
 
 from __future__ import annotations
 
@@ -10,6 +10,21 @@ import torch
 from .segments import BFLOAT16, FIELDS, FLOAT32, SPLIT, Table
 
 _SIZES = np.array([4, 2, 2, 2])  # bytes of an element, by format
+
+
+def members_on(device: torch.device, seeds, coeffs) -> tuple[torch.Tensor, torch.Tensor]:
+    """NumPy seeds (uint64) and coefficients (float32) as tensors there, int64 and float32; tensors as they are."""
+    if isinstance(seeds, torch.Tensor):
+        return seeds, coeffs
+    # the driver stages small pageable copies, so the host does not wait for the stream
+    arrays = seeds.view(np.int64), coeffs
+    return tuple(torch.from_numpy(a).to(device, non_blocking=True) for a in arrays)
+
+
+def copy_base(call) -> None:
+    """What a Call does whose `is_copy` says so."""
+    if call.base is not None and call.base is not call.plan:
+        torch._foreach_copy_([t.detach() for t in call.plan.tensors], [t.detach() for t in call.base.tensors])
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import time
 
-import numpy as np
 import torch
 import triton
 
 from .kernels.add_noise import ADAM_TILE, INTERPRETED, OPTIONS, TILE, add_noise_kernel
 from .noise import DOMAINS
 from .segments import SPLIT
-from .tiles import tiles_of
+from .tiles import copy_base, members_on, tiles_of
 
 NO_DECAY, TO_ZERO, TO_ANCHOR = range(3)
 
@@ -26,23 +25,15 @@ def run(call, tile: int | None = None) -> None:
     so that the call can be captured in a CUDA graph. `tile` is for tests: small tiles make many of a small tensor."""
     plan, adam = call.plan, call.adam
     if call.is_copy:
-        if call.base is not None and call.base is not plan:
-            torch._foreach_copy_([t.detach() for t in plan.tensors], [t.detach() for t in call.base.tensors])
-        return
-    seeds, coeffs = call.seeds, call.coeffs
-    if isinstance(seeds, np.ndarray):
-        # the driver stages small pageable copies, so the host does not wait for the stream
-        seeds = torch.from_numpy(seeds.view(np.int64)).to(plan.device, non_blocking=True)
-        coeffs = torch.from_numpy(coeffs).to(plan.device, non_blocking=True)
+        return copy_base(call)
+    seeds, coeffs = members_on(plan.device, call.seeds, call.coeffs)
     decay = NO_DECAY if not call.decay else TO_ZERO if call.anchor is None else TO_ANCHOR
     tile, options = _configuration(call, tile)
     m, v = (b.data_ptr() for b in adam.moments) if adam is not None else (0, 0)
     numbers = adam.numbers if adam is not None else (0.0,) * 4
     low = call.low.data_ptr() if call.low is not None else 0
     with torch.cuda.device(plan.device) if plan.device.type == "cuda" else contextlib.nullcontext():
-        for t in tiles_of(
-            call.table, tile, plan.device, extras=call.low is not None or bool(decay) or adam is not None
-        ):
+        for t in tiles_of(call.table, tile, plan.device, call.needs_extras):
             add_noise_kernel[(len(t.records),)](
                 t.records, t.records if t.extras is None else t.extras, seeds, coeffs, len(seeds),
                 low if SPLIT in (t.src_format, t.dst_format) else 0, m, v, float(call.decay), *numbers,

@@ -133,7 +133,7 @@ def _decayed4(x, anchor, element, begin, end, decay, WHOLE: tl.constexpr, DST: t
     if DECAY == 2:
         w = _load4(anchor, anchor, element, begin, end, WHOLE, BFLOAT16 if DST == SPLIT else DST)
     else:
-        w = (tl.zeros_like(x[0]), tl.zeros_like(x[0]), tl.zeros_like(x[0]), tl.zeros_like(x[0]))
+        w = _zeros4(x)
     if DECAY == 0:
         return x
     else:
