@@ -46,7 +46,7 @@ def entries(dtype):
         ("plain", torch.randn(513, 1025, generator=generator).to(dtype)),
         ("odd start", flat[7:20_000]),
         ("slice", matrix[2:105, 30:6043], esfast.Slice((1000, 50_000), (3, 700))),
-        ("shard", matrix[:40, 1024:5120], esfast.Slice((40, 16384), (0, 4096))),
+        ("shard", matrix[200:240, 1024:5120], esfast.Slice((40, 16384), (0, 4096))),
         ("far", flat[20_001:30_000], esfast.Slice((2**40,), (2**34 - 100,))),
         ("scalar", torch.tensor(3.0).to(dtype)),
         ("transposed", torch.randn(50, 30, generator=generator).to(dtype).t()),
