@@ -12,7 +12,7 @@ _HOMES = {
     "Slice": "plan",
     "add_noise_": "ops",
     "ES": "es",
-    "ESConfig": "trainer",
+    "ESConfig": "config",
     "ESTrainer": "trainer",
 }
 _MODULES = ("es", "journal", "ops", "plan", "rollout", "tasks", "trainer", "weights")

@@ -1,0 +1,71 @@
+"""ESConfig: the settings of a run, each also an option of `esfast train`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from .es import SHAPINGS
+from .noise import KINDS, check_int
+from .ops import ROUNDINGS
+from .schedules import SCHEDULES, check_schedule
+from .weights import MODES
+
+
+def _option(default, text: str, choices: Sequence[str] | None = None):
+    return field(default=default, metadata={"help": text, "choices": choices})
+
+
+@dataclass
+class ESConfig:
+    """Settings of a run; the defaults are the paper's for Countdown (arXiv 2509.24372). Each is also an option of
+    `esfast train`. ValueError or TypeError names a field that is out of range."""
+
+    output_dir: str = _option("runs/esfast", "run folder: config, metrics, journal, curves and the tuned model")
+    seed: int = _option(0, "seed of the run: of its noise and of the order of its prompts")
+    generations: int = _option(500, "number of updates")
+    population_size: int = _option(30, "members, that is perturbed models, a generation")
+    sigma: float = _option(1e-3, "standard deviation of the perturbation, in units of the weights")
+    lr: float = _option(5e-4, "step size of the update (the paper's alpha)")
+    sigma_schedule: str = _option("constant", "how sigma changes over the generations", tuple(SCHEDULES))
+    lr_schedule: str = _option("constant", "how lr changes over the generations", tuple(SCHEDULES))
+    sigma_final_fraction: float = _option(0.1, "share of sigma that a schedule other than constant ends at")
+    lr_final_fraction: float = _option(0.1, "share of lr that a schedule other than constant ends at")
+    warmup_generations: int = _option(0, "first generations, in which lr rises to its full value")
+    mirrored: bool = _option(False, "members come in pairs, +noise and -noise")
+    noise: str = _option("gaussian", "kind of noise", KINDS)
+    shaping: str = _option("zscore", "how rewards become weights of the noise", tuple(SHAPINGS))
+    weights: str = _option(
+        "base",
+        "base: exact, one extra copy; master: exact float32 updates, two; host: the copy is in host memory; "
+        "inplace: none, drifts; auto: the most exact that fits",
+        (*MODES, "auto"),
+    )
+    rounding: str = _option("nearest", "of updates to 16-bit weights", ROUNDINGS)
+    weight_decay: float = _option(0.0, "an update moves the weights by lr times this towards zero")
+    prompts_per_generation: int = _option(200, "prompts that every member of a generation answers")
+    max_completion_length: int = _option(1024, "longest response, in tokens")
+    batch_size: int | None = _option(
+        None, "most prompts generated at once (default: what fits a quarter of the memory)"
+    )
+    eval_every: int = _option(10, "generations between evaluations; 0: only before and after")
+    eval_prompts: int = _option(500, "held-out prompts of an evaluation")
+    progress: bool = _option(True, "show the progress bar")
+
+    def __post_init__(self):
+        for name, least in {"seed": 0, "generations": 1, "population_size": 2, "prompts_per_generation": 1,
+                            "max_completion_length": 1, "eval_every": 0, "eval_prompts": 1}.items():  # fmt: skip
+            check_int(f"ESConfig.{name}", getattr(self, name), least, 2**63)
+        if self.batch_size is not None:
+            check_int("ESConfig.batch_size", self.batch_size, 1, 2**63)
+        check_int("ESConfig.warmup_generations", self.warmup_generations, 0, self.generations)
+        for name in ("sigma", "lr"):
+            check_schedule(f"ESConfig.{name}", *(getattr(self, name + s) for s in ("", "_schedule", "_final_fraction")))
+
+    def rates(self, generation: int) -> tuple[float, float]:
+        """sigma and lr of a generation (0, 1, ...), from its number alone, so that a run can be taken up anywhere."""
+        sigma = SCHEDULES[self.sigma_schedule](self.sigma, generation, self.generations, self.sigma_final_fraction)
+        lr = SCHEDULES[self.lr_schedule](
+            self.lr, generation, self.generations, self.lr_final_fraction, self.warmup_generations
+        )
+        return sigma, lr
