@@ -1,21 +1,22 @@
-"""How a member's weights are made and undone. For 16-bit weights:
+"""How a member's weights are made and undone.
 
-| mode    | extra memory | read + written per member | after the population | an update                        |
-|---------|--------------|---------------------------|----------------------|----------------------------------|
-| master  | 2x weights   | 4 bytes a weight          | the same bits        | float32's, nothing is lost       |
-| base    | 1x weights   | 4 bytes a weight          | the same bits        | rounded once to the weight's type|
-| host    | none there   | 4 bytes a weight          | the same bits        | as with base                     |
-| inplace | none         | 4 bytes a weight          | rounding errors stay | as with base, and on top of them |
+| mode    | copies         | after the population | an update                          |
+|---------|----------------|----------------------|------------------------------------|
+| master  | float32        | the same bits        | float32's, nothing is lost         |
+| base    | one            | the same bits        | rounded once to the weights' dtype |
+| host    | one, elsewhere | the same bits        | as with base                       |
+| inplace | none           | rounding errors stay | as with base, and on top of them   |
 
-`master` reads 4 bytes for float16 instead of 2, since float32 can't be split into a half and 16 bits (Plan.master). For
-float32 weights master and base are the same thing. `host` keeps the base in (pinned) host memory and copies it back
-once a generation; its members move in place from one to the next, so they carry the rounding of those moves.
+What each takes is stated by its `cost`, which `esfast bench modes` measures. For float32 weights master and base are
+the same thing. `host` keeps the base in (pinned) host memory and copies it back once a generation; its members move in
+place from one to the next, so they carry the rounding of those moves.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+from typing import NamedTuple
 
 import torch
 
@@ -30,6 +31,16 @@ WEIGHTS_SHARE = 0.6  # of the device's memory that `auto` gives to weights and t
 DRIFT_SAMPLE = 256  # weights of each tensor that `inplace` watches
 
 
+class Cost(NamedTuple):
+    """What a mode takes of one weight of some dtype, in bytes."""
+
+    device: int  # kept beside the weights, on their device
+    host: int  # kept in host memory
+    member: int  # read and written to make a member; noise is calculated, never read
+    restore: int  # read and written when the population is left
+    update: int  # read and written by an update of however many members, after which the weights are restored
+
+
 class BaseWeights:
     """Members are written from a copy that is only read, so nothing is ever subtracted and restoring is a copy.
 
@@ -40,6 +51,11 @@ class BaseWeights:
         self.plan, self.truth = plan, self._truth(plan)
         self.base = self.truth.high() if self.truth.low is not None else self.truth  # what members are written from
         self._options = {"noise": noise, "backend": backend}
+
+    @staticmethod
+    def cost(dtype: torch.dtype) -> Cost:
+        size = dtype.itemsize
+        return Cost(device=size, host=0, member=2 * size, restore=2 * size, update=4 * size)
 
     def _truth(self, plan: Plan) -> Plan:
         return plan.clone()
@@ -58,6 +74,12 @@ class BaseWeights:
 class MasterWeights(BaseWeights):
     """The truth is float32 (Plan.master): updates are not rounded to 16 bits. Members are written from its upper
     halves, and the weights between generations are the truth rounded once."""
+
+    @staticmethod
+    def cost(dtype: torch.dtype) -> Cost:
+        """Members of float16 weights read all 4 bytes: float32 can't be split into a half and 16 bits (Plan.master)."""
+        size, truth, upper = dtype.itemsize, 4, 2 if dtype is torch.bfloat16 else 4
+        return Cost(device=truth, host=0, member=upper + size, restore=truth + size, update=3 * truth + size)
 
     def _truth(self, plan: Plan) -> Plan:
         return plan.master()
@@ -89,6 +111,11 @@ class InplaceWeights:
         if self._exact is not None:
             add_noise_(self._exact, seeds, coeffs, decay=decay, **self._options)
 
+    @staticmethod
+    def cost(dtype: torch.dtype) -> Cost:
+        size = dtype.itemsize
+        return Cost(device=0, host=0, member=2 * size, restore=2 * size, update=2 * size)
+
     def drift(self) -> float | None:
         """RMS distance of the watched weights, while no member is in place, from what float32 arithmetic that restores
         exactly would hold. None if no tensor is contiguous and whole."""
@@ -113,6 +140,12 @@ class HostWeights(InplaceWeights):
         pinned = plan.device.type == "cuda"
         self._host = [torch.empty_like(t, device="cpu", pin_memory=pinned) for t in self.plan.tensors]
         self._save()
+
+    @staticmethod
+    def cost(dtype: torch.dtype) -> Cost:
+        """Restoring, and so an update, counts what is read and written on either side of the copy."""
+        size = dtype.itemsize
+        return Cost(device=0, host=size, member=2 * size, restore=2 * size, update=6 * size)
 
     def restore(self) -> None:
         with held():
@@ -151,10 +184,10 @@ def automatic(plan: Plan) -> str:
     else:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     room = WEIGHTS_SHARE * total - plan.nbytes
-    wide = all(t.dtype is torch.float32 for t in plan.tensors)
-    if not wide and 4 * plan.numel <= room:
+    extra = {m: sum(MODES[m].cost(t.dtype).device * t.numel() for t in plan.tensors) for m in ("master", "base")}
+    if extra["base"] < extra["master"] <= room:
         mode = "master"
     else:  # a host copy of what lies in host memory anyway saves nothing
-        mode = "base" if plan.nbytes <= room else "host" if plan.device.type != "cpu" else "inplace"
+        mode = "base" if extra["base"] <= room else "host" if plan.device.type != "cpu" else "inplace"
     log.warning('weights="auto" takes %r: %.2f GB of weights, %.1f GB of memory', mode, plan.nbytes / 1e9, total / 1e9)
     return mode

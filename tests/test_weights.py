@@ -150,8 +150,9 @@ def test_extra_memory_is_as_stated(dtype, mode):
                     kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
     for t in plan.tensors:
         kept.pop(t.untyped_storage().data_ptr(), None)
-    stated = {"base": 1, "master": 2, "host": 1, "inplace": 0}[mode]
-    assert abs(sum(kept.values()) / plan.nbytes - stated) < 0.02
+    cost = MODES[mode].cost(dtype)
+    assert abs(sum(kept.values()) / plan.numel - cost.device - cost.host) < 0.02 * dtype.itemsize
+    assert cost.device + cost.host == {"base": 2, "master": 4, "host": 2, "inplace": 0}[mode]
 
 
 @pytest.mark.parametrize("options", [
