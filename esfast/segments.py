@@ -59,11 +59,11 @@ class Entry:
         )  # fmt: skip
 
 
-def describe(e: Entry) -> str:
-    window = f" at {e.window.offset} of {e.window.shape}" if tuple(e.tensor.shape) != e.window.shape else ""
-    return (
-        f"{e.name!r} {tuple(e.tensor.shape)} {str(e.tensor.dtype).removeprefix('torch.')}{' split' * e.split}{window}"
-    )
+def describe(e: Entry, whole: bool = False) -> str:
+    """Name, shape, dtype and place of a tensor in words; `whole`: those of the tensor that it is a part of."""
+    shape = e.window.shape if whole else tuple(e.tensor.shape)
+    window = f" at {e.window.offset} of {e.window.shape}" if shape != e.window.shape else ""
+    return f"{e.name!r} {shape} {str(e.tensor.dtype).removeprefix('torch.')}{' split' * e.split}{window}"
 
 
 class Table:

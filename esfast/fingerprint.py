@@ -1,0 +1,91 @@
+"""A checksum of weights' bits that depends on no device, no order and no sharding: shards' sums add up to the whole's.
+
+    sum over all elements of row(tensor, i) * col(j) * bits   mod 2^64
+
+`bits` is the element as a signed integer, i its row and j its column in its whole tensor (the last dimension is the
+columns, the others together are the rows), and row and col are odd 64-bit hashes. A flipped bit changes the sum for
+certain, since an odd number times 2^k is no multiple of 2^64; elements that change places do but for a chance of 2^-32
+or less. It guards against accidents, not against somebody who looks for a collision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from .noise import tensor_id
+from .segments import Entry, Slice, flat_starts
+
+MASK = 2**64 - 1
+_INTEGERS = {4: torch.int32, 2: torch.int16}
+_CHUNK = {"cpu": 2**20, "cuda": 2**24}  # elements in flight, as int64: enough work for every core between barriers
+
+
+def window_sums(entries: Sequence[Entry], low: torch.Tensor | None = None) -> list[int]:
+    """The sum of each entry's elements, 0 <= sum < 2^64. `low`: the flat buffer of the low halves of split entries,
+    whose bits are those of the float32 weights that they are."""
+    if not entries:
+        return []
+    device = entries[0].tensor.device
+    buffer = torch.empty(_CHUNK.get(device.type, _CHUNK["cpu"]), dtype=torch.int64, device=device)
+    sums = []
+    for e, start in zip(entries, flat_starts(entries), strict=False):
+        t = e.tensor.detach()
+        total = _sum(t.view(_INTEGERS[t.element_size()]), e.name, e.window, buffer)
+        if e.split:
+            halves = low[start : start + t.numel()].view(t.shape)
+            total = total * 2**16 + _sum(halves, e.name, e.window, buffer, unsigned=True)
+        sums.append(total)
+    return [s & MASK for s in torch.stack(sums).tolist()]  # the only wait for a GPU
+
+
+def _sum(bits: torch.Tensor, name: str, window: Slice, buffer: torch.Tensor, unsigned: bool = False) -> torch.Tensor:
+    if bits.dim() == 0:
+        bits, window = bits.view(1), Slice((1,), (0,))
+    whole, offset = window.shape, window.offset
+    outer = [int(np.prod(whole[d + 1 : -1], dtype=object)) for d in range(len(whole) - 1)]  # rows of the whole per step
+    seed = _mix(np.array([tensor_id(name)], dtype=np.uint64))
+    columns = bits.shape[-1]
+    width = min(columns, len(buffer))
+    height = len(buffer) // width
+    total = torch.zeros((), dtype=torch.int64, device=buffer.device)
+    for matrix, start in _matrices(bits):
+        for c in range(0, columns, width):
+            col = _weights(
+                np.arange(c, min(c + width, columns), dtype=np.uint64) + np.uint64(offset[-1]), buffer.device
+            )
+            for r in range(0, len(matrix), height):
+                part = matrix[r : r + height, c : c + width]
+                place = np.unravel_index(np.arange(start + r, start + r + len(part)), bits.shape[:-1] or (1,))
+                rows = sum(
+                    ((p + o) * step for p, o, step in zip(place, offset[:-1], outer, strict=False)),
+                    start=np.zeros(len(part), dtype=np.int64),
+                )
+                wide = buffer[: part.numel()].view(part.shape).copy_(part)
+                if unsigned:
+                    wide &= 0xFFFF
+                total += wide.mul_(col).sum(1).mul_(_weights(seed + rows.view(np.uint64), buffer.device)).sum()
+    return total
+
+
+def _matrices(bits: torch.Tensor, start: int = 0) -> Iterator[tuple[torch.Tensor, int]]:
+    """The tensor as matrices of its columns, each with the number of its first row, without a copy."""
+    try:
+        yield bits.view(-1, bits.shape[-1]), start
+    except RuntimeError:  # of strides that no two dimensions have
+        for i, part in enumerate(bits):
+            yield from _matrices(part, start + i * (part.numel() // part.shape[-1]))
+
+
+def _weights(numbers: np.ndarray, device: torch.device) -> torch.Tensor:
+    return torch.from_numpy((_mix(numbers) | np.uint64(1)).view(np.int64)).to(device, non_blocking=True)
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """The x-th output of SplitMix64 (Steele, Lea and Flood, 2014), uint64."""
+    x = (x + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
