@@ -29,19 +29,20 @@ def window_sums(entries: Sequence[Entry], low: torch.Tensor | None = None) -> li
     if not entries:
         return []
     device = entries[0].tensor.device
-    buffer = torch.empty(_CHUNK.get(device.type, _CHUNK["cpu"]), dtype=torch.int64, device=device)
+    most = min(_CHUNK.get(device.type, _CHUNK["cpu"]), max(e.tensor.numel() for e in entries))
+    buffer = torch.empty(most, dtype=torch.int64, device=device)
     sums = []
     for e, start in zip(entries, flat_starts(entries), strict=False):
         t = e.tensor.detach()
         total = _sum(t.view(_INTEGERS[t.element_size()]), e.name, e.window, buffer)
         if e.split:
             halves = low[start : start + t.numel()].view(t.shape)
-            total = total * 2**16 + _sum(halves, e.name, e.window, buffer, unsigned=True)
+            total = total * 2**16 + _sum(halves, e.name, e.window, buffer)  # both halves are signed, see csrc/dtypes.h
         sums.append(total)
     return [s & MASK for s in torch.stack(sums).tolist()]  # the only wait for a GPU
 
 
-def _sum(bits: torch.Tensor, name: str, window: Slice, buffer: torch.Tensor, unsigned: bool = False) -> torch.Tensor:
+def _sum(bits: torch.Tensor, name: str, window: Slice, buffer: torch.Tensor) -> torch.Tensor:
     if bits.dim() == 0:
         bits, window = bits.view(1), Slice((1,), (0,))
     whole, offset = window.shape, window.offset
@@ -64,8 +65,6 @@ def _sum(bits: torch.Tensor, name: str, window: Slice, buffer: torch.Tensor, uns
                     start=np.zeros(len(part), dtype=np.int64),
                 )
                 wide = buffer[: part.numel()].view(part.shape).copy_(part)
-                if unsigned:
-                    wide &= 0xFFFF
                 total += wide.mul_(col).sum(1).mul_(_weights(seed + rows.view(np.uint64), buffer.device)).sum()
     return total
 
