@@ -60,11 +60,6 @@ def main(argv: list[str] | None = None) -> int:
     return int(any(row.get("pass") is False for row in result["rows"]))
 
 
-def child(code: str, *arguments: str) -> list[str]:
-    """Command that runs `code` in a new Python, which finds the modules that this one found."""
-    return [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; {code}", *arguments]
-
-
 def count(text: str) -> int:
     """A positive whole number as one types it: 50000000, 5e7 or 2**30."""
     try:

@@ -16,7 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from . import BenchmarkError, child
+from ..child import child
+from . import BenchmarkError
 
 PHASES = ("perturb", "generate", "score", "update", "evaluate")  # named in the table, the rest is "other"
 

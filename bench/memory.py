@@ -11,7 +11,8 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-from . import BenchmarkError, child, today
+from ..child import child
+from . import BenchmarkError, today
 from .workload import SIGMA, make_plan, population
 
 STATUS = Path("/proc/self/status")

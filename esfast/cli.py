@@ -112,6 +112,7 @@ def _train(args: argparse.Namespace) -> None:
     defaults = {
         "output_dir": f"runs/{task.name}-{time.strftime('%Y%m%d-%H%M%S')}",
         "max_completion_length": task.max_new_tokens,
+        "reward_workers": 1,  # tasks' rewards are functions of a module, and of their arguments alone
         **(embedded.ES_DEFAULTS if embedded_model else {}),
     }
     config = ESConfig(**{**defaults, **given})

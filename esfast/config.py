@@ -48,16 +48,21 @@ class ESConfig:
     batch_size: int | None = _option(
         None, "most prompts generated at once (default: what fits a quarter of the memory)"
     )
+    reward_workers: int = _option(0, "processes that score while the next member generates; 0: none, but in this one")
+    reward_timeout: float = _option(300.0, "seconds that a reward function may take for one member's completions")
     eval_every: int = _option(10, "generations between evaluations; 0: only before and after")
     eval_prompts: int = _option(500, "held-out prompts of an evaluation")
     progress: bool = _option(True, "show the progress bar")
 
     def __post_init__(self):
         for name, least in {"seed": 0, "generations": 1, "population_size": 2, "prompts_per_generation": 1,
-                            "max_completion_length": 1, "eval_every": 0, "eval_prompts": 1}.items():  # fmt: skip
+                            "max_completion_length": 1, "reward_workers": 0, "eval_every": 0,
+                            "eval_prompts": 1}.items():  # fmt: skip
             check_int(f"ESConfig.{name}", getattr(self, name), least, 2**63)
         if self.batch_size is not None:
             check_int("ESConfig.batch_size", self.batch_size, 1, 2**63)
+        if not self.reward_timeout > 0:
+            raise ValueError(f"ESConfig.reward_timeout: expected seconds, more than 0, got {self.reward_timeout!r}")
         check_int("ESConfig.warmup_generations", self.warmup_generations, 0, self.generations)
         for name in ("sigma", "lr"):
             check_schedule(f"ESConfig.{name}", *(getattr(self, name + s) for s in ("", "_schedule", "_final_fraction")))

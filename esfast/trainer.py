@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from .config import ESConfig
 from .es import ES
-from .rewards import RewardFunc, Rows, call, check_rows
+from .rewards import RewardFunc, Rows, Scorer, check_rows
 from .rollout import TransformersEngine
 from .run_folder import RunFolder, write_whole
 
@@ -100,6 +100,7 @@ class ESTrainer:
         self.model, self.processing_class = model, processing_class
         c = self.args
         self.engine = engine or TransformersEngine(model, processing_class, c.max_completion_length, c.batch_size)
+        self.scorer = Scorer([*self.reward_funcs, *self.metrics.values()], c.reward_workers, c.reward_timeout)
         self.folder = RunFolder.claim(c.output_dir)
         self.es = ES(model, c.sigma, c.lr, c.population_size, c.seed, c.mirrored, c.noise, c.shaping, c.weights,
                      journal=self.folder.journal, rounding=c.rounding, weight_decay=c.weight_decay)  # fmt: skip
@@ -131,6 +132,7 @@ class ESTrainer:
             raise
         finally:
             bar.close()
+            self.scorer.close()
             self._finish(before, after)
         return self.summary
 
@@ -139,11 +141,18 @@ class ESTrainer:
         rows = self._train_rows(generation)
         self.es.sigma, self.es.lr = self.args.rates(generation)
         self.clock.lap("other")
+        scores = []  # workers score a member while the next one generates
         with self.es.population() as members:
             for member in members:
                 self.clock.lap("perturb")
-                member.reward = self._score(rows, self.reward_funcs)
+                completions = self._generate(rows)
+                self.clock.lap("generate")
+                scores.append((member, self.scorer.submit(self.reward_funcs, rows, completions)))
+                self.clock.lap("score")
         self.clock.lap("perturb")
+        for member, rewards in scores:
+            member.reward = math.fsum(map(math.fsum, rewards.result())) / len(rows)
+        self.clock.lap("wait")
         record = self.es.step()
         self.clock.lap("update")
         rewards, drift = np.array(record.rewards), self.es.drift()
@@ -165,25 +174,19 @@ class ESTrainer:
         epochs = {p // size: np.random.default_rng((self.args.seed, p // size)).permutation(size) for p in places}
         return [self.train_dataset[int(epochs[p // size][p % size])] for p in places]
 
-    def _score(self, rows: Rows, functions: Sequence[RewardFunc]) -> float:
-        prompts = [row["prompt"] for row in rows]
-        completions = self.engine.generate(prompts)
-        self.clock.lap("generate")
-        total = math.fsum(math.fsum(call(f, rows, prompts, completions)) for f in functions)
-        self.clock.lap("score")
-        return total / len(rows)
+    def _generate(self, rows: Rows) -> list[str]:
+        return self.engine.generate([row["prompt"] for row in rows])
 
     def _evaluate(self) -> dict[str, float]:
         if self.eval_dataset is None:
             return {}
-        rows = self.eval_dataset
-        prompts = [row["prompt"] for row in rows]
-        completions = self.engine.generate(prompts)
-        values = {"eval_reward": [math.fsum(v) for v in zip(*(call(f, rows, prompts, completions)
-                                                              for f in self.reward_funcs), strict=True)]}  # fmt: skip
-        values |= {f"eval_{name}": call(f, rows, prompts, completions) for name, f in self.metrics.items()}
+        functions = [*self.reward_funcs, *self.metrics.values()]
+        rows, count = self.eval_dataset, len(self.reward_funcs)
+        values = self.scorer.submit(functions, rows, self._generate(rows)).result()
         self.clock.lap("evaluate")
-        return {name: math.fsum(v) / len(v) for name, v in values.items()}
+        named = zip(self.metrics, values[count:], strict=True)
+        return {"eval_reward": math.fsum(map(math.fsum, values[:count])) / len(rows),
+                **{f"eval_{name}": math.fsum(v) / len(v) for name, v in named}}  # fmt: skip
 
     def _finish(self, before: dict[str, float], after: dict[str, float]) -> None:
         self.folder.save_model(self.model, self.processing_class)

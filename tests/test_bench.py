@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from esfast import ops
-from esfast.bench import BENCHMARKS, child, count, countdown, main, memory, statistics, tables, workload
+from esfast.bench import BENCHMARKS, count, countdown, main, memory, statistics, tables, workload
 from esfast.bench.provenance import caption
+from esfast.child import child
 from esfast.noise import tensor_id
 
 NOISE = ["noise", "--numel", "3e4", "--tensors", "9", "--members", "3", "--repeats", "2", "--threads", "1"]

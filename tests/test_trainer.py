@@ -1,8 +1,10 @@
 """ESTrainer and its run folder, on a tiny model with its real tokenizer and generation."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+import scoring
 import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -210,3 +212,28 @@ def test_a_run_is_never_overwritten(tmp_path, model):
     with pytest.raises(FileExistsError, match="holds a run already"):
         train(tmp_path / "run", model)
     assert (tmp_path / "run" / "journal.jsonl").read_bytes() == record
+
+
+def test_workers_score_as_this_process_does(tmp_path, model):
+    net, tokenizer = model
+    start, results = {k: v.clone() for k, v in net.state_dict().items()}, []
+    for workers in (0, 2):
+        net.load_state_dict(start)
+        args = config(tmp_path / str(workers), reward_workers=workers, generations=2)
+        trainer = esfast.ESTrainer(net, scoring.length, args, ROWS, ROWS, tokenizer)
+        trainer.train()
+        results.append((weights(net), [r["reward_mean"] for r in trainer.folder.read_metrics()[1:]]))
+    assert equal(results[0][0], results[1][0]) and results[0][1] == results[1][1]
+
+
+def test_a_reward_that_hangs_stops_the_run_with_the_weights_restored(tmp_path, model):
+    net, tokenizer = model
+    rows = [row | {"note": str(tmp_path / "pid")} for row in ROWS]
+    before = weights(net)
+    args = config(tmp_path / "run", reward_workers=1, reward_timeout=0.5)
+    trainer = esfast.ESTrainer(
+        net, scoring.hangs, args, rows, None, tokenizer, engine=SimpleNamespace(generate=lambda p: ["hang"] * len(p))
+    )
+    with pytest.raises(esfast.rewards.RewardError, match="reward function hangs gave no rewards in 0.5 s"):
+        trainer.train()
+    assert equal(before, weights(net)) and trainer.summary["generations"] == 0
