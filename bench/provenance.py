@@ -143,8 +143,8 @@ def _without_files(argv: list[str]) -> list[str]:
     """The arguments less those that say where to write, which change no figure."""
     kept, rest = [], iter(argv)
     for argument in rest:
-        if argument in ("--json", "--keep"):
+        if argument in ("--json", "--keep", "--plots"):
             next(rest, None)
-        elif not argument.startswith(("--json=", "--keep=")):
+        elif not argument.startswith(("--json=", "--keep=", "--plots=")):
             kept.append(argument)
     return kept

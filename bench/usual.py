@@ -1,0 +1,40 @@
+"""The usual code's numerics as a weight mode, so that ES, ESTrainer and the benchmarks run it like any other."""
+
+from __future__ import annotations
+
+import torch
+
+from ..plan import Plan
+from . import rivals, today
+
+
+class UsualWeights:
+    """Noise from torch.randn in the weights' dtype is added and subtracted in place, and an update adds the members
+    one by one (rivals.Today), or their float32 sum if `summed` (today.update_): every step is rounded to the dtype."""
+
+    def __init__(self, plan: Plan, noise: str = "gaussian", summed: bool = False):
+        self.plan, self.noise, self.summed = plan, noise, summed
+        self._code = rivals.Today(plan.tensors, noise, empties_cache=False)
+        self._applied: tuple[int, float] | None = None
+
+    @torch.no_grad()
+    def perturb(self, seed: int, coeff: float) -> None:
+        self.restore()
+        self._code.perturb_self_weights(seed, coeff)
+        self._applied = seed, coeff
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        if self._applied is not None:
+            self._code.restore_self_weights(*self._applied)
+            self._applied = None
+
+    @torch.no_grad()
+    def update(self, seeds: list[int], coeffs: list[float], rounding: str = "nearest", decay: float = 0.0) -> None:
+        if rounding != "nearest" or decay:
+            raise ValueError("the usual code rounds to nearest and has no weight decay")
+        self.restore()
+        if self.summed:
+            today.update_(self.plan.tensors, seeds, coeffs, self.noise)
+        else:
+            self._code.update_weights_from_seeds(seeds, coeffs, alpha=1.0, population_size=1)
