@@ -14,6 +14,7 @@ _HOMES = {
     "ES": "es",
     "ESConfig": "config",
     "ESTrainer": "trainer",
+    "perturbed": "perturbation",
 }
 _MODULES = ("es", "journal", "ops", "plan", "rollout", "tasks", "trainer", "weights")
 __all__ = ["NOISE_VERSION", "noise", *_HOMES]

@@ -1,0 +1,51 @@
+"""`perturbed`: one perturbed model for the time of a block, for loops that keep their own books."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from .ops import add_noise_
+from .plan import Plan
+
+
+@contextlib.contextmanager
+def perturbed(
+    model: torch.nn.Module | Plan | Iterable[tuple],
+    seed: int,
+    sigma: float,
+    base: Plan | None = None,
+    noise: str = "gaussian",
+    backend: str = "auto",
+) -> Iterator[Plan]:
+    """Inside the block the weights are round(weights + sigma * noise(seed)); after it, however it is left, they are the
+    same bits as before. Blocks may be nested.
+
+        with esfast.perturbed(model, seed, sigma):
+            reward = evaluate(model)
+
+    Args:
+        model: an nn.Module, a Plan, or an iterable of (name, tensor).
+        seed: 0 <= seed < 2**64.
+        sigma: factor of the noise, in units of the weights; with -sigma it is the mirrored member.
+        base: a copy of the weights (`plan.clone()`), which members are written from and restored to. Without one each
+            block makes a copy of its own: one more pass over the weights, and memory to fetch.
+        noise, backend: as in `add_noise_`.
+
+    Yields the Plan. Raises TypeError or ValueError for what Plan and `add_noise_` refuse, before any weight changes.
+    """
+    plan = model if isinstance(model, Plan) else Plan(model)
+    truth = plan.clone() if base is None else base
+    options = {"base": truth, "noise": noise, "backend": backend}
+    plan.table(truth)  # a base that does not fit must not be restored from
+    try:
+        add_noise_(plan, [seed], [sigma], **options)
+        yield plan
+    finally:
+        try:
+            add_noise_(plan, [], [], **options)
+        except KeyboardInterrupt:  # pressed in the very moment of restoring: finish that, then obey
+            add_noise_(plan, [], [], **options)
+            raise
