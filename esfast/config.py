@@ -11,6 +11,8 @@ from .ops import ROUNDINGS
 from .schedules import SCHEDULES, check_schedule
 from .weights import MODES
 
+DECODINGS = ("auto", "plain", "static", "continuous")  # see esfast.decoding
+
 
 def _option(default, text: str, choices: Sequence[str] | None = None):
     return field(default=default, metadata={"help": text, "choices": choices})
@@ -45,6 +47,16 @@ class ESConfig:
     weight_decay: float = _option(0.0, "an update moves the weights by lr times this towards zero")
     prompts_per_generation: int = _option(200, "prompts that every member of a generation answers")
     max_completion_length: int = _option(1024, "longest response, in tokens")
+    temperature: float = _option(0.0, "of sampled responses; 0: the likeliest tokens are taken, as in the paper")
+    num_generations: int = _option(
+        1, "responses to each prompt, all of which are scored; more than 1 needs a temperature"
+    )
+    decoding: str = _option(
+        "auto",
+        "how Transformers generates: plain, static (one cache), continuous (batching); auto: "
+        "plain on a CPU, else the fastest that works",
+        DECODINGS,
+    )
     batch_size: int | None = _option(
         None, "most prompts generated at once (default: what fits a quarter of the memory)"
     )
@@ -56,11 +68,17 @@ class ESConfig:
 
     def __post_init__(self):
         for name, least in {"seed": 0, "generations": 1, "population_size": 2, "prompts_per_generation": 1,
-                            "max_completion_length": 1, "reward_workers": 0, "eval_every": 0,
+                            "max_completion_length": 1, "num_generations": 1, "reward_workers": 0, "eval_every": 0,
                             "eval_prompts": 1}.items():  # fmt: skip
             check_int(f"ESConfig.{name}", getattr(self, name), least, 2**63)
         if self.batch_size is not None:
             check_int("ESConfig.batch_size", self.batch_size, 1, 2**63)
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"ESConfig.temperature: expected a number of at least 0, got {self.temperature!r}")
+        if self.num_generations > 1 and self.temperature == 0:
+            raise ValueError(
+                f"ESConfig.num_generations: {self.num_generations} equal responses to a prompt at temperature 0"
+            )
         if not self.reward_timeout > 0:
             raise ValueError(f"ESConfig.reward_timeout: expected seconds, more than 0, got {self.reward_timeout!r}")
         check_int("ESConfig.warmup_generations", self.warmup_generations, 0, self.generations)

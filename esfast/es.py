@@ -211,6 +211,11 @@ class ES:
         esfast.weights), None in the modes that restore exactly."""
         return self._weights.drift() if type(self._weights) is InplaceWeights else None
 
+    @property
+    def journal_seconds(self) -> float:
+        """Spent so far until its lines were on disk."""
+        return self._journal.seconds if self._journal is not None else 0.0
+
     def _enter(self, member: Member) -> None:
         self._inside = member
         self._weights.perturb(member.seed, member.sign * _check_positive("sigma", self.sigma))

@@ -21,7 +21,14 @@ if TYPE_CHECKING:
 NOISE_VERSION = 1
 
 # The fourth counter word of Philox: one domain per use, so that no two uses ever share a random number.
-DOMAINS = {"gaussian": 0, "rademacher": 1, "stochastic_rounding": 2, "member_seeds": 3}
+DOMAINS = {
+    "gaussian": 0,
+    "rademacher": 1,
+    "stochastic_rounding": 2,
+    "member_seeds": 3,
+    "response_seeds": 4,
+    "tokens": 5,
+}
 KINDS = ("gaussian", "rademacher")
 NUMBERS_PER_BLOCK = {"gaussian": 4, "rademacher": 128}
 

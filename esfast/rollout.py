@@ -1,20 +1,85 @@
 """How a member of the population is scored: prompts in, completions out.
 
-ES spends nearly all its time here. The trainer needs only an object with `generate(prompts) -> completions`.
+ES spends nearly all its time here. An engine is made once a run, asked for completions once a member, and closed:
+
+    engine = TransformersEngine(model, tokenizer, max_new_tokens=256)
+    completions = engine.generate(prompts)
+    engine.close()
+
+Any function from prompts to completions is an engine, too. In between the weights change in place.
 """
 
+from __future__ import annotations
+
+import contextlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 import torch
 from transformers import GenerationConfig
 
+from .config import DECODINGS
+from .decoding import WAYS, automatic
+from .sampling import SeededSampling
+
 log = logging.getLogger(__name__)
+
+# A model with fewer weights generates with one thread on a CPU: more would wait for each other.
+WEIGHTS_FOR_THREADS = 10_000_000
+
+
+class Engine(Protocol):
+    """What the trainer needs; `tokens`, how many it has generated so far, may be absent, and is then not reported."""
+
+    tokens: int
+
+    def generate(self, prompts: Sequence[str], seeds: Sequence[int] | None = None) -> list[str]:
+        """A completion for each prompt, in their order, of the model as it is now: nothing that depends on the weights
+        may be kept from one call to the next. Where responses are sampled, `seeds` holds a number below 2^64 for each,
+        which decides it together with the weights; else it is None, and the likeliest tokens are taken."""
+
+    def close(self) -> None:
+        """Frees what was kept between calls."""
+
+
+class CallableEngine:
+    """An engine of a function: f(prompts) -> completions, and f(prompts, seeds=...) where responses are sampled."""
+
+    def __init__(self, function: Callable[..., Sequence[str]]):
+        self._function = function
+
+    def generate(self, prompts: Sequence[str], seeds: Sequence[int] | None = None) -> list[str]:
+        name = getattr(self._function, "__name__", repr(self._function))
+        completions = self._function(prompts) if seeds is None else self._function(prompts, seeds=seeds)
+        if isinstance(completions, str) or not all(isinstance(text, str) for text in completions):
+            raise TypeError(f"engine {name}: expected a list of strings, got {completions!r:.80}")
+        if len(completions) != len(prompts):
+            raise ValueError(f"engine {name}: expected {len(prompts)} completions, got {len(completions)}")
+        return list(completions)
+
+    def close(self) -> None:
+        pass
+
+
+def as_engine(engine) -> Engine:
+    """The engine itself, or one of a function, or of an object that has no more than `generate`.
+
+    Raises TypeError for anything else, a model included.
+    """
+    if isinstance(engine, torch.nn.Module) or not (callable(engine) or callable(getattr(engine, "generate", None))):
+        raise TypeError(
+            f"engine: expected an object with generate(prompts) -> completions, or a function of prompts, "
+            f"got {type(engine).__name__}"
+        )
+    if hasattr(engine, "close") and callable(getattr(engine, "generate", None)):
+        return engine
+    return CallableEngine(getattr(engine, "generate", engine))
 
 
 class TransformersEngine:
-    """Greedy completions from a Hugging Face causal LM, in mini-batches of similar length, padded on the left.
+    """Completions from a Hugging Face causal LM, in mini-batches of similar length, padded on the left.
 
     The model's weights are only read, and read anew at each call: change them in place between two calls and the next
     completions are those of the changed model. Its generation_config is not consulted, except for the tokens that end
@@ -25,15 +90,31 @@ class TransformersEngine:
     max_new_tokens  longest completion, in tokens
     batch_size      most prompts at once; None takes as many as have their keys and values in a quarter of the device's
                     memory. When memory runs out nevertheless it is halved, and stays so
+    temperature     of completions that are asked for with seeds
+    decoding        "plain", "static" or "continuous", see esfast.decoding; "auto" takes plain on a CPU, and on a GPU
+                    the fastest that works there, and says so where it passes one over
 
-    Raises ValueError if max_new_tokens or batch_size is below 1, or if neither a pad nor an eos token is known.
+    Raises ValueError if an argument is out of range, or if neither a pad nor an eos token is known.
     """
 
-    def __init__(self, model, tokenizer, max_new_tokens: int, batch_size: int | None = None):
+    def __init__(
+        self,
+        model,
+        tokenizer,
+        max_new_tokens: int,
+        batch_size: int | None = None,
+        temperature: float = 1.0,
+        decoding: str = "auto",
+    ):
         if max_new_tokens < 1 or (batch_size is not None and batch_size < 1):
             raise ValueError(f"max_new_tokens and batch_size must be at least 1, got {max_new_tokens} and {batch_size}")
+        if not temperature > 0:
+            raise ValueError(f"temperature must be more than 0, got {temperature}")
+        if decoding not in DECODINGS:
+            raise ValueError(f"decoding must be one of {', '.join(DECODINGS)}, got {decoding!r}")
         self.model, self.tokenizer = model, tokenizer
-        self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
+        self.max_new_tokens, self.batch_size, self.temperature = max_new_tokens, batch_size, temperature
+        self.tokens = 0
         ends = _end_tokens(model, tokenizer)
         self.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [None])[0]
         if self.pad_token_id is None:
@@ -44,29 +125,37 @@ class TransformersEngine:
             max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=self.pad_token_id, eos_token_id=ends or None
         )
         self._encoded: dict[str, list[int]] = {}
+        self._ways = list(automatic(model)) if decoding == "auto" else [decoding]
+        self._way = None if len(self._ways) > 1 else WAYS[self._ways[0]](model, self.generation_config)
+        self._one_thread = (
+            model.device.type == "cpu" and sum(p.numel() for p in model.parameters()) < WEIGHTS_FOR_THREADS
+        )
 
-    def generate(self, prompts: Sequence[str]) -> list[str]:
+    def generate(self, prompts: Sequence[str], seeds: Sequence[int] | None = None) -> list[str]:
         """The completion of each prompt, in the order given, without the prompt and without special tokens.
+
+        With `seeds`, one for each prompt, completions are sampled, each as its seed decides; equal prompts may have
+        different ones. Without, they are greedy.
 
         Raises TypeError for prompts that are not strings, ValueError for one that is empty or that leaves no room for
         max_new_tokens in the model's context, and torch.OutOfMemoryError if not even a single prompt fits in memory.
         """
         if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
             raise TypeError("prompts must be a list of strings; for chat messages, apply the chat template first")
+        if seeds is not None and len(seeds) != len(prompts):
+            raise ValueError(f"seeds: expected one for each of {len(prompts)} prompts, got {len(seeds)}")
         encoded = self._encode(prompts)
         # Longest first: if memory is short it shows in the first mini-batch, before work is done that would be lost.
         order = sorted(range(len(prompts)), key=lambda i: -len(encoded[i]))
         completions = [""] * len(prompts)
-        was_training, own_config = self.model.training, self.model.generation_config
-        self.model.eval()
-        # Passing a config is not enough: generate fills what it leaves open from the model's (a repetition penalty).
-        self.model.generation_config = self.generation_config
-        try:
+        longest = max(map(len, encoded), default=0) + self.max_new_tokens
+        fitting = min(batch_that_fits(self.model, longest), len(order))
+        with self._own_settings():
             done = 0
             while done < len(order):
-                longest = len(encoded[order[done]]) + self.max_new_tokens
-                batch = order[done : done + (self.batch_size or batch_that_fits(self.model, longest))]
-                texts = self._try_batch([encoded[i] for i in batch])
+                most = min(self.batch_size or fitting, len(order))
+                batch = order[done : done + most]
+                texts = self._try_batch([encoded[i] for i in batch], most, seeds and [seeds[i] for i in batch])
                 if texts is None:
                     self.batch_size = len(batch) // 2
                     log.warning("out of memory with %d prompts at once: going on with %d", len(batch), self.batch_size)
@@ -74,34 +163,66 @@ class TransformersEngine:
                 for i, text in zip(batch, texts, strict=True):
                     completions[i] = text
                 done += len(batch)
-        finally:
-            self.model.generation_config = own_config
-            self.model.train(was_training)
         return completions
 
-    def _try_batch(self, rows: list[list[int]]) -> list[str] | None:
+    def close(self) -> None:
+        """Frees caches and captured graphs; the engine may be used again, and makes them anew."""
+        if self._way is not None:
+            self._way.close()
+
+    def _try_batch(self, rows: list[list[int]], most: int, seeds: list[int] | None) -> list[str] | None:
         """Completions of one mini-batch, None if it does not fit in memory but fewer rows may."""
-        width = max(map(len, rows))
-        ids = torch.tensor([[self.pad_token_id] * (width - len(row)) + row for row in rows])
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-        device = self.model.device
+        sampling = None
+        if seeds is not None:
+            sampling = SeededSampling(seeds, self.temperature, self.max_new_tokens, self.model.device)
         try:
-            # no_grad rather than inference_mode: a tensor that the model caches during the call stays an ordinary one.
-            with torch.no_grad():
-                output = self.model.generate(
-                    input_ids=ids.to(device),
-                    attention_mask=mask.to(device),
-                    generation_config=self.generation_config,
-                )
+            new = self._decode(rows, most, sampling)
         except torch.OutOfMemoryError:
             if len(rows) == 1:
                 raise
         else:
-            return self.tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+            self.tokens += sum(map(len, new))
+            return self.tokenizer.batch_decode(new, skip_special_tokens=True)
         # Outside the except block, whose traceback keeps the failed batch's tensors alive.
+        self.close()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return None
+
+    def _decode(self, rows: list[list[int]], most: int, sampling: SeededSampling | None) -> list[list[int]]:
+        while self._way is None:  # decoding="auto" on a GPU, not settled yet
+            name = self._ways.pop(0)
+            try:
+                way = WAYS[name](self.model, self.generation_config)
+                new = way(rows, most, sampling)
+            except torch.OutOfMemoryError:
+                self._ways.insert(0, name)
+                raise
+            except Exception as error:
+                if not self._ways:
+                    raise
+                log.warning("%s decoding doesn't work here, going on with %s: %s", name, self._ways[0], error)
+            else:
+                self._way = way
+                return new
+        return self._way(rows, most, sampling)
+
+    @contextlib.contextmanager
+    def _own_settings(self) -> Iterator[None]:
+        """The model in eval mode, with the engine's generation config and number of threads."""
+        was_training, own_config, threads = self.model.training, self.model.generation_config, torch.get_num_threads()
+        self.model.eval()
+        # Passing a config is not enough: generate fills what it leaves open from the model's (a repetition penalty).
+        self.model.generation_config = self.generation_config
+        if self._one_thread:
+            torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            if self._one_thread:
+                torch.set_num_threads(threads)
+            self.model.generation_config = own_config
+            self.model.train(was_training)
 
     def _encode(self, prompts: Sequence[str]) -> list[list[int]]:
         """Token ids of each prompt. Kept from one call to the next, since all members of a generation share prompts."""

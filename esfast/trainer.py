@@ -10,8 +10,6 @@ import dataclasses
 import json
 import logging
 import math
-import time
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,28 +18,15 @@ import torch
 import yaml
 from tqdm import tqdm
 
+from .clock import Clock, account
 from .config import ESConfig
 from .es import ES
 from .rewards import RewardFunc, Rows, Scorer, check_rows
-from .rollout import TransformersEngine
+from .rollout import TransformersEngine, as_engine
 from .run_folder import RunFolder, write_whole
+from .sampling import response_seeds
 
 log = logging.getLogger(__name__)
-
-
-class Clock:
-    """Seconds by phase: `lap(phase)` books the time since the last lap."""
-
-    def __init__(self, device: torch.device):
-        self.seconds: defaultdict[str, float] = defaultdict(float)
-        self._device, self._last = device, time.perf_counter()
-
-    def lap(self, phase: str) -> None:
-        if self._device.type == "cuda":  # kernels run on after the call that launched them
-            torch.cuda.synchronize(self._device)
-        now = time.perf_counter()
-        self.seconds[phase] += now - self._last
-        self._last = now
 
 
 class ESTrainer:
@@ -57,7 +42,8 @@ class ESTrainer:
         eval_dataset: rows that are never trained on (optional).
         processing_class: the tokenizer; by default the model's own.
         metrics: further functions of the reward functions' form, evaluated on eval_dataset and logged under their name.
-        engine: what generates, an object with generate(prompts) -> completions; default TransformersEngine.
+        engine: what generates, a function from prompts to completions or an esfast.rollout.Engine; default
+            TransformersEngine.
 
     Raises:
         TypeError, ValueError: arguments outside the above, before anything is written.
@@ -99,13 +85,16 @@ class ESTrainer:
             processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path)
         self.model, self.processing_class = model, processing_class
         c = self.args
-        self.engine = engine or TransformersEngine(model, processing_class, c.max_completion_length, c.batch_size)
+        self.engine = as_engine(engine) if engine is not None else TransformersEngine(
+            model, processing_class, c.max_completion_length, c.batch_size, c.temperature or 1.0, c.decoding
+        )  # fmt: skip
         self.scorer = Scorer([*self.reward_funcs, *self.metrics.values()], c.reward_workers, c.reward_timeout)
         self.folder = RunFolder.claim(c.output_dir)
         self.es = ES(model, c.sigma, c.lr, c.population_size, c.seed, c.mirrored, c.noise, c.shaping, c.weights,
                      journal=self.folder.journal, rounding=c.rounding, weight_decay=c.weight_decay)  # fmt: skip
         self.clock = Clock(self.es.plan.device)
         self.summary: dict[str, Any] = {}
+        self._trained_tokens = 0
 
     def train(self) -> dict[str, Any]:
         """Runs all generations and saves; returns the summary. On Ctrl-C the last completed generation is saved."""
@@ -133,19 +122,25 @@ class ESTrainer:
         finally:
             bar.close()
             self.scorer.close()
+            self.engine.close()
             self._finish(before, after)
         return self.summary
 
     def _generation(self) -> dict[str, Any]:
-        began, generation = time.perf_counter(), self.es.generation
-        rows = self._train_rows(generation)
+        generation, c = self.es.generation, self.args
+        self.clock.lap("other")
+        before, tokens, journal = dict(self.clock.seconds), self._tokens(), self.es.journal_seconds
+        rows = [row for row in self._train_rows(generation) for _ in range(c.num_generations)]
+        seeds = None  # greedy
+        if c.temperature > 0:  # the same for every member: they differ by their weights alone
+            seeds = response_seeds(c.seed, generation, len(rows) // c.num_generations, c.num_generations)
         self.es.sigma, self.es.lr = self.args.rates(generation)
         self.clock.lap("other")
         scores = []  # workers score a member while the next one generates
         with self.es.population() as members:
             for member in members:
                 self.clock.lap("perturb")
-                completions = self._generate(rows)
+                completions = self._generate(rows, seeds)
                 self.clock.lap("generate")
                 scores.append((member, self.scorer.submit(self.reward_funcs, rows, completions)))
                 self.clock.lap("score")
@@ -155,11 +150,16 @@ class ESTrainer:
         self.clock.lap("wait")
         record = self.es.step()
         self.clock.lap("update")
+        self.clock.move(self.es.journal_seconds - journal, "update", "journal")
         rewards, drift = np.array(record.rewards), self.es.drift()
+        self.clock.lap("other")
+        seconds, tokens = self.clock.since(before), self._tokens() - tokens
+        self._trained_tokens += tokens
         return ({} if drift is None else {"drift": drift}) | {
             "generation": self.es.generation, "reward_mean": float(rewards.mean()), "reward_max": float(rewards.max()),
             "reward_min": float(rewards.min()), "reward_std": float(rewards.std()), "sigma": record.sigma,
-            "lr": record.lr, "seconds": time.perf_counter() - began,
+            "lr": record.lr, "seconds": sum(seconds.values()), **{f"seconds_{k}": v for k, v in seconds.items()},
+            **account(seconds, tokens),
         }  # fmt: skip
 
     def _train_rows(self, generation: int) -> Rows:
@@ -174,8 +174,12 @@ class ESTrainer:
         epochs = {p // size: np.random.default_rng((self.args.seed, p // size)).permutation(size) for p in places}
         return [self.train_dataset[int(epochs[p // size][p % size])] for p in places]
 
-    def _generate(self, rows: Rows) -> list[str]:
-        return self.engine.generate([row["prompt"] for row in rows])
+    def _generate(self, rows: Rows, seeds: Sequence[int] | None = None) -> list[str]:
+        prompts = [row["prompt"] for row in rows]
+        return self.engine.generate(prompts) if seeds is None else self.engine.generate(prompts, seeds)
+
+    def _tokens(self) -> int:
+        return getattr(self.engine, "tokens", 0)
 
     def _evaluate(self) -> dict[str, float]:
         if self.eval_dataset is None:
@@ -195,6 +199,7 @@ class ESTrainer:
         seconds = {phase: round(s, 3) for phase, s in self.clock.seconds.items()}
         self.summary = {
             "generations": self.es.generation, "seed": self.args.seed, "eval_prompts": len(self.eval_dataset or ()),
-            "before": before, "after": after, "seconds": seconds | {"total": round(sum(seconds.values()), 3)},
+            "before": before, "after": after, **account(self.clock.seconds, self._trained_tokens),
+            "seconds": seconds | {"total": round(sum(seconds.values()), 3)},
         }  # fmt: skip
         write_whole(self.folder.path / "summary.json", json.dumps(self.summary, indent=2) + "\n")

@@ -11,6 +11,11 @@ from esfast.tasks import countdown
 PROMPTS = ["1 2 3=6\n<think>", "a", "12 34 56 78=90\n<think>", "\u00e9", "1 2 3=7\n<think>", "no tags here", "a"]
 
 
+@pytest.fixture(autouse=True)
+def one_thread(same_threads):
+    torch.set_num_threads(1)  # at this size more only wait for each other
+
+
 @pytest.fixture(scope="module")
 def tiny():
     """Tokenizer and untrained model; its weights are enlarged so that completions differ and some end early."""
@@ -221,7 +226,9 @@ def test_mini_batches_are_sized_for_the_memory(tiny, monkeypatch):
     longest = max(len(tokenizer(prompt)["input_ids"]) for prompt in PROMPTS) + 12
     sizes = []
     original = TransformersEngine._try_batch
-    monkeypatch.setattr(TransformersEngine, "_try_batch", lambda s, rows: sizes.append(len(rows)) or original(s, rows))
+    monkeypatch.setattr(
+        TransformersEngine, "_try_batch", lambda s, rows, *rest: sizes.append(len(rows)) or original(s, rows, *rest)
+    )
     monkeypatch.setattr("os.sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": 4 * 3 * per_token * longest}.__getitem__)
     assert batch_that_fits(model, longest) == 3
     TransformersEngine(model, tokenizer, 12).generate(PROMPTS)

@@ -1,6 +1,7 @@
 """ESTrainer and its run folder, on a tiny model with its real tokenizer and generation."""
 
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import esfast
 from esfast import embedded, journal
+from esfast.clock import PHASES
 from esfast.run_folder import RunFolder
 
 ROWS = [{"prompt": f"{i} {i + 1} {i + 2}={i}\n<think>", "numbers": [i, i + 1, i + 2], "target": i} for i in range(1, 7)]
@@ -171,6 +173,12 @@ BAD = {
     "generations": (lambda p, m: config(p, generations=0), ValueError, "ESConfig.generations: expected 1 <= ESConfig.generations"),
     "population": (lambda p, m: config(p, population_size=1.5), TypeError, "ESConfig.population_size: expected an int, got float 1.5"),
     "batch": (lambda p, m: config(p, batch_size=0), ValueError, "ESConfig.batch_size"),
+    "temperature": (lambda p, m: config(p, temperature=-1.0), ValueError, "ESConfig.temperature: expected a number of at least 0, got -1.0"),
+    "responses": (lambda p, m: config(p, num_generations=2), ValueError, "ESConfig.num_generations: 2 equal responses to a prompt at temperature 0"),
+    "decoding": (lambda p, m: train(p, m, decoding="fast"), ValueError, "decoding must be one of auto, plain, static, continuous, got 'fast'"),
+    "timeout": (lambda p, m: config(p, reward_timeout=0), ValueError, "ESConfig.reward_timeout: expected seconds, more than 0, got 0"),
+    "workers": (lambda p, m: config(p, reward_workers=-1), ValueError, "ESConfig.reward_workers"),
+    "engine": (lambda p, m: esfast.ESTrainer(m[0], len, config(p), ROWS, None, m[1], engine=m[0]), TypeError, "engine: expected an object with generate"),
     "sigma": (lambda p, m: train(p, m, sigma=-1.0), ValueError, "sigma: expected a positive finite number, got -1.0"),
     "mirrored": (lambda p, m: train(p, m, mirrored=True, population_size=5), ValueError, "mirrored sampling needs an even number, got 5"),
 }  # fmt: skip
@@ -237,3 +245,56 @@ def test_a_reward_that_hangs_stops_the_run_with_the_weights_restored(tmp_path, m
     with pytest.raises(esfast.rewards.RewardError, match="reward function hangs gave no rewards in 0.5 s"):
         trainer.train()
     assert equal(before, weights(net)) and trainer.summary["generations"] == 0
+
+
+def test_metrics_say_where_the_time_went(tmp_path, model):
+    trainer, summary = train(tmp_path / "run", model)
+    rows = trainer.folder.read_metrics()[1:]
+    for row in rows:
+        parts = {k.removeprefix("seconds_"): v for k, v in row.items() if k.startswith("seconds_")}
+        assert parts.keys() == set(PHASES) and all(v >= 0 for v in parts.values())
+        assert math.isclose(sum(parts.values()), row["seconds"]) and parts["generate"] > 0 and parts["journal"] > 0
+        assert math.isclose(row["overhead_ratio"], row["seconds"] / parts["generate"]) and row["overhead_ratio"] > 1
+        tokens = row["tokens_per_second"] * row["seconds"]
+        assert math.isclose(tokens, round(tokens)) and 0 < tokens <= 4 * 4 * 6  # members, prompts, new tokens
+    assert min(r["overhead_ratio"] for r in rows) * 0.5 < summary["overhead_ratio"]
+    seconds = summary["seconds"]
+    assert seconds["generate"] >= sum(r["seconds_generate"] for r in rows) - 0.01 and summary["tokens_per_second"] > 0
+
+
+def test_several_sampled_responses_to_each_prompt(tmp_path, model):
+    net, tokenizer = model
+    start = {k: v.clone() for k, v in net.state_dict().items()}
+    seen = []
+
+    def watch(prompts, completions, target, **columns):
+        seen.append((prompts, completions))
+        return [len(text) for text in completions]
+
+    results = []
+    for run, seed in enumerate((5, 5, 6)):
+        net.load_state_dict(start)
+        args = config(tmp_path / str(run), temperature=1.0, num_generations=3, seed=seed, generations=1)
+        esfast.ESTrainer(net, watch, args, ROWS, None, tokenizer).train()
+        results.append(weights(net))
+    prompts, completions = seen[0]
+    assert len(seen) == 12 and len(prompts) == 12 and prompts[:3] == [prompts[0]] * 3
+    assert len(set(completions)) > 6, "equal prompts, different responses"
+    assert seen[:4] == seen[4:8] and seen[0] != seen[8]
+    assert equal(results[0], results[1]) and not equal(results[0], results[2])
+
+
+def test_a_function_as_engine(tmp_path, model):
+    net, tokenizer = model
+    asked = []
+
+    def engine(prompts, **options):
+        asked.append(options)
+        return ["7" * len(prompts[0])] * len(prompts)
+
+    for temperature in (0.0, 0.7):
+        args = config(tmp_path / str(temperature), temperature=temperature, generations=1)
+        trainer = esfast.ESTrainer(net, count_digits, args, ROWS, ROWS, tokenizer, engine=engine)
+        summary = trainer.train()
+        assert summary["overhead_ratio"] > 1 and "tokens_per_second" not in summary, "it does not count tokens"
+    assert asked[:6] == [{}] * 6 and [len(o.get("seeds", [])) for o in asked[6:]] == [0, 4, 4, 4, 4, 0]

@@ -1,0 +1,49 @@
+"""Where the time of a run goes, and what ES costs beyond the text that it generates."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+import torch
+
+# Of a training iteration. perturb: writing members and restoring; score: calling reward functions, or handing work to
+# their processes; wait: for rewards after the last member; journal: until it is on disk; other: rows and logging.
+PHASES = ("perturb", "generate", "score", "wait", "update", "journal", "other")
+
+
+class Clock:
+    """Seconds by phase: `lap(phase)` books the time since the last lap."""
+
+    def __init__(self, device: torch.device):
+        self.seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
+        self._device, self._last = device, time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        if self._device.type == "cuda":  # kernels run on after the call that launched them
+            torch.cuda.synchronize(self._device)
+        now = time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
+        self._last = now
+
+    def move(self, seconds: float, source: str, target: str) -> None:
+        """Books a part of a lap, timed on its own, elsewhere."""
+        self.seconds[source] -= seconds
+        self.seconds[target] += seconds
+
+    def since(self, before: Mapping[str, float]) -> dict[str, float]:
+        """Seconds of each phase of training since `seconds` was copied."""
+        return {phase: self.seconds[phase] - before[phase] for phase in PHASES}
+
+
+def account(seconds: Mapping[str, float], tokens: int | None) -> dict[str, float]:
+    """What the seconds of iterations by phase, and the tokens generated in them, say.
+
+    overhead_ratio      of the whole iteration to its generating of text alone: all else is overhead, scoring too. It
+                        takes for granted that text is generated as fast as with weights that never change; `esfast
+                        bench iteration` times that as well
+    tokens_per_second   of the whole iteration
+    """
+    total = sum(seconds[phase] for phase in PHASES)
+    figures = {"overhead_ratio": total / seconds["generate"]} if seconds["generate"] else {}
+    return figures | ({"tokens_per_second": tokens / total} if tokens and total else {})

@@ -1,0 +1,136 @@
+"""Ways to generate with a Transformers model: plain, from one static cache, or continuous batching.
+
+Each is made once a run and called with rows of prompt tokens; it gives each row's new tokens, up to and including the
+one that ended it. What a way keeps between calls are buffers and captured graphs, which read the weights where they
+lie; keys and values are the last member's and are never read again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+
+import torch
+from transformers import GenerationConfig, LogitsProcessorList, StaticCache
+
+from .sampling import SeededSampling
+
+Tokens = list[list[int]]
+
+
+class Plain:
+    """model.generate with a cache that grows: for CPUs, and for models that know no other."""
+
+    rounds_shapes_to = 1
+
+    def __init__(self, model, config: GenerationConfig):
+        self.model, self.config = model, config
+        self._ends = torch.tensor(config.eos_token_id or [], device=model.device)
+
+    def __call__(self, rows: Tokens, most: int, sampling: SeededSampling | None = None) -> Tokens:
+        """`most` is the number of rows in a full mini-batch, of which this may be the last."""
+        unit, pad = self.rounds_shapes_to, self.config.pad_token_id
+        width = -(-max(map(len, rows)) // unit) * unit
+        count = len(rows) if unit == 1 else most
+        filled = rows + [rows[-1]] * (count - len(rows))
+        ids = torch.tensor([[pad] * (width - len(row)) + row for row in filled], device=self.model.device)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in filled], device=self.model.device)
+        options = {} if sampling is None else {"logits_processor": LogitsProcessorList([sampling.after(width, count)])}
+        # no_grad rather than inference_mode: a tensor that the model caches during the call stays an ordinary one.
+        with torch.no_grad():
+            output = self.model.generate(input_ids=ids, attention_mask=mask, generation_config=self.config,
+                                         **self._cache(count, width), **options)  # fmt: skip
+        new = output[: len(rows), width:]
+        ended = torch.isin(new, self._ends).cumsum(1)
+        lengths = (ended == 0).sum(1) + ended.gt(0).any(1)
+        return [row[:length] for row, length in zip(new.tolist(), lengths.tolist(), strict=True)]
+
+    def _cache(self, count: int, width: int) -> dict:
+        return {}
+
+    def close(self) -> None:
+        pass
+
+
+class Static(Plain):
+    """model.generate from one static cache, which Transformers compiles on GPUs, CUDA graphs included.
+
+    The cache is made once, for the longest so far, and reset before each call: its address is part of the graphs.
+    Prompts are padded to a multiple of 64 tokens and mini-batches to one size, since each shape is compiled anew.
+    """
+
+    rounds_shapes_to = 64
+
+    def __init__(self, model, config: GenerationConfig):
+        if not getattr(model, "_supports_static_cache", getattr(model, "_can_compile_fullgraph", True)):
+            raise ValueError(f"{type(model).__name__} does not support a static cache")
+        super().__init__(model, config)
+        self._made: tuple[int, int, StaticCache] | None = None
+
+    def _cache(self, count: int, width: int) -> dict:
+        length = width + self.config.max_new_tokens
+        if self._made is None or self._made[0] != count or self._made[1] < length:
+            self._made = None  # the old one's memory first
+            self._made = count, length, StaticCache(self.model.config.get_text_config(), max_cache_len=length)
+        else:
+            self._made[2].reset()
+        return {"past_key_values": self._made[2]}
+
+    def close(self) -> None:
+        self._made = None
+
+
+class Continuous:
+    """Continuous batching over a paged cache: a text that ends makes room for the next prompt. With flash attention it
+    replays CUDA graphs, captured once.
+
+    Blocks are not shared between requests: a block is found by a hash of its tokens alone, and would bring the keys and
+    values of an earlier member.
+    """
+
+    def __init__(self, model, config: GenerationConfig, **options):
+        from transformers.generation.configuration_utils import ContinuousBatchingConfig
+
+        self.model, self.config = model, config
+        self._options = ContinuousBatchingConfig(**{"allow_block_sharing": False, "max_memory_percent": 0.6} | options)
+
+    def __call__(self, rows: Tokens, most: int, sampling: SeededSampling | None = None) -> Tokens:
+        if sampling is not None:
+            raise ValueError("continuous batching knows no seeds for single responses: sample with decoding='static'")
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)  # the weights are written in another stream than it reads them
+        session = self.model.continuous_batching_context_manager(
+            generation_config=self.config, continuous_batching_config=self._options, persistent_manager=True
+        )
+        texts: dict[str, list[int]] = {}
+        with torch.no_grad(), session as manager:
+            # Paused, it takes all requests at once, and composes the same batches in every run.
+            with getattr(manager, "pause", contextlib.nullcontext)():
+                names = manager.add_requests(rows, max_new_tokens=self.config.max_new_tokens)
+            while len(texts) < len(names):
+                result = manager.get_result(timeout=1)
+                if result is None and not manager.is_running():
+                    raise RuntimeError("continuous batching ended before all texts were done")
+                if result is not None and result.error is not None:
+                    kind = torch.OutOfMemoryError if "out of memory" in result.error else RuntimeError
+                    raise kind(f"continuous batching: {result.error}")
+                if result is not None:
+                    texts[result.request_id] = list(result.generated_tokens)
+        return [texts[name] for name in names]
+
+    def close(self) -> None:
+        self.model.destroy_cached_continuous_batching_manager()
+
+
+WAYS = {"plain": Plain, "static": Static, "continuous": Continuous}
+
+
+def automatic(model) -> Sequence[str]:
+    """The ways to try for `decoding="auto"`, the fastest first. Without flash attention continuous batching has no CUDA
+    graphs, and a static cache is the faster way."""
+    if model.device.type != "cuda":
+        return ["plain"]
+    from transformers.utils import is_flash_attn_2_available
+
+    paged = hasattr(model, "continuous_batching_context_manager") and is_flash_attn_2_available()
+    return ["continuous"] * paged + ["static", "plain"]
