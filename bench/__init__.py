@@ -20,6 +20,7 @@ BENCHMARKS = {
     "gpu": "speed of add_noise_ on a GPU, over the parameters of real models, against today's way and a fused rival",
     "statistics": "is the noise N(0,1)? moments and correlations with their standard errors",
     "sass": "what the GPU kernels compile to: instructions per weight against their budgets; needs no GPU",
+    "drift": "what rounding does to weights over thousands of members and updates, by the usual code and by each mode",
     "training": "the embedded model learns by every weight mode and by the usual code's numerics, over several seeds",
     "countdown": "the embedded model learns Countdown: accuracy before and after, and where the time goes",
 }
