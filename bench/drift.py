@@ -30,6 +30,7 @@ from tqdm import tqdm
 from ..es import member_seed, zscore
 from ..ops import add_noise_
 from ..plan import Plan
+from ..update import Generation, Rule
 from ..weights import MODES
 from . import BenchmarkError, count
 from .usual import UsualWeights
@@ -43,13 +44,13 @@ RATES = (1.0, 0.3, 0.1, 0.03, 0.01)  # of lr, in the single updates
 class Way:
     name: str
     make: Callable[[Plan], Any]  # a weight mode
-    rounding: str = "nearest"
+    unbiased: bool = False
     exact: bool = False
     usual: bool = False
 
 
-def _mode(name: str) -> Callable[[Plan], Any]:
-    return lambda plan: MODES[name](plan, "gaussian", "auto")
+def _mode(name: str, rounding: str = "nearest") -> Callable[[Plan], Any]:
+    return lambda plan: MODES[name](plan, Rule(rounding=rounding))
 
 
 WAYS = (
@@ -58,7 +59,7 @@ WAYS = (
     Way("inplace", _mode("inplace")),
     Way("host", _mode("host"), exact=True),
     Way("base", _mode("base"), exact=True),
-    Way("base, stochastic", _mode("base"), rounding="stochastic", exact=True),
+    Way("base, stochastic", _mode("base", "stochastic"), unbiased=True, exact=True),
     Way("master", _mode("master"), exact=True),
 )
 
@@ -150,7 +151,7 @@ def measure(way: Way, dtype: torch.dtype, args: argparse.Namespace, progress: Ca
     if way.name == "master":  # float32 weights are rounded by every term of an update, not once
         found_and_best = zip(found["update"]["distance"], found["update"]["rounded_once"], strict=True)
         verdicts.append(dtype is torch.float32 or all(a <= 1.001 * b for a, b in found_and_best))
-    if way.rounding == "stochastic":
+    if way.unbiased:
         verdicts.append(abs(found["update"]["slope"][0] - 1) <= LIMIT * found["update"]["slope_error"] + 1e-6)
     return {**found, "pass": all(verdicts) if verdicts else None}
 
@@ -200,7 +201,7 @@ class _Run:
                 mode.perturb(seed, self.args.sigma)
             mode.restore()
             before = self._state(mode, weights)
-            mode.update(seeds, coeffs, self.way.rounding)
+            mode.update(Generation(0, seeds, coeffs, [], self.args.sigma, self.args.lr))
             after = self._state(mode, weights)
             moved, wanted = after - before, self._exact(seeds, coeffs)
             truth += wanted
@@ -226,7 +227,7 @@ class _Run:
             before, lr = weights.double(), share * self.args.lr
             seeds = [member_seed(1, 0, i) for i in range(self.args.members)]
             coeffs = self._coefficients(0, lr)
-            mode.update(seeds, coeffs, self.way.rounding)
+            mode.update(Generation(0, seeds, coeffs, [], self.args.sigma, self.args.lr))
             moved = self._state(mode, weights) - before
             slope, correlation, _ = regression(moved, self._exact(seeds, coeffs))
             values = lr, slope, correlation, (moved == 0).double().mean().item()

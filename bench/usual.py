@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..plan import Plan
+from ..update import Generation
 from . import rivals, today
 
 
@@ -18,7 +19,7 @@ class UsualWeights:
         self._applied: tuple[int, float] | None = None
 
     @torch.no_grad()
-    def perturb(self, seed: int, coeff: float) -> None:
+    def perturb(self, seed: int, coeff: float, rounding: str = "nearest") -> None:
         self.restore()
         self._code.perturb_self_weights(seed, coeff)
         self._applied = seed, coeff
@@ -30,11 +31,11 @@ class UsualWeights:
             self._applied = None
 
     @torch.no_grad()
-    def update(self, seeds: list[int], coeffs: list[float], rounding: str = "nearest", decay: float = 0.0) -> None:
-        if rounding != "nearest" or decay:
-            raise ValueError("the usual code rounds to nearest and has no weight decay")
+    def update(self, record: Generation) -> None:
+        if record.decay:
+            raise ValueError("the usual code has no weight decay")
         self.restore()
         if self.summed:
-            today.update_(self.plan.tensors, seeds, coeffs, self.noise)
+            today.update_(self.plan.tensors, record.seeds, record.coeffs, self.noise)
         else:
-            self._code.update_weights_from_seeds(seeds, coeffs, alpha=1.0, population_size=1)
+            self._code.update_weights_from_seeds(record.seeds, record.coeffs, alpha=1.0, population_size=1)

@@ -12,11 +12,14 @@ _HOMES = {
     "Slice": "plan",
     "add_noise_": "ops",
     "ES": "es",
+    "SGD": "update",
+    "Momentum": "update",
+    "Adam": "update",
     "ESConfig": "config",
     "ESTrainer": "trainer",
     "perturbed": "perturbation",
 }
-_MODULES = ("es", "journal", "ops", "plan", "rollout", "tasks", "trainer", "weights")
+_MODULES = ("es", "journal", "ops", "plan", "rollout", "tasks", "trainer", "update", "weights")
 __all__ = ["NOISE_VERSION", "noise", *_HOMES]
 
 

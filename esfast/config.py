@@ -9,6 +9,7 @@ from .es import SHAPINGS
 from .noise import KINDS, check_int
 from .ops import ROUNDINGS
 from .schedules import SCHEDULES, check_schedule
+from .update import DECAY_TO, OPTIMIZERS, Optimizer, check_optimizer
 from .weights import MODES
 
 DECODINGS = ("auto", "plain", "static", "continuous")  # see esfast.decoding
@@ -44,7 +45,17 @@ class ESConfig:
         (*MODES, "auto"),
     )
     rounding: str = _option("nearest", "of updates to 16-bit weights", ROUNDINGS)
-    weight_decay: float = _option(0.0, "an update moves the weights by lr times this towards zero")
+    perturb_rounding: str = _option("nearest", "of members of 16-bit weights", ROUNDINGS)
+    weight_decay: float = _option(0.0, "an update moves the weights by lr times this of their way to decay_to")
+    decay_to: str = _option("zero", "where weight decay leads: initial keeps a copy of the initial weights", DECAY_TO)
+    optimizer: str = _option(
+        "sgd", "sgd: the paper's; momentum: replays seeds, no memory; adam: 8 bytes a weight", tuple(OPTIMIZERS)
+    )
+    momentum: float = _option(0.9, "of optimizer momentum: share of the velocity kept from one generation to the next")
+    momentum_window: int = _option(10, "of optimizer momentum: generations whose seeds are replayed in an update")
+    adam_beta1: float = _option(0.9, "of optimizer adam: how much the mean of the gradient keeps")
+    adam_beta2: float = _option(0.999, "of optimizer adam: how much the mean of its square keeps")
+    adam_eps: float = _option(1e-8, "of optimizer adam: added to the root of that mean")
     prompts_per_generation: int = _option(200, "prompts that every member of a generation answers")
     max_completion_length: int = _option(1024, "longest response, in tokens")
     temperature: float = _option(0.0, "of sampled responses; 0: the likeliest tokens are taken, as in the paper")
@@ -84,6 +95,13 @@ class ESConfig:
         check_int("ESConfig.warmup_generations", self.warmup_generations, 0, self.generations)
         for name in ("sigma", "lr"):
             check_schedule(f"ESConfig.{name}", *(getattr(self, name + s) for s in ("", "_schedule", "_final_fraction")))
+
+        self.make_optimizer()
+
+    def make_optimizer(self) -> Optimizer:
+        numbers = {"momentum": (self.momentum, self.momentum_window),
+                   "adam": (self.adam_beta1, self.adam_beta2, self.adam_eps)}  # fmt: skip
+        return type(check_optimizer(self.optimizer))(*numbers.get(self.optimizer, ()))
 
     def rates(self, generation: int) -> tuple[float, float]:
         """sigma and lr of a generation (0, 1, ...), from its number alone, so that a run can be taken up anywhere."""

@@ -16,9 +16,10 @@ import torch
 
 from .interrupts import held
 from .journal import Journal
-from .noise import DOMAINS, check_int, check_kind, check_seed, philox
+from .noise import DOMAINS, check_int, check_seed, philox
 from .ops import ROUNDINGS, get_backend
 from .plan import Plan
+from .update import Generation, Optimizer, Rule, check_optimizer
 from .weights import MODES, InplaceWeights, automatic
 
 
@@ -61,19 +62,6 @@ class Member:
     reward: float | None = None
 
 
-@dataclass(frozen=True)
-class Generation:
-    """What one `ES.step` did: theta += -decay * theta + sum_j coeffs[j] * noise(seeds[j])."""
-
-    generation: int
-    seeds: list[int]
-    coeffs: list[float]  # float32 values
-    rewards: list[float]
-    sigma: float
-    lr: float
-    decay: float = 0.0  # a float32 value
-
-
 def coefficients(members: Sequence[Member], shaped: Sequence[float], lr: float) -> tuple[list[int], list[float]]:
     """Seeds and float32 coefficients lr / N * sum over the members of a seed of sign * shaped reward."""
     total: dict[int, float] = {}
@@ -108,7 +96,11 @@ class ES:
             bfloat16 weights drift by about as much as they learn) or "auto" (the most exact that fits, and it says
             which). See esfast.weights.
         rounding: of updates, "nearest" or "stochastic"; see `add_noise_`.
-        weight_decay: an update first moves the weights by lr * weight_decay of themselves towards zero. >= 0.
+        perturb_rounding: of members, likewise.
+        weight_decay: an update first moves the weights by lr * weight_decay of their way to `decay_to`. >= 0.
+        decay_to: "zero", or "initial": the weights of now, of which a further copy is kept.
+        optimizer: "sgd" (the paper's), "momentum", "adam", or an esfast.Momentum or Adam with numbers of its own; see
+            esfast.update.
         backend: as in `add_noise_`.
         journal: a path; every step is appended to it before the weights change. See esfast.journal.
 
@@ -134,30 +126,35 @@ class ES:
         journal: str | Path | None = None,
         rounding: str = "nearest",
         weight_decay: float = 0.0,
+        decay_to: str = "zero",
+        optimizer: str | Optimizer = "sgd",
+        perturb_rounding: str = "nearest",
     ):
         self.sigma, self.lr = _check_positive("sigma", sigma), _check_positive("lr", lr)
         self.population_size = check_int("population_size", population_size, 2, 2**32)
         if mirrored and population_size % 2:
             raise ValueError(f"population_size: mirrored sampling needs an even number, got {population_size}")
-        self.seed, self.mirrored, self.noise = check_seed(seed), bool(mirrored), check_kind(noise)
+        self.seed, self.mirrored = check_seed(seed), bool(mirrored)
         self._shape = _check_shaping(shaping)
         if not isinstance(weights, str) or weights not in (*MODES, "auto"):
             raise ValueError(f"weights: expected one of {', '.join(map(repr, (*MODES, 'auto')))}, got {weights!r}")
-        if rounding not in ROUNDINGS:
-            raise ValueError(f"rounding: expected one of {', '.join(map(repr, ROUNDINGS))}, got {rounding!r}")
+        if perturb_rounding not in ROUNDINGS:
+            known = ", ".join(map(repr, ROUNDINGS))
+            raise ValueError(f"perturb_rounding: expected one of {known}, got {perturb_rounding!r}")
         if weight_decay != 0:
             _check_positive("weight_decay", weight_decay)
-        self.rounding, self.weight_decay = rounding, float(weight_decay)
+        self.weight_decay, self._perturb_rounding = float(weight_decay), perturb_rounding
+        self.rule = Rule(noise, rounding, check_optimizer(optimizer), decay_to)
         self.plan = model if isinstance(model, Plan) else Plan(model)
-        weights = automatic(self.plan) if weights == "auto" else weights
+        weights = automatic(self.plan, self.rule) if weights == "auto" else weights
         get_backend(backend, self.plan.device)
         self.generation = 0
         self.members: list[Member] = []
         self._inside: Member | None = None
-        self._weights = MODES[weights](self.plan, self.noise, backend)
+        self._weights = MODES[weights](self.plan, self.rule, backend)
         self._journal = None
         if journal is not None:
-            self._journal = Journal.create(journal, self.noise, self.seed, weights, self.plan, rounding)
+            self._journal = Journal.create(journal, self.rule, self.seed, weights, self.plan)
 
     def population(self) -> Population:
         """The members of this generation: iterate over it, directly or in a `with` block.
@@ -176,8 +173,11 @@ class ES:
         pair, sign = (index // 2, 1 - 2 * (index % 2)) if self.mirrored else (index, 1)
         return Member(index, member_seed(self.seed, self.generation, pair), sign)
 
-    def step(self) -> Generation:
+    def step(self, set_aside: bool = False) -> Generation:
         """Moves the weights along the reward-weighted noise of the population, in one fused pass.
+
+        Args:
+            set_aside: members whose reward is None are left out, and the update is that of the others, at least two.
 
         Raises:
             RuntimeError: no population was evaluated, or it is called from inside a member's body.
@@ -188,20 +188,25 @@ class ES:
             raise RuntimeError(f"step(): member {self._inside.index} is still in place; leave its loop first")
         if not self.members:
             raise RuntimeError("step(): no population to learn from; iterate over population() first")
-        rewards = [_check_reward(m) for m in self.members]
-        shaped = self._shape(rewards)
+        scored = [m for m in self.members if m.reward is not None] if set_aside else self.members
+        rewards = {m.index: _check_reward(m) for m in scored}
+        if len(scored) < 2:
+            raise ValueError(f"step(): only {len(scored)} of {len(self.members)} members have a reward; two are needed")
+        shaped = self._shape(list(rewards.values()))
         sigma, lr = _check_positive("sigma", self.sigma), _check_positive("lr", self.lr)
-        seeds, coeffs = coefficients(self.members, shaped, lr)
+        seeds, coeffs = coefficients(scored, shaped, self.rule.gradient_lr(lr))
         if not np.isfinite(coeffs).all():
             raise ValueError(f"step(): lr {self.lr} and the shaped rewards give coefficients that are not finite")
         decay = float(np.float32(lr * self.weight_decay))
         if not decay <= 1:
             raise ValueError(f"step(): lr {lr} times weight_decay {self.weight_decay} is more than all of the weights")
-        record = Generation(self.generation, seeds, coeffs, rewards, sigma, lr, decay)
+        record = Generation(
+            self.generation, seeds, coeffs, [rewards.get(m.index) for m in self.members], sigma, lr, decay
+        )
         with held():  # all of it or nothing: a step half taken would be taken again
             if self._journal is not None:
                 self._journal.append(record)  # on disk first: a journal that can't be written changes no weight
-            self._weights.update(seeds, coeffs, self.rounding, decay)
+            self._weights.update(record)
             self.generation += 1
             self.members = []
         return record
@@ -218,7 +223,8 @@ class ES:
 
     def _enter(self, member: Member) -> None:
         self._inside = member
-        self._weights.perturb(member.seed, member.sign * _check_positive("sigma", self.sigma))
+        coeff = member.sign * _check_positive("sigma", self.sigma)
+        self._weights.perturb(member.seed, coeff, self._perturb_rounding)
 
     def _leave(self) -> None:
         try:

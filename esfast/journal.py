@@ -13,16 +13,13 @@ import os
 import time
 import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from .noise import NOISE_VERSION, check_int
 from .ops import add_noise_
 from .plan import Plan
+from .update import Generation, Rule, Updater
 
-if TYPE_CHECKING:
-    from .es import Generation
-
-FORMAT = 1
+FORMAT = 2  # 1 had no optimizer
 
 
 class Journal:
@@ -33,16 +30,14 @@ class Journal:
         self.seconds = 0.0  # spent in `append`
 
     @classmethod
-    def create(
-        cls, path: str | Path, noise: str, seed: int, weights: str, plan: Plan, rounding: str = "nearest"
-    ) -> Journal:
+    def create(cls, path: str | Path, rule: Rule, seed: int, weights: str, plan: Plan) -> Journal:
         """Begins a journal. FileExistsError if there is one already: a run's record is never overwritten."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             raise FileExistsError(f"journal: {path} exists already; give the run another folder, or move it away")
-        header = {"esfast_journal": FORMAT, "noise": noise, "noise_version": NOISE_VERSION, "seed": seed,
-                  "weights": weights, "rounding": rounding, "numel": plan.numel, "layout": plan.layout}  # fmt: skip
+        header = {"esfast_journal": FORMAT, "noise_version": NOISE_VERSION, **rule.to_json(), "seed": seed,
+                  "weights": weights, "numel": plan.numel, "layout": plan.layout}  # fmt: skip
         journal = cls(path)
         journal._write(header)
         return journal
@@ -69,7 +64,7 @@ class Journal:
                 raise
 
 
-def read(path: str | Path) -> tuple[dict, list[dict]]:
+def read(path: str | Path) -> tuple[dict, list[Generation]]:
     """Header and generations of a journal; ValueError names the line that is damaged or of another format."""
     records = []
     for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
@@ -87,7 +82,7 @@ def read(path: str | Path) -> tuple[dict, list[dict]]:
                 f"expected {generation}: a line is missing, or there twice"
             )
         record["seeds"] = [int(s, 16) for s in record["seeds"]]
-    return records[0], records[1:]
+    return header, [Generation(**record) for record in records[1:]]
 
 
 def replay(plan: Plan, path: str | Path, until: int | None = None, backend: str = "auto") -> None:
@@ -110,10 +105,8 @@ def replay(plan: Plan, path: str | Path, until: int | None = None, backend: str 
             f"shapes and dtypes), the plan has {plan.numel} and {plan.layout}"
         )
     truth = plan.master() if header["weights"] == "master" else plan
+    update = Updater(truth, Rule.from_json(header), backend)
     for record in records[:until]:
-        add_noise_(
-            truth, record["seeds"], record["coeffs"], noise=header["noise"], backend=backend,
-            rounding=header.get("rounding", "nearest"), decay=record.get("decay", 0.0),
-        )  # fmt: skip
+        update(record)
     if truth is not plan:
         add_noise_(plan, [], [], base=truth, backend=backend)

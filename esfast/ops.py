@@ -22,13 +22,13 @@ ROUNDINGS = ("nearest", "stochastic")
 
 
 @dataclass(frozen=True)
-class Adam:
+class AdamStep:
     """One step of Adam (Kingma and Ba, arXiv 1412.6980) up the gradient g = sum_j coeffs[j] * noise(seeds[j]):
 
         m += (1 - beta1) (g - m);  v += (1 - beta2) (g^2 - v);  weight += step * m / (sqrt(v) + eps)
 
     in float32, with m and v kept between steps in the flat buffers `moments`, a float32 tensor (2, plan.flat_numel) on
-    the plan's device, zero at first. `step` and `eps` hold the correction of the bias: see `Adam.at`.
+    the plan's device, zero at first. `step` and `eps` hold the correction of the bias: see `AdamStep.at`.
     """
 
     moments: torch.Tensor
@@ -38,7 +38,7 @@ class Adam:
     eps: np.float32
 
     @classmethod
-    def at(cls, t: int, moments: torch.Tensor, lr: float, beta1: float, beta2: float, eps: float) -> Adam:
+    def at(cls, t: int, moments: torch.Tensor, lr: float, beta1: float, beta2: float, eps: float) -> AdamStep:
         """Step number t = 1, 2, ... with learning rate lr: lr' = lr sqrt(1 - beta2^t) / (1 - beta1^t) and
         eps' = eps sqrt(1 - beta2^t), which make m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps) of the paper."""
         root = math.sqrt(1 - beta2**t)
@@ -62,7 +62,7 @@ class Call:
     stochastic: bool = False
     decay: np.float32 = np.float32(0)
     anchor: Plan | None = None
-    adam: Adam | None = None
+    adam: AdamStep | None = None
 
     @functools.cached_property  # looking whether memory moved takes 22 us for 400 tensors
     def table(self) -> Table:
@@ -97,7 +97,7 @@ def add_noise_(
     *,
     decay: float = 0.0,
     anchor: Plan | None = None,
-    adam: Adam | None = None,
+    adam: AdamStep | None = None,
 ) -> None:
     """`plan = round(base + sum_j coeffs[j] * noise(seeds[j]))` in one pass over the weights, in place.
 
@@ -147,8 +147,8 @@ def add_noise_(
         run(call)
 
 
-def _check_adam(plan: Plan, base: Plan | None, adam: Adam) -> None:
-    m = adam.moments if isinstance(adam, Adam) else None
+def _check_adam(plan: Plan, base: Plan | None, adam: AdamStep) -> None:
+    m = adam.moments if isinstance(adam, AdamStep) else None
     if base is not None and base is not plan:
         raise ValueError("adam: works in place, without a base")
     if not (
@@ -156,7 +156,7 @@ def _check_adam(plan: Plan, base: Plan | None, adam: Adam) -> None:
         and m.shape == (2, plan.flat_numel)
     ):  # fmt: skip
         raise TypeError(
-            f"adam: expected an esfast.ops.Adam with moments = torch.zeros(2, plan.flat_numel) in float32 on "
+            f"adam: expected an esfast.ops.AdamStep with moments = torch.zeros(2, plan.flat_numel) in float32 on "
             f"{plan.device}, got {adam!r:.80}"
         )
 

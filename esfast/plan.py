@@ -148,6 +148,10 @@ class Plan:
         low = torch.zeros(self.flat_numel, dtype=torch.int16, device=self.device) if splits else None
         return self._copy(as_master, low)
 
+    def anchor(self) -> Plan:
+        """A copy of the weights for decay to come back to; of split tensors, their upper halves."""
+        return (self if self.low is None else self.high()).clone()
+
     def high(self) -> Plan:
         """A plan over the same memory that leaves out the low halves of split tensors."""
         return self._copy(lambda e: (e.tensor, False), None)

@@ -91,7 +91,8 @@ class ESTrainer:
         self.scorer = Scorer([*self.reward_funcs, *self.metrics.values()], c.reward_workers, c.reward_timeout)
         self.folder = RunFolder.claim(c.output_dir)
         self.es = ES(model, c.sigma, c.lr, c.population_size, c.seed, c.mirrored, c.noise, c.shaping, c.weights,
-                     journal=self.folder.journal, rounding=c.rounding, weight_decay=c.weight_decay)  # fmt: skip
+                     journal=self.folder.journal, rounding=c.rounding, weight_decay=c.weight_decay, decay_to=c.decay_to,
+                     optimizer=c.make_optimizer(), perturb_rounding=c.perturb_rounding)  # fmt: skip
         self.clock = Clock(self.es.plan.device)
         self.summary: dict[str, Any] = {}
         self._trained_tokens = 0

@@ -24,6 +24,7 @@ from .interrupts import held
 from .ops import add_noise_
 from .plan import Plan
 from .segments import Slice
+from .update import Generation, Rule, Updater
 
 log = logging.getLogger(__name__)
 
@@ -47,10 +48,11 @@ class BaseWeights:
     The base is the truth: whatever interrupts a member, `restore` gives back the bits.
     """
 
-    def __init__(self, plan: Plan, noise: str, backend: str):
+    def __init__(self, plan: Plan, rule: Rule, backend: str = "auto"):
         self.plan, self.truth = plan, self._truth(plan)
         self.base = self.truth.high() if self.truth.low is not None else self.truth  # what members are written from
-        self._options = {"noise": noise, "backend": backend}
+        self.updater = Updater(self.truth, rule, backend)
+        self._options = {"noise": rule.noise, "backend": backend}
 
     @staticmethod
     def cost(dtype: torch.dtype) -> Cost:
@@ -66,8 +68,8 @@ class BaseWeights:
     def restore(self) -> None:
         add_noise_(self.plan, [], [], base=self.truth, **self._options)
 
-    def update(self, seeds: list[int], coeffs: list[float], rounding: str = "nearest", decay: float = 0.0) -> None:
-        add_noise_(self.truth, seeds, coeffs, rounding=rounding, decay=decay, **self._options)
+    def update(self, record: Generation) -> None:
+        self.updater(record)
         self.restore()
 
 
@@ -85,7 +87,28 @@ class MasterWeights(BaseWeights):
         return plan.master()
 
 
-class InplaceWeights:
+class _MovingWeights:
+    """Members are made in the live weights, which are the truth in between."""
+
+    def __init__(self, plan: Plan, rule: Rule, backend: str = "auto"):
+        self.plan, self.truth = plan, plan
+        self.updater = Updater(plan, rule, backend)
+        self._options = {"noise": rule.noise, "backend": backend}
+        self._applied: list[tuple[int, float]] = []
+
+    def update(self, record: Generation) -> None:
+        self.restore()
+        self.updater(record)
+
+    def _move(self, target: list[tuple[int, float]], rounding: str = "nearest") -> None:
+        terms = [(s, -c) for s, c in self._applied] + target
+        with held():  # what is applied and what is noted down must not part
+            if terms:  # in one pass, rounded once
+                add_noise_(self.plan, [s for s, _ in terms], [c for _, c in terms], rounding=rounding, **self._options)
+            self._applied = target
+
+
+class InplaceWeights(_MovingWeights):
     """Members are made in place, and the noise is subtracted again, in a pass of its own: what was just added and
     rounded mostly comes back, while moves from member to member in one pass go ever farther. After 3000 members of
     sigma 1e-3 bfloat16 weights of scale 0.02 are off by 3.3e-4 and 1.8e-3 (`esfast bench drift`). Not exact.
@@ -93,13 +116,16 @@ class InplaceWeights:
     `drift()` measures what that and the rounding of updates have done, on a sample of the weights.
     """
 
-    def __init__(self, plan: Plan, noise: str, backend: str):
-        self.plan = plan
-        self._options = {"noise": noise, "backend": backend}
-        self._applied: list[tuple[int, float]] = []
+    def __init__(self, plan: Plan, rule: Rule, backend: str = "auto"):
+        super().__init__(plan, rule, backend)
         self._watched = _sample(plan)
         copies = [(name, t.to(torch.float32, copy=True), w) for name, t, w in self._watched]
-        self._exact = Plan(copies) if copies else None
+        self._exact = Updater(Plan(copies), rule, backend) if copies else None
+
+    @staticmethod
+    def cost(dtype: torch.dtype) -> Cost:
+        size = dtype.itemsize
+        return Cost(device=0, host=0, member=4 * size, restore=2 * size, update=2 * size)
 
     def perturb(self, seed: int, coeff: float, rounding: str = "nearest") -> None:
         self.restore()
@@ -108,39 +134,27 @@ class InplaceWeights:
     def restore(self) -> None:
         self._move([])
 
-    def update(self, seeds: list[int], coeffs: list[float], rounding: str = "nearest", decay: float = 0.0) -> None:
-        self.restore()
-        add_noise_(self.plan, seeds, coeffs, rounding=rounding, decay=decay, **self._options)
+    def update(self, record: Generation) -> None:
+        super().update(record)
         if self._exact is not None:
-            add_noise_(self._exact, seeds, coeffs, decay=decay, **self._options)
-
-    @staticmethod
-    def cost(dtype: torch.dtype) -> Cost:
-        size = dtype.itemsize
-        return Cost(device=0, host=0, member=4 * size, restore=2 * size, update=2 * size)
+            self._exact(record)
 
     def drift(self) -> float | None:
         """RMS distance of the watched weights, while no member is in place, from what float32 arithmetic that restores
         exactly would hold. None if no tensor is contiguous and whole."""
         if self._exact is None:
             return None
-        apart = [(t.float() - e).double() for (_, t, _), e in zip(self._watched, self._exact.tensors, strict=True)]
+        exact = self._exact.plan.tensors
+        apart = [(t.float() - e).double() for (_, t, _), e in zip(self._watched, exact, strict=True)]
         return float(torch.cat(apart).square().mean().sqrt())
 
-    def _move(self, target: list[tuple[int, float]], rounding: str = "nearest") -> None:
-        terms = [(s, -c) for s, c in self._applied] + target
-        with held():  # what is applied and what is noted down must not part
-            if terms:  # from member to member in one pass, rounded once
-                add_noise_(self.plan, [s for s, _ in terms], [c for _, c in terms], rounding=rounding, **self._options)
-            self._applied = target
 
-
-class HostWeights(InplaceWeights):
+class HostWeights(_MovingWeights):
     """Members move in place, from one to the next in one pass, and the weights come back from a copy in host memory
     when the population is left. A member carries the rounding of the moves before it."""
 
-    def __init__(self, plan: Plan, noise: str, backend: str):
-        super().__init__(plan, noise, backend)
+    def __init__(self, plan: Plan, rule: Rule, backend: str = "auto"):
+        super().__init__(plan, rule, backend)
         pinned = plan.device.type == "cuda"
         self._host = [torch.empty_like(t, device="cpu", pin_memory=pinned) for t in self.plan.tensors]
         self._save()
@@ -159,8 +173,8 @@ class HostWeights(InplaceWeights):
             torch._foreach_copy_([t.detach() for t in self.plan.tensors], self._host)  # complete before the next kernel
             self._applied = []
 
-    def update(self, seeds: list[int], coeffs: list[float], rounding: str = "nearest", decay: float = 0.0) -> None:
-        super().update(seeds, coeffs, rounding, decay)
+    def update(self, record: Generation) -> None:
+        super().update(record)
         self._save()
 
     def _save(self) -> None:
@@ -181,7 +195,7 @@ def _sample(plan: Plan) -> list[tuple[str, torch.Tensor, Slice]]:
 MODES = {"base": BaseWeights, "master": MasterWeights, "host": HostWeights, "inplace": InplaceWeights}
 
 
-def automatic(plan: Plan) -> str:
+def automatic(plan: Plan, rule: Rule) -> str:
     """The most exact mode whose copies, with the weights, take at most WEIGHTS_SHARE of the device's memory.
 
     Of all memory, not of what is free just now: the same run on the same machine shall take the same mode.
@@ -190,7 +204,7 @@ def automatic(plan: Plan) -> str:
         total = torch.cuda.get_device_properties(plan.device).total_memory
     else:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    room = WEIGHTS_SHARE * total - plan.nbytes
+    room = WEIGHTS_SHARE * total - plan.nbytes - rule.extra_bytes(plan)
     extra = {m: sum(MODES[m].cost(t.dtype).device * t.numel() for t in plan.tensors) for m in ("master", "base")}
     if extra["base"] < extra["master"] <= room:
         mode = "master"

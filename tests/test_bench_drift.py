@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from esfast import Plan, ops
 from esfast.bench import drift, main
 from esfast.noise import noise
+from esfast.update import Generation, Rule
 from esfast.weights import MODES
 
 TINY = ["drift", "--numel", "4000", "--generations", "3", "--members", "10"]
@@ -77,22 +79,22 @@ def test_regression():
 
 
 def broken_restore(plan):
-    mode = MODES["base"](plan, "gaussian", "auto")
+    mode = MODES["base"](plan, Rule())
     restore = mode.restore
     mode.restore = lambda: (restore(), plan.tensors[0][-1:].view(torch.int16).bitwise_xor_(1))
     return mode
 
 
 def biased(plan):
-    mode = MODES["base"](plan, "gaussian", "auto")
+    mode = MODES["base"](plan, Rule())
     update = mode.update
-    mode.update = lambda seeds, coeffs, rounding: update(seeds, [0.8 * c for c in coeffs], rounding)
+    mode.update = lambda record: update(replace(record, coeffs=[0.8 * c for c in record.coeffs]))
     return mode
 
 
 @pytest.mark.parametrize(
     ("way", "make"),
-    [("base", broken_restore), ("base, stochastic", biased), ("master", lambda plan: MODES["base"](plan, "gaussian", "auto"))],
+    [("base", broken_restore), ("base, stochastic", biased), ("master", lambda plan: MODES["base"](plan, Rule()))],
     ids=["a bit stays", "a biased update", "a master that rounds"],
 )  # fmt: skip
 def test_a_wrong_mode_fails(way, make, monkeypatch, tmp_path, capsys):
@@ -116,10 +118,10 @@ def test_wrong_noise_gives_no_figures(monkeypatch, capsys):
 
 def test_the_state_of_a_master_is_its_float32_value():
     weights = (0.02 * torch.randn(1000)).bfloat16()
-    mode = MODES["master"](Plan([("w", weights)]), "gaussian", "auto")
+    mode = MODES["master"](Plan([("w", weights)]), Rule())
     wide = weights.float()
     for seed in range(5):
-        mode.update([seed], [1e-5])
+        mode.update(Generation(0, [seed], [1e-5], [], 1e-3, 1e-5))
         ops.add_noise_(Plan([("w", wide)]), [seed], [1e-5])
     run = drift._Run(drift.WAYS[-1], torch.bfloat16, None)
     assert torch.equal(run._state(mode, weights), wide.double()) and not torch.equal(weights.float(), wide)

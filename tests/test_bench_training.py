@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from esfast import ES, Plan, embedded
 from esfast.bench import BenchmarkError, greedy, main, today, training
 from esfast.bench.usual import UsualWeights
+from esfast.update import Generation
 
 TINY = ["--repeats", "1", "--generations", "2", "--prompts", "4", "--eval-every", "1", "--eval-prompts", "20"]
 
@@ -51,7 +52,7 @@ def test_a_way_trains_as_it_says(way, model, tmp_path, monkeypatch):
     es = seen[0]
     assert es.plan.tensors[0].dtype is getattr(torch, way.dtype) and len(seen) == 2
     assert isinstance(es._weights, UsualWeights) == (way.weights == "usual")
-    assert (es.rounding, es.noise, es.population_size) == (way.rounding, way.noise, way.population_size)
+    assert (es.rule.rounding, es.rule.noise, es.population_size) == (way.rounding, way.noise, way.population_size)
     assert row["rollouts"] == 2 * way.population_size * 4 and row["evaluated"] == [0, 1, 2]
     assert len(row["reward"]) == 2 and len(row["accuracy"]) == 3
     assert (row["drift"] is not None) == (way.weights == "inplace")
@@ -135,7 +136,7 @@ def test_usual_weights_add_and_subtract_in_the_weights_dtype(dtype, same_bits):
             t.sub_(1e-3 * noise(seed))
         assert same_bits(p.tensors, expected)
     assert not same_bits(p.tensors, plan(dtype).tensors)  # it drifts
-    usual.update([3, 4], [1e-4, -2e-4])
+    usual.update(Generation(0, [3, 4], [1e-4, -2e-4], [], 1e-3, 1e-3))
     for seed, coeff in ((3, 1e-4), (4, -2e-4)):
         for t in expected:
             t.add_(coeff * noise(seed))
@@ -144,8 +145,8 @@ def test_usual_weights_add_and_subtract_in_the_weights_dtype(dtype, same_bits):
 
 def test_usual_weights_summed_are_todays_update(same_bits):
     mine, theirs = plan(torch.bfloat16), plan(torch.bfloat16)
-    UsualWeights(mine, summed=True).update([1, 2], [1e-3, 2e-3])
+    UsualWeights(mine, summed=True).update(Generation(0, [1, 2], [1e-3, 2e-3], [], 1e-3, 1e-3))
     today.update_(theirs.tensors, [1, 2], [1e-3, 2e-3], "gaussian")
     assert same_bits(mine.tensors, theirs.tensors)
     with pytest.raises(ValueError, match="no weight decay"):
-        UsualWeights(mine).update([1], [1e-3], decay=0.1)
+        UsualWeights(mine).update(Generation(0, [1], [1e-3], [], 1e-3, 1e-3, decay=0.1))

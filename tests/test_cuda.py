@@ -17,7 +17,7 @@ import torch
 
 import esfast
 from esfast import cuda_backend
-from esfast.ops import Adam, Call, check_members
+from esfast.ops import AdamStep, Call, check_members
 
 ROOT = Path(__file__).parent.parent
 CSRC = ROOT / "csrc"
@@ -170,7 +170,7 @@ def test_adam(dtype, kind, master, run_on_host, same_bits):
     moments = [torch.zeros(2, source.flat_numel) for _ in range(2)]
     for t in range(1, 4):
         options = {"kind": kind, "stochastic": t == 2, "decay": 0.05 * (t == 3), "anchor": source.high() if t == 3 and not master else None}  # fmt: skip
-        adams = [Adam.at(t, m, 0.1, 0.9, 0.99, 1e-8) for m in moments]
+        adams = [AdamStep.at(t, m, 0.1, 0.9, 0.99, 1e-8) for m in moments]
         run_on_host(call(ours, t, adam=adams[0], **options))
         expect(theirs, t, adam=adams[1], **options)
         assert_equal(ours, theirs, same_bits)

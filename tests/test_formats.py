@@ -9,7 +9,7 @@ import torch
 
 from esfast import Plan, Slice, add_noise_
 from esfast.noise import KINDS, noise_at
-from esfast.ops import Adam, Call, check_members
+from esfast.ops import AdamStep, Call, check_members
 from esfast.reference import round_stochastically
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -47,7 +47,7 @@ def call(dtype, mode, kind, rounding, decay, anchored, adam, members, backend, t
     anchor = plan.high().clone() if anchored else None
     if adam:
         generator = torch.Generator().manual_seed(3)
-        adam = Adam.at(3, torch.rand(2, plan.flat_numel, generator=generator), 1e-2, 0.9, 0.99, 1e-8)
+        adam = AdamStep.at(3, torch.rand(2, plan.flat_numel, generator=generator), 1e-2, 0.9, 0.99, 1e-8)
     seeds, coeffs = list(range(5, 5 + members)), [1e-3 * (-1) ** j for j in range(members)]
     if tile is None:
         add_noise_(plan, seeds, coeffs, base, kind, rounding, backend, decay=decay, anchor=anchor, adam=adam or None)
@@ -213,7 +213,7 @@ def test_decay_and_adam_are_the_textbooks():
     w, m, v = start.double().numpy(), np.zeros(300), np.zeros(300)
     lr, beta1, beta2, eps, decay = 0.01, 0.9, 0.99, 1e-6, 0.05
     for t in range(1, 11):
-        adam = Adam.at(t, moments, lr, beta1, beta2, eps)
+        adam = AdamStep.at(t, moments, lr, beta1, beta2, eps)
         add_noise_(plan, [t, t + 100], [0.5, -0.25], adam=adam, decay=decay, anchor=anchor)
         g = sum(c * noise_at(s, "w", np.arange(300)).astype(float) for s, c in ((t, 0.5), (t + 100, -0.25)))
         w = w + decay * (anchor.tensors[0].double().numpy() - w)
@@ -226,7 +226,7 @@ def test_what_can_not_be_asked_for():
     plan = Plan([("w", torch.zeros(40, dtype=torch.bfloat16))])
     before = plan.tensors[0].clone()
     moments = torch.zeros(2, plan.flat_numel)
-    good = Adam.at(1, moments, 1e-3, 0.9, 0.99, 1e-8)
+    good = AdamStep.at(1, moments, 1e-3, 0.9, 0.99, 1e-8)
     for error, words, options in (
         (ValueError, "rounding: expected", {"rounding": "up"}),
         (ValueError, "decay: expected a number from 0 to 1", {"decay": 1.5}),
@@ -236,7 +236,11 @@ def test_what_can_not_be_asked_for():
         (ValueError, "anchor: its 'w'", {"anchor": Plan([("w", torch.zeros(40))])}),
         (ValueError, "base: its 'w'", {"base": Plan([("w", torch.zeros(40, dtype=torch.float16))])}),
         (ValueError, "adam: works in place", {"adam": good, "base": plan.clone()}),
-        (TypeError, "adam: expected an esfast.ops.Adam", {"adam": Adam.at(1, moments[:1], 1e-3, 0.9, 0.99, 1e-8)}),
+        (
+            TypeError,
+            "adam: expected an esfast.ops.AdamStep",
+            {"adam": AdamStep.at(1, moments[:1], 1e-3, 0.9, 0.99, 1e-8)},
+        ),
     ):
         with pytest.raises(error, match=words):
             add_noise_(plan, [1], [1.0], **options)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import esfast
-from esfast.ops import Adam, Call, backend_report, check_members
+from esfast.ops import AdamStep, Call, backend_report, check_members
 
 pytestmark = [
     pytest.mark.gpu,
@@ -89,7 +89,7 @@ def test_masters_and_adam_equal_the_cpu_backend(dtype, kind, same_bits, run):
     moments = [torch.zeros(2, m.flat_numel, device=m.device) for m in masters]
     for t in (1, 2):
         for plan, master, moment in zip(plans, masters, moments, strict=True):
-            run(master, [t, 5], [0.3, -0.2], noise=kind, adam=Adam.at(t, moment, 0.1, 0.9, 0.99, 1e-8), decay=0.01)
+            run(master, [t, 5], [0.3, -0.2], noise=kind, adam=AdamStep.at(t, moment, 0.1, 0.9, 0.99, 1e-8), decay=0.01)
             run(master, [9], [0.1], noise=kind)
             run(plan, [t], [0.2], base=master, noise=kind)
     assert_equal(plans[1], plans[0], same_bits)
@@ -108,7 +108,7 @@ def test_masters_decay_adam_and_stochastic_rounding(dtype, kind, same_bits, run)
         moments = torch.zeros(2, plan.flat_numel, device=plan.device)
         options = {"noise": kind, "rounding": "stochastic"}
         for t in (1, 2):
-            adam = Adam.at(t, moments, 1e-3, 0.9, 0.99, 1e-8)
+            adam = AdamStep.at(t, moments, 1e-3, 0.9, 0.99, 1e-8)
             run(plan, [t, 5], [0.5, 0.25], adam=adam, decay=0.1, **options)
             run(plan, [t, 6], [0.5, 0.25], decay=0.1, anchor=anchor, **options)
             run(master, [t, 7], [1e-5, 2e-5], decay=0.01, **options)

@@ -10,6 +10,7 @@ import torch
 
 from esfast import ES, NOISE_VERSION, Plan
 from esfast.journal import Journal, read, replay
+from esfast.update import Rule
 
 
 def plan_of(dtype=torch.float32, size=50):
@@ -59,12 +60,11 @@ def test_what_is_written_is_read(tmp_path):
     _, records = train(plan_of(), path, seed=2**63 + 1, mirrored=True)
     header, found = read(path)
     assert header == {
-        "esfast_journal": 1, "noise": "gaussian", "noise_version": NOISE_VERSION, "seed": 2**63 + 1, "weights": "base",
-        "rounding": "nearest",
-        "numel": 92, "layout": plan_of().layout,
+        "esfast_journal": 2, "noise_version": NOISE_VERSION, "noise": "gaussian", "rounding": "nearest",
+        "optimizer": {"name": "sgd"}, "decay_to": "zero", "seed": 2**63 + 1, "weights": "base", "numel": 92, "layout": plan_of().layout,
     }  # fmt: skip
-    assert found == [vars(r) for r in records]
-    assert [r["generation"] for r in found] == list(range(5))
+    assert found == records
+    assert [r.generation for r in found] == list(range(5))
 
 
 def test_a_run_without_steps_is_a_journal(tmp_path, same_bits):
@@ -125,15 +125,15 @@ def test_generations_out_of_order_are_refused(wrong, tmp_path, same_bits):
     assert same_bits(plan.tensors, plan_of().tensors)
 
 
-HEADER = {"esfast_journal": 1, "noise": "gaussian", "noise_version": NOISE_VERSION, "seed": 0, "weights": "base",
+HEADER = {"esfast_journal": 2, "noise": "gaussian", "noise_version": NOISE_VERSION, "seed": 0, "weights": "base",
           "numel": 92, "layout": "01234567"}  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "does not begin with the header of an esfast journal of format 1"),
-        (with_crc({**HEADER, "esfast_journal": 2}), "does not begin with the header of an esfast journal of format 1"),
+        ("", "does not begin with the header of an esfast journal of format 2"),
+        (with_crc({**HEADER, "esfast_journal": 1}), "does not begin with the header of an esfast journal of format 2"),
         (with_crc({"generation": 0}), "does not begin with the header"),
         (with_crc([1, 2]), "does not begin with the header"),
         (with_crc({**HEADER, "noise_version": 7}), f"of noise version 7, this is {NOISE_VERSION}"),
@@ -206,7 +206,7 @@ def test_the_record_is_on_disk_before_the_weights_change(tmp_path, monkeypatch):
 
 def test_a_journal_grows_by_a_line_a_generation(tmp_path):
     path, plan = tmp_path / "journal.jsonl", plan_of()
-    journal = Journal.create(path, "gaussian", 0, "base", plan)
+    journal = Journal.create(path, Rule(), 0, "base", plan)
     es = ES(plan, population_size=2)
     for n in range(1, 4):
         before = path.read_bytes()

@@ -1,6 +1,7 @@
 """The weight modes of ES: what comes back to the bit, what an update keeps, and what each mode takes."""
 
 import logging
+import os
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 import esfast
 from esfast import ES, Plan, journal
 from esfast import weights as w
+from esfast.update import Rule
 from esfast.weights import MODES
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -29,19 +31,37 @@ def train(dtype, weights, generations=20, numel=300, **options):
     return es
 
 
+def check_rounds(es, rounds, same_bits):
+    before = [t.clone() for t in es.plan.tensors]
+    for seed in range(rounds):
+        es._weights.perturb(seed, 1e-3)
+        if seed % 7 == 0:
+            assert not same_bits(es.plan.tensors, before)
+        es._weights.restore()
+    assert same_bits(es.plan.tensors, before)
+
+
 @pytest.mark.parametrize("weights", EXACT)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_ten_thousand_rounds_change_no_bit(dtype, weights, same_bits):
     """After updates, so that a master has low halves."""
-    es = train(dtype, weights, 3)
-    before = [t.clone() for t in es.plan.tensors]
-    mode = es._weights
-    for seed in range(10_000):
-        mode.perturb(seed, 1e-3)
-        if seed % 7 == 0:
-            assert not same_bits(es.plan.tensors, before)
-        mode.restore()
-    assert same_bits(es.plan.tensors, before)
+    check_rounds(train(dtype, weights, 3), 10_000, same_bits)
+
+
+@pytest.mark.parametrize("weights", EXACT)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_many_rounds_under_the_triton_interpreter(dtype, weights, same_bits, monkeypatch):
+    """Ten thousand rounds take the interpreter minutes: ESFAST_LONG_TESTS=1."""
+    triton_backend = pytest.importorskip("esfast.triton_backend", reason="Triton is not installed")
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is here: nothing is interpreted")
+    monkeypatch.setattr(triton_backend, "CONFIGS", ((128, 4, 144),))
+    plan = Plan([("a", (torch.randn(60) * 0.02).to(dtype))])  # one tile: each costs the interpreter 25 ms
+    es = ES(plan, sigma=1e-3, lr=5e-4, population_size=2, weights=weights, backend="triton")
+    for member in es.population():
+        member.reward = float(member.index)
+    es.step()
+    check_rounds(es, 10_000 if os.environ.get("ESFAST_LONG_TESTS") else 20, same_bits)
 
 
 @pytest.mark.parametrize("weights", EXACT)
@@ -141,7 +161,7 @@ def test_auto_takes_the_most_exact_that_fits(dtype, share, mode, monkeypatch, ca
 def test_extra_memory_is_as_stated(dtype, mode):
     """In multiples of the weights, of everything that the mode holds on to."""
     plan = Plan([(f"t{i}", torch.zeros(512, 1000, dtype=dtype)) for i in range(2)])
-    held = MODES[mode](plan, "gaussian", "auto")
+    held = MODES[mode](plan, Rule())
     kept = {}
     for owner in (held, *vars(held).values(), *(p for p in vars(held).values() if isinstance(p, Plan))):
         for value in vars(owner).values() if hasattr(owner, "__dict__") else ():

@@ -1,0 +1,189 @@
+"""How a generation changes the weights: the optimizer's rule, and the Updater that training and replay share.
+
+An optimizer says what becomes of the reward-weighted noise g = sum_j coeffs[j] * noise(seeds[j]) of a generation:
+
+| optimizer | step                                                        | extra memory     | work of an update     |
+|-----------|-------------------------------------------------------------|------------------|-----------------------|
+| SGD       | w += lr g, as in the paper                                  | none             | N members             |
+| Momentum  | v = beta v + lr g;  w += v, the last `window` generations   | none             | up to window N members|
+| Adam      | w += lr m / (sqrt(v) + eps), m and v running means          | 8 bytes a weight | N members             |
+
+Momentum keeps no buffer: noise is a function of its seed, so the velocity is drawn anew from the seeds of the last
+`window` generations, each with beta to the power of its age (Sutskever et al., ICML 2013, cut off where beta^window is
+left). Adam is that of Kingma and Ba (arXiv 1412.6980), its weight decay decoupled (Loshchilov and Hutter, arXiv
+1711.05101). Either is one fused pass over the weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from .noise import check_int, check_kind
+from .ops import ROUNDINGS, AdamStep, add_noise_
+from .plan import Plan
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What one `ES.step` did: the weights moved by `decay` of themselves (or of their way back to the initial ones),
+    and along sum_j coeffs[j] * noise(seeds[j]), as the optimizer says."""
+
+    generation: int
+    seeds: list[int]
+    coeffs: list[float]  # float32 values, lr included (but for Adam, whose lr is no factor of the gradient)
+    rewards: list[float | None]  # None: the member was set aside
+    sigma: float
+    lr: float
+    decay: float = 0.0  # a float32 value
+
+
+@dataclass(frozen=True)
+class SGD:
+    """theta += lr g: the paper's update."""
+
+
+@dataclass(frozen=True)
+class Momentum:
+    """Momentum without a buffer: the seeds of the last `window` generations are replayed in every update.
+
+    beta: share of the velocity that is kept from one generation to the next, 0 < beta < 1.
+    window: generations that are replayed, at least 2; beta^window of the velocity is forgotten.
+    """
+
+    beta: float = 0.9
+    window: int = 10
+
+    def __post_init__(self):
+        _check_share("Momentum.beta", self.beta)
+        check_int("Momentum.window", self.window, 2, 2**20)
+
+
+@dataclass(frozen=True)
+class Adam:
+    """Adam over the estimated gradient, with float32 moments: 8 bytes a weight.
+
+    beta1, beta2: what the running means of g and g^2 keep, 0 < beta < 1. eps: added to sqrt(v), > 0. The gradient is
+    that of z-scored rewards, about 1/sqrt(N) in size, whatever the scale of the rewards.
+    """
+
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+
+    def __post_init__(self):
+        _check_share("Adam.beta1", self.beta1)
+        _check_share("Adam.beta2", self.beta2)
+        if not isinstance(self.eps, (int, float)) or not 1e-30 <= self.eps < math.inf:
+            raise ValueError(f"Adam.eps: expected a positive number of at least 1e-30, got {self.eps!r}")
+
+
+Optimizer = SGD | Momentum | Adam
+OPTIMIZERS: dict[str, type[Optimizer]] = {"sgd": SGD, "momentum": Momentum, "adam": Adam}
+DECAY_TO = ("zero", "initial")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """All that decides, with a generation's seeds and coefficients, what becomes of the weights.
+
+    noise, rounding: as in `add_noise_`. decay_to: "zero", or "initial" for the weights of before the first update.
+    Raises TypeError or ValueError for anything else.
+    """
+
+    noise: str = "gaussian"
+    rounding: str = "nearest"
+    optimizer: Optimizer = SGD()
+    decay_to: str = "zero"
+
+    def __post_init__(self):
+        check_kind(self.noise)
+        for what, value, known in (("rounding", self.rounding, ROUNDINGS), ("decay_to", self.decay_to, DECAY_TO)):
+            if value not in known:
+                raise ValueError(f"{what}: expected one of {', '.join(map(repr, known))}, got {value!r}")
+        if not isinstance(self.optimizer, Optimizer):
+            raise TypeError(
+                f"optimizer: expected {', '.join(map(repr, OPTIMIZERS))} or an esfast.SGD, Momentum or Adam, "
+                f"got {self.optimizer!r:.80}"
+            )
+
+    def gradient_lr(self, lr: float) -> float:
+        """The factor of g that a generation's coefficients hold."""
+        return 1.0 if isinstance(self.optimizer, Adam) else lr
+
+    def extra_bytes(self, plan: Plan) -> int:
+        """Memory that an Updater takes: the moments and the anchor."""
+        moments = 8 * plan.flat_numel if isinstance(self.optimizer, Adam) else 0
+        return moments + (plan.nbytes if self.decay_to == "initial" else 0)
+
+    def to_json(self) -> dict:
+        name = next(n for n, kind in OPTIMIZERS.items() if type(self.optimizer) is kind)
+        optimizer = {"name": name, **dataclasses.asdict(self.optimizer)}
+        return {"noise": self.noise, "rounding": self.rounding, "optimizer": optimizer, "decay_to": self.decay_to}
+
+    @classmethod
+    def from_json(cls, fields: dict) -> Rule:
+        """What `to_json` gave; KeyError or TypeError for anything else. Further fields are left alone."""
+        optimizer = dict(fields["optimizer"])
+        made = OPTIMIZERS[optimizer.pop("name")](**optimizer)
+        return cls(fields["noise"], fields["rounding"], made, fields["decay_to"])
+
+
+def check_optimizer(value) -> Optimizer:
+    """An optimizer, or the default one of that name."""
+    if isinstance(value, str) and value in OPTIMIZERS:
+        return OPTIMIZERS[value]()
+    if isinstance(value, str):
+        raise ValueError(f"optimizer: expected one of {', '.join(map(repr, OPTIMIZERS))}, got {value!r}")
+    return value  # Rule looks at it
+
+
+class Updater:
+    """Applies generations, in their order, to the weights of a plan: in ES.step and in a replay alike.
+
+    It holds what the rule needs from one generation to the next: `past`, seeds and coefficients (Momentum); `moments`,
+    float32 (2, plan.flat_numel) (Adam); `anchor`, a plan of the initial weights (decay_to="initial": 1x the weights, of
+    a float32 master's their upper halves).
+    """
+
+    def __init__(self, plan: Plan, rule: Rule, backend: str = "auto"):
+        self.plan, self.rule, self.backend = plan, rule, backend
+        self.anchor = plan.anchor() if rule.decay_to == "initial" else None
+        self.moments: torch.Tensor | None = None
+        if isinstance(rule.optimizer, Adam):
+            self.moments = torch.zeros(2, plan.flat_numel, dtype=torch.float32, device=plan.device)
+        window = rule.optimizer.window if isinstance(rule.optimizer, Momentum) else 1
+        self.past: deque[tuple[list[int], list[float]]] = deque(maxlen=window - 1)
+
+    def __call__(self, record: Generation) -> None:
+        rule, adam = self.rule, None
+        if isinstance(rule.optimizer, Adam):
+            o = rule.optimizer
+            adam = AdamStep.at(record.generation + 1, self.moments, record.lr, o.beta1, o.beta2, o.eps)
+        seeds, coeffs = self._with_past(record.seeds, record.coeffs)
+        add_noise_(
+            self.plan, seeds, coeffs, noise=rule.noise, rounding=rule.rounding, backend=self.backend,
+            decay=record.decay, anchor=self.anchor, adam=adam,
+        )  # fmt: skip
+        self.recall(record)
+
+    def recall(self, record: Generation) -> None:
+        """Takes note of a generation that the weights have seen already."""
+        self.past.appendleft((record.seeds, record.coeffs))
+
+    def _with_past(self, seeds: list[int], coeffs: list[float]) -> tuple[list[int], list[float]]:
+        seeds, coeffs = list(seeds), list(coeffs)
+        for age, (earlier, values) in enumerate(self.past, start=1):
+            seeds += earlier
+            coeffs += [float(np.float32(self.rule.optimizer.beta**age * c)) for c in values]
+        return seeds, coeffs
+
+
+def _check_share(what: str, value) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 1:
+        raise ValueError(f"{what}: expected a number between 0 and 1, got {value!r}")
