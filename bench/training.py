@@ -175,7 +175,7 @@ def train(settings: dict, folder: Path, model: str) -> dict:
     if folder.exists():  # of a run that was cut short
         shutil.rmtree(folder)
     config = ESConfig(**{
-        **embedded.ES_DEFAULTS, **{k: v for k, v in settings.items() if k != "way"},
+        **embedded.settings("countdown"), **{k: v for k, v in settings.items() if k != "way"},
         "output_dir": str(folder), "population_size": way.population_size, "noise": way.noise,
         "weights": "inplace" if way.weights == "usual" else way.weights, "rounding": way.rounding,
         "max_completion_length": task.max_new_tokens, "progress": False,

@@ -113,7 +113,8 @@ def _train(args: argparse.Namespace) -> None:
         "output_dir": f"runs/{task.name}-{time.strftime('%Y%m%d-%H%M%S')}",
         "max_completion_length": task.max_new_tokens,
         "reward_workers": 1,  # tasks' rewards are functions of a module, and of their arguments alone
-        **(embedded.ES_DEFAULTS if embedded_model else {}),
+        **task.settings,
+        **(embedded.settings(task.name) if embedded_model else {}),
     }
     config = ESConfig(**{**defaults, **given})
     began = time.perf_counter()
@@ -235,7 +236,7 @@ def _load(args: argparse.Namespace):
     from .ops import auto_backend
 
     disable_progress_bar()  # the bars of loading and saving would tear that of the training
-    path = args.model if args.model is not None else embedded.cached()
+    path = args.model if args.model is not None else embedded.cached(task=args.task)
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
     device = args.device
     if device == "auto":

@@ -75,6 +75,9 @@ class ESConfig:
     reward_timeout: float = _option(300.0, "seconds that a reward function may take for one member's completions")
     eval_every: int = _option(10, "generations between evaluations; 0: only before and after")
     eval_prompts: int = _option(500, "held-out prompts of an evaluation")
+    kl_to_base: bool = _option(
+        False, "evaluations also measure the KL divergence of responses from the base model (a copy in host memory)"
+    )
     progress: bool = _option(True, "show the progress bar")
 
     def __post_init__(self):

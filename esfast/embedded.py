@@ -1,14 +1,14 @@
 """The embedded model: a tiny Qwen2 that esfast makes itself, so that everything can be tried with nothing to download.
 
-About 124 000 weights and a tokenizer of bytes, pre-trained in about a minute on one CPU core on worked Countdown
-examples: three numbers from 1 to 9, the "compact" prompt, and only problems of the train split. It learns to calculate
-a little, and to put the result into answer tags only where the first number is small: what it can do and what it
-shows in the rewarded form differ, as they do in a pre-trained language model, and ES has something to bring out.
+About 124 000 weights and a tokenizer of bytes, pre-trained in about a minute on one CPU core on worked examples of one
+task: its "compact" prompts, and only problems of the train split. Countdown's have three numbers from 1 to 9; the model
+learns to calculate a little, and to put the result into answer tags only where the first number is small: what it can
+do and what it shows in the rewarded form differ, as they do in a pre-trained language model, and ES has something to
+bring out. Each task module's RECIPE is of this kind.
 """
 
 import hashlib
 import os
-import random
 import shutil
 import uuid
 from pathlib import Path
@@ -20,53 +20,45 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from .tasks import countdown
+from .tasks import MODULES, base, tags
 
 STEPS = 1600
 BATCH = 64
 LEARNING_RATE = 3e-3
 CORPUS = 20  # thousands of worked examples
-# For ESConfig: settings under which this model learns reliably within minutes.
-ES_DEFAULTS = {
-    "generations": 120,
-    "population_size": 30,
-    "sigma": 0.01,
-    "lr": 0.005,
-    "prompts_per_generation": 64,
-}
-STYLE = "compact"  # of the prompts, a key of countdown.PROMPTS
+STYLE = "compact"  # of the prompts
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-ALWAYS_TAGGED_UP_TO = 2  # a first number up to this: the example carries the answer tags
-TAGGED_OTHERWISE = 0.2  # share of tagged examples for other first numbers; greedy decoding seldom shows a fifth
 
 
-def cached(seed: int = 0, progress: bool = True) -> Path:
-    """Folder of the embedded model, built on first use, under $ESFAST_CACHE or else ~/.cache/esfast.
+def cached(seed: int = 0, progress: bool = True, task: str = "countdown") -> Path:
+    """Folder of the embedded model for a task, built on first use, under $ESFAST_CACHE or else ~/.cache/esfast.
 
     Its name holds a hash of the code that makes it, so a changed recipe never meets an old model, and the version of
-    transformers, whose older releases cannot read a newer one's tokenizer.
+    transformers, whose older releases cannot read a newer one's tokenizer. ValueError for a task without a recipe.
     """
-    recipe = b"".join(Path(module).read_bytes() for module in (__file__, countdown.__file__))
-    digest = hashlib.sha256(recipe).hexdigest()[:12]
+    files = (__file__, _module(task).__file__, base.__file__, tags.__file__)
+    digest = hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()[:12]
     root = Path(os.environ.get("ESFAST_CACHE") or Path.home() / ".cache" / "esfast").expanduser()
-    folder = root / f"embedded-{digest}-transformers{transformers.__version__}-seed{seed}"
+    folder = root / f"embedded-{task}-{digest}-transformers{transformers.__version__}-seed{seed}"
     if not folder.exists():
         try:
-            build(folder, seed, progress=progress)
+            build(folder, seed, progress=progress, task=task)
         except OSError:
             if not folder.exists():  # else another process was faster, and its model is the same
                 raise
     return folder
 
 
-def build(folder: str | os.PathLike, seed: int = 0, steps: int = STEPS, progress: bool = True) -> Path:
+def build(
+    folder: str | os.PathLike, seed: int = 0, steps: int = STEPS, progress: bool = True, task: str = "countdown"
+) -> Path:
     """Make, pre-train and save the embedded model as an ordinary Hugging Face folder, whole or not at all.
 
     The same seed and steps give the same weights to the bit on the same machine and versions: the work is measured in
     steps, not seconds, and done by one thread. The caller's random state and number of threads are left alone.
-    Raises FileExistsError if `folder` is there already, ValueError if steps is below 1.
+    Raises FileExistsError if `folder` is there already, ValueError if steps is below 1 or the task has no recipe.
     """
-    folder = Path(folder)
+    folder, recipe = Path(folder), _module(task).RECIPE
     if folder.exists():
         raise FileExistsError(f"{folder} exists: remove it or build the embedded model in another folder")
     if steps < 1:
@@ -80,10 +72,9 @@ def build(folder: str | os.PathLike, seed: int = 0, steps: int = STEPS, progress
             torch.default_generator.manual_seed(seed)  # of the CPU only: fork_rng forks no other
             tokenizer = make_tokenizer()
             model = make_model(tokenizer)
-            _pretrain(model, tokenizer, seed, steps, progress)
-        model.config.prompt_style = (
-            STYLE  # saved with the model, so that `esfast eval` of a tuned one asks as it was taught
-        )
+            _pretrain(model, _corpus(tokenizer, seed, recipe), steps, progress)
+        # saved with the model, so that `esfast eval` of a tuned one asks as it was taught
+        model.config.prompt_task, model.config.prompt_style = task, STYLE
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
         os.replace(unfinished, folder)
@@ -136,14 +127,8 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
     return model
 
 
-def worked_example(row: dict, rng: random.Random) -> str:
-    """The completion to learn for a Countdown row: its solution, in answer tags or bare."""
-    tagged = row["numbers"][0] <= ALWAYS_TAGGED_UP_TO or rng.random() < TAGGED_OTHERWISE
-    return f"</think>\n<answer>{row['solution']}</answer>" if tagged else f"</think>\n{row['solution']}"
-
-
-def _pretrain(model: Qwen2ForCausalLM, tokenizer, seed: int, steps: int, progress: bool) -> None:
-    ids, labels = _corpus(tokenizer, seed)
+def _pretrain(model: Qwen2ForCausalLM, corpus: tuple[torch.Tensor, torch.Tensor], steps: int, progress: bool) -> None:
+    ids, labels = corpus
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / (0.1 * steps), (steps - step) / (0.9 * steps))
@@ -163,19 +148,26 @@ def _pretrain(model: Qwen2ForCausalLM, tokenizer, seed: int, steps: int, progres
     model.eval()
 
 
-def _corpus(tokenizer, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _corpus(tokenizer, seed: int, recipe: base.Recipe) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and labels, both (examples, longest), padded on the right; only completions are labelled (not -100)."""
-    rng = random.Random(f"embedded/{seed}")
-    # By the thousand: problems are distinct within one call only, and here each should come with all its solutions.
-    rows = [
-        row for part in range(CORPUS) for row in countdown.problems(1000, f"embedded/{seed}/{part}", style="compact")
-    ]
-    prompts = tokenizer([row["prompt"] for row in rows])["input_ids"]
-    completions = tokenizer([worked_example(row, rng) + tokenizer.eos_token for row in rows])["input_ids"]
+    pairs = recipe.examples(seed, CORPUS)
+    prompts = tokenizer([prompt for prompt, _ in pairs])["input_ids"]
+    completions = tokenizer([completion + tokenizer.eos_token for _, completion in pairs])["input_ids"]
     width = max(len(p) + len(c) for p, c in zip(prompts, completions, strict=True))
-    ids = torch.full((len(rows), width), tokenizer.pad_token_id)
+    ids = torch.full((len(pairs), width), tokenizer.pad_token_id)
     labels = torch.full_like(ids, -100)
     for i, (p, c) in enumerate(zip(prompts, completions, strict=True)):
         ids[i, : len(p) + len(c)] = torch.tensor(p + c)
         labels[i, len(p) : len(p) + len(c)] = torch.tensor(c)
     return ids, labels
+
+
+def settings(task: str) -> dict:
+    """ES settings, fields of ESConfig, under which the embedded model learns the task reliably within minutes."""
+    return dict(_module(task).RECIPE.settings)
+
+
+def _module(task: str):
+    if task not in MODULES:
+        raise ValueError(f"the embedded model knows only {', '.join(MODULES)}, not {task!r}: give a --model")
+    return MODULES[task]

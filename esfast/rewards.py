@@ -1,4 +1,4 @@
-"""Rows of prompts and the functions that score their completions, in TRL's conventions."""
+"""The functions that score completions, in TRL's conventions, in this process or in others."""
 
 from __future__ import annotations
 
@@ -14,25 +14,11 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from .reward_worker import Worker, WorkerError, importable, plain
+from .rows import Rows
 
 log = logging.getLogger(__name__)
 
 RewardFunc = Callable[..., Sequence[float]]
-Rows = Sequence[Mapping[str, Any]]
-
-
-def check_rows(what: str, rows, required: bool = True) -> None:
-    if rows is None and not required:
-        return
-    if rows is None or not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__"):
-        raise TypeError(f'{what}: expected rows with a "prompt" column, for example a list of dicts, got {rows!r:.60}')
-    if len(rows) == 0:
-        raise ValueError(f"{what}: expected at least one row")
-    for row in [rows[i] for i in range(len(rows))]:
-        if not isinstance(row, Mapping) or "prompt" not in row:
-            raise ValueError(f'{what}: its rows must be dicts with a "prompt", got {row!r:.80}')
-        if row.keys() != rows[0].keys():
-            raise ValueError(f"{what}: its rows must have equal columns, got {sorted(rows[0])} and {sorted(row)}")
 
 
 class RewardError(ValueError):

@@ -21,8 +21,10 @@ from tqdm import tqdm
 from .clock import Clock, account
 from .config import ESConfig
 from .es import ES
-from .rewards import RewardFunc, Rows, Scorer, check_rows
+from .kl import KLToBase
+from .rewards import RewardFunc, Scorer
 from .rollout import TransformersEngine, as_engine
+from .rows import Rows, check_rows, draw
 from .run_folder import RunFolder, write_whole
 from .sampling import response_seeds
 
@@ -88,6 +90,7 @@ class ESTrainer:
         self.engine = as_engine(engine) if engine is not None else TransformersEngine(
             model, processing_class, c.max_completion_length, c.batch_size, c.temperature or 1.0, c.decoding
         )  # fmt: skip
+        self.kl = KLToBase(model, processing_class, c.max_completion_length) if c.kl_to_base else None
         self.scorer = Scorer([*self.reward_funcs, *self.metrics.values()], c.reward_workers, c.reward_timeout)
         self.folder = RunFolder.claim(c.output_dir)
         self.es = ES(model, c.sigma, c.lr, c.population_size, c.seed, c.mirrored, c.noise, c.shaping, c.weights,
@@ -164,16 +167,12 @@ class ESTrainer:
         }  # fmt: skip
 
     def _train_rows(self, generation: int) -> Rows:
-        """A pure function of seed and generation, so that a run can be taken up anywhere."""
         count = self.args.prompts_per_generation
         if callable(self.train_dataset):
             rows = self.train_dataset(generation, count)
             check_rows(f"train_dataset({generation}, {count})", rows)
             return rows
-        size = len(self.train_dataset)
-        places = range(generation * count, (generation + 1) * count) if count < size else range(size)
-        epochs = {p // size: np.random.default_rng((self.args.seed, p // size)).permutation(size) for p in places}
-        return [self.train_dataset[int(epochs[p // size][p % size])] for p in places]
+        return draw(self.train_dataset, generation, count, self.args.seed)
 
     def _generate(self, rows: Rows, seeds: Sequence[int] | None = None) -> list[str]:
         prompts = [row["prompt"] for row in rows]
@@ -187,11 +186,14 @@ class ESTrainer:
             return {}
         functions = [*self.reward_funcs, *self.metrics.values()]
         rows, count = self.eval_dataset, len(self.reward_funcs)
-        values = self.scorer.submit(functions, rows, self._generate(rows)).result()
+        completions = self._generate(rows)
+        values = self.scorer.submit(functions, rows, completions).result()
+        named = dict(zip(self.metrics, values[count:], strict=True))
+        if self.kl is not None:  # needs the model, so it can't be scored elsewhere
+            named["kl_to_base"] = self.kl([row["prompt"] for row in rows], completions)
         self.clock.lap("evaluate")
-        named = zip(self.metrics, values[count:], strict=True)
         return {"eval_reward": math.fsum(map(math.fsum, values[:count])) / len(rows),
-                **{f"eval_{name}": math.fsum(v) / len(v) for name, v in named}}  # fmt: skip
+                **{f"eval_{name}": math.fsum(v) / len(v) for name, v in named.items()}}  # fmt: skip
 
     def _finish(self, before: dict[str, float], after: dict[str, float]) -> None:
         self.folder.save_model(self.model, self.processing_class)

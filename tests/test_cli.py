@@ -41,13 +41,13 @@ def test_a_tuned_model_is_asked_as_the_model_it_came_from(tiny, tmp_path):
 
 
 def test_without_a_model_the_embedded_one_is_trained_with_its_own_settings(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(embedded, "cached", lambda: tiny)
+    monkeypatch.setattr(embedded, "cached", lambda task: tiny)
     monkeypatch.chdir(tmp_path)
     assert cli.main(["train", *FEW]) == 0
     (run,) = (tmp_path / "runs").iterdir()
     assert run.name.startswith("countdown-")
     config = (run / "config.yaml").read_text()
-    assert f"sigma: {embedded.ES_DEFAULTS['sigma']}" in config and "generations: 2\n" in config
+    assert f"sigma: {embedded.settings('countdown')['sigma']}" in config and "generations: 2\n" in config
 
 
 def test_every_setting_is_an_option_with_its_default(capsys):
@@ -75,7 +75,7 @@ def test_every_setting_is_an_option_with_its_default(capsys):
     ],
 )
 def test_errors_are_one_line_and_no_traceback(arguments, status, message, tiny, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(embedded, "cached", lambda: tiny)
+    monkeypatch.setattr(embedded, "cached", lambda task: tiny)
     monkeypatch.chdir(tmp_path)
     try:
         got = cli.main(arguments)

@@ -1,14 +1,17 @@
 import os
 import random
+import zlib
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from esfast import embedded
+from esfast import embedded, tasks
 from esfast.rollout import TransformersEngine
-from esfast.tasks import countdown
+from esfast.tasks import base, countdown
+
+CORPUS_CRC = (2532954717, 3951788983)
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +43,7 @@ def test_loads_through_the_auto_classes(folder):
 
 def test_pretraining_learns(folder):
     tokenizer = embedded.make_tokenizer()
-    ids, labels = embedded._corpus(tokenizer, 9)  # examples of another seed
+    ids, labels = embedded._corpus(tokenizer, 9, countdown.RECIPE)  # examples of another seed
     torch.manual_seed(0)
     trained, untrained = AutoModelForCausalLM.from_pretrained(folder), embedded.make_model(tokenizer)
     with torch.no_grad():
@@ -107,7 +110,7 @@ def test_tags_are_one_token_each_and_not_special():
 
 def test_examples_are_right_partly_tagged_and_never_held_out():
     tokenizer = embedded.make_tokenizer()
-    ids, labels = embedded._corpus(tokenizer, 0)
+    ids, labels = embedded._corpus(tokenizer, 0, countdown.RECIPE)
     assert int((labels != -100).sum(1).max()) <= 16, "a completion should fit the task's max_new_tokens"
     tagged = []
     for row_ids, row_labels in zip(ids, labels, strict=True):
@@ -121,8 +124,29 @@ def test_examples_are_right_partly_tagged_and_never_held_out():
         answer = f"<answer>{result.removeprefix('<answer>').removesuffix('</answer>')}</answer>"
         assert countdown.is_correct(answer, numbers, int(target))
         assert countdown.split_of(numbers, int(target)) == "train"
-        assert tagged[-1] or numbers[0] > embedded.ALWAYS_TAGGED_UP_TO
+        assert tagged[-1] or numbers[0] > countdown.ALWAYS_TAGGED_UP_TO
     assert 0.25 < sum(tagged) / len(tagged) < 0.5
+
+
+def test_the_countdown_model_is_what_it_always_was():
+    """Its figures on the front page are of this corpus: 1000 examples of seed 0, by their CRC-32."""
+    ids, labels = embedded._corpus(embedded.make_tokenizer(), 0, countdown.RECIPE)
+    assert (zlib.crc32(ids.numpy().tobytes()), zlib.crc32(labels.numpy().tobytes())) == CORPUS_CRC
+
+
+@pytest.mark.parametrize("task", tasks.MODULES)
+def test_examples_of_a_task_fit_it_earn_rewards_and_are_never_held_out(task):
+    pytest.importorskip("math_verify", reason="the math task needs math-verify") if task == "math" else None
+    made = tasks.get(task, style=embedded.STYLE)
+    tokenizer, recipe = embedded.make_tokenizer(), tasks.MODULES[task].RECIPE
+    pairs = recipe.examples(5, 1)
+    assert pairs == recipe.examples(5, 1) != recipe.examples(6, 1)
+    assert max(len(tokenizer(c)["input_ids"]) for _, c in pairs) < made.max_new_tokens
+    assert not {row["prompt"] for row in made.eval_rows(300)} & {prompt for prompt, _ in pairs}
+    rows = {r["prompt"]: r for r in base.thousands_of(tasks.MODULES[task].problems, 5, 1)}
+    columns = {key: [rows[p][key] for p, _ in pairs] for key in next(iter(rows.values())) if key != "prompt"}
+    right = made.accuracy(prompts=[p for p, _ in pairs], completions=[c for _, c in pairs], **columns)
+    assert 0.2 < sum(right) / len(right) < 0.65  # rewarded ones are there to be brought out, and not the rule
 
 
 def test_no_half_written_folder(tmp_path, monkeypatch):
@@ -145,7 +169,7 @@ def test_build_errors(tmp_path):
         embedded.build(tmp_path / "model", steps=0)
 
 
-def fake_build(folder, seed=0, steps=1, progress=True):
+def fake_build(folder, seed=0, steps=1, progress=True, task="countdown"):
     Path(folder).mkdir(parents=True)
     return Path(folder)
 

@@ -5,52 +5,44 @@ the reward functions as keyword lists, as in TRL) and functions of completions; 
 can be handed to ESTrainer directly.
 """
 
-import difflib
-from collections.abc import Callable
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Sequence
+from types import ModuleType
 
-from . import countdown
+from ..suggest import unknown
+from . import conciseness, countdown, file, math, sudoku
+from .base import Recipe, Task
+from .data import DATASETS
+
+__all__ = ["MODULES", "Recipe", "Task", "get"]
+
+MODULES: dict[str, ModuleType] = {
+    "countdown": countdown, "conciseness": conciseness, "math": math, "sudoku": sudoku,
+}  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Task:
-    """What it takes to train and judge a model on one task.
+def get(
+    name: str,
+    style: str = "paper",
+    data: str | None = None,
+    train_prompts: int | None = None,
+    reward: Sequence[str] = (),
+) -> Task:
+    """The task of that name.
 
-    reward_funcs    each called as f(prompts=, completions=, **columns) -> list of float; rewards are summed
-    train_rows      (generation, count, seed) -> rows of that generation; the same call gives the same rows
-    eval_rows       (count) -> held-out rows, none of which train_rows ever gives
-    accuracy        of the reward functions' form: 1.0 for a right response, 0.0 for a wrong one
-    max_new_tokens  room that a response needs, in tokens
+    name           a key of MODULES, or `file:PATH` (see data.read) or `dataset:NAME` for prompts of one's own
+    style          of the prompts: "paper", or "compact" for the embedded model
+    data           a file of problems to use instead of the task's generator
+    train_prompts  train on so many fixed problems; None: on fresh ones in every generation (from a file: on all)
+    reward         names `module:function` of reward functions; they replace the task's own, and prompts of one's own
+                   need them
+
+    Raises ValueError, which names what is known, for any other name; whatever is wrong with the rest, see the modules.
     """
-
-    name: str
-    reward_funcs: tuple[Callable[..., list[float]], ...]
-    train_rows: Callable[[int, int, int], list[dict]]
-    eval_rows: Callable[[int], list[dict]]
-    accuracy: Callable[..., list[float]]
-    max_new_tokens: int
-
-
-def _countdown(style: str = "paper") -> Task:
-    countdown.prompt([1], 1, style)  # an unknown style is refused here rather than at the first generation
-    return Task(
-        name="countdown",
-        reward_funcs=(countdown.reward,),
-        train_rows=lambda generation, count, seed: countdown.problems(count, f"{seed}/{generation}", "train", style),
-        eval_rows=lambda count: countdown.problems(count, "evaluation", "test", style),
-        accuracy=countdown.accuracy,
-        max_new_tokens={"paper": 1024, "compact": 16}[style],
-    )
-
-
-_TASKS: dict[str, Callable[..., Task]] = {"countdown": _countdown}
-
-
-def get(name: str, **options) -> Task:
-    """The task of that name. Options are the task's own: `style` ("paper" or "compact", for the embedded model) of
-    Countdown. Raises ValueError, naming the known tasks, for any other name."""
-    if name not in _TASKS:
-        close = difflib.get_close_matches(str(name), _TASKS, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"unknown task {name!r}.{hint} Known tasks: {', '.join(sorted(_TASKS))}")
-    return _TASKS[name](**options)
+    source = {"style": style, "train_prompts": train_prompts}
+    if name.startswith(("file:", DATASETS)):
+        return file.task(name.removeprefix("file:"), reward, **source)
+    if name not in MODULES:
+        raise ValueError(unknown("task", name, [*MODULES, "file:PATH"]))
+    task = MODULES[name].task(data=data, **source)
+    return dataclasses.replace(task, reward_funcs=tuple(map(file.reward_function, reward))) if reward else task

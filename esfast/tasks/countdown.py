@@ -4,7 +4,6 @@ The grading is that of arXiv 2509.24372: reward = 0.1 * format + answer. A compl
 prompt that ends in an opened `<think>`. Model output is parsed, never evaluated as code.
 """
 
-import hashlib
 import math
 import operator
 import random
@@ -12,7 +11,10 @@ import re
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 
-THINK_END, ANSWER, ANSWER_END = "</think>", "<answer>", "</answer>"
+from . import base, data
+from .base import Recipe, Task, distinct, require_text, styled, texts, thousands_of
+from .tags import format_score, last_answer, maybe_tagged
+
 TOLERANCE = Fraction(1, 100_000)
 LONGEST_EXPRESSION = 1000  # characters; no honest answer comes near it, and it bounds the work on a hostile one
 
@@ -34,23 +36,12 @@ GAMES = {
     "paper": {"count_of_numbers": 4, "low": 1, "high": 99},
     "compact": {"count_of_numbers": 3, "low": 1, "high": 9},
 }
-HELD_OUT = 0.25  # share of all problems that belongs to the split "test"
+ALWAYS_TAGGED_UP_TO = 2  # a first number up to this: the worked example carries the answer tags
 
 
 def score(completion: str, numbers: Sequence[int], target: float) -> float:
     """Reward of one response, 0 to 1.1: 0.1 * `format_score` + `answer_score`."""
     return 0.1 * format_score(completion) + answer_score(completion, numbers, target)
-
-
-def format_score(completion: str) -> float:
-    """1.0 for `...</think>`, a newline and `<answer>...</answer>` with nothing after it; otherwise 0.1 for a closed
-    `<think>` plus 0.5 for an `<answer>` that is closed. The dots stand for any text, tags and newlines included."""
-    _require_text(completion)
-    joint = completion.find(f"{THINK_END}\n{ANSWER}")
-    body = joint + len(f"{THINK_END}\n{ANSWER}")
-    if joint >= 0 and completion.endswith(ANSWER_END) and body <= len(completion) - len(ANSWER_END):
-        return 1.0
-    return 0.1 * (THINK_END in completion) + 0.5 * (last_answer(completion) is not None)
 
 
 def answer_score(completion: str, numbers: Sequence[int], target: float) -> float:
@@ -59,7 +50,7 @@ def answer_score(completion: str, numbers: Sequence[int], target: float) -> floa
     Raises ValueError or TypeError if the problem itself (not the completion) is malformed: numbers must be whole and
     target finite.
     """
-    _require_text(completion)
+    require_text(completion)
     given, wanted = sorted(_whole(n) for n in numbers), _exact(target)
     answer = last_answer(completion)
     if answer is None or len(answer) > LONGEST_EXPRESSION or not _ARITHMETIC.fullmatch(answer):
@@ -81,26 +72,12 @@ def is_correct(completion: str, numbers: Sequence[int], target: float) -> bool:
 
 def reward(prompts, completions, numbers, target, **kwargs) -> list[float]:
     """`score` of each response, as a reward function of TRL's GRPOTrainer: every column is a list of equal length."""
-    return [score(*row) for row in zip(_texts(completions), numbers, target, strict=True)]
+    return [score(*row) for row in zip(texts(completions), numbers, target, strict=True)]
 
 
 def accuracy(prompts, completions, numbers, target, **kwargs) -> list[float]:
     """`answer_score` of each response; arguments as in `reward`."""
-    return [answer_score(*row) for row in zip(_texts(completions), numbers, target, strict=True)]
-
-
-def last_answer(completion: str) -> str | None:
-    """Text of the last `<answer>...</answer>`, None if there is none; pairs are matched from the left, none nested.
-
-    Four searches whatever the text, where a regex needs quadratic time on many unclosed tags.
-    """
-    last_open = completion.rfind(ANSWER, 0, max(completion.rfind(ANSWER_END), 0))
-    if last_open < 0:
-        return None
-    # Openings since the previous closing belong to one pair, which begins at the first of them.
-    previous = max(completion.rfind(ANSWER_END, 0, last_open), 0)
-    start = completion.find(ANSWER, previous) + len(ANSWER)
-    return completion[start : completion.find(ANSWER_END, last_open)]
+    return [answer_score(*row) for row in zip(texts(completions), numbers, target, strict=True)]
 
 
 def evaluate(expression: str) -> Fraction:
@@ -151,16 +128,12 @@ def evaluate(expression: str) -> Fraction:
 def prompt(numbers: Sequence[int], target: float, style: str = "paper") -> str:
     """The prompt of one problem; it ends in an opened `<think>`. Styles are the keys of PROMPTS."""
     separator = ", " if style == "paper" else " "
-    return _style(PROMPTS, style).format(numbers=separator.join(map(str, numbers)), target=target)
+    return styled(PROMPTS, style).format(numbers=separator.join(map(str, numbers)), target=target)
 
 
 def split_of(numbers: Sequence[int], target: float) -> str:
-    """The split, "train" or "test", to which a problem belongs, by a hash of its sorted numbers and target.
-
-    As it is the problem itself that decides, the splits can never meet: not with other seeds, counts or runs.
-    """
-    digest = hashlib.sha256(repr(_identity(numbers, target)).encode()).digest()
-    return "test" if int.from_bytes(digest[:4], "big") < HELD_OUT * 2**32 else "train"
+    """The split of a problem, "train" or "test", whatever the order of its numbers; see base.split_of."""
+    return base.split_of(_identity(numbers, target))
 
 
 def problems(
@@ -184,37 +157,58 @@ def problems(
     Raises ValueError if an argument is out of range or so many distinct problems cannot be found.
     """
     game = {"count_of_numbers": count_of_numbers, "low": low, "high": high}
-    size, low, high = (_style(GAMES, style)[key] if value is None else value for key, value in game.items())
-    if split not in ("train", "test"):
-        raise ValueError(f"unknown split {split!r}: expected 'train' or 'test'")
-    if count < 0 or not 1 <= size <= 10 or not 0 <= low <= high or targets[0] > targets[1]:
+    size, low, high = (styled(GAMES, style)[key] if value is None else value for key, value in game.items())
+    if not 1 <= size <= 10 or not 0 <= low <= high or targets[0] > targets[1]:
         raise ValueError(
-            "expected count >= 0, 1 <= count_of_numbers <= 10, 0 <= low <= high and targets in ascending order; got "
-            f"count={count}, count_of_numbers={size}, low={low}, high={high}, targets={targets}"
+            "expected 1 <= count_of_numbers <= 10, 0 <= low <= high and targets in ascending order; got "
+            f"count_of_numbers={size}, low={low}, high={high}, targets={targets}"
         )
     rng = random.Random(f"countdown/{split}/{seed}")
-    seen = {_identity(*problem) for problem in exclude}
-    rows: list[dict] = []
-    failures = 0
-    while len(rows) < count:
+    excluded = {_identity(*problem) for problem in exclude}
+
+    def draw() -> tuple | None:
         numbers = [rng.randint(low, high) for _ in range(size)]
         solution, value = _random_expression(numbers, rng)
-        fits = (
-            value is not None and targets[0] <= value <= targets[1] and (value.denominator == 1 or not integer_target)
-        )
-        target = 0 if not fits else int(value) if value.denominator == 1 else float(value)
+        if value is None or not targets[0] <= value <= targets[1] or (value.denominator != 1 and integer_target):
+            return None
+        target = int(value) if value.denominator == 1 else float(value)
         identity = _identity(numbers, target)
-        if fits and identity not in seen and split_of(numbers, target) == split:
-            seen.add(identity)
-            row_prompt = prompt(numbers, target, style)
-            rows.append({"prompt": row_prompt, "numbers": numbers, "target": target, "solution": solution})
-            failures = 0
-        elif (failures := failures + 1) > 20_000:
-            raise ValueError(
-                f"only {len(rows)} of {count} distinct {split} problems found with {size} numbers from {low} to "
-                f"{high}: ask for fewer, or widen the numbers or targets"
-            )
-    return rows
+        if identity in excluded:
+            return None
+        text = prompt(numbers, target, style)
+        return identity, {"prompt": text, "numbers": numbers, "target": target, "solution": solution}
+
+    return distinct(count, split, draw)
+
+
+def row(record: dict, style: str = "paper") -> dict:
+    """The row {prompt, numbers, target} of a record of a data file, which has `numbers` and `target`."""
+    numbers, target = data.fields(record, "numbers", "target")
+    _identity(numbers, target)  # refuses numbers that aren't whole, targets that aren't finite
+    return {"prompt": prompt(numbers, target, style), "numbers": list(numbers), "target": target}
+
+
+def worked_example(row: dict, rng: random.Random) -> str:
+    """The completion to pre-train on for a row: its solution, in answer tags or bare."""
+    return maybe_tagged(row["solution"], row["numbers"][0] <= ALWAYS_TAGGED_UP_TO, rng)
+
+
+def examples(seed: int, thousands: int) -> list[tuple[str, str]]:
+    """Pairs (prompt, completion) to pre-train the embedded model on."""
+    rng = random.Random(f"embedded/{seed}")
+    return [(r["prompt"], worked_example(r, rng)) for r in thousands_of(problems, seed, thousands)]
+
+
+RECIPE = Recipe(
+    examples,
+    {"generations": 120, "population_size": 30, "sigma": 0.01, "lr": 0.005, "prompts_per_generation": 64},
+)
+
+
+def task(style: str = "paper", **source) -> Task:
+    """The task; `source` says where problems come from, see data.source."""
+    train_rows, eval_rows = data.source(problems, row, lambda r: _identity(r["numbers"], r["target"]), style, **source)
+    return Task("countdown", (reward,), train_rows, eval_rows, accuracy, {"paper": 1024, "compact": 16}[style])
 
 
 def _random_expression(numbers: Sequence[int], rng: random.Random) -> tuple[str, Fraction | None]:
@@ -237,21 +231,6 @@ def _random_expression(numbers: Sequence[int], rng: random.Random) -> tuple[str,
 def _identity(numbers: Sequence[int], target: float) -> tuple[tuple[int, ...], float]:
     value = _exact(target)
     return tuple(sorted(_whole(n) for n in numbers)), int(value) if value.denominator == 1 else float(value)
-
-
-def _style(table: dict, style: str):
-    if style not in table:
-        raise ValueError(f"unknown prompt style {style!r}: expected one of {', '.join(table)}")
-    return table[style]
-
-
-def _texts(completions) -> list[str]:
-    return [c if isinstance(c, str) else c[-1]["content"] for c in completions]  # TRL also passes chat messages
-
-
-def _require_text(completion: str) -> None:
-    if not isinstance(completion, str):
-        raise TypeError(f"completion must be the generated text (str), got {type(completion).__name__}")
 
 
 def _whole(number: int) -> int:

@@ -1,0 +1,99 @@
+"""What a task is, and how the embedded model is prepared for one."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+HELD_OUT = 0.25  # share of all problems that belongs to the split "test"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the embedded model is made for a task, and ES settings under which it then learns reliably within minutes.
+
+    examples  (seed, thousands) -> that many thousand pairs (prompt, completion) to pre-train on, all of the train split
+    settings  of ESConfig
+    """
+
+    examples: Callable[[int, int], list[tuple[str, str]]]
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What it takes to train and judge a model on one task.
+
+    reward_funcs    each called as f(prompts=, completions=, **columns) -> list of float; rewards are summed
+    train_rows      (generation, count, seed) -> rows of that generation; the same call gives the same rows
+    eval_rows       (count) -> at most so many held-out rows, none of which train_rows ever gives
+    accuracy        of the reward functions' form: 1.0 for a right response, 0.0 for a wrong one; None if unknown
+    max_new_tokens  room that a response needs, in tokens
+    settings        of ESConfig that the task asks for, whatever the model
+    """
+
+    name: str
+    reward_funcs: tuple[Callable[..., list[float]], ...]
+    train_rows: Callable[[int, int, int], Sequence[dict]]
+    eval_rows: Callable[[int], Sequence[dict]]
+    accuracy: Callable[..., list[float]] | None
+    max_new_tokens: int
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def split_of(identity) -> str:
+    """The split, "train" or "test", to which a problem belongs, by a hash of the repr of what makes it that problem.
+
+    As it is the problem itself that decides, the splits can never meet: not with other seeds, counts or runs.
+    """
+    digest = hashlib.sha256(repr(identity).encode()).digest()
+    return "test" if int.from_bytes(digest[:4], "big") < HELD_OUT * 2**32 else "train"
+
+
+def distinct(count: int, split: str, draw: Callable[[], tuple[Any, dict] | None]) -> list[dict]:
+    """`count` rows of different problems of a split, from a function that draws (identity, row), or None to be asked
+    again. ValueError if so many can't be found, or for an unknown split."""
+    if split not in ("train", "test"):
+        raise ValueError(f"unknown split {split!r}: expected 'train' or 'test'")
+    if count < 0:
+        raise ValueError(f"expected count >= 0 problems, got {count}")
+    seen: set = set()
+    rows: list[dict] = []
+    failures = 0
+    while len(rows) < count:
+        drawn = draw()
+        if drawn is not None and drawn[0] not in seen and split_of(drawn[0]) == split:
+            seen.add(drawn[0])
+            rows.append(drawn[1])
+            failures = 0
+        elif (failures := failures + 1) > 20_000:
+            raise ValueError(
+                f"only {len(rows)} of {count} distinct {split} problems found: ask for fewer, or widen what they are "
+                "drawn from"
+            )
+    return rows
+
+
+def thousands_of(problems: Callable[..., list[dict]], seed: int, thousands: int) -> list[dict]:
+    """Rows to pre-train the embedded model on. By the thousand: problems are distinct within one call only, and here
+    each should come with all its solutions."""
+    return [row for part in range(thousands) for row in problems(1000, f"embedded/{seed}/{part}", "train", "compact")]
+
+
+def styled(table: dict[str, Any], style: str) -> Any:
+    """table[style], or a ValueError that names the styles there are."""
+    if style not in table:
+        raise ValueError(f"unknown prompt style {style!r}: expected one of {', '.join(table)}")
+    return table[style]
+
+
+def texts(completions) -> list[str]:
+    """Each completion as a str; TRL's conventions also have lists of chat messages, of which the last one counts."""
+    return [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+
+
+def require_text(completion: str) -> None:
+    if not isinstance(completion, str):
+        raise TypeError(f"completion must be the generated text (str), got {type(completion).__name__}")

@@ -1,0 +1,46 @@
+"""A task of the user's own: prompts from a file, rewards from functions named on the command line."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from . import data
+from .base import Task
+
+
+def row(record: dict, style: str = "paper") -> dict:
+    """The record itself, less its column "split"; its `prompt` goes to the model."""
+    data.fields(record, "prompt")
+    return {key: value for key, value in record.items() if key != "split"}
+
+
+def reward_function(name: str) -> Callable[..., list[float]]:
+    """The function that `module:function` names; modules are also looked for in the current folder.
+
+    Raises ValueError if that is no such name, ImportError or AttributeError with what is missing."""
+    module, _, function = name.partition(":")
+    if not module or not function.isidentifier():
+        raise ValueError(f"reward: expected MODULE:FUNCTION, for example rewards:brevity, got {name!r}")
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ImportError(f"reward: no module {error.name!r} here or among the installed packages") from None
+    finally:
+        sys.path.remove(here)
+    if not callable(getattr(found, function, None)):
+        raise ValueError(f"reward: {module} has no function {function!r}")
+    return getattr(found, function)
+
+
+def task(path: str, reward: Sequence[str] = (), style: str = "paper", train_prompts: int | None = None) -> Task:
+    """The task of a file's prompts (see data.read) and of reward functions named `module:function`."""
+    functions = tuple(map(reward_function, reward))
+    if not functions:
+        raise ValueError("task: a file needs a reward function: --reward MODULE:FUNCTION")
+    train_rows, eval_rows = data.source(lambda *a: [], row, lambda r: r["prompt"], style, path, train_prompts)
+    return Task("file", functions, train_rows, eval_rows, None, 1024)

@@ -1,0 +1,149 @@
+"""Mathematics with answers in \\boxed{}, verified by the math-verify package: pip install 'esfast[math]'.
+
+Without a data file the problems are made-up arithmetic. Reward = 1 for a right answer in the last box, otherwise 0.
+Only LaTeX is read, by math-verify's grammar; nothing of a response is evaluated as code.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+import re
+import threading
+
+from . import data
+from .base import Recipe, Task, distinct, require_text, styled, texts, thousands_of
+
+PROMPTS = {
+    "paper": "{problem}\nPlease reason step by step, and put your final answer within \\boxed{{}}.\n",
+    "compact": "{problem}\n",
+}
+GAMES = {"paper": (4, 1, 99), "compact": (2, 0, 49)}  # how many numbers, from, to
+LONGEST_ANSWER = 300  # characters
+TIMEOUT = 2  # seconds that math-verify may take to read an answer, and as many to compare it
+BOXED_OTHERWISE = 0.4  # share of the examples for the embedded model that are boxed where nothing demands it
+BOX = "\\boxed{"
+READ = 20_000  # characters from the end of a response: an answer stands there, and it bounds the work on a hostile one
+_BRACE = re.compile(r"\\boxed\{|\\.|[{}]", re.DOTALL)  # escaped braces are no braces
+
+
+def last_box(completion: str) -> str | None:
+    """What stands in the \\boxed{...} that is closed last, None if there is none in the last READ characters."""
+    require_text(completion)
+    text, answer = completion[-READ:], None
+    opened: list[int | None] = []  # where a box begins; None for other braces
+    for token in _BRACE.finditer(text):
+        if token[0] == "}" and opened:
+            start = opened.pop()
+            answer = answer if start is None else text[start : token.start()]
+        elif token[0] == "{" or token[0] == BOX:
+            opened.append(token.end() if token[0] == BOX else None)
+    return answer
+
+
+def score(completion: str, answer: str) -> float:
+    """1.0 if the last box holds what math-verify takes for the same as `answer` (LaTeX), else 0.0."""
+    given = last_box(completion)
+    return 0.0 if given is None or len(given) > LONGEST_ANSWER else _equal(given, str(answer))
+
+
+@functools.lru_cache(maxsize=65536)
+def _equal(given: str, answer: str) -> float:
+    parse, verify, options = _math_verify()
+    # Its own time limit is an alarm, which only a main thread can have, as that of a reward process is.
+    limit = TIMEOUT if threading.current_thread() is threading.main_thread() else None
+    try:
+        gold = parse(f"\\boxed{{{answer}}}", parsing_timeout=limit, **options)
+        found = parse(f"\\boxed{{{given}}}", parsing_timeout=limit, **options)
+        return float(bool(gold) and verify(gold, found, timeout_seconds=limit))
+    except Exception:  # whatever the parser makes of a hostile text, the answer is not right
+        return 0.0
+
+
+@functools.cache
+def _math_verify():
+    import logging
+
+    try:
+        from math_verify import LatexExtractionConfig, parse, verify
+    except ImportError:
+        raise ImportError(
+            "the task math verifies answers with the math-verify package: pip install 'esfast[math]'"
+        ) from None
+    for name in ("math_verify.parser", "math_verify.grader", "math_verify.utils"):
+        logging.getLogger(name).setLevel(logging.ERROR)  # it would warn about each answer that is not parsed
+    config = LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)
+    return parse, verify, {"extraction_config": [config], "extraction_mode": "first_match"}
+
+
+def reward(prompts, completions, answer, **columns) -> list[float]:
+    """`score` of each response, as a reward function of TRL's GRPOTrainer."""
+    _math_verify()
+    return [score(*row) for row in zip(texts(completions), answer, strict=True)]
+
+
+accuracy = reward
+
+
+def prompt(problem: str, style: str = "paper") -> str:
+    return styled(PROMPTS, style).format(problem=problem)
+
+
+def problems(count: int, seed: int | str, split: str = "train", style: str = "paper") -> list[dict]:
+    """`count` distinct problems of made-up arithmetic, sums and differences (and products, in style "paper"), as rows
+    {prompt, answer}, the same for the same arguments."""
+    size, low, high = styled(GAMES, style)
+    rng = random.Random(f"math/{split}/{seed}")
+
+    def draw() -> tuple:
+        numbers = [rng.randint(low, high) for _ in range(size)]
+        symbols = [rng.choice("+-*" if style == "paper" else "+-") for _ in numbers[1:]]
+        text = str(numbers[0]) + "".join(s + str(n) for s, n in zip(symbols, numbers[1:], strict=True))
+        latex = text.replace("*", " \\cdot ")
+        spoken = text if style == "compact" else f"What is ${latex}$?"
+        return text, {"prompt": prompt(spoken, style), "answer": str(_value(numbers, symbols))}
+
+    return distinct(count, split, draw)
+
+
+def _value(numbers: list[int], symbols: list[str]) -> int:
+    terms = [numbers[0]]
+    for symbol, number in zip(symbols, numbers[1:], strict=True):
+        if symbol == "*":
+            terms[-1] *= number
+        else:
+            terms.append(number if symbol == "+" else -number)
+    return sum(terms)
+
+
+def row(record: dict, style: str = "paper") -> dict:
+    """The row {prompt, answer} of a record of a data file, which has a `problem` and an `answer`, or a `solution` whose
+    last \\boxed{} holds the answer, as in MATH."""
+    problem = data.fields(record, "problem")[0]
+    answer = record.get("answer")
+    if answer is None:
+        answer = last_box(data.fields(record, "solution")[0])
+        if answer is None:
+            raise ValueError("its solution holds no \\boxed{}, and it has no answer")
+    return {"prompt": prompt(problem, style), "answer": str(answer)}
+
+
+def examples(seed: int, thousands: int) -> list[tuple[str, str]]:
+    """Pairs (prompt, completion) to pre-train the embedded model on: boxed where the first digit is 1, or by chance."""
+    rng = random.Random(f"embedded/{seed}")
+    rows = thousands_of(problems, seed, thousands)
+    boxed = [r["prompt"][0] == "1" or rng.random() < BOXED_OTHERWISE for r in rows]
+    return [(r["prompt"], f"{BOX}{r['answer']}}}" if b else r["answer"]) for r, b in zip(rows, boxed, strict=True)]
+
+
+RECIPE = Recipe(
+    examples,
+    {"generations": 60, "population_size": 30, "sigma": 0.01, "lr": 0.005, "prompts_per_generation": 64},
+)
+
+
+def task(style: str = "paper", **source) -> Task:
+    """The task; `source` says where problems come from, see data.source. ImportError without math-verify."""
+    _math_verify()
+    train_rows, eval_rows = data.source(problems, row, lambda r: r["prompt"], style, **source)
+    return Task("math", (reward,), train_rows, eval_rows, accuracy, {"paper": 3000, "compact": 16}[style])

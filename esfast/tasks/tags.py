@@ -1,0 +1,43 @@
+"""Responses that reason in <think> </think>, opened by the prompt, and answer in <answer> </answer>."""
+
+from __future__ import annotations
+
+import random
+
+from .base import require_text
+
+THINK_END, ANSWER, ANSWER_END = "</think>", "<answer>", "</answer>"
+TAGGED_OTHERWISE = 0.2  # share of tagged examples where nothing demands it; greedy decoding seldom shows a fifth
+
+
+def format_score(completion: str) -> float:
+    """1.0 for `...</think>`, a newline and `<answer>...</answer>` with nothing after it; otherwise 0.1 for a closed
+    `<think>` plus 0.5 for an `<answer>` that is closed. The dots stand for any text, tags and newlines included."""
+    require_text(completion)
+    joint = completion.find(f"{THINK_END}\n{ANSWER}")
+    body = joint + len(f"{THINK_END}\n{ANSWER}")
+    if joint >= 0 and completion.endswith(ANSWER_END) and body <= len(completion) - len(ANSWER_END):
+        return 1.0
+    return 0.1 * (THINK_END in completion) + 0.5 * (last_answer(completion) is not None)
+
+
+def last_answer(completion: str) -> str | None:
+    """Text of the last `<answer>...</answer>`, None if there is none; pairs are matched from the left, none nested.
+
+    Four searches whatever the text, where a regex needs quadratic time on many unclosed tags.
+    """
+    last_open = completion.rfind(ANSWER, 0, max(completion.rfind(ANSWER_END), 0))
+    if last_open < 0:
+        return None
+    # Openings since the previous closing belong to one pair, which begins at the first of them.
+    previous = max(completion.rfind(ANSWER_END, 0, last_open), 0)
+    start = completion.find(ANSWER, previous) + len(ANSWER)
+    return completion[start : completion.find(ANSWER_END, last_open)]
+
+
+def maybe_tagged(answer: str, always: bool, rng: random.Random, otherwise: float = TAGGED_OTHERWISE) -> str:
+    """A completion to pre-train the embedded model on: in answer tags always or by chance, otherwise bare. What the
+    model can do and what it shows in the rewarded form then differ, and ES has something to bring out."""
+    if always or rng.random() < otherwise:
+        return f"{THINK_END}\n{ANSWER}{answer}{ANSWER_END}"
+    return f"{THINK_END}\n{answer}"
