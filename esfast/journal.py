@@ -37,7 +37,7 @@ class Journal:
         if path.exists():
             raise FileExistsError(f"journal: {path} exists already; give the run another folder, or move it away")
         header = {"esfast_journal": FORMAT, "noise_version": NOISE_VERSION, **rule.to_json(), "seed": seed,
-                  "weights": weights, "numel": plan.numel, "layout": plan.layout}  # fmt: skip
+                  "weights": weights, "numel": plan.whole_numel, "layout": plan.layout}  # fmt: skip
         journal = cls(path)
         journal._write(header)
         return journal
@@ -102,7 +102,7 @@ def replay(plan: Plan, path: str | Path, until: int | None = None, backend: str 
     if header["layout"] != plan.layout:
         raise ValueError(
             f"journal: {path} is of a model with {header['numel']} weights and layout {header['layout']} (of names, "
-            f"shapes and dtypes), the plan has {plan.numel} and {plan.layout}"
+            f"shapes and dtypes), the plan has {plan.whole_numel} and {plan.layout}"
         )
     truth = plan.master() if header["weights"] == "master" else plan
     update = Updater(truth, Rule.from_json(header), backend)

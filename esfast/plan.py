@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from . import shards
 from .fingerprint import MASK, window_sums
 from .noise import check_int, tensor_id
 from .segments import (
@@ -46,7 +47,7 @@ class Plan:
         source: an nn.Module (its parameters under their `named_parameters` names, whether or not they require grad; no
             buffers), or an iterable of (name, tensor) or (name, tensor, Slice). Tied weights, that is tensors that are
             the same memory, are one tensor under the name that comes first. Any strides will do, but rows that are not
-            contiguous are slow.
+            contiguous are slow. Of a DTensor it takes what lies on this rank, which may be nothing: see esfast.shards.
         include: glob pattern or patterns (fnmatch); only the names that match one are taken. Default: all.
         exclude: glob pattern or patterns; names that match one are left out.
 
@@ -55,7 +56,8 @@ class Plan:
             and wrapper tensors, several devices, tensors without elements, overlapping memory, one name twice, names
             with the same 32-bit id, slices outside their whole, patterns that match nothing, nothing left.
 
-    Attributes: `names` (list of str), `tensors` (list), `numel` (weights in all), `nbytes`, `device`.
+    Attributes: `names` (list of str), `tensors` (list), `numel` (weights in all), `nbytes`, `device`: of a DTensor what
+    lies on this rank.
     """
 
     def __init__(
@@ -64,14 +66,17 @@ class Plan:
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
     ):
-        entries = _select(_entries(source), include, exclude)
-        for entry in entries:
+        self._gathering = shards.fsdp_modules(source)
+        self._reshard()
+        given = _select(_entries(source), include, exclude)
+        self._sharded = [(e.name, e.tensor) for e in given if shards.is_dtensor(e.tensor)]
+        held = [part for e in given for part in (shards.local_entries(e) if shards.is_dtensor(e.tensor) else [e])]
+        for entry in held:
             _check_tensor(entry)
-        self.entries = _merge_tied(entries)
-        _check_names(self.entries)
-        self._tensors = [e.tensor for e in self.entries]
+        self._held = _merge_tied(held)
+        _check_names(self._held)
         self._private = False  # of a clone no module knows, so nothing moves its tensors
-        devices = {e.tensor.device for e in self.entries}
+        devices = {e.tensor.device for e in self._held}
         if len(devices) > 1:
             found = ", ".join(sorted(map(str, devices)))
             raise ValueError(f"Plan: all tensors must be on one device, found {found}. Make one Plan per device.")
@@ -81,6 +86,8 @@ class Plan:
         check_overlap(self.entries, self._table)
 
     def _finish(self) -> None:
+        self.entries = [e for e in self._held if e.tensor.numel()]  # a shard may be empty, even all of them here
+        self._tensors = [e.tensor for e in self.entries]
         self._tables: list[tuple[weakref.ref[Plan], weakref.ref[Plan] | None, Table]] = []  # others are not kept alive
         self._table = Table(self.entries, self.entries)
         self.number = next(_numbers)  # by which a traced call finds it
@@ -100,6 +107,11 @@ class Plan:
         return sum(e.tensor.numel() for e in self.entries)
 
     @property
+    def whole_numel(self) -> int:
+        """Weights of the whole tensors, of which `numel` lie here."""
+        return sum({e.name: math.prod(e.window.shape) for e in self._held}.values())
+
+    @property
     def nbytes(self) -> int:
         return sum(e.tensor.numel() * e.tensor.element_size() for e in self.entries)
 
@@ -108,14 +120,18 @@ class Plan:
         """Eight hex digits for the names, shapes and dtypes of the whole tensors, in order: what a journal depends on.
 
         It is the same for all ways to shard them."""
-        wholes = dict.fromkeys(describe(e, whole=True) for e in self.entries)
+        wholes = dict.fromkeys(describe(e, whole=True) for e in self._held)
         return f"{zlib.crc32(repr(list(wholes)).encode()):08x}"
 
     def fingerprint(self) -> str:
         """16 hex digits for the bits of all weights, equal for equal weights on every device and however they are
-        sharded: see esfast.fingerprint. It reads the weights once and takes 8 MiB (128 MiB on a GPU)."""
+        sharded: see esfast.fingerprint. It reads the weights once and takes 8 MiB (128 MiB on a GPU).
+
+        With DTensors it is a collective call of the ranks of their meshes. RuntimeError if replicas differ."""
         self._check_addresses()
-        return f"{sum(window_sums(self.entries, self.low)) & MASK:016x}"
+        places = ((e.name, e.window.offset, tuple(e.tensor.shape)) for e in self.entries)
+        sums = dict(zip(places, window_sums(self.entries, self.low), strict=True))
+        return f"{sum(shards.gather([t for _, t in self._sharded], sums).values()) & MASK:016x}"
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -158,11 +174,9 @@ class Plan:
 
     def _copy(self, tensor_of: Callable[[Entry], tuple[torch.Tensor, bool]], low: torch.Tensor | None) -> Plan:
         copy = object.__new__(Plan)
-        copy.entries = [
-            Entry(e.name, tensor, e.window, split) for e in self.entries for tensor, split in [tensor_of(e)]
-        ]
-        copy._tensors = [e.tensor for e in copy.entries]
+        copy._held = [Entry(e.name, tensor, e.window, split) for e in self._held for tensor, split in [tensor_of(e)]]
         copy.device, copy._private = self.device, True
+        copy._gathering, copy._sharded = [], self._sharded
         copy.low = low
         copy._finish()
         return copy
@@ -182,6 +196,7 @@ class Plan:
             RuntimeError: a tensor was moved or replaced since its plan was made.
         """
         self._check_addresses()
+        self._reshard()
         base = self if base is None else base
         if base is self and anchor is None:
             return self._table
@@ -214,15 +229,21 @@ class Plan:
             raise ValueError(f"{what}: expected {len(self)} tensors as in the plan, got {len(other)}")
         check_overlap(self.entries + other.entries, self._table, other._table)
 
+    def _reshard(self) -> None:
+        for module in self._gathering:
+            module.reshard()
+
     def _current_addresses(self) -> list[int]:
-        return list(map(torch.Tensor.data_ptr, self._tensors))  # on every call: 400 take 22 us, in a loop 29
+        addresses = list(map(torch.Tensor.data_ptr, self._tensors))  # on every call: 400 take 22 us, in a loop 29
+        return addresses + [t._local_tensor.data_ptr() for _, t in self._sharded]
 
     def _check_addresses(self) -> None:
         if self._private:
             return
         now = self._current_addresses()
         if now != self._addresses:
-            name = next(e.name for e, a, b in zip(self.entries, now, self._addresses, strict=True) if a != b)
+            names = self.names + [name for name, _ in self._sharded]
+            name = next(n for n, a, b in zip(names, now, self._addresses, strict=True) if a != b)
             raise RuntimeError(
                 f"Plan: the memory of {name!r} moved since the plan was made (model.to(...), or a new .data?). "
                 "Make the Plan after the model is where it stays."
@@ -325,7 +346,7 @@ def _check_tensor(entry: Entry) -> None:
         )
     if tensor.is_neg():
         raise TypeError(f"Plan: {name!r} is a view whose sign is only turned on reading; pass .resolve_neg() of it")
-    if tensor.numel() == 0:
+    if tensor.numel() == 0 and math.prod(entry.window.shape) == 0:  # no empty shard of something
         raise ValueError(
             f"Plan: {name!r} has no elements (shape {tuple(tensor.shape)}); if its values were repacked elsewhere "
             "they would be missed. Leave it out with exclude= if that is meant"
@@ -337,7 +358,8 @@ def _merge_tied(entries: list[Entry]) -> list[Entry]:
     first: dict[tuple, Entry] = {}
     for e in entries:
         t = e.tensor
-        first.setdefault((t.device, t.data_ptr(), t.shape, t.stride(), t.dtype), e)
+        memory = t.data_ptr() or t.untyped_storage()._cdata  # what has no elements has no address
+        first.setdefault((t.device, memory, t.shape, t.stride(), t.dtype), e)
     return list(first.values())
 
 

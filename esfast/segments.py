@@ -134,6 +134,8 @@ def _segments(dst: Entry, src: Entry, anchor: Entry | None, flat: int) -> list[t
 
 def check_overlap(entries: list[Entry], *tables: Table) -> None:
     """No byte may belong to two tensors, or twice to one: it would be perturbed twice."""
+    if not entries:
+        return
     owner = np.repeat(np.arange(len(entries)), [len(_segments(e, e, None, 0)) for e in entries])
     size = np.array([e.tensor.element_size() for e in entries])[owner]
     start, rows, cols, stride = (

@@ -170,7 +170,8 @@ class HostWeights(_MovingWeights):
 
     def restore(self) -> None:
         with held():
-            torch._foreach_copy_([t.detach() for t in self.plan.tensors], self._host)  # complete before the next kernel
+            for t, mine in zip(self.plan.tensors, self._host, strict=True):
+                t.detach().copy_(mine)  # complete before the next kernel
             self._applied = []
 
     def update(self, record: Generation) -> None:
@@ -178,7 +179,8 @@ class HostWeights(_MovingWeights):
         self._save()
 
     def _save(self) -> None:
-        torch._foreach_copy_(self._host, [t.detach() for t in self.plan.tensors])
+        for t, mine in zip(self.plan.tensors, self._host, strict=True):
+            mine.copy_(t.detach())
 
 
 def _sample(plan: Plan) -> list[tuple[str, torch.Tensor, Slice]]:

@@ -1,0 +1,142 @@
+"""Sharded weights: what a DTensor holds here, as slices of its whole, and what ranks that share a model must exchange.
+
+`Plan` takes DTensors as it takes any tensor (tensor parallelism by transformers' `tp_plan`, FSDP2's `fully_shard`, any
+mesh): every shard gets the noise that its elements have in the whole, so no rank needs to know of another to perturb,
+restore or update. Ranks that hold a model together must only evaluate the same member at the same time.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from .segments import Entry, Slice
+
+
+def is_dtensor(tensor: torch.Tensor) -> bool:
+    module = sys.modules.get("torch.distributed.tensor")  # whoever has a DTensor has imported it; we needn't, for 0.5 s
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local_entries(e: Entry) -> list[Entry]:
+    """What this rank holds of a DTensor: a list of slices, mostly one. A shard without elements is one too.
+
+    `e.window` says where the DTensor as a whole lies in its whole, which is itself unless it is part of a fused one.
+
+    Raises:
+        TypeError: a placement that is neither Shard nor Replicate, such as Partial.
+        ValueError: this rank isn't in its mesh, or its local tensor isn't of the size that the placements tell.
+    """
+    spans = _spans(e)
+    local = e.tensor._local_tensor.detach()  # what to_local() gives, without its 10 us of autograd
+    found = tuple(local.shape)
+    expected = tuple(sum(length for _, length in dimension) for dimension in spans)
+    if found != expected:
+        raise ValueError(
+            f"Plan: {e.name!r} {tuple(e.tensor.shape)}, placed as {e.tensor.placements}, should have {expected} here, "
+            f"but its local tensor has {found}"
+        )
+    if not local.numel():
+        return [Entry(e.name, local, Slice(e.window.shape, e.window.offset))]
+    entries = []
+    for place in itertools.product(*(_with_local_starts(dimension) for dimension in spans)):
+        part = local
+        for d, (at, _, length) in enumerate(place):
+            part = part.narrow(d, at, length)
+        offset = tuple(o + start for o, (_, start, _) in zip(e.window.offset, place, strict=True))
+        entries.append(Entry(e.name, part, Slice(e.window.shape, offset)))
+    return entries
+
+
+def _spans(e: Entry) -> list[list[tuple[int, int]]]:
+    """For each dimension of a DTensor the (start, length) of what this rank has of it, in the order it lies here.
+
+    Placements apply from left to right. Shard(d) takes one of torch.chunk's chunks; _StridedShard(d, split_factor=k)
+    one of each of k equal parts: that is how FSDP2 cuts what tensor parallelism has cut already, and how the halves of
+    a fused gate_up matrix are cut.
+    """
+    mesh, coordinate = e.tensor.device_mesh, e.tensor.device_mesh.get_coordinate()
+    if coordinate is None:
+        raise ValueError(f"Plan: {e.name!r} lies on {mesh}, which this rank is not part of")
+    spans = [[(0, n)] for n in e.tensor.shape]
+    for placement, parts, index in zip(e.tensor.placements, mesh.shape, coordinate, strict=True):
+        kind = type(
+            placement
+        ).__name__  # _StridedShard has no public name, and is_shard() is true of it or not by version
+        if kind == "Shard":
+            spans[placement.dim] = _chunk(spans[placement.dim], parts, index)
+        elif kind == "_StridedShard":
+            factor, pieces = placement.split_factor, spans[placement.dim]
+            if sum(length for _, length in pieces) % factor:
+                raise ValueError(
+                    f"Plan: {e.name!r} {tuple(e.tensor.shape)} is placed as {e.tensor.placements}, but its dimension "
+                    f"{placement.dim} can't be split into {factor} equal parts"
+                )
+            spans[placement.dim] = [
+                span for k in range(factor) for span in _chunk(_chunk(pieces, factor, k), parts, index)
+            ]
+        elif kind != "Replicate":
+            raise TypeError(
+                f"Plan: {e.name!r} is a DTensor placed as {e.tensor.placements}; only Shard and Replicate hold weights "
+                "that can be perturbed. Redistribute it, or leave it out with exclude="
+            )
+    return spans
+
+
+def _chunk(spans: Iterable[tuple[int, int]], parts: int, index: int) -> list[tuple[int, int]]:
+    """The index-th of torch.chunk's chunks of the elements in `spans`: (start, length) pairs."""
+    spans = list(spans)
+    size = -(-sum(length for _, length in spans) // parts)
+    low, high, at, taken = index * size, (index + 1) * size, 0, []
+    for start, length in spans:
+        a, b = max(low - at, 0), min(high - at, length)
+        if a < b:
+            taken.append((start + a, b - a))
+        at += length
+    return taken
+
+
+def _with_local_starts(spans: list[tuple[int, int]]) -> list[tuple[int, int, int]]:
+    """(start here, start in the whole, length), with neighbours merged."""
+    merged: list[tuple[int, int, int]] = []
+    at = 0
+    for start, length in spans:
+        if merged and merged[-1][1] + merged[-1][2] == start:
+            merged[-1] = (*merged[-1][:2], merged[-1][2] + length)
+        else:
+            merged.append((at, start, length))
+        at += length
+    return merged
+
+
+def fsdp_modules(source) -> list[torch.nn.Module]:
+    """The modules under FSDP2. What they gathered for a forward pass is of the past once a shard has changed, and
+    FSDP2 keeps the root's until a backward pass, which never comes: Plan tells them to `reshard`."""
+    module = sys.modules.get("torch.distributed.fsdp")
+    if module is None or not isinstance(source, torch.nn.Module):
+        return []
+    return [m for m in source.modules() if isinstance(m, module.FSDPModule)]
+
+
+def gather(dtensors: Sequence[torch.Tensor], mine: dict) -> dict:
+    """The union of all ranks' dicts over the meshes of the DTensors. A collective call.
+
+    Raises RuntimeError on all ranks if two have different values under one key.
+    """
+    groups = dict.fromkeys(group for t in dtensors for group in t.device_mesh.get_all_groups())
+    conflict = None
+    for group in groups:  # dimension after dimension, so that after the last each rank has met every other
+        told = [None] * torch.distributed.get_world_size(group)
+        torch.distributed.all_gather_object(told, (mine, conflict), group=group)
+        mine = {}
+        for theirs, theirs_conflict in told:
+            conflict = conflict or theirs_conflict
+            for key, value in theirs.items():
+                if mine.setdefault(key, value) != value:
+                    conflict = conflict or key
+    if conflict is not None:
+        raise RuntimeError(f"ranks hold different bits of {conflict[0]!r}, offset {conflict[1]} in its whole")
+    return mine

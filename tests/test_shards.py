@@ -1,0 +1,54 @@
+"""Sharded weights in real processes: what is gathered from 2 and 4 ranks equals the unsharded run to the bit.
+
+The checks are those of sharded.py; one launch of a world runs all of them, since starting processes takes longest.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import sharded
+
+WORLDS = (2, 4)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """results(world): what every rank wrote, a dict from the check's name to "ok" or a traceback."""
+    kept = {}
+
+    def run(world):
+        if world not in kept:
+            folder = tmp_path_factory.mktemp(f"world{world}")
+            environment = os.environ | {
+                "RANK": "", "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+            }  # fmt: skip
+            ranks = [
+                subprocess.Popen(
+                    [sys.executable, Path(sharded.__file__), str(rank), str(world), str(folder)],
+                    env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    stderr=open(folder / f"{rank}.err", "w"),
+                )
+                for rank in range(world)
+            ]
+            for process in ranks:
+                process.wait(timeout=240)
+            kept[world] = [
+                (json.loads(path.read_text()) if (path := folder / f"{rank}.json").exists() else {})
+                | {"stderr": (folder / f"{rank}.err").read_text()[-3000:]}
+                for rank in range(world)
+            ]
+        return kept[world]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("world", "name"), [(w, name) for w in WORLDS for name, (worlds, _) in sharded.CHECKS.items() if w in worlds]
+)
+def test_shards(world, name, results):
+    outcomes = [found.get(name, "not run: " + found["stderr"]) for found in results(world)]
+    assert outcomes == ["ok"] * world, "\n".join(f"rank {rank}: {text}" for rank, text in enumerate(outcomes))
