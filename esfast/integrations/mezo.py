@@ -1,0 +1,189 @@
+"""MeZO (Malladi et al., arXiv 2305.17333) on esfast's noise: two functions, and a mixin for transformers.Trainer.
+
+MeZO perturbs in place by +1, -2 and +1 times eps * z, redrawing z each time, and then steps along z by the projected
+gradient (L+ - L-) / (2 eps). Rounding makes the weights after the three moves differ from those before; here each is
+one fused pass that writes the weights from a base, so they are the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from ..es import member_seed
+from ..plan import Plan
+from ..update import Generation, Rule
+from ..weights import MODES
+from .offsets import Offsets
+
+NOT_DECAYED = ("bias", "layer_norm", "layernorm")  # as in MeZO: weights with these in their name don't decay
+
+
+class ZOParameters:
+    """The weights that MeZO changes, and how they are perturbed.
+
+    Args:
+        model: an nn.Module (those of its parameters that require grad), a Plan, or an iterable of (name, tensor).
+        zo_eps: size of the perturbation. > 0.
+        weights: "base" (exact; one copy of the weights), "master" (exact, updates in float32), "host" or "inplace" (no
+            copy, and the rounding errors of MeZO); see esfast.weights.
+        noise, rounding, backend: as in `add_noise_`.
+        weight_decay: of `zo_update`, for all weights but those with "bias" or "layer norm" in their name.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module | Plan | Iterable[tuple],
+        zo_eps: float = 1e-3,
+        weights: str = "base",
+        noise: str = "gaussian",
+        rounding: str = "nearest",
+        weight_decay: float = 0.0,
+        backend: str = "auto",
+    ):
+        if weights not in MODES:
+            raise ValueError(f"weights: expected one of {', '.join(map(repr, MODES))}, got {weights!r}")
+        if not zo_eps > 0:
+            raise ValueError(f"zo_eps: expected a positive number, got {zo_eps!r}")
+        if isinstance(model, Plan):
+            model = [(e.name, e.tensor, e.window) for e in model.entries]
+        elif isinstance(model, torch.nn.Module):
+            model = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        items = list(model)
+        still = [i for i in items if weight_decay and any(part in i[0] for part in NOT_DECAYED)]
+        moved = [i for i in items if not any(i is s for s in still)]
+        rule = Rule(noise, rounding)
+        self.zo_eps, self.weight_decay, self.updates = float(zo_eps), float(weight_decay), 0
+        self.groups = [  # with its decay: two passes where some weights decay and others don't, else one
+            (Offsets(MODES[weights](Plan(group), rule, backend)), decay)
+            for group, decay in ((moved, self.weight_decay), (still, 0.0))
+            if group
+        ]
+
+
+def zo_perturb_parameters(parameters: ZOParameters, random_seed: int, scaling_factor: float = 1) -> None:
+    """Adds scaling_factor * zo_eps * noise(random_seed) to the weights, in one pass.
+
+    Factors add up: after +1, -2 and +1 the weights are the same bits as before ("inplace": nearly).
+    """
+    for offsets, _ in parameters.groups:
+        offsets.add(random_seed, scaling_factor * parameters.zo_eps)
+
+
+def zo_update(
+    parameters: ZOParameters,
+    random_seed: int | Sequence[int],
+    projected_grad: float | Sequence[float],
+    learning_rate: float,
+) -> None:
+    """Moves the weights by -learning_rate * (projected_grad * noise(random_seed) + weight_decay * weights).
+
+    One pass. Several seeds, each with its gradient, make the step along their mean. Raises RuntimeError while a
+    perturbation is in place, TypeError or ValueError for what `add_noise_` refuses (a gradient that is not finite);
+    weights are untouched.
+    """
+    several = isinstance(random_seed, Sequence)
+    seeds, grads = (list(random_seed), list(projected_grad)) if several else ([random_seed], [projected_grad])
+    coeffs = [-learning_rate * float(g) / len(seeds) for g in grads]
+    for offsets, _ in parameters.groups:
+        if offsets.terms:
+            raise RuntimeError(f"zo_update: the noise of seed {next(iter(offsets.terms))} is still in place")
+    for offsets, decay in parameters.groups:
+        offsets.mode.update(
+            Generation(parameters.updates, seeds, coeffs, [], parameters.zo_eps, learning_rate, learning_rate * decay)
+        )
+    parameters.updates += 1
+
+
+class ZOOptimizer(torch.optim.Optimizer):
+    """What a Trainer steps: its learning rate is a schedule's to set, its step is the trainer's `zo_update`."""
+
+    def __init__(self, trainer: MeZOMixin, parameters: list[torch.nn.Parameter], lr: float):
+        super().__init__(parameters, {"lr": lr})
+        self.trainer = trainer
+
+    def step(self, closure=None) -> None:
+        self.trainer.zo_apply(self.param_groups[0]["lr"])
+
+
+class MeZOMixin:
+    """Makes a transformers.Trainer train by MeZO: `class MyTrainer(MeZOMixin, Trainer): pass`.
+
+    Forward passes only, in eval mode and without gradients; batches, schedules, logging, checkpoints and callbacks
+    remain the Trainer's. With gradient_accumulation_steps=n a step is along the mean of n seeds. In front of a
+    MeZO trainer that has a loop of its own (`class MyTrainer(MeZOMixin, OurTrainer)`), it takes the place of
+    zo_perturb_parameters and zo_update, whose arguments and attributes (zo_random_seed, projected_grad) it keeps.
+
+    Attributes: zo_eps (a `zo_eps` in the TrainingArguments goes first), zo_weights and zo_noise, as in ZOParameters.
+    Seeds are a function of args.seed and the step, so a resumed run draws what an unbroken one draws.
+    """
+
+    zo_eps = 1e-3
+    zo_weights = "base"
+    zo_noise = "gaussian"
+
+    def __init__(self, *args, **kwargs):
+        self._zo: ZOParameters | None = None
+        self._zo_pending: list[tuple[int, float]] = []  # seeds and gradients since the last step
+        super().__init__(*args, **kwargs)
+
+    @property
+    def zo_parameters(self) -> ZOParameters:
+        if self._zo is None:
+            if self.args.fp16:
+                raise ValueError("MeZO: fp16=True scales gradients, of which there are none; load the model in float16")
+            self._zo = ZOParameters(
+                self.accelerator.unwrap_model(self.model), getattr(self.args, "zo_eps", self.zo_eps), self.zo_weights,
+                self.zo_noise, weight_decay=self.args.weight_decay,
+            )  # fmt: skip
+        return self._zo
+
+    def zo_perturb_parameters(self, random_seed: int | None = None, scaling_factor: float = 1) -> None:
+        seed = self.zo_random_seed if random_seed is None else random_seed
+        zo_perturb_parameters(self.zo_parameters, seed, scaling_factor)
+
+    def zo_update(self, model=None) -> None:
+        self._zo_pending[:] = [(self.zo_random_seed, self.projected_grad)]
+        self.optimizer.step()
+        self.lr_scheduler.step()
+
+    def zo_forward(self, model, inputs) -> torch.Tensor:
+        """The loss of a batch, the mean over all processes."""
+        model.eval()
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, self._prepare_inputs(inputs))
+        return self.accelerator.gather(loss.detach()).mean()
+
+    def zo_step(self, model, inputs) -> torch.Tensor:
+        """Both forward passes; sets zo_random_seed and projected_grad, leaves the weights as they were, and returns
+        the loss at +eps."""
+        self.zo_random_seed = member_seed(self.args.seed, self.state.global_step, len(self._zo_pending))
+        eps, losses = self.zo_parameters.zo_eps, []
+        try:
+            for factor in (1, -2):
+                self.zo_perturb_parameters(scaling_factor=factor)
+                losses.append(self.zo_forward(model, inputs))
+        finally:
+            for offsets, _ in self.zo_parameters.groups:
+                offsets.clear()
+        self.projected_grad = ((losses[0] - losses[1]) / (2 * eps)).item()
+        return losses[0]
+
+    # ---- what transformers.Trainer calls ---------------------------------------------------------------------------
+
+    def create_optimizer(self, model=None) -> ZOOptimizer:
+        if self.optimizer is None:
+            trained = [p for p in self.model.parameters() if p.requires_grad]
+            self.optimizer = ZOOptimizer(self, trained, self.args.learning_rate)
+        return self.optimizer
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        loss = self.zo_step(model, inputs)
+        self._zo_pending.append((self.zo_random_seed, self.projected_grad))
+        return loss / getattr(self, "current_gradient_accumulation_steps", self.args.gradient_accumulation_steps)
+
+    def zo_apply(self, lr: float) -> None:
+        """Steps along all batches since the last step."""
+        pending, self._zo_pending = self._zo_pending, []
+        zo_update(self.zo_parameters, *map(list, zip(*pending, strict=True)), lr)
