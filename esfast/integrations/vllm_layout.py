@@ -1,0 +1,203 @@
+"""Where the weights of a vLLM model lie in the tensors of the Hugging Face model that it was loaded from.
+
+vLLM fuses q, k and v, and gate and up, into one matrix each, pads embeddings, and gives each tensor-parallel rank a
+shard. Noise belongs to the Hugging Face tensors, so each vLLM tensor is described as pieces: views of it, each a Slice
+of a whole.
+
+| vLLM layer                       | pieces on rank r of R                                                             |
+|----------------------------------|-----------------------------------------------------------------------------------|
+| ReplicatedLinear, norms          | the whole tensor                                                                  |
+| ColumnParallelLinear             | 1/R of the rows                                                                   |
+| MergedColumnParallelLinear       | one after the other, 1/R of the rows of each of the matrices that it fuses        |
+| QKVParallelLinear                | rows of q, of k and of v; with fewer kv heads than ranks, several ranks hold one  |
+| RowParallelLinear                | 1/R of the columns; the whole bias                                                |
+| VocabParallelEmbedding, LM head  | rows of the vocabulary; rows that pad it are no weights, and nobody reads them    |
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..segments import Slice
+
+Shape = tuple[int, ...]
+Piece = tuple[str, torch.Tensor, Slice]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """`count` consecutive rows of a vLLM tensor, which are rows first, first + 1, ... of the tensor of layer `leaf`."""
+
+    leaf: str
+    count: int
+    first: int
+
+
+def hf_shapes(config) -> dict[str, Shape]:
+    """Names and shapes of a Hugging Face causal LM's parameters, in the order of `named_parameters()`, from its config
+    alone; tied weights once."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return {name: tuple(p.shape) for name, p in model.named_parameters()}
+
+
+def pieces(model: torch.nn.Module, wholes: Mapping[str, Shape]) -> list[Piece]:
+    """Every parameter of a vLLM model on this rank as (Hugging Face name, view, Slice), in the order of `wholes`.
+
+    Args:
+        model: as a vLLM worker's get_model() gives it, its layers unquantized.
+        wholes: names and shapes of the Hugging Face model: `hf_shapes`.
+
+    Raises ValueError, which names the parameter: one without elements, of a name or shape that `wholes` lacks, or tied
+    where the Hugging Face model has two. That nothing is missing only all ranks together can say: `check_covered`.
+    """
+    packed = getattr(model, "packed_modules_mapping", {})
+    order = {name: i for i, name in enumerate(wholes)}
+    found: list[Piece] = []
+    names: dict[int, str] = {}
+    for prefix, module in model.named_modules():
+        for leaf, p in module.named_parameters(recurse=False):
+            name = f"{prefix}.{leaf}"
+            if p.numel() == 0:
+                raise ValueError(
+                    f"vLLM: {name!r} has no elements (shape {tuple(p.shape)}): its values were repacked elsewhere, "
+                    "where noise can't reach them"
+                )
+            if id(p) in names:
+                if name in wholes:
+                    raise ValueError(
+                        f"vLLM: {name!r} and {names[id(p)]!r} share memory, but the Hugging Face model has weights "
+                        "for each"
+                    )
+                continue
+            names[id(p)] = name
+            found += _pieces(prefix, leaf, module, p, packed, wholes)
+    return sorted(found, key=lambda piece: (order[piece[0]], piece[2].offset))
+
+
+def check_covered(wholes: Mapping[str, Shape], ranks: Sequence[Sequence[tuple[str, Shape, Shape]]]) -> list[list[bool]]:
+    """That the (name, shape, offset) of all ranks' pieces make up every whole, each element once or, where ranks hold
+    the same piece, as a copy. Returns for each piece of each rank whether it is the first that holds these elements.
+
+    Raises ValueError that names a weight of which a part is nowhere, or which pieces overlap in part."""
+    held: dict[str, list[tuple[Shape, Shape]]] = {}
+    first = []
+    for places in ranks:
+        first.append([])
+        for name, shape, offset in places:
+            window, earlier = (tuple(shape), tuple(offset)), held.setdefault(name, [])
+            first[-1].append(window not in earlier)
+            if window not in earlier:
+                earlier.append(window)
+    for name, whole in wholes.items():
+        windows = held.get(name, [])
+        if sum(math.prod(shape) for shape, _ in windows) != math.prod(whole) or _meet(windows):
+            raise ValueError(f"vLLM: the ranks hold {windows or 'nothing'} of {name!r} {whole}, not each weight once")
+    return first
+
+
+def _meet(windows: list[tuple[Shape, Shape]]) -> bool:
+    return any(
+        all(x < y + m and y < x + n for x, y, n, m in zip(o, p, s, t, strict=True))
+        for i, (s, o) in enumerate(windows)
+        for t, p in windows[:i]
+    )
+
+
+def _pieces(
+    prefix: str,
+    leaf: str,
+    module: torch.nn.Module,
+    p: torch.Tensor,
+    packed: Mapping[str, Sequence[str]],
+    wholes: Mapping[str, Shape],
+) -> Iterator[Piece]:
+    parent, _, layer = prefix.rpartition(".")
+    column = 0
+    rows = _rows(layer, module, packed)
+    if rows is None:
+        rows = [Rows(layer, p.shape[0], 0)]
+        if _is(module, "RowParallelLinear") and p.dim() == 2:
+            column = module.tp_rank * p.shape[1]
+    start = 0
+    for part in rows:
+        name = ".".join(filter(None, (parent, part.leaf, leaf)))
+        if name not in wholes:
+            raise ValueError(
+                f"vLLM: {prefix}.{leaf} would be {name!r}, which the Hugging Face model doesn't have; "
+                f"{type(module).__name__} of this model is not supported"
+            )
+        view = p.detach()[start : start + part.count]
+        offset = (part.first, column)[: p.dim()]
+        whole = wholes[name]
+        fits = len(whole) == view.dim() and all(o + n <= w for o, n, w in zip(offset, view.shape, whole, strict=True))
+        if not fits or view.shape[0] != part.count:
+            raise ValueError(
+                f"vLLM: {prefix}.{leaf} {tuple(p.shape)} can't hold rows {part.first} to {part.first + part.count} of "
+                f"{name!r} {whole}"
+            )
+        if part.count:
+            yield name, view, Slice(whole, offset)
+        start += part.count
+    if start != p.shape[0] and not _is(module, "VocabParallelEmbedding"):
+        raise ValueError(f"vLLM: {prefix}.{leaf} has {p.shape[0]} rows, of which only {start} are known")
+
+
+def _rows(layer: str, module: torch.nn.Module, packed: Mapping[str, Sequence[str]]) -> list[Rows] | None:
+    """What the rows of a layer's tensors are; None for tensors that are not sharded by rows."""
+    if _is(module, "VocabParallelEmbedding"):
+        held = module.shard_indices
+        if module.num_added_embeddings:
+            raise ValueError(f"vLLM: {layer} has {module.num_added_embeddings} rows for LoRA, which is not supported")
+        return [Rows(layer, held.org_vocab_end_index - held.org_vocab_start_index, held.org_vocab_start_index)]
+    if not _is(module, "ColumnParallelLinear"):
+        return None
+    counts = list(module.output_partition_sizes)
+    ranks = [module.tp_rank] * len(counts)
+    sizes = [module.tp_size * count for count in counts]
+    if _is(module, "QKVParallelLinear"):
+        ranks[1:] = [module.tp_rank // module.num_kv_head_replicas] * 2
+        sizes[1:] = [size // module.num_kv_head_replicas for size in sizes[1:]]
+    leaves, starts = list(packed.get(layer, [layer])), [0] * len(counts)
+    if leaves == [layer]:  # fused in the Hugging Face model too
+        leaves, starts = leaves * len(counts), [0, *itertools.accumulate(sizes[:-1])]
+    if len(leaves) != len(counts):
+        raise ValueError(f"vLLM: {layer} fuses {len(counts)} matrices, but the model names {leaves}")
+    return [Rows(leaf, n, start + rank * n) for leaf, n, start, rank in zip(leaves, counts, starts, ranks, strict=True)]
+
+
+def _is(module: torch.nn.Module, name: str) -> bool:
+    """Whether it is of vLLM's class `name` or one that derives from it, without importing vLLM."""
+    return any(c.__name__ == name for c in type(module).__mro__)
+
+
+@torch.no_grad()
+def check_live(model: torch.nn.Module) -> None:
+    """That layers compute with their parameters, and not with a copy packed when they were loaded.
+
+    Each linear layer's rule is tried on one row of ones: with the sign of all weights turned, the result's sign must
+    turn, exactly. Afterwards the weights are the same bits. ValueError names the layer that fails.
+    """
+    for name, module in model.named_modules():
+        apply, weight = getattr(getattr(module, "quant_method", None), "apply", None), getattr(module, "weight", None)
+        if apply is None or not isinstance(weight, torch.Tensor) or weight.dim() != 2:
+            continue
+        x = torch.ones(1, weight.shape[1], dtype=weight.dtype, device=weight.device)
+        before = apply(module, x, None).clone()
+        weight.neg_()
+        try:
+            after = apply(module, x, None).clone()
+        finally:
+            weight.neg_()
+        if not torch.equal(after, -before) or not before.any():
+            raise ValueError(
+                f"vLLM: {name!r} computes with a copy of its weights that was packed when it was loaded; noise would "
+                "miss it"
+            )

@@ -1,0 +1,123 @@
+"""A vLLM worker's weights as ES sees them: its part of every Hugging Face tensor, a base to restore from, a record."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from ..fingerprint import MASK, window_sums
+from ..journal import Journal
+from ..plan import Plan
+from ..update import Generation, Rule
+from ..weights import MODES
+from . import vllm_files, vllm_layout
+from .offsets import Offsets
+
+
+class WorkerWeights:
+    """
+    Args:
+        model: the worker's model. config: its Hugging Face config. source: the model's folder or name.
+        group: vLLM's tensor-parallel group. All ranks make, save and fingerprint their weights at the same time.
+        rule, mode, include, exclude: as for `esfast.ES`.
+
+    Raises TypeError or ValueError, which names the weight, for what `vllm_layout` and Plan refuse.
+    """
+
+    def __init__(self, model, config, source: str, group, rule: Rule, mode: str = "base", include=None, exclude=None):
+        if mode not in MODES:
+            raise ValueError(f"weights: expected one of {', '.join(map(repr, MODES))}, got {mode!r}")
+        self.source, self.group, self.rule, self.mode_name = source, group, rule, mode
+        self.wholes = vllm_layout.hf_shapes(config)
+        found = vllm_layout.pieces(model, self.wholes)
+        vllm_layout.check_live(model)
+        self.places = self._gather([(name, tuple(t.shape), tuple(w.offset)) for name, t, w in found])
+        self.first = vllm_layout.check_covered(self.wholes, self.places)
+        self.all = Plan(found)  # with what include and exclude leave out
+        self.plan = Plan(found, include, exclude) if include or exclude else self.all
+        mine = zip(self.places[group.rank_in_group], self.first[group.rank_in_group], strict=True)
+        kept = {(name, offset) for (name, _, offset), first in mine if first}
+        self._owned = [e for e in self.all.entries if (e.name, tuple(e.window.offset)) in kept]
+        self.begin()
+
+    def begin(self) -> None:
+        """The weights of now are those that updates start from."""
+        self.mode = MODES[self.mode_name](self.plan, self.rule)
+        self.offsets = Offsets(self.mode)
+        self.records: list[Generation] = []
+
+    def update(self, record: Generation) -> None:
+        if self.offsets.terms:
+            raise RuntimeError(
+                f"update: the noise of seed {next(iter(self.offsets.terms))} is still in place; restore first"
+            )
+        if record.generation != len(self.records):
+            raise ValueError(f"update: expected generation {len(self.records)}, got {record.generation}")
+        self.mode.update(record)
+        self.records.append(record)
+
+    def fingerprint(self) -> str:
+        """Of the whole model's weights as they are now, the same as `Plan(hf_model).fingerprint()`."""
+        return f"{sum(self._gather(sum(window_sums(self._owned)) & MASK)) & MASK:016x}"
+
+    def save(self, folder: str | Path) -> None:
+        """A Hugging Face folder of the weights as they are now, and journal.jsonl, the updates that led to them."""
+        tensors = vllm_files.gather_wholes(self.all, self.wholes, self.places, self.first, self.group)
+        error = None
+        if self.group.rank_in_group == 0:
+            try:
+                vllm_files.save_folder(Path(folder), tensors, self.source, {"journal.jsonl": self._journal_text()})
+            except Exception as e:  # for all ranks to raise: one that waits for another would wait for ever
+                error = e
+        self._raise_first(error)
+
+    def load(self, folder: str | Path) -> None:
+        """Weights from a Hugging Face folder, from which updates then start."""
+        if self.offsets.terms:
+            raise RuntimeError("load: a member's noise is still in place; restore first")
+        error = None
+        try:
+            new = [piece for _, piece in vllm_files.folder_pieces(self.all, folder)]
+        except Exception as e:
+            error = e
+        self._raise_first(error)
+        for e, piece in zip(self.all.entries, new, strict=True):
+            e.tensor.detach().copy_(piece)
+        self.begin()
+
+    def verify(self) -> None:
+        """That this worker holds what the model's folder holds, weight by weight. ValueError names one that differs."""
+        for e, piece in vllm_files.folder_pieces(self.all, self.source):
+            if not torch.equal(e.tensor.detach().cpu(), piece):
+                raise ValueError(f"vLLM: {e.name!r} at {e.window.offset} does not hold what {self.source} has there")
+
+    def layout(self) -> dict:
+        """What a journal says of the model: weights, tensors, and the layout that HF and all shards share."""
+        shapes = {name: self.wholes[name] for name in dict.fromkeys(self.plan.names)}
+        numel = sum(torch.Size(shape).numel() for shape in shapes.values())
+        return {"numel": numel, "layout": self.plan.layout, "tensors": len(shapes)}
+
+    def _journal_text(self) -> str:
+        with tempfile.TemporaryDirectory() as scratch:
+            journal = Journal.create(Path(scratch) / "journal", self.rule, 0, self.mode_name, self.plan)
+            for record in self.records:
+                journal.append(record)
+            return journal.path.read_text(encoding="utf-8")
+
+    def _gather(self, value) -> list:
+        """The plain values of all ranks, in their order."""
+        if self.group.world_size == 1:
+            return [value]
+        values: list = [None] * self.group.world_size
+        dist.all_gather_object(values, value, group=self.group.cpu_group)
+        return values
+
+    def _raise_first(self, error: Exception | None) -> None:
+        errors = [e for e in self._gather(None if error is None else f"{type(error).__name__}: {error}") if e]
+        if error is not None:
+            raise error
+        if errors:
+            raise RuntimeError(f"another rank of this engine failed: {errors[0]}")

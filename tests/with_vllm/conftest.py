@@ -1,0 +1,95 @@
+"""What the tests of a real vLLM engine run under: `make test-vllm`, in an environment of its own. Elsewhere they skip."""
+
+import os
+
+import pytest
+
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # up in 4 s rather than 30
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "TORCH_COMPILE_DISABLE": "1",
+}
+LENGTH = 512
+MODELS = ("qwen2-tied", "qwen2-untied", "llama-tied", "llama-untied")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Not here: vLLM reads cache that it has not written, and masks it."""
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """folder(name): a tiny random bfloat16 model whose vocabulary vLLM pads (1000 to 1024 rows)."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+    from esfast import embedded
+
+    made = {}
+
+    def make(name):
+        if name not in made:
+            torch.manual_seed(0)
+            config, model = (Qwen2Config, Qwen2ForCausalLM) if "qwen2" in name else (LlamaConfig, LlamaForCausalLM)
+            made[name] = tmp_path_factory.mktemp("models") / name
+            model(config(
+                vocab_size=1000, hidden_size=128, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
+                num_key_value_heads=2, max_position_embeddings=LENGTH, tie_word_embeddings="untied" not in name,
+                bos_token_id=0, eos_token_id=1, initializer_range=0.1,
+            )).to(torch.bfloat16).save_pretrained(made[name])  # fmt: skip
+            embedded.make_tokenizer().save_pretrained(made[name])
+        return made[name]
+
+    return make
+
+
+class Engine:
+    """An LLM, and the Hugging Face model that it was loaded from."""
+
+    def __init__(self, path, **options):
+        import torch
+        from transformers import AutoModelForCausalLM
+        from vllm import LLM
+
+        import esfast
+
+        options = {"worker_extension_cls": "esfast.integrations.vllm.WorkerExtension"} | options
+        self.path = path
+        self.llm = LLM(str(path), enforce_eager=True, max_model_len=LENGTH, max_num_seqs=8, **options)
+        self.hf = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+        self.plan = esfast.Plan(self.hf)
+
+    def rpc(self, method, *args, **kwargs):
+        return self.llm.collective_rpc(method, args=args, kwargs=kwargs)
+
+    def fingerprint(self):
+        found = set(self.rpc("esfast_fingerprint"))
+        assert len(found) == 1  # all ranks agree
+        return found.pop()
+
+    def tokens(self, length=12, prompts=("What is the sum of 3 and 4? " * 12, "Hello")):
+        from vllm import SamplingParams
+
+        done = self.llm.generate(list(prompts), SamplingParams(temperature=0, max_tokens=length), use_tqdm=False)
+        return [list(d.outputs[0].token_ids) for d in done]
+
+    def close(self):
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm
+        cleanup_dist_env_and_memory()
+
+
+@pytest.fixture(scope="session")
+def start(folder):
+    """start(name, **options): an Engine."""
+
+    def begin(name, **options):
+        return Engine(folder(name), **options)
+
+    return begin
