@@ -1,0 +1,66 @@
+"""Two ranks in processes of their own: the same perturbed weights as the Hugging Face model's, and so as one rank's."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import esfast
+
+pytest.importorskip("vllm", reason="vLLM is not installed here; `make test-vllm` runs these tests where it is")
+
+
+@pytest.fixture(scope="module", params=["qwen2-tied", "llama-untied"])
+def engine(request, start):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+        if request.param == "qwen2-tied":
+            patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")  # the engine in a process too: vLLM's default
+        engine = start(request.param, tensor_parallel_size=2)
+        yield engine
+        engine.close()
+
+
+def test_two_ranks_are_one_model(engine, tmp_path, same_bits):
+    stated = {"numel": engine.plan.numel, "layout": engine.plan.layout, "tensors": len(engine.plan)}
+    assert engine.rpc("esfast_begin", verify=True) == [stated] * 2
+    before, tokens = engine.fingerprint(), engine.tokens()
+    assert before == engine.plan.fingerprint()
+    engine.rpc("perturb_self_weights", 2**63 + 7, 0.05, False)
+    with esfast.perturbed(engine.plan, 2**63 + 7, 0.05):
+        assert engine.fingerprint() == engine.plan.fingerprint() != before
+        assert engine.tokens() != tokens
+        engine.rpc("save_self_weights_to_disk", str(tmp_path / "member"))
+        saved, wanted = load_file(tmp_path / "member" / "model.safetensors"), dict(engine.hf.named_parameters())
+        assert saved.keys() == wanted.keys()
+        assert all(same_bits(saved[name], wanted[name]) for name in wanted)
+    engine.rpc("restore_self_weights", 2**63 + 7, 0.05)
+    assert engine.fingerprint() == before and engine.tokens() == tokens
+    for seed in range(100):
+        engine.rpc("perturb_self_weights", seed, 0.05)
+        engine.rpc("restore_self_weights", seed, 0.05)
+    assert engine.fingerprint() == before
+
+
+def test_updates_from_a_master_save_and_load(engine, tmp_path):
+    """Adam on a float32 master, member by member and update by update as ES does it on the Hugging Face model."""
+    start = engine.plan.fingerprint()
+    es = esfast.ES(engine.plan, sigma=0.02, lr=0.01, population_size=4, seed=5, weights="master", optimizer="adam")
+    engine.rpc("esfast_begin", es.rule.to_json(), "master")
+    for _ in range(3):
+        for member in es.population():
+            engine.rpc("perturb_self_weights", member.seed, es.sigma)
+            assert engine.fingerprint() == engine.plan.fingerprint()
+            member.reward = float(sum(map(sum, engine.tokens(4))) % 1000)
+            engine.rpc("restore_self_weights", member.seed, es.sigma)
+        record = es.step()
+        engine.rpc("esfast_update", vars(record))
+        assert engine.fingerprint() == engine.plan.fingerprint() != start
+    tuned = engine.plan.fingerprint()
+    engine.rpc("save_self_weights_to_disk", str(tmp_path / "tuned"))
+    from transformers import AutoModelForCausalLM
+
+    assert esfast.Plan(AutoModelForCausalLM.from_pretrained(tmp_path / "tuned")).fingerprint() == tuned
+    engine.rpc("load_weights_from_disk", str(engine.path))
+    assert engine.fingerprint() == start
+    with torch.no_grad():
+        engine.hf.load_state_dict(AutoModelForCausalLM.from_pretrained(engine.path).state_dict())
