@@ -12,6 +12,7 @@ import json
 import re
 import sys
 from importlib import import_module
+from pathlib import Path
 
 from ..run_folder import write_whole
 
@@ -21,6 +22,7 @@ BENCHMARKS = {
     "statistics": "is the noise N(0,1)? moments and correlations with their standard errors",
     "sass": "what the GPU kernels compile to: instructions per weight against their budgets; needs no GPU",
     "drift": "what rounding does to weights over thousands of members and updates, by the usual code and by each mode",
+    "modes": "time, traffic and memory of the weight modes, side by side, against what they state",
     "training": "the embedded model learns by every weight mode and by the usual code's numerics, over several seeds",
     "countdown": "the embedded model learns Countdown: accuracy before and after, and where the time goes",
 }
@@ -40,6 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         if argv[:1] == [name]:
             import_module(f".{name}", __name__).add_arguments(command)
         command.add_argument("--json", metavar="FILE", help="write the result there; - for stdout, and nothing else")
+        command.add_argument("--plots", metavar="FOLDER", help="draw its figures there, where it has any")
     args = parser.parse_args(argv)
     module = import_module(f".{args.name}", __name__)
 
@@ -50,6 +53,10 @@ def main(argv: list[str] | None = None) -> int:
         result = {"benchmark": args.name, "provenance": where_from, **module.run(args)}
         if args.json and args.json != "-":
             write_whole(args.json, json.dumps(result, indent=1, allow_nan=False) + "\n")
+        if args.plots:
+            from .figures import draw
+
+            draw(result, Path(args.plots))
     except (RuntimeError, ValueError, OSError) as error:
         print(f"esfast bench {args.name}: error: {error}", file=sys.stderr)
         return 1

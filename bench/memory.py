@@ -25,8 +25,12 @@ def measure(
     takes, and the same of today's way; None where it can't be known."""
     if not STATUS.exists():
         return None
-    numbers = [str(n) for n in (numel, tensors, members, threads)]
-    command = child(f"from {__name__} import main; main()", *numbers, dtype, backend, *kinds)
+    return in_child(__name__, numel, tensors, members, threads, dtype, backend, *kinds)
+
+
+def in_child(module: str, *arguments) -> dict:
+    """What `main` of a module prints as JSON in a process of its own, which has done nothing before."""
+    command = child(f"from {module} import main; main()", *map(str, arguments))
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise BenchmarkError(f"measuring memory failed: {done.stderr.strip()[-2000:]}")

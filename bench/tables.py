@@ -1,4 +1,4 @@
-"""Puts measured figures into Markdown: `python -m esfast.bench.tables README.md [--check]`.
+"""Puts measured figures into Markdown: `python -m esfast.bench.tables README.md docs/*.md [--check]`.
 
 What stands between `<!-- begin:NAME -->` and `<!-- end:NAME -->` is replaced by the table NAME, made from a file of
 bench/results/, with a caption that says where its figures come from. With --check nothing is written, and a file that
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..run_folder import write_whole
-from . import countdown, gpu, noise, sass, statistics
+from . import countdown, drift, gpu, modes, noise, sass, statistics, training
 from .provenance import caption
 
 Table = tuple[list[str], list[list[str]]]
@@ -28,6 +28,13 @@ TABLES: dict[str, tuple[str, Callable[[dict], Table]]] = {
     "statistics": ("statistics.json", lambda result: statistics.table(statistics.summary(result))),
     "sass": ("sass.json", sass.table),
     "countdown": ("countdown.json", countdown.table),
+    "weights-memory": ("modes.json", modes.memory_table),
+    "weights-time": ("modes.json", modes.time_table),
+    "drift-restore": ("drift.json", drift.restore_table),
+    "drift-update": ("drift.json", drift.update_table),
+    "drift-rates": ("drift.json", drift.rates_table),
+    "training-modes": ("training.json", training.table),
+    "training-sweep": ("training.json", training.sweep_table),
 }
 NOT_YET = "*Not yet measured.*"
 
@@ -37,26 +44,34 @@ _MARKER = re.compile(r"<!-- (?:begin|end):([\w-]+) -->")
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m esfast.bench.tables", description=__doc__.partition("\n")[0])
-    parser.add_argument("file", type=Path, help="Markdown file with markers")
-    parser.add_argument("--results", type=Path, help="folder of the JSON files (default: bench/results beside it)")
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="Markdown files with markers")
+    parser.add_argument("--results", type=Path, help="folder of the JSON files (default: the nearest bench/results)")
     parser.add_argument(
         "--check", action="store_true", help="write nothing; exit status 1 and a diff if not up to date"
     )
     args = parser.parse_args(argv)
-    results = args.results if args.results is not None else args.file.parent / "bench" / "results"
+    return max([_update(file, args.results or _results_of(file), args.check) for file in args.files])
+
+
+def _results_of(file: Path) -> Path:
+    """bench/results beside the file, or beside the nearest folder above it that has one."""
+    folders = file.resolve().parents
+    return next((f / "bench" / "results" for f in folders if (f / "bench" / "results").is_dir()), folders[0])
+
+
+def _update(file: Path, results: Path, check: bool) -> int:
     try:
-        old = args.file.read_text(encoding="utf-8")
+        old = file.read_text(encoding="utf-8")
         new = fill(old, results)
     except (ValueError, OSError) as error:
-        print(f"{args.file}: {error}", file=sys.stderr)
+        print(f"{file}: {error}", file=sys.stderr)
         return 1
-    if args.check:
-        name = args.file.name
-        diff = difflib.unified_diff(old.splitlines(True), new.splitlines(True), name, f"{name} as generated")
+    if check:
+        diff = difflib.unified_diff(old.splitlines(True), new.splitlines(True), file.name, f"{file.name} as generated")
         sys.stdout.writelines(diff)
         return int(old != new)
     if old != new:
-        write_whole(args.file, new)
+        write_whole(file, new)
     return 0
 
 
