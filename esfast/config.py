@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from .es import SHAPINGS
+from .loggers import LOGGERS, check_report_to
 from .noise import KINDS, check_int
 from .ops import ROUNDINGS
 from .schedules import SCHEDULES, check_schedule
@@ -56,6 +57,8 @@ class ESConfig:
     adam_beta1: float = _option(0.9, "of optimizer adam: how much the mean of the gradient keeps")
     adam_beta2: float = _option(0.999, "of optimizer adam: how much the mean of its square keeps")
     adam_eps: float = _option(1e-8, "of optimizer adam: added to the root of that mean")
+    include: list[str] | None = _option(None, "patterns of the names of the weights that are tuned (default: all)")
+    exclude: list[str] | None = _option(None, "patterns of weights that stay as they are, such as *embed* or *norm*")
     prompts_per_generation: int = _option(200, "prompts that every member of a generation answers")
     max_completion_length: int = _option(1024, "longest response, in tokens")
     temperature: float = _option(0.0, "of sampled responses; 0: the likeliest tokens are taken, as in the paper")
@@ -71,6 +74,7 @@ class ESConfig:
     batch_size: int | None = _option(
         None, "most prompts generated at once (default: what fits a quarter of the memory)"
     )
+    reward_weights: list[float] | None = _option(None, "a factor for each reward function (default: 1)")
     reward_workers: int = _option(0, "processes that score while the next member generates; 0: none, but in this one")
     reward_timeout: float = _option(300.0, "seconds that a reward function may take for one member's completions")
     eval_every: int = _option(10, "generations between evaluations; 0: only before and after")
@@ -78,12 +82,15 @@ class ESConfig:
     kl_to_base: bool = _option(
         False, "evaluations also measure the KL divergence of responses from the base model (a copy in host memory)"
     )
+    save_best: bool = _option(True, "keep the model of the best evaluation, by its reward, in the run folder's best/")
+    samples: int = _option(8, "held-out responses of each evaluation that are kept in samples.jsonl")
+    report_to: list[str] | None = _option(None, "where metrics go besides metrics.jsonl", tuple(LOGGERS))
     progress: bool = _option(True, "show the progress bar")
 
     def __post_init__(self):
         for name, least in {"seed": 0, "generations": 1, "population_size": 2, "prompts_per_generation": 1,
                             "max_completion_length": 1, "num_generations": 1, "reward_workers": 0, "eval_every": 0,
-                            "eval_prompts": 1}.items():  # fmt: skip
+                            "eval_prompts": 1, "samples": 0}.items():  # fmt: skip
             check_int(f"ESConfig.{name}", getattr(self, name), least, 2**63)
         if self.batch_size is not None:
             check_int("ESConfig.batch_size", self.batch_size, 1, 2**63)
@@ -93,6 +100,10 @@ class ESConfig:
             raise ValueError(
                 f"ESConfig.num_generations: {self.num_generations} equal responses to a prompt at temperature 0"
             )
+        self.report_to = check_report_to(self.report_to) or None
+        for name in ("include", "exclude"):
+            value = getattr(self, name)
+            setattr(self, name, [value] if isinstance(value, str) else value)
         if not self.reward_timeout > 0:
             raise ValueError(f"ESConfig.reward_timeout: expected seconds, more than 0, got {self.reward_timeout!r}")
         check_int("ESConfig.warmup_generations", self.warmup_generations, 0, self.generations)

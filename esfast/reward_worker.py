@@ -125,12 +125,12 @@ def serve(descriptor: int, names: Sequence[str]) -> None:
                 break
 
 
-def plain(values) -> list[float | str]:
-    """Numbers as JSON has them (also NumPy's and PyTorch's), anything else as the text that a message shows."""
+def plain(values) -> list[float | str | None]:
+    """Numbers as JSON has them (NumPy's and PyTorch's too) and None; of anything else the text that a message shows."""
     plain = []
     for value in values:
         value = value.item() if hasattr(value, "item") else value
-        plain.append(value if isinstance(value, (int, float)) else repr(value))
+        plain.append(value if value is None or isinstance(value, (int, float)) else repr(value))
     return plain
 
 

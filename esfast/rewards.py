@@ -116,16 +116,29 @@ def name_of(function: RewardFunc) -> str:
     return getattr(function, "__name__", repr(function))
 
 
-def check_rewards(function: RewardFunc, values: list, count: int) -> list[float]:
-    """Raises RewardError unless they are `count` finite numbers."""
+def combine(scores: Sequence[Sequence[float | None]], weights: Sequence[float]) -> list[float]:
+    """Each completion's reward: the weighted sum of the functions' (`scores`, a list each). As in TRL, a function that
+    returns None has no say in that completion, and a completion on which all do is left out; RewardError if all are."""
+    rewards = []
+    for values in zip(*scores, strict=True):
+        said = [weight * value for weight, value in zip(weights, values, strict=True) if value is not None]
+        if said:
+            rewards.append(math.fsum(said))
+    if not rewards:
+        raise RewardError("reward functions: there is no completion of which one of them returned anything but None")
+    return rewards
+
+
+def check_rewards(function: RewardFunc, values: list, count: int) -> list[float | None]:
+    """Raises RewardError unless they are `count` finite numbers, or None for "not mine to say"."""
     if len(values) != count:
         raise RewardError(f"reward function {name_of(function)}: expected {count} rewards, got {len(values)}")
     for i, value in enumerate(values):
-        if not isinstance(value, (int, float)) or not math.isfinite(value):
+        if value is not None and (not isinstance(value, (int, float)) or not math.isfinite(value)):
             raise RewardError(
                 f"reward function {name_of(function)}: its reward for completion {i} is {value}, no finite number"
             )
-    return [float(v) for v in values]
+    return [None if v is None else float(v) for v in values]
 
 
 class TooSlow(BaseException):

@@ -16,6 +16,7 @@ class RunFolder:
     def __init__(self, path: Path):
         self.path = path
         self.journal, self.metrics, self.model = path / "journal.jsonl", path / "metrics.jsonl", path / "model"
+        self.best, self.samples = path / "best", path / "samples.jsonl"
 
     @classmethod
     def claim(cls, path: str | Path) -> RunFolder:
@@ -27,24 +28,33 @@ class RunFolder:
         return folder
 
     def append_metrics(self, row: dict[str, Any]) -> None:
+        self._append(self.metrics, row)
+
+    def append_samples(self, row: dict[str, Any]) -> None:
+        self._append(self.samples, row)
+
+    def _append(self, path: Path, row: dict[str, Any]) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.metrics, "a", encoding="utf-8") as file:
+        with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
 
-    def save_model(self, model, tokenizer) -> None:
-        """A Hugging Face folder that from_pretrained loads."""
+    def save_model(self, model, tokenizer, card: str = "", name: str = "model") -> None:
+        """A Hugging Face folder that from_pretrained loads, with a model card (README.md)."""
+        target = self.path / name
         self.path.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=".model-", dir=self.path))
         try:
             model.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
+            if card:
+                (temporary / "README.md").write_text(card, encoding="utf-8")
             temporary.chmod(0o755)
-            if self.model.exists():
-                shutil.rmtree(self.model)
-            os.replace(temporary, self.model)
+            if target.exists():
+                shutil.rmtree(target)
+            os.replace(temporary, target)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -61,7 +71,8 @@ class RunFolder:
         left.plot(x, [r["reward_mean"] for r in trained], label="mean of the population")
         left.plot(x, [r["reward_max"] for r in trained], lw=0.8, label="best member")
         left.set(title="Training reward (fresh prompts)", xlabel="generation", ylabel="reward")
-        for name in sorted({k for r in rows for k in r if k.startswith("eval_")}):
+        others = ("eval_reward_se", "eval_length", "eval_kl_to_base")  # of other units than rewards
+        for name in sorted({k for r in rows for k in r if k.startswith("eval_") and k not in others}):
             points = [(r["generation"], r[name]) for r in rows if name in r]
             right.plot(*zip(*points, strict=True), marker="o", ms=3, label=name.removeprefix("eval_"))
         right.set(title="Held-out prompts", xlabel="generation")

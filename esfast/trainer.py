@@ -18,17 +18,26 @@ import torch
 import yaml
 from tqdm import tqdm
 
+from . import chat
+from .adapters import ADAPTERS, with_adapters
 from .clock import Clock, account
 from .config import ESConfig
 from .es import ES
 from .kl import KLToBase
-from .rewards import RewardFunc, Scorer
+from .loggers import Report, require
+from .model_card import model_card
+from .movement import Movement
+from .plan import Plan
+from .rewards import RewardFunc, Scorer, combine
 from .rollout import TransformersEngine, as_engine
 from .rows import Rows, check_rows, draw
 from .run_folder import RunFolder, write_whole
 from .sampling import response_seeds
+from .stats import mean, standard_error
 
 log = logging.getLogger(__name__)
+
+HIDDEN = ("eval_reward", "eval_reward_se", "eval_length")  # of evaluations, from the progress bar
 
 
 class ESTrainer:
@@ -38,12 +47,15 @@ class ESTrainer:
         model: a Hugging Face causal LM, or the name or folder of one. It is tuned in place.
         reward_funcs: one function or several, whose rewards are added: f(prompts=, completions=, **columns) -> list of
             floats, one a completion (a list of str), higher is better. A member's reward is the mean over the prompts.
+            As in TRL: a chat (a list of messages) as prompt has its completion as a list of one message; None for a
+            completion leaves it to the other functions; args.reward_weights weighs them.
         args: an ESConfig.
         train_dataset: rows (dicts or a datasets.Dataset) with a "prompt" column, drawn without repetition until all
             were used; or a function (generation, count) -> rows, for fresh problems in every generation.
         eval_dataset: rows that are never trained on (optional).
         processing_class: the tokenizer; by default the model's own.
         metrics: further functions of the reward functions' form, evaluated on eval_dataset and logged under their name.
+        peft_config: a PEFT configuration: its adapters are put into the model, and they alone are tuned (optional).
         engine: what generates, a function from prompts to completions or an esfast.rollout.Engine; default
             TransformersEngine.
 
@@ -62,17 +74,24 @@ class ESTrainer:
         processing_class=None,
         metrics: Mapping[str, RewardFunc] | None = None,
         engine=None,
+        peft_config=None,
     ):
         self.args = args if args is not None else ESConfig()
         if not isinstance(self.args, ESConfig):
             raise TypeError(f"args: expected an esfast.ESConfig, got {type(args).__name__}")
-        self.reward_funcs = list(reward_funcs) if isinstance(reward_funcs, Sequence) else [reward_funcs]
+        self.reward_funcs = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
         self.metrics = dict(metrics or {})
         for f in [*self.reward_funcs, *self.metrics.values()]:
             if not callable(f):
                 raise TypeError(f"reward_funcs and metrics: expected functions, got {type(f).__name__} {f!r:.60}")
         if not self.reward_funcs:
             raise ValueError("reward_funcs: expected at least one function")
+        self.reward_weights = self.args.reward_weights or [1.0] * len(self.reward_funcs)
+        if len(self.reward_weights) != len(self.reward_funcs):
+            raise ValueError(
+                f"reward_weights: expected one for each of the {len(self.reward_funcs)} reward functions, "
+                f"got {self.reward_weights}"
+            )
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         if not callable(train_dataset):
             check_rows("train_dataset", train_dataset)
@@ -85,18 +104,24 @@ class ESTrainer:
             from transformers import AutoTokenizer
 
             processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path)
-        self.model, self.processing_class = model, processing_class
         c = self.args
+        include = c.include
+        if peft_config is not None:
+            model, include = with_adapters(model, peft_config), include or [ADAPTERS]
+        self.model, self.processing_class = model, processing_class
         self.engine = as_engine(engine) if engine is not None else TransformersEngine(
             model, processing_class, c.max_completion_length, c.batch_size, c.temperature or 1.0, c.decoding
         )  # fmt: skip
         self.kl = KLToBase(model, processing_class, c.max_completion_length) if c.kl_to_base else None
         self.scorer = Scorer([*self.reward_funcs, *self.metrics.values()], c.reward_workers, c.reward_timeout)
+        require(c.report_to)
         self.folder = RunFolder.claim(c.output_dir)
-        self.es = ES(model, c.sigma, c.lr, c.population_size, c.seed, c.mirrored, c.noise, c.shaping, c.weights,
+        plan = Plan(model, include, c.exclude)
+        self.es = ES(plan, c.sigma, c.lr, c.population_size, c.seed, c.mirrored, c.noise, c.shaping, c.weights,
                      journal=self.folder.journal, rounding=c.rounding, weight_decay=c.weight_decay, decay_to=c.decay_to,
                      optimizer=c.make_optimizer(), perturb_rounding=c.perturb_rounding)  # fmt: skip
         self.clock = Clock(self.es.plan.device)
+        self.movement = Movement(plan)
         self.summary: dict[str, Any] = {}
         self._trained_tokens = 0
 
@@ -106,8 +131,9 @@ class ESTrainer:
         write_whole(self.folder.path / "config.yaml", yaml.safe_dump(dataclasses.asdict(c), sort_keys=False))
         self.clock = Clock(self.es.plan.device)
         bar = tqdm(total=c.generations, unit="gen", disable=not c.progress, dynamic_ncols=True, smoothing=0.1)
+        report = Report(c.report_to, self.folder.path, dataclasses.asdict(c))
         before = after = self._evaluate()
-        self.folder.append_metrics({"generation": 0, **before})
+        self._log({"generation": 0, **before}, report)
         try:
             while self.es.generation < c.generations:
                 row = self._generation()
@@ -115,9 +141,13 @@ class ESTrainer:
                 if last or (c.eval_every and self.es.generation % c.eval_every == 0):
                     after = self._evaluate()
                     row.update(after)
-                self.folder.append_metrics(row)
+                self._log(row, report)
                 shown = {"reward": f"{row['reward_mean']:.3f}", "best": f"{row['reward_max']:.3f}"}
-                shown |= {k.removeprefix("eval_"): f"{v:.3f}" for k, v in after.items() if k != "eval_reward"}
+                shown |= {
+                    k.removeprefix("eval_"): f"{v:.3f}"
+                    for k, v in after.items()
+                    if k in ("eval_accuracy", "eval_kl_to_base")
+                }
                 bar.set_postfix(shown, refresh=False)
                 bar.update()
         except KeyboardInterrupt:
@@ -125,6 +155,7 @@ class ESTrainer:
             raise
         finally:
             bar.close()
+            report.close()
             self.scorer.close()
             self.engine.close()
             self._finish(before, after)
@@ -135,6 +166,7 @@ class ESTrainer:
         self.clock.lap("other")
         before, tokens, journal = dict(self.clock.seconds), self._tokens(), self.es.journal_seconds
         rows = [row for row in self._train_rows(generation) for _ in range(c.num_generations)]
+        texts = chat.texts(rows, self.processing_class)
         seeds = None  # greedy
         if c.temperature > 0:  # the same for every member: they differ by their weights alone
             seeds = response_seeds(c.seed, generation, len(rows) // c.num_generations, c.num_generations)
@@ -144,13 +176,13 @@ class ESTrainer:
         with self.es.population() as members:
             for member in members:
                 self.clock.lap("perturb")
-                completions = self._generate(rows, seeds)
+                completions = chat.completions(rows, self._generate(texts, seeds))
                 self.clock.lap("generate")
                 scores.append((member, self.scorer.submit(self.reward_funcs, rows, completions)))
                 self.clock.lap("score")
         self.clock.lap("perturb")
         for member, rewards in scores:
-            member.reward = math.fsum(map(math.fsum, rewards.result())) / len(rows)
+            member.reward = mean(combine(rewards.result(), self.reward_weights))
         self.clock.lap("wait")
         record = self.es.step()
         self.clock.lap("update")
@@ -159,7 +191,7 @@ class ESTrainer:
         self.clock.lap("other")
         seconds, tokens = self.clock.since(before), self._tokens() - tokens
         self._trained_tokens += tokens
-        return ({} if drift is None else {"drift": drift}) | {
+        return ({} if drift is None else {"drift": drift}) | self.movement.norms() | {
             "generation": self.es.generation, "reward_mean": float(rewards.mean()), "reward_max": float(rewards.max()),
             "reward_min": float(rewards.min()), "reward_std": float(rewards.std()), "sigma": record.sigma,
             "lr": record.lr, "seconds": sum(seconds.values()), **{f"seconds_{k}": v for k, v in seconds.items()},
@@ -174,9 +206,8 @@ class ESTrainer:
             return rows
         return draw(self.train_dataset, generation, count, self.args.seed)
 
-    def _generate(self, rows: Rows, seeds: Sequence[int] | None = None) -> list[str]:
-        prompts = [row["prompt"] for row in rows]
-        return self.engine.generate(prompts) if seeds is None else self.engine.generate(prompts, seeds)
+    def _generate(self, texts: list[str], seeds: Sequence[int] | None = None) -> list[str]:
+        return self.engine.generate(texts) if seeds is None else self.engine.generate(texts, seeds)
 
     def _tokens(self) -> int:
         return getattr(self.engine, "tokens", 0)
@@ -186,17 +217,38 @@ class ESTrainer:
             return {}
         functions = [*self.reward_funcs, *self.metrics.values()]
         rows, count = self.eval_dataset, len(self.reward_funcs)
-        completions = self._generate(rows)
-        values = self.scorer.submit(functions, rows, completions).result()
+        texts = chat.texts(rows, self.processing_class)
+        responses = self._generate(texts)
+        values = self.scorer.submit(functions, rows, chat.completions(rows, responses)).result()
         named = dict(zip(self.metrics, values[count:], strict=True))
         if self.kl is not None:  # needs the model, so it can't be scored elsewhere
-            named["kl_to_base"] = self.kl([row["prompt"] for row in rows], completions)
+            named["kl_to_base"] = self.kl(texts, responses)
+        rewards = combine(values[:count], self.reward_weights)
+        for text, response, *scores in list(zip(texts, responses, *values[:count], strict=True))[: self.args.samples]:
+            self.folder.append_samples({"generation": self.es.generation, "prompt": text, "completion": response,
+                                        "rewards": scores})  # fmt: skip
         self.clock.lap("evaluate")
-        return {"eval_reward": math.fsum(map(math.fsum, values[:count])) / len(rows),
-                **{f"eval_{name}": math.fsum(v) / len(v) for name, v in named.items()}}  # fmt: skip
+        error = {"eval_reward_se": standard_error(rewards)} if len(rewards) > 1 else {}
+        return {"eval_reward": mean(rewards), **error,
+                **{f"eval_{name}": mean([x for x in v if x is not None]) for name, v in named.items()},
+                "eval_length": mean(list(map(len, responses)))}  # fmt: skip
+
+    def _log(self, row: dict[str, Any], report: Report) -> None:
+        """Metrics go to disk, and the model of the best evaluation so far with them: of any before, or of another try
+        at this run, the metrics tell."""
+        if self.args.save_best and row["generation"] and "eval_reward" in row:
+            earlier = [r["eval_reward"] for r in self.folder.read_metrics() if "eval_reward" in r]
+            if row["eval_reward"] > max(earlier, default=-math.inf):
+                self.folder.save_model(self.model, self.processing_class, self._card(row), name=self.folder.best.name)
+                self.clock.lap("save")
+        self.folder.append_metrics(row)
+        report.log(row)
+
+    def _card(self, after: dict[str, Any]) -> str:
+        return model_card(self.model, self.args, self.es.generation, self.folder.read_metrics()[0], after)
 
     def _finish(self, before: dict[str, float], after: dict[str, float]) -> None:
-        self.folder.save_model(self.model, self.processing_class)
+        self.folder.save_model(self.model, self.processing_class, self._card(after))
         self.folder.draw_curves()
         self.clock.lap("save")
         seconds = {phase: round(s, 3) for phase, s in self.clock.seconds.items()}

@@ -118,7 +118,7 @@ class InplaceWeights(_MovingWeights):
 
     def __init__(self, plan: Plan, rule: Rule, backend: str = "auto"):
         super().__init__(plan, rule, backend)
-        self._watched = _sample(plan)
+        self._watched = sample(plan)
         copies = [(name, t.to(torch.float32, copy=True), w) for name, t, w in self._watched]
         self._exact = Updater(Plan(copies), rule, backend) if copies else None
 
@@ -183,7 +183,7 @@ class HostWeights(_MovingWeights):
             mine.copy_(t.detach())
 
 
-def _sample(plan: Plan) -> list[tuple[str, torch.Tensor, Slice]]:
+def sample(plan: Plan) -> list[tuple[str, torch.Tensor, Slice]]:
     """Up to DRIFT_SAMPLE neighbouring weights from the middle of each whole, contiguous tensor, as views."""
     views = []
     for e in plan.entries:

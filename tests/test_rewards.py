@@ -9,7 +9,7 @@ import time
 import pytest
 import scoring
 
-from esfast.rewards import RewardError, Scorer
+from esfast.rewards import RewardError, Scorer, combine
 
 ROWS = [{"prompt": "a", "target": 3, "note": "x"}, {"prompt": "b", "target": 4, "note": "x"}]
 TEXTS = ["one", "three"]
@@ -48,7 +48,6 @@ def test_values_in_the_order_asked(scorer, workers):
         (scoring.raises, "x", ["a", ""], "reward function raises raised ZeroDivisionError: division by zero"),
         (scoring.wrong, "few", TEXTS, "reward function wrong: expected 2 rewards, got 1"),
         (scoring.wrong, "nan", TEXTS, "reward function wrong: its reward for completion 0 is nan, no finite number"),
-        (scoring.wrong, "none", TEXTS, "reward function wrong: its reward for completion 0 is None, no finite number"),
         (scoring.wrong, "text", TEXTS, "reward function wrong: its reward for completion 0 is 'a', no finite number"),
         (scoring.wrong, "list", TEXTS, "reward function wrong: its reward for completion 0 is [1.0], no finite number"),
         (scoring.wrong, "unknown", TEXTS, "reward function wrong raised KeyError: 'unknown'"),
@@ -179,3 +178,12 @@ def _runs(pid):
         return open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[0] not in "ZX"
     except FileNotFoundError:
         return False
+
+
+def test_rewards_are_weighed_and_none_leaves_a_completion_to_the_others():
+    assert combine([[1.0, 2.0], [10.0, None]], [1.0, 0.5]) == [6.0, 2.0]
+    assert combine([[None, 2.0]], [3.0]) == [6.0]  # the first is nobody's, and left out
+    with pytest.raises(RewardError, match="anything but None"):
+        combine([[None, None], [None, None]], [1.0, 1.0])
+    scorer = Scorer([scoring.wrong])
+    assert scorer.submit([scoring.wrong], [{"prompt": "", "note": "none"}] * 2, TEXTS).result() == [[None, None]]
