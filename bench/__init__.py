@@ -24,6 +24,7 @@ BENCHMARKS = {
     "drift": "what rounding does to weights over thousands of members and updates, by the usual code and by each mode",
     "modes": "time, traffic and memory of the weight modes, side by side, against what they state",
     "training": "the embedded model learns by every weight mode and by the usual code's numerics, over several seeds",
+    "iteration": "a whole generation of ES: against its text generation alone, and against the loop of today",
     "countdown": "the embedded model learns Countdown: accuracy before and after, and where the time goes",
 }
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # One command for a CUDA machine, which needs no network: builds in place, runs the GPU tests, then the benchmarks, in
-# under 8 minutes, stopping at the first red test. JSON goes to bench/results/ (or $OUT). Needs torch, triton, pytest,
+# under 8 minutes, stopping at the first red test. JSON goes to bench/results/ (or $OUT). Needs torch, transformers, triton, pytest,
 # hypothesis, pybind11 and a C++ compiler. ESFAST_SUITE_DEVICE=cpu tries the script itself, on tiny shapes, where there
 # is no GPU; its figures mean nothing and go to $OUT or a temporary folder.
 set -euo pipefail
@@ -43,17 +43,26 @@ sanitize() { # that the tool is slow, or has no test to run, is no reason to hav
 }
 
 step info esfast info
-gpu_tests=("$root/tests/test_gpu.py" "$root/tests/test_bench_gpu.py")
+gpu_tests=("$root/tests/test_gpu.py" "$root/tests/test_bench_gpu.py" "$root/tests/test_gpu_rollout.py")
 step "GPU tests" tests "${gpu_tests[@]}"
 if [ "$device" = cuda ] && command -v compute-sanitizer >/dev/null; then
     step memcheck sanitize memcheck
     step racecheck sanitize racecheck
 fi
 if [ "$device" = cuda ]; then
-    left=$((420 - SECONDS)) # what the steps before have left of the time
+    left=$((330 - SECONDS)) # what the steps before have left of the time
     step "bench gpu" esfast bench gpu --seconds "$((left > 60 ? left : 60))" --json "$out/noise_gpu.json"
 else
     step "bench gpu" esfast bench gpu --device cpu --dtypes bfloat16 --repeats 1 --json "$out/noise_dry_run.json"
+fi
+if ! "$python" -c 'import transformers' 2>/dev/null; then
+    echo "bench iteration: NOT RUN, transformers is not installed"
+elif [ "$device" = cuda ]; then
+    left=$((450 - SECONDS))
+    step "bench iteration" esfast bench iteration --device cuda --repeats 3 --seconds "$((left > 30 ? left : 30))" \
+        --json "$out/iteration_gpu.json" || echo "bench iteration: a row misses its limit, or there are no figures"
+else
+    step "bench iteration" esfast bench iteration --models tiny --repeats 1 --json "$out/iteration_dry_run.json"
 fi
 # instructions as this machine's Triton compiles them; the README's, sass.json, are those of the newest
 step "bench sass" esfast bench sass --json "$out/sass_here.json"

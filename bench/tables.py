@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..run_folder import write_whole
-from . import countdown, drift, gpu, modes, noise, sass, statistics, training
+from . import countdown, drift, gpu, iteration, modes, noise, sass, statistics, training
 from .provenance import caption
 
 Table = tuple[list[str], list[list[str]]]
@@ -27,6 +27,8 @@ TABLES: dict[str, tuple[str, Callable[[dict], Table]]] = {
     "noise-gpu-summary": ("noise_gpu.json", gpu.summary),
     "statistics": ("statistics.json", lambda result: statistics.table(statistics.summary(result))),
     "sass": ("sass.json", sass.table),
+    "iteration-cpu": ("iteration_cpu.json", iteration.table),
+    "iteration-gpu": ("iteration_gpu.json", iteration.table),
     "countdown": ("countdown.json", countdown.table),
     "weights-memory": ("modes.json", modes.memory_table),
     "weights-time": ("modes.json", modes.time_table),

@@ -236,6 +236,7 @@ def _load(args: argparse.Namespace):
 
     from . import embedded
     from .ops import auto_backend
+    from .rollout import is_small
 
     disable_progress_bar()  # the bars of loading and saving would tear that of the training
     path = args.model if args.model is not None else embedded.cached(task=args.task)
@@ -245,4 +246,6 @@ def _load(args: argparse.Namespace):
         ready = torch.cuda.is_available() and auto_backend(torch.device("cuda")) != "reference"
         device = "cuda" if ready else "cpu"
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device)
+    if is_small(model):
+        torch.set_num_threads(1)  # for perturbing it, too
     return model, AutoTokenizer.from_pretrained(path)

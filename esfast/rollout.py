@@ -26,7 +26,6 @@ from .sampling import SeededSampling
 
 log = logging.getLogger(__name__)
 
-# A model with fewer weights generates with one thread on a CPU: more would wait for each other.
 WEIGHTS_FOR_THREADS = 10_000_000
 
 
@@ -127,9 +126,7 @@ class TransformersEngine:
         self._encoded: dict[str, list[int]] = {}
         self._ways = list(automatic(model)) if decoding == "auto" else [decoding]
         self._way = None if len(self._ways) > 1 else WAYS[self._ways[0]](model, self.generation_config)
-        self._one_thread = (
-            model.device.type == "cpu" and sum(p.numel() for p in model.parameters()) < WEIGHTS_FOR_THREADS
-        )
+        self._one_thread = is_small(model)
 
     def generate(self, prompts: Sequence[str], seeds: Sequence[int] | None = None) -> list[str]:
         """The completion of each prompt, in the order given, without the prompt and without special tokens.
@@ -244,6 +241,12 @@ class TransformersEngine:
                 f"the prompt {shown!r} has {length} tokens, which with max_new_tokens={self.max_new_tokens} exceeds "
                 f"the model's context of {limit}: shorten the prompt or lower max_new_tokens"
             )
+
+
+def is_small(model) -> bool:
+    """Whether the model is on a CPU and so small that one thread does all the fastest: more wait for each other, the
+    embedded model's by half again of the time it needs, and many times over if another process wants a core."""
+    return model.device.type == "cpu" and sum(p.numel() for p in model.parameters()) < WEIGHTS_FOR_THREADS
 
 
 def batch_that_fits(model, tokens: int) -> int:

@@ -3,6 +3,8 @@
 import contextlib
 import copy
 import functools
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -240,3 +242,11 @@ def test_engines_of_functions():
             as_engine(unusable)
     own = TransformersEngine.__new__(TransformersEngine)
     assert as_engine(own) is own
+
+
+def test_the_page_about_rollouts_runs(tiny):
+    page = (Path(__file__).parent.parent / "docs" / "rollouts.md").read_text(encoding="utf-8")
+    scope = dict(zip(("model", "tokenizer"), tiny, strict=True))
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(block, scope)
+    assert len(scope["completions"]) == 1 and isinstance(scope["completions"][0], str)

@@ -1,0 +1,236 @@
+"""`esfast bench iteration`: a whole generation of ES, beside the text generation that it consists of, and beside the
+loop that ES code on plain PyTorch is today.
+
+In one process, on one model, each round runs the three once:
+
+    esfast  ESTrainer's generation: perturb, generate, score, restore, journal, update
+    frozen  the same engine generates as many times with weights that nobody changes, and nothing is scored
+    plain   torch.randn added and subtracted for every member, model.generate on all prompts at once, torch.randn for
+            every member once more for the update
+
+The overhead ratio is esfast / frozen. All texts have the same number of tokens: no token ends one. Models but the
+embedded one have random weights. The plain loop has as many threads as esfast, one for the embedded model. Before the
+rounds, where weights are float32, both engines must give the same texts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+
+from .. import embedded
+from ..clock import PHASES
+from ..config import ESConfig
+from ..rollout import TransformersEngine, is_small
+from ..tasks import countdown
+from ..trainer import ESTrainer
+from . import BenchmarkError, count, today
+from .models import MODELS
+from .noise import note
+
+Table = tuple[list[str], list[list[str]]]
+# model: dtype, members, prompts, tokens of a prompt (None: the task's), new tokens
+CPU = {"embedded": ("float32", 30, 64, None, 16), "Qwen2.5-0.5B": ("bfloat16", 4, 2, 32, 16)}
+GPU = {name: ("bfloat16", 4, 200, 128, 256) for name in ("Qwen2.5-0.5B", "Qwen2.5-1.5B", "Qwen2.5-7B")}
+TINY = ("bfloat16", 2, 2, 8, 4)
+# The most that the overhead ratio, and the least that the gain over the plain loop may be, for a row to pass.
+LIMITS = {("cpu", "embedded"): (1.05, 1.0), ("cpu", "Qwen2.5-0.5B"): (None, 2.5), ("cuda", "Qwen2.5-0.5B"): (None, 3.0),
+          ("cuda", "Qwen2.5-1.5B"): (1.02, 3.0), ("cuda", "Qwen2.5-7B"): (1.02, 3.0)}  # fmt: skip
+
+now = time.perf_counter
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where the model is (default: cpu)")
+    parser.add_argument("--models", nargs="+", choices=["embedded", *MODELS], metavar="MODEL",
+                        help=f"of embedded, {', '.join(MODELS)} (default: what the README shows)")  # fmt: skip
+    for name, text in {"members": "of a generation", "prompts": "of each member", "prompt-tokens": "of a prompt",
+                       "new-tokens": "of each text"}.items():  # fmt: skip
+        parser.add_argument(f"--{name}", type=count, help=f"{text} (default: depends on model and device)")
+    parser.add_argument("--decoding", default="auto", help="see `esfast train --help` (default: auto)")
+    parser.add_argument("--repeats", type=count, default=7, help="rounds of each model, at most (default: 7)")
+    parser.add_argument("--seconds", type=float, default=600.0, help="for all, about: a model has at least one round, "
+                        "but is left out if time is up before it (default: 600)")  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> dict:
+    began, rows, left_out = now(), [], []
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise BenchmarkError("--device cuda: PyTorch finds no CUDA device here")
+    defaults = CPU if args.device == "cpu" else GPU
+    models = args.models or list(defaults)
+    for i, name in enumerate(models):
+        left = began + args.seconds - now()
+        if left < 0:
+            note(f"{name}: left out, no time is left")
+            left_out.append({"model": name, "reason": f"after {args.seconds:g} s"})
+            continue
+        dtype, *numbers = defaults.get(name, TINY)
+        given = (args.members, args.prompts, args.prompt_tokens, args.new_tokens)
+        numbers = [g if g is not None else n for g, n in zip(given, numbers, strict=True)]
+        note(f"{name}, {dtype}")
+        try:
+            with Work(name, dtype, args.device, args.decoding, *numbers) as work:
+                rows.append(work.measure(args.repeats, now() + left / (len(models) - i)))
+        except torch.OutOfMemoryError as error:
+            left_out.append({"model": name, "reason": str(error).partition("\n")[0]})
+        gc.collect()
+        if args.device == "cuda":
+            torch.cuda.empty_cache()
+    return {"rows": rows, "left_out": left_out}
+
+
+class Work:
+    """One model and its three contenders."""
+
+    def __init__(self, name: str, dtype: str, device: str, decoding: str, members: int, prompts: int,
+                 prompt_tokens: int | None, new_tokens: int):  # fmt: skip
+        self.name, self.dtype, self.device = name, dtype, device
+        self.new_tokens, self.members = new_tokens, members
+        self.tokenizer = embedded.make_tokenizer()
+        self.tokenizer.eos_token = None  # no token ends a text
+        self.model = _model(name, getattr(torch, dtype), device)
+        self._threads = torch.get_num_threads()
+        if is_small(self.model):  # as `esfast train` does
+            torch.set_num_threads(1)
+        self.rows = countdown.problems(prompts, 0, "train", "compact")
+        if prompt_tokens is not None:  # of bytes
+            self.rows = [{**row, "prompt": (row["prompt"] * prompt_tokens)[:prompt_tokens]} for row in self.rows]
+        self.prompts = [row["prompt"] for row in self.rows]
+        self.engine = TransformersEngine(self.model, self.tokenizer, new_tokens, decoding=decoding)
+        self.config = GenerationConfig(
+            max_new_tokens=new_tokens, do_sample=False, pad_token_id=self.tokenizer.pad_token_id
+        )
+        self._folder = tempfile.TemporaryDirectory(prefix="esfast-iteration-")
+        args = ESConfig(output_dir=str(Path(self._folder.name) / "run"), generations=10**6, population_size=members,
+                        prompts_per_generation=prompts, max_completion_length=new_tokens, reward_workers=1,
+                        progress=False)  # fmt: skip
+        self.trainer = ESTrainer(self.model, countdown.reward, args, lambda generation, size: self.rows[:size],
+                                 processing_class=self.tokenizer, engine=self.engine)  # fmt: skip
+
+    def __enter__(self) -> Work:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.trainer.scorer.close()
+        self.engine.close()
+        self._folder.cleanup()
+        torch.set_num_threads(self._threads)
+
+    def measure(self, repeats: int, deadline: float) -> dict:
+        self.check()
+        contenders = {"esfast": self.esfast, "frozen": self.frozen, "plain": self.plain}
+        self.esfast()  # what is compiled, captured or imported once a run
+        seconds: dict[str, list[float]] = {name: [] for name in contenders}
+        phases: list[dict] = []
+        for _ in range(repeats):
+            for name, contender in contenders.items():
+                began, tokens = self._now(), self.engine.tokens
+                result = contender()
+                seconds[name].append(self._now() - began)
+                if name == "esfast":
+                    phases.append(result)
+                if name != "plain" and self.engine.tokens - tokens != self.tokens:
+                    raise BenchmarkError(f"{name}: expected {self.tokens} tokens, got {self.engine.tokens - tokens}")
+            if now() > deadline:
+                break
+        figures = {name: median(values) for name, values in seconds.items()}
+        ratio, gain = figures["esfast"] / figures["frozen"], figures["plain"] / figures["esfast"]
+        most, least = LIMITS.get((self.device, self.name), (None, None))
+        return {
+            "model": self.name, "dtype": self.dtype, "device": self.device,
+            "decoding": type(self.engine._way).__name__.lower(), "members": self.members, "prompts": len(self.prompts),
+            "new_tokens": self.new_tokens, "rounds": len(phases),
+            "seconds": figures, "all_seconds": seconds, "overhead_ratio": ratio, "times_as_fast": gain,
+            "seconds_by_phase": {p: median(r[f"seconds_{p}"] for r in phases) for p in PHASES},
+            "tokens_per_second": self.tokens / figures["esfast"],
+            "tokens_per_second_frozen": self.tokens / figures["frozen"],
+            "pass": (most is None or ratio <= most) and (least is None or gain >= least),
+        }  # fmt: skip
+
+    @property
+    def tokens(self) -> int:
+        return self.members * len(self.prompts) * self.new_tokens
+
+    def check(self) -> None:
+        """Both sides give the same texts of float32 weights; in 16 bits a batch's order can show in the last bit."""
+        if self.dtype == "float32" and self.engine.generate(self.prompts) != self._generate():
+            raise BenchmarkError(f"{self.name}: the plain loop gives other texts than the engine. No figures are given")
+
+    def esfast(self) -> dict:
+        return self.trainer._generation()
+
+    def frozen(self) -> None:
+        for _ in range(self.members):
+            self.engine.generate(self.prompts)
+
+    def plain(self) -> None:
+        weights, sigma, rewards = list(self.model.parameters()), self.trainer.args.sigma, []
+        seeds = [1000 + i for i in range(self.members)]
+        columns = {key: [row[key] for row in self.rows] for key in self.rows[0] if key != "prompt"}
+        with torch.no_grad():
+            for seed in seeds:
+                today.perturb_(weights, seed, sigma, "gaussian")
+                texts = self._generate()
+                rewards.append(sum(countdown.reward(self.prompts, texts, **columns)) / len(texts))
+                today.perturb_(weights, seed, -sigma, "gaussian")
+            scores = torch.tensor(rewards, dtype=torch.float64)
+            scores = (scores - scores.mean()) / (scores.std(unbiased=False) + 1e-8)
+            coeffs = (scores * self.trainer.args.lr / len(seeds)).tolist()
+            today.update_(weights, seeds, coeffs, "gaussian")
+
+    def _generate(self) -> list[str]:
+        inputs = self.tokenizer(self.prompts, return_tensors="pt", padding=True, padding_side="left").to(self.device)
+        with self.engine._own_settings():
+            output = self.model.generate(**inputs, generation_config=self.config)
+        return self.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    def _now(self) -> float:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return now()
+
+
+def _model(name: str, dtype: torch.dtype, device: str):
+    if name == "embedded":
+        model = AutoModelForCausalLM.from_pretrained(embedded.cached(progress=False))
+    else:
+        shape = MODELS[name]
+        config = Qwen2Config(vocab_size=max(shape.vocab, 512), hidden_size=shape.hidden,
+                             intermediate_size=shape.intermediate, num_hidden_layers=shape.layers,
+                             num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
+                             max_position_embeddings=4096,
+                             tie_word_embeddings=shape.tied)  # fmt: skip
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device(device):
+                model = Qwen2ForCausalLM(config)
+        finally:
+            torch.set_default_dtype(before)
+    model.generation_config = GenerationConfig()
+    return model.to(device).eval()
+
+
+def table(result: dict) -> Table:
+    headers = ["model", "dtype", "members, prompts, new tokens", "plain loop, s", "esfast, s", "times as fast",
+               "frozen weights, s", "overhead ratio", "tokens/s", "of frozen's", "perturb", "score, wait",
+               "update, journal"]  # fmt: skip
+    lines = []
+    for r in result["rows"]:
+        s, p = r["seconds"], r["seconds_by_phase"]
+        share = [f"{sum(p[k] for k in keys) / s['esfast']:.1%}"
+                 for keys in (("perturb",), ("score", "wait"), ("update", "journal"))]  # fmt: skip
+        lines.append([
+            r["model"], r["dtype"], f"{r['members']}, {r['prompts']}, {r['new_tokens']}", f"{s['plain']:.3g}",
+            f"{s['esfast']:.3g}", f"{r['times_as_fast']:.2f}", f"{s['frozen']:.3g}", f"{r['overhead_ratio']:.3f}",
+            f"{r['tokens_per_second']:.0f}", f"{r['tokens_per_second'] / r['tokens_per_second_frozen']:.1%}", *share,
+        ])  # fmt: skip
+    return headers, lines

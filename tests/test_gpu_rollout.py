@@ -1,0 +1,55 @@
+"""On a GPU: the ways to generate agree, and captured graphs follow weights that change in place."""
+
+import pytest
+import torch
+
+from esfast import decoding, embedded
+from esfast.rollout import TransformersEngine
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+PROMPTS = ["1 2 3=6\n<think>", "a", "12 34 56 78=90\n<think>", "1 2 3=7\n<think>", "no tags here", "a"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(5)
+    tokenizer = embedded.make_tokenizer()
+    net = embedded.make_model(tokenizer).cuda().eval()
+    with torch.no_grad():
+        for weight in net.parameters():
+            weight.add_(torch.randn_like(weight), alpha=0.2)
+    return net, tokenizer
+
+
+@pytest.mark.parametrize("way", ["static", "continuous", "auto"])
+def test_graphs_follow_the_weights_and_ways_agree(model, way):
+    net, tokenizer = model
+    if way == "continuous" and "continuous" not in decoding.automatic(net):
+        pytest.skip("continuous batching is for GPUs with flash attention")
+    plain, engine = (TransformersEngine(net, tokenizer, 12, decoding=each) for each in ("plain", way))
+    weight = net.model.layers[0].mlp.up_proj.weight
+    original = weight.detach().clone()
+    texts = []
+    try:
+        for shift in (0, 1, 2, 0):  # 0 twice: before and after others
+            with torch.no_grad():
+                weight.copy_(original.roll(shift, 0))
+            texts.append(engine.generate(PROMPTS))
+            if way != "continuous":  # whose flash attention has no float32
+                assert texts[-1] == plain.generate(PROMPTS)
+    finally:
+        weight.data.copy_(original)
+        engine.close()
+    assert texts[0] == texts[3] and len({tuple(t) for t in texts}) == 3
+
+
+def test_sampled_texts_are_those_of_a_cpu(model):
+    net, tokenizer = model
+    seeds = list(range(len(PROMPTS)))
+    on_gpu = TransformersEngine(net, tokenizer, 6).generate(PROMPTS, seeds)
+    on_cpu = TransformersEngine(net.cpu(), tokenizer, 6).generate(PROMPTS, seeds)
+    net.cuda()
+    assert sum(a == b for a, b in zip(on_gpu, on_cpu, strict=True)) >= len(PROMPTS) - 1  # sums differ in the last bit

@@ -1,0 +1,88 @@
+"""`esfast bench iteration` on a model of a few thousand weights: what it compares is equal work, and what it says adds up."""
+
+import json
+
+import pytest
+import torch
+
+from esfast import embedded
+from esfast.bench import BenchmarkError, iteration, main
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The embedded model, untrained."""
+    path, tokenizer = tmp_path_factory.mktemp("model"), embedded.make_tokenizer()
+    torch.manual_seed(0)
+    embedded.make_model(tokenizer).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def embedded_model(folder, monkeypatch):
+    monkeypatch.setattr(embedded, "cached", lambda **options: folder)
+
+
+OPTIONS = ["--members", "2", "--prompts", "3", "--new-tokens", "4", "--repeats", "2"]
+
+
+def test_rows_add_up(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(iteration, "LIMITS", {("cpu", "tiny"): (1e9, 1e9)})
+    path, threads = tmp_path / "iteration.json", torch.get_num_threads()
+    status = main(["iteration", "--models", "embedded", "tiny", *OPTIONS, "--json", str(path)])
+    result = json.loads(path.read_text())
+    assert status == 1, "a row that misses its limit fails"
+    assert torch.get_num_threads() == threads
+    for row, name, dtype in zip(result["rows"], ("embedded", "tiny"), ("float32", "bfloat16"), strict=True):
+        assert (row["model"], row["dtype"], row["pass"]) == (name, dtype, name == "embedded")
+        assert (
+            row["rounds"] == 2 and row["decoding"] == "plain" and row["seconds"].keys() == {"esfast", "frozen", "plain"}
+        )
+        assert all(len(v) == 2 and min(v) > 0 for v in row["all_seconds"].values())
+        s = row["seconds"]
+        assert row["overhead_ratio"] == s["esfast"] / s["frozen"] and row["times_as_fast"] == s["plain"] / s["esfast"]
+        assert row["tokens_per_second"] == 2 * 3 * 4 / s["esfast"]
+    headers, lines = iteration.table(result)
+    assert all(len(line) == len(headers) for line in lines)
+    shown = capsys.readouterr().out
+    assert "overhead ratio" in shown and "embedded" in shown
+
+
+def test_what_is_out_of_time_is_left_out(capsys):
+    assert main(["iteration", "--models", "embedded", "tiny", *OPTIONS, "--seconds", "1e-9", "--json", "-"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [row["model"] for row in result["left_out"]] == ["embedded", "tiny"] and result["rows"] == []
+
+
+def work(**changes):
+    settings = {"name": "embedded", "dtype": "float32", "device": "cpu", "decoding": "auto", "members": 2, "prompts": 2,
+                "prompt_tokens": None, "new_tokens": 4}  # fmt: skip
+    return iteration.Work(**{**settings, **changes})
+
+
+def test_texts_that_differ_or_end_early_are_refused(monkeypatch):
+    with work() as w:
+        monkeypatch.setattr(w, "_generate", lambda: ["other"] * 2)
+        with pytest.raises(BenchmarkError, match="other texts than the engine"):
+            w.measure(1, 0)
+    with work() as w:
+        monkeypatch.setattr(w, "frozen", lambda: None)
+        with pytest.raises(BenchmarkError, match="frozen: expected 16 tokens, got 0"):
+            w.measure(1, 0)
+
+
+def test_the_plain_loop_moves_the_weights_as_es_does_and_restores_inexactly():
+    with work(prompt_tokens=9) as w:
+        assert {len(prompt) for prompt in w.prompts} == {9}
+        before = [p.detach().clone() for p in w.model.parameters()]
+        w.plain()
+        moved = max(float((p.detach() - b).abs().max()) for p, b in zip(w.model.parameters(), before, strict=True))
+        assert 0 < moved < 0.01
+
+
+def test_without_a_gpu(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert main(["iteration", "--device", "cuda"]) == 1
+    assert "PyTorch finds no CUDA device" in capsys.readouterr().err
