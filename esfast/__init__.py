@@ -12,6 +12,7 @@ _HOMES = {
     "Slice": "plan",
     "add_noise_": "ops",
     "ES": "es",
+    "Team": "distributed",
     "SGD": "update",
     "Momentum": "update",
     "Adam": "update",

@@ -1,4 +1,4 @@
-"""The command line: esfast train | eval | info | bench. Heavy imports happen inside the commands."""
+"""The command line: esfast train | eval | replay | export | info | bench. Heavy imports happen inside the commands."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import dataclasses
 import json
 import logging
 import math
+import os
 import sys
 import time
 
@@ -64,6 +65,30 @@ def _parser(full: bool) -> argparse.ArgumentParser:
     evaluate.add_argument("--json", action="store_true", help="print the result as JSON")
     evaluate.set_defaults(run=_evaluate)
 
+    replay = commands.add_parser(
+        "replay",
+        help="the tuned model again, from the base model and a journal",
+        description="Makes a tuned model from the base model and the journal of a run, or what `esfast export` made "
+        "of it: the same bits as the run's, on a GPU or a CPU. Fingerprints are compared before and after.",
+    )
+    replay.add_argument("journal", help="journal.jsonl of a run folder, or an exported .safetensors file")
+    replay.add_argument("--base", help="Hugging Face name or folder of the base model (default: the embedded model)")
+    replay.add_argument("--task", default="countdown", help="of the embedded model (default: countdown)")
+    replay.add_argument("--out", required=True, help="folder for the tuned model; must not exist")
+    replay.add_argument("--until", type=int, help="generations to apply (default: all)")
+    _add_placement_arguments(replay)
+    replay.set_defaults(run=_replay)
+
+    export = commands.add_parser(
+        "export",
+        help="a run's journal as one small safetensors file",
+        description="Packs the journal of a run into one safetensors file, from which `esfast replay` makes the tuned "
+        "model: a fine-tune of all weights in kilobytes.",
+    )
+    export.add_argument("run", metavar="RUN", help="run folder, or its journal.jsonl")
+    export.add_argument("--out", required=True, help="file to write, ending in .safetensors")
+    export.set_defaults(run=_export)
+
     info = commands.add_parser("info", help="versions, devices, and which backend runs and why")
     info.set_defaults(run=_info)
 
@@ -77,9 +102,14 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--task", default="countdown", help="task (default: countdown)")
     group.add_argument("--style", choices=("paper", "compact"), help="prompts of the task (default: those that the "
                        "model was made with, compact for the embedded one; else paper)")  # fmt: skip
-    group.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
-                       help="dtype of the weights (default: the checkpoint's)")  # fmt: skip
-    group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: what a backend is ready for)")
+    _add_placement_arguments(group)
+
+
+def _add_placement_arguments(parser) -> None:
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
+                        help="dtype of the weights (default: the checkpoint's)")  # fmt: skip
+    parser.add_argument("--device", default="auto", help="cpu, cuda:1, ... (default: what a backend is ready for; "
+                        "under torchrun a GPU for each process)")  # fmt: skip
 
 
 def _add_config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -101,12 +131,16 @@ def _add_config_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _train(args: argparse.Namespace) -> None:
     from . import embedded
+    from .distributed import Team
     from .run_folder import RunFolder
     from .trainer import ESConfig, ESTrainer
 
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(ESConfig) if hasattr(args, f.name)}
-    if "output_dir" in given:
-        RunFolder.claim(given["output_dir"])  # before minutes of loading
+    team = Team.join(_device(args))
+    if team.size > 1 and "output_dir" not in given:
+        raise ValueError("--out: give the run folder: with several processes a restart must find it again")
+    if "output_dir" in given and team.rank == 0:
+        RunFolder.claim(given["output_dir"], given.get("resume", False) or team.restarted)  # before minutes of loading
     embedded_model = args.model is None
     task = _task(args)
     defaults = {
@@ -118,6 +152,8 @@ def _train(args: argparse.Namespace) -> None:
     }
     config = ESConfig(**{**defaults, **given})
     began = time.perf_counter()
+    if embedded_model:  # one process makes it, the others find it
+        team.tell("embedded model", lambda: str(embedded.cached(task=args.task)).encode())
     model, tokenizer = _load(args)
     pretraining = time.perf_counter() - began if embedded_model else 0.0
     trainer = ESTrainer(
@@ -128,13 +164,46 @@ def _train(args: argparse.Namespace) -> None:
         eval_dataset=task.eval_rows(config.eval_prompts),
         processing_class=tokenizer,
         metrics={"accuracy": task.accuracy},
+        team=team,
     )
+    if team.rank:
+        trainer.train()
+        return
     print(f"{trainer.es.plan!r}, {args.model or 'embedded model'} on {task.name} -> {config.output_dir}")
     try:
         trainer.train()
     finally:
         if trainer.summary:
             print(_summary(trainer, pretraining))
+
+
+def _replay(args: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from .journal import replay
+    from .plan import Plan
+    from .run_folder import save_model
+
+    if Path(args.out).exists():
+        raise FileExistsError(f"--out: {args.out} exists already; choose another folder, or move it away")
+    args.model = args.base
+    model, tokenizer = _load(args)
+    replay(Plan(model), args.journal, args.until)
+    save_model(Path(args.out), model, tokenizer)
+    print(f"tuned model: {args.out}")
+
+
+def _export(args: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from .export import pack
+    from .journal import read
+
+    if not args.out.endswith(".safetensors"):
+        raise ValueError(f"--out: expected a name that ends in .safetensors, got {args.out}")
+    journal = Path(args.run) / "journal.jsonl" if Path(args.run).is_dir() else Path(args.run)
+    size, generations = pack(journal, args.out), len(read(journal).records)
+    print(f"{args.out}: {size / 1e3:.1f} kB, {generations} generations, {size / max(generations, 1):.0f} bytes each")
 
 
 def _summary(trainer, pretraining: float) -> str:
@@ -228,6 +297,17 @@ def _task(args: argparse.Namespace):
     return tasks.get(args.task, style=args.style)
 
 
+def _device(args: argparse.Namespace) -> str:
+    import torch
+
+    from .ops import auto_backend
+
+    if args.device != "auto":
+        return args.device
+    ready = torch.cuda.is_available() and auto_backend(torch.device("cuda")) != "reference"
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if ready else "cpu"
+
+
 def _load(args: argparse.Namespace):
     """Model and tokenizer, on the device."""
     import torch
@@ -235,17 +315,12 @@ def _load(args: argparse.Namespace):
     from transformers.utils.logging import disable_progress_bar
 
     from . import embedded
-    from .ops import auto_backend
     from .rollout import is_small
 
     disable_progress_bar()  # the bars of loading and saving would tear that of the training
     path = args.model if args.model is not None else embedded.cached(task=args.task)
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
-    device = args.device
-    if device == "auto":
-        ready = torch.cuda.is_available() and auto_backend(torch.device("cuda")) != "reference"
-        device = "cuda" if ready else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(_device(args))
     if is_small(model):
         torch.set_num_threads(1)  # for perturbing it, too
     return model, AutoTokenizer.from_pretrained(path)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from .es import SHAPINGS
 from .loggers import LOGGERS, check_report_to
@@ -18,6 +19,11 @@ DECODINGS = ("auto", "plain", "static", "continuous")  # see esfast.decoding
 
 def _option(default, text: str, choices: Sequence[str] | None = None):
     return field(default=default, metadata={"help": text, "choices": choices})
+
+
+# All others are part of what a run is: when it is resumed they must be the same.
+_MAY_CHANGE = ("output_dir", "reward_workers", "reward_timeout", "eval_every", "eval_prompts", "on_reward_error",
+              "checkpoint_every", "resume", "progress", "samples", "save_best", "report_to", "kl_to_base")  # fmt: skip
 
 
 @dataclass
@@ -85,12 +91,17 @@ class ESConfig:
     save_best: bool = _option(True, "keep the model of the best evaluation, by its reward, in the run folder's best/")
     samples: int = _option(8, "held-out responses of each evaluation that are kept in samples.jsonl")
     report_to: list[str] | None = _option(None, "where metrics go besides metrics.jsonl", tuple(LOGGERS))
+    on_reward_error: str = _option(
+        "stop", "when a reward function fails for a member; skip: it is left out", ("stop", "skip")
+    )
+    checkpoint_every: int = _option(50, "generations between checkpoints, for a faster resume; 0: none")
+    resume: bool = _option(False, "go on with the run in the run folder, if there is one")
     progress: bool = _option(True, "show the progress bar")
 
     def __post_init__(self):
         for name, least in {"seed": 0, "generations": 1, "population_size": 2, "prompts_per_generation": 1,
                             "max_completion_length": 1, "num_generations": 1, "reward_workers": 0, "eval_every": 0,
-                            "eval_prompts": 1, "samples": 0}.items():  # fmt: skip
+                            "checkpoint_every": 0, "eval_prompts": 1, "samples": 0}.items():  # fmt: skip
             check_int(f"ESConfig.{name}", getattr(self, name), least, 2**63)
         if self.batch_size is not None:
             check_int("ESConfig.batch_size", self.batch_size, 1, 2**63)
@@ -111,6 +122,17 @@ class ESConfig:
             check_schedule(f"ESConfig.{name}", *(getattr(self, name + s) for s in ("", "_schedule", "_final_fraction")))
 
         self.make_optimizer()
+        if self.on_reward_error not in ("stop", "skip"):
+            raise ValueError(f"ESConfig.on_reward_error: expected 'stop' or 'skip', got {self.on_reward_error!r}")
+
+    def check_resumes(self, found: Mapping[str, Any]) -> None:
+        """ValueError if a run with the settings `found` can't go on with these; what differs is named."""
+        may_change = set(_MAY_CHANGE)
+        if self.lr_schedule == self.sigma_schedule == "constant" and not self.warmup_generations:
+            may_change.add("generations")
+        for name, mine in vars(self).items():
+            if name not in may_change and name in found and found[name] != mine:
+                raise ValueError(f"resume: the run has {name} {found[name]!r}, asked for is {mine!r}")
 
     def make_optimizer(self) -> Optimizer:
         numbers = {"momentum": (self.momentum, self.momentum_window),

@@ -6,6 +6,7 @@ the shaped rewards of N members theta + sigma eps_n, and 1/sigma is absorbed int
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,13 +15,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from . import checkpoint
+from .distributed import SharedUpdates, Team
 from .interrupts import held
-from .journal import Journal
+from .journal import Journal, header_of, parse, verify
 from .noise import DOMAINS, check_int, check_seed, philox
 from .ops import ROUNDINGS, get_backend
 from .plan import Plan
 from .update import Generation, Optimizer, Rule, check_optimizer
 from .weights import MODES, InplaceWeights, automatic
+
+log = logging.getLogger(__name__)
 
 
 def member_seed(seed: int, generation: int, index: int) -> int:
@@ -103,6 +108,10 @@ class ES:
             esfast.update.
         backend: as in `add_noise_`.
         journal: a path; every step is appended to it before the weights change. See esfast.journal.
+        team: an esfast.Team of several processes: each gets some of a population's members, and `step` brings the
+            rewards together. See esfast.distributed.
+        resume: if the journal is there, go on where it ends: the model must be the one that the run began with.
+        checkpoints: a folder for `checkpoint()`, and to resume from.
 
     Raises:
         TypeError, ValueError: an argument outside the above; what Plan refuses. Weights are untouched.
@@ -129,6 +138,9 @@ class ES:
         decay_to: str = "zero",
         optimizer: str | Optimizer = "sgd",
         perturb_rounding: str = "nearest",
+        team: Team | None = None,
+        resume: bool = False,
+        checkpoints: str | Path | None = None,
     ):
         self.sigma, self.lr = _check_positive("sigma", sigma), _check_positive("lr", lr)
         self.population_size = check_int("population_size", population_size, 2, 2**32)
@@ -151,10 +163,47 @@ class ES:
         self.generation = 0
         self.members: list[Member] = []
         self._inside: Member | None = None
+        self.team = team if team is not None else Team()
+        if self.team.size > 1 and weights == "inplace":
+            raise ValueError(
+                'weights: "inplace" would drift apart in several processes; take "base", "master" or "host"'
+            )
+        header = header_of(self.rule, self.seed, weights, self.plan) if journal is not None else None
         self._weights = MODES[weights](self.plan, self.rule, backend)
-        self._journal = None
+        if self.team.size > 1:
+            self._weights.updater = SharedUpdates(self._weights.updater, self.team)
+        self._asked, self._mine = 0, []
+        self._checkpoints = Path(checkpoints) if checkpoints is not None else None
+        self._journal: Journal | None = None
+        self._vouched = -1
         if journal is not None:
-            self._journal = Journal.create(journal, self.rule, self.seed, weights, self.plan)
+            self._begin(Path(journal), header, resume)
+
+    def _begin(self, path: Path, header: dict, resume: bool) -> None:
+        self.team.agree("fingerprint of the base weights", header["base"])
+        goes_on = self.team.tell("resume", lambda: b"yes" if resume and path.exists() else b"no") == b"yes"
+        if not goes_on:
+            self._journal = Journal.create(path, header) if self.team.rank == 0 else None
+            return
+        if header["weights"] == "inplace":
+            raise ValueError(
+                'resume: a run with weights="inplace" can\'t be resumed: no journal holds its rounding errors'
+            )
+        if self.team.rank == 0:
+            self._journal, _ = Journal.take_up(path, header)
+        _, records, checks = parse(self.team.tell("journal", path.read_bytes), path)
+        updater, start = self._weights.updater, 0
+        if self._checkpoints is not None:
+            start = checkpoint.load_newest(self._checkpoints, len(records), updater)
+        log.warning("resuming after generation %d: %d of them from a checkpoint, %d from the journal",
+                    len(records), start, len(records) - start)  # fmt: skip
+        for record in records[:start]:
+            updater.recall(record)
+        for record in records[start:]:
+            updater(record)
+        self._weights.settle()
+        verify(self.plan, len(records), checks)
+        self.generation, self._vouched = len(records), max(checks, default=-1)
 
     def population(self) -> Population:
         """The members of this generation: iterate over it, directly or in a `with` block.
@@ -166,7 +215,8 @@ class ES:
         """
         if self._inside is not None:
             raise RuntimeError(f"population(): member {self._inside.index} is still in place; leave its loop first")
-        self.members = [self._member(i) for i in range(self.population_size)]
+        self.members, self._mine = [self._member(i) for i in range(self.population_size)], []
+        self._asked += 1
         return Population(self, self.members)
 
     def _member(self, index: int) -> Member:
@@ -188,6 +238,7 @@ class ES:
             raise RuntimeError(f"step(): member {self._inside.index} is still in place; leave its loop first")
         if not self.members:
             raise RuntimeError("step(): no population to learn from; iterate over population() first")
+        self._exchange(set_aside)
         scored = [m for m in self.members if m.reward is not None] if set_aside else self.members
         rewards = {m.index: _check_reward(m) for m in scored}
         if len(scored) < 2:
@@ -210,6 +261,37 @@ class ES:
             self.generation += 1
             self.members = []
         return record
+
+    def _exchange(self, set_aside: bool) -> None:
+        """Rewards of members that other processes scored come here, and ours go there."""
+        if self.team.size == 1:
+            return
+        mine = {m.index: None if set_aside and m.reward is None else _check_reward(m) for m in self._mine}
+        found = self.team.exchange(self._turn, mine, self.population_size)
+        for member, reward in zip(self.members, found, strict=True):
+            member.reward = reward
+
+    @property
+    def _turn(self) -> str:
+        return f"{self.generation}.{self._asked}"
+
+    def vouch(self) -> None:
+        """Writes the weights' fingerprint into the journal, for a replay to compare. In a team, all processes call it:
+        RuntimeError if their weights are not the same."""
+        found = self.plan.fingerprint()
+        self.team.agree(f"fingerprint after generation {self.generation}", found)
+        if self._journal is not None and self._vouched < self.generation:
+            self._journal.check(self.generation, found)
+            self._vouched = self.generation
+
+    def checkpoint(self) -> None:
+        """Saves the full state in `checkpoints`, to resume from, and vouches for it. OSError if it can't be written.
+
+        Of a sharded model nothing is saved: it resumes from the journal alone.
+        """
+        if self.team.rank == 0 and not self.plan.sharded:
+            checkpoint.save(self._checkpoints, self.generation, self._weights.updater)
+        self.vouch()
 
     def drift(self) -> float | None:
         """With weights="inplace" the RMS distance of sampled weights from exact float32 arithmetic (see
@@ -250,12 +332,14 @@ class Population:
     def __iter__(self) -> Iterator[Member]:
         es, mine = self._es, []
         try:
-            for member in self.members:
+            for index in es.team.members(es._turn, len(self.members)):
+                member = self.members[index]
                 if self.members is not es.members:
                     raise RuntimeError("this population is of the past; ask for a new one with es.population()")
                 if es._inside is not (mine[-1] if mine else None):
                     raise RuntimeError("population: this loop was left, or another loop has its member in place")
                 mine.append(member)
+                es._mine.append(member)
                 es._enter(member)
                 yield member
         finally:

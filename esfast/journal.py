@@ -9,38 +9,79 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import logging
 import os
 import time
 import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 from .noise import NOISE_VERSION, check_int
 from .ops import add_noise_
 from .plan import Plan
 from .update import Generation, Rule, Updater
 
+log = logging.getLogger(__name__)
+
 FORMAT = 2  # 1 had no optimizer
 
 
+class Contents(NamedTuple):
+    """What a journal holds: its header, its generations in order, and checks: fingerprints by generations done."""
+
+    header: dict
+    records: list[Generation]
+    checks: dict[int, str]
+
+
+def header_of(rule: Rule, seed: int, weights: str, plan: Plan) -> dict:
+    """The first line of a run's journal; the run begins with the weights that the plan has now."""
+    return {
+        "esfast_journal": FORMAT, "noise_version": NOISE_VERSION, **rule.to_json(), "seed": seed, "weights": weights,
+        "numel": plan.whole_numel, "layout": plan.layout, "base": plan.fingerprint(),
+    }  # fmt: skip
+
+
 class Journal:
-    """An append-only file of generations. `Journal.create` begins one; `read` gives header and records back."""
+    """An append-only file of generations. `Journal.create` begins one, `take_up` goes on with one."""
 
     def __init__(self, path: Path):
         self.path = path
         self.seconds = 0.0  # spent in `append`
 
     @classmethod
-    def create(cls, path: str | Path, rule: Rule, seed: int, weights: str, plan: Plan) -> Journal:
+    def create(cls, path: str | Path, header: dict) -> Journal:
         """Begins a journal. FileExistsError if there is one already: a run's record is never overwritten."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             raise FileExistsError(f"journal: {path} exists already; give the run another folder, or move it away")
-        header = {"esfast_journal": FORMAT, "noise_version": NOISE_VERSION, **rule.to_json(), "seed": seed,
-                  "weights": weights, "numel": plan.whole_numel, "layout": plan.layout}  # fmt: skip
         journal = cls(path)
         journal._write(header)
         return journal
+
+    @classmethod
+    def take_up(cls, path: str | Path, header: dict) -> tuple[Journal, Contents]:
+        """Goes on with the journal of a run of this header. A torn last line is taken off the file.
+
+        ValueError: it is damaged, or of another run; what differs is named, with both values.
+        """
+        whole = Path(path).read_bytes()
+        contents = parse(whole, path)
+        for key in header | contents.header:
+            mine, found = header.get(key), contents.header.get(key)
+            if mine != found:
+                what = "fingerprint of the base weights" if key == "base" else key
+                raise ValueError(f"journal: {path} is of a run with {what} {found!r}, this one has {mine!r}")
+        if torn := _torn(whole):
+            with open(path, "r+b") as file:
+                file.truncate(len(whole) - len(torn))
+                os.fsync(file.fileno())
+        return cls(Path(path)), contents
+
+    def check(self, generation: int, fingerprint: str) -> None:
+        """Notes down the fingerprint of the weights after so many generations: a replay will compare."""
+        self._write({"check": generation, "fingerprint": fingerprint})
 
     def append(self, record: Generation) -> None:
         """Adds one generation and waits until it is on disk. OSError if it can't be written."""
@@ -64,36 +105,65 @@ class Journal:
                 raise
 
 
-def read(path: str | Path) -> tuple[dict, list[Generation]]:
-    """Header and generations of a journal; ValueError names the line that is damaged or of another format."""
-    records = []
-    for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
+def read(path: str | Path) -> Contents:
+    """What a journal holds. A last line that was being written when the power went is left out, with a word.
+
+    ValueError names the line that is damaged, missing or of another format.
+    """
+    return parse(Path(path).read_bytes(), path)
+
+
+def parse(data: bytes, path: str | Path) -> Contents:
+    if torn := _torn(data):
+        log.warning("journal: the last line of %s is torn (%d bytes): left out, its generation is done anew", path,
+                    len(torn))  # fmt: skip
+        data = data[: len(data) - len(torn)]
+    lines = []
+    for number, line in enumerate(data.splitlines(), start=1):
         text, _, crc = line.rpartition(b" ")
         if crc != b"%08x" % zlib.crc32(text):
             raise ValueError(f"journal: line {number} of {path} is damaged (its checksum does not fit)")
-        records.append(json.loads(text))
-    header = records[0] if records else None
+        lines.append(json.loads(text))
+    header = lines[0] if lines else None
     if not isinstance(header, dict) or header.get("esfast_journal") != FORMAT:
         raise ValueError(f"journal: {path} does not begin with the header of an esfast journal of format {FORMAT}")
-    for generation, record in enumerate(records[1:]):
-        if record["generation"] != generation:
+    found = Contents(header, [], {})
+    for number, line in enumerate(lines[1:], start=2):
+        done = len(found.records)
+        if "check" in line and line["check"] == done:
+            found.checks[done] = line["fingerprint"]
+            continue
+        if line.get("generation", line.get("check")) != done or "check" in line:
             raise ValueError(
-                f"journal: line {generation + 2} of {path} is of generation {record['generation']}, "
-                f"expected {generation}: a line is missing, or there twice"
+                f"journal: line {number} of {path} is of generation {line.get('generation', line.get('check'))}, "
+                f"expected {done}: a line is missing, or there twice"
             )
-        record["seeds"] = [int(s, 16) for s in record["seeds"]]
-    return header, [Generation(**record) for record in records[1:]]
+        line["seeds"] = [int(s, 16) for s in line["seeds"]]
+        found.records.append(Generation(**line))
+    return found
+
+
+def _torn(data: bytes) -> bytes:
+    """The end of a file that a crash left: a line without its end, or what a file system filled up with zeros."""
+    end = data.rfind(b"\n", 0, len(data.rstrip(b"\0"))) + 1
+    return data[end:]
 
 
 def replay(plan: Plan, path: str | Path, until: int | None = None, backend: str = "auto") -> None:
     """Applies a journal's generations (the first `until`, default all) to the base weights that its run began with.
 
+    `path` is a journal, or one packed by esfast.export. Fingerprints are compared before the first generation and
+    wherever the journal holds one.
+
     Raises:
         ValueError: the journal is damaged, of another noise version, of a run with weights="inplace" (whose rounding
-            errors no journal holds), or of another model (names, shapes or
-            dtypes), or has fewer generations. Weights are untouched.
+            errors no journal holds), or of another model (names, shapes, dtypes or weights), or has fewer generations.
+            Weights are untouched.
+        RuntimeError: the weights are not those of the run after some generation.
     """
-    header, records = read(path)
+    from .export import unpack
+
+    header, records, checks = unpack(path) if Path(path).suffix == ".safetensors" else read(path)
     until = check_int("until", len(records) if until is None else until, 0, len(records) + 1)
     if header["noise_version"] != NOISE_VERSION:
         raise ValueError(f"journal: {path} is of noise version {header['noise_version']}, this is {NOISE_VERSION}")
@@ -104,9 +174,24 @@ def replay(plan: Plan, path: str | Path, until: int | None = None, backend: str 
             f"journal: {path} is of a model with {header['numel']} weights and layout {header['layout']} (of names, "
             f"shapes and dtypes), the plan has {plan.whole_numel} and {plan.layout}"
         )
+    if header["base"] != (found := plan.fingerprint()):
+        raise ValueError(
+            f"journal: {path} is of a run that began with weights of fingerprint {header['base']}, these have {found}"
+        )
     truth = plan.master() if header["weights"] == "master" else plan
     update = Updater(truth, Rule.from_json(header), backend)
-    for record in records[:until]:
+    for done, record in enumerate(records[:until], start=1):
         update(record)
-    if truth is not plan:
-        add_noise_(plan, [], [], base=truth, backend=backend)
+        if done in checks or done == until:
+            if truth is not plan:
+                add_noise_(plan, [], [], base=truth, backend=backend)
+            verify(plan, done, checks)
+
+
+def verify(plan: Plan, generation: int, checks: dict[int, str]) -> None:
+    """RuntimeError if the weights after so many generations are not those that a journal's check vouches for."""
+    if generation in checks and (found := plan.fingerprint()) != checks[generation]:
+        raise RuntimeError(
+            f"journal: after {generation} generations the weights have the fingerprint {found}, those of the run had "
+            f"{checks[generation]}"
+        )

@@ -112,6 +112,11 @@ class Plan:
         return sum({e.name: math.prod(e.window.shape) for e in self._held}.values())
 
     @property
+    def sharded(self) -> bool:
+        """Whether some of the tensors are DTensors, of which other ranks have other parts."""
+        return bool(self._sharded)
+
+    @property
     def nbytes(self) -> int:
         return sum(e.tensor.numel() * e.tensor.element_size() for e in self.entries)
 
@@ -164,6 +169,14 @@ class Plan:
         low = torch.zeros(self.flat_numel, dtype=torch.int16, device=self.device) if splits else None
         return self._copy(as_master, low)
 
+    def part(self, start: int, stop: int) -> Plan | None:
+        """A plan over the same memory of the tensors start to stop; None if there are none."""
+        if start == stop:
+            return None
+        flat = flat_starts(self.entries)
+        low = None if self.low is None else self.low[flat[start] : flat[stop]]
+        return self._copy(lambda e: (e.tensor, e.split), low, self.entries[start:stop])
+
     def anchor(self) -> Plan:
         """A copy of the weights for decay to come back to; of split tensors, their upper halves."""
         return (self if self.low is None else self.high()).clone()
@@ -172,9 +185,16 @@ class Plan:
         """A plan over the same memory that leaves out the low halves of split tensors."""
         return self._copy(lambda e: (e.tensor, False), None)
 
-    def _copy(self, tensor_of: Callable[[Entry], tuple[torch.Tensor, bool]], low: torch.Tensor | None) -> Plan:
+    def _copy(
+        self,
+        tensor_of: Callable[[Entry], tuple[torch.Tensor, bool]],
+        low: torch.Tensor | None,
+        entries: list[Entry] | None = None,
+    ) -> Plan:
         copy = object.__new__(Plan)
-        copy._held = [Entry(e.name, tensor, e.window, split) for e in self._held for tensor, split in [tensor_of(e)]]
+        copy._held = [
+            Entry(e.name, tensor, e.window, split) for e in entries or self._held for tensor, split in [tensor_of(e)]
+        ]
         copy.device, copy._private = self.device, True
         copy._gathering, copy._sharded = [], self._sharded
         copy.low = low

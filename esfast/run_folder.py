@@ -9,6 +9,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+TEMPORARY = ".tmp"  # how the name of what is being written ends
+
 
 class RunFolder:
     """Every file but the two that grow by lines is written whole or not at all."""
@@ -17,15 +19,29 @@ class RunFolder:
         self.path = path
         self.journal, self.metrics, self.model = path / "journal.jsonl", path / "metrics.jsonl", path / "model"
         self.best, self.samples = path / "best", path / "samples.jsonl"
+        self.config, self.checkpoints = path / "config.yaml", path / "checkpoints"
 
     @classmethod
-    def claim(cls, path: str | Path) -> RunFolder:
-        """The folder for a new run, not made before there is something to write. FileExistsError if a run lives there
-        already: its record is never overwritten."""
+    def claim(cls, path: str | Path, resume: bool = False) -> RunFolder:
+        """The folder for a new run, not made before there is something to write; with `resume`, or that of a run to go
+        on with. FileExistsError if a run lives there already and is not to be resumed: its record is never
+        overwritten."""
         folder = cls(Path(path))
-        if folder.journal.exists() or folder.metrics.exists():
-            raise FileExistsError(f"output_dir: {path} holds a run already; choose another folder, or move it away")
+        if not resume and (folder.journal.exists() or folder.metrics.exists()):
+            raise FileExistsError(
+                f"output_dir: {path} holds a run already; go on with it (--resume, or ESConfig(resume=True)), choose "
+                "another folder, or move it away"
+            )
         return folder
+
+    def tidy(self) -> None:
+        """Removes what a run that was killed left half-written."""
+        for folder in (self.path, self.checkpoints):
+            for left in folder.glob(f".*{TEMPORARY}") if folder.is_dir() else ():
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+        if self.metrics.exists():
+            whole = self.metrics.read_bytes()
+            os.truncate(self.metrics, whole.rfind(b"\n") + 1)
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         self._append(self.metrics, row)
@@ -42,21 +58,7 @@ class RunFolder:
         return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
 
     def save_model(self, model, tokenizer, card: str = "", name: str = "model") -> None:
-        """A Hugging Face folder that from_pretrained loads, with a model card (README.md)."""
-        target = self.path / name
-        self.path.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".model-", dir=self.path))
-        try:
-            model.save_pretrained(temporary)
-            tokenizer.save_pretrained(temporary)
-            if card:
-                (temporary / "README.md").write_text(card, encoding="utf-8")
-            temporary.chmod(0o755)
-            if target.exists():
-                shutil.rmtree(target)
-            os.replace(temporary, target)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        save_model(self.path / name, model, tokenizer, card)
 
     def draw_curves(self) -> None:
         """Reward and held-out metrics over generations, as curves.png."""
@@ -80,19 +82,37 @@ class RunFolder:
             axes.grid(alpha=0.3)
             if axes.get_legend_handles_labels()[0]:
                 axes.legend(frameon=False)
-        temporary = self.path / ".curves.tmp.png"
-        figure.savefig(temporary, dpi=150)
+        temporary = self.path / f".curves.png{TEMPORARY}"
+        figure.savefig(temporary, dpi=150, format="png")
         os.replace(temporary, self.path / "curves.png")
 
 
-def write_whole(path: str | os.PathLike, text: str) -> None:
+def save_model(path: Path, model, tokenizer, card: str = "") -> None:
+    """A Hugging Face folder that from_pretrained loads, with a model card (README.md), whole or not at all; an older
+    one there is replaced."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", suffix=TEMPORARY, dir=path.parent))
+    try:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        if card:
+            (temporary / "README.md").write_text(card, encoding="utf-8")
+        temporary.chmod(0o755)
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
     """Writes the file whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=TEMPORARY, dir=path.parent)
     try:
-        with open(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(handle, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
         os.chmod(temporary, 0o644)  # mkstemp's 0600 is not what a shared result wants
         os.replace(temporary, path)
     except BaseException:

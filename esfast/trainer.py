@@ -11,6 +11,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -22,18 +23,21 @@ from . import chat
 from .adapters import ADAPTERS, with_adapters
 from .clock import Clock, account
 from .config import ESConfig
-from .es import ES
+from .distributed import Team
+from .es import ES, Member
+from .journal import read
 from .kl import KLToBase
 from .loggers import Report, require
 from .model_card import model_card
 from .movement import Movement
 from .plan import Plan
-from .rewards import RewardFunc, Scorer, combine
+from .rewards import RewardError, RewardFunc, Scorer, combine
 from .rollout import TransformersEngine, as_engine
 from .rows import Rows, check_rows, draw
 from .run_folder import RunFolder, write_whole
 from .sampling import response_seeds
 from .stats import mean, standard_error
+from .update import Generation
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +62,7 @@ class ESTrainer:
         peft_config: a PEFT configuration: its adapters are put into the model, and they alone are tuned (optional).
         engine: what generates, a function from prompts to completions or an esfast.rollout.Engine; default
             TransformersEngine.
+        team: the processes that train together, each with a model of its own (Team.join()); default: this one alone.
 
     Raises:
         TypeError, ValueError: arguments outside the above, before anything is written.
@@ -75,6 +80,7 @@ class ESTrainer:
         metrics: Mapping[str, RewardFunc] | None = None,
         engine=None,
         peft_config=None,
+        team: Team | None = None,
     ):
         self.args = args if args is not None else ESConfig()
         if not isinstance(self.args, ESConfig):
@@ -112,36 +118,54 @@ class ESTrainer:
         self.engine = as_engine(engine) if engine is not None else TransformersEngine(
             model, processing_class, c.max_completion_length, c.batch_size, c.temperature or 1.0, c.decoding
         )  # fmt: skip
-        self.kl = KLToBase(model, processing_class, c.max_completion_length) if c.kl_to_base else None
+        self.team = team if team is not None else Team()
+        leads = self.team.rank == 0
+        self.kl = KLToBase(model, processing_class, c.max_completion_length) if c.kl_to_base and leads else None
         self.scorer = Scorer([*self.reward_funcs, *self.metrics.values()], c.reward_workers, c.reward_timeout)
         require(c.report_to)
-        self.folder = RunFolder.claim(c.output_dir)
+        resume = c.resume or self.team.restarted
+        self.folder = RunFolder.claim(c.output_dir, resume or not leads)
+        if resume and leads:
+            if self.folder.config.exists():
+                c.check_resumes(yaml.safe_load(self.folder.config.read_text(encoding="utf-8")))
+            self.folder.tidy()
         plan = Plan(model, include, c.exclude)
+        self.movement = Movement(plan)
         self.es = ES(plan, c.sigma, c.lr, c.population_size, c.seed, c.mirrored, c.noise, c.shaping, c.weights,
                      journal=self.folder.journal, rounding=c.rounding, weight_decay=c.weight_decay, decay_to=c.decay_to,
-                     optimizer=c.make_optimizer(), perturb_rounding=c.perturb_rounding)  # fmt: skip
+                     optimizer=c.make_optimizer(), perturb_rounding=c.perturb_rounding, team=self.team, resume=resume,
+                     checkpoints=self.folder.checkpoints)  # fmt: skip
+        self.movement.norms()  # of a resumed run, the next update's norm is that of the next update
         self.clock = Clock(self.es.plan.device)
-        self.movement = Movement(plan)
         self.summary: dict[str, Any] = {}
         self._trained_tokens = 0
 
     def train(self) -> dict[str, Any]:
-        """Runs all generations and saves; returns the summary. On Ctrl-C the last completed generation is saved."""
-        c = self.args
-        write_whole(self.folder.path / "config.yaml", yaml.safe_dump(dataclasses.asdict(c), sort_keys=False))
+        """Runs all generations and saves; returns the summary. On Ctrl-C the last completed generation is saved.
+
+        In a team, process 0 alone writes, evaluates and shows progress; whatever stops one process stops all.
+        """
+        c, leads = self.args, self.team.rank == 0
         self.clock = Clock(self.es.plan.device)
-        bar = tqdm(total=c.generations, unit="gen", disable=not c.progress, dynamic_ncols=True, smoothing=0.1)
-        report = Report(c.report_to, self.folder.path, dataclasses.asdict(c))
-        before = after = self._evaluate()
-        self._log({"generation": 0, **before}, report)
+        bar = tqdm(total=c.generations, initial=self.es.generation, unit="gen", disable=not (c.progress and leads),
+                   dynamic_ncols=True, smoothing=0.1)  # fmt: skip
+        report = Report(c.report_to if leads else None, self.folder.path, dataclasses.asdict(c))
+        before: dict[str, float] = {}
+        after: dict[str, float] = {}
         try:
+            if leads:
+                before = after = self._open_folder(report)
             while self.es.generation < c.generations:
                 row = self._generation()
                 last = self.es.generation == c.generations
-                if last or (c.eval_every and self.es.generation % c.eval_every == 0):
-                    after = self._evaluate()
-                    row.update(after)
-                self._log(row, report)
+                if leads:
+                    if last or (c.eval_every and self.es.generation % c.eval_every == 0):
+                        after = self._evaluate()
+                        row.update(after)
+                    self._log(row, report)
+                if c.checkpoint_every and self.es.generation % c.checkpoint_every == 0 and not last:
+                    self.es.checkpoint()
+                    self.clock.lap("save")
                 shown = {"reward": f"{row['reward_mean']:.3f}", "best": f"{row['reward_max']:.3f}"}
                 shown |= {
                     k.removeprefix("eval_"): f"{v:.3f}"
@@ -150,16 +174,39 @@ class ESTrainer:
                 }
                 bar.set_postfix(shown, refresh=False)
                 bar.update()
-        except KeyboardInterrupt:
-            log.warning("interrupted: saving the model after generation %d", self.es.generation)
+            self.es.vouch()
+            if leads:
+                self._finish(before, after)
+            self.team.close()
+        except KeyboardInterrupt as interrupt:
+            self.team.fail(interrupt)
+            if leads:
+                log.warning("interrupted: saving the model after generation %d", self.es.generation)
+                self._finish(before, after)
+            raise
+        except BaseException as error:
+            self.team.fail(error)
+            if leads and self.folder.journal.exists():
+                log.warning("stopped after generation %d; what was done is in the journal: resume to go on",
+                            self.es.generation)  # fmt: skip
             raise
         finally:
             bar.close()
             report.close()
             self.scorer.close()
             self.engine.close()
-            self._finish(before, after)
         return self.summary
+
+    def _open_folder(self, report: Report) -> dict[str, float]:
+        """Writes what a new run begins with, or sees to it that an old one's metrics are complete; returns the
+        evaluation of before."""
+        write_whole(self.folder.config, yaml.safe_dump(dataclasses.asdict(self.args), sort_keys=False))
+        if not (self.folder.metrics.exists() and self.folder.read_metrics()):
+            self._log({"generation": 0, **self._evaluate()}, report)
+        rows = self.folder.read_metrics()
+        for record in read(self.folder.journal).records[rows[-1]["generation"] :]:  # it died before it wrote them
+            self.folder.append_metrics(_of_rewards(record))
+        return {k: v for k, v in rows[0].items() if k.startswith("eval_")}
 
     def _generation(self) -> dict[str, Any]:
         generation, c = self.es.generation, self.args
@@ -182,21 +229,28 @@ class ESTrainer:
                 self.clock.lap("score")
         self.clock.lap("perturb")
         for member, rewards in scores:
-            member.reward = mean(combine(rewards.result(), self.reward_weights))
+            member.reward = self._reward(member, rewards)
         self.clock.lap("wait")
-        record = self.es.step()
+        record = self.es.step(set_aside=c.on_reward_error == "skip")
         self.clock.lap("update")
         self.clock.move(self.es.journal_seconds - journal, "update", "journal")
-        rewards, drift = np.array(record.rewards), self.es.drift()
+        drift = self.es.drift()
         self.clock.lap("other")
         seconds, tokens = self.clock.since(before), self._tokens() - tokens
         self._trained_tokens += tokens
         return ({} if drift is None else {"drift": drift}) | self.movement.norms() | {
-            "generation": self.es.generation, "reward_mean": float(rewards.mean()), "reward_max": float(rewards.max()),
-            "reward_min": float(rewards.min()), "reward_std": float(rewards.std()), "sigma": record.sigma,
-            "lr": record.lr, "seconds": sum(seconds.values()), **{f"seconds_{k}": v for k, v in seconds.items()},
+            **_of_rewards(record), "seconds": sum(seconds.values()), **{f"seconds_{k}": v for k, v in seconds.items()},
             **account(seconds, tokens),
         }  # fmt: skip
+
+    def _reward(self, member: Member, rewards: Future) -> float | None:
+        try:
+            return mean(combine(rewards.result(), self.reward_weights))
+        except RewardError as error:
+            if self.args.on_reward_error == "stop":
+                raise
+            log.warning("member %d of generation %d is set aside: %s", member.index, self.es.generation, error)
+            return None
 
     def _train_rows(self, generation: int) -> Rows:
         count = self.args.prompts_per_generation
@@ -258,3 +312,13 @@ class ESTrainer:
             "seconds": seconds | {"total": round(sum(seconds.values()), 3)},
         }  # fmt: skip
         write_whole(self.folder.path / "summary.json", json.dumps(self.summary, indent=2) + "\n")
+
+
+def _of_rewards(record: Generation) -> dict[str, Any]:
+    """What a generation's line of metrics says that its record in the journal knows."""
+    rewards = np.array([r for r in record.rewards if r is not None])
+    return {
+        "generation": record.generation + 1, "reward_mean": float(rewards.mean()), "reward_max": float(rewards.max()),
+        "reward_min": float(rewards.min()), "reward_std": float(rewards.std()), "sigma": record.sigma, "lr": record.lr,
+        **({"set_aside": n} if (n := record.rewards.count(None)) else {}),
+    }  # fmt: skip

@@ -172,6 +172,14 @@ class Updater:
         )  # fmt: skip
         self.recall(record)
 
+    def part(self, start: int, stop: int) -> Updater:
+        """For the tensors start to stop, in the same memory; it takes note of generations for both. Not for Adam."""
+        part = Updater.__new__(Updater)
+        part.plan, part.rule, part.backend = self.plan.part(start, stop), self.rule, self.backend
+        part.anchor = self.anchor.part(start, stop) if self.anchor is not None else None
+        part.moments, part.past = None, self.past
+        return part
+
     def recall(self, record: Generation) -> None:
         """Takes note of a generation that the weights have seen already."""
         self.past.appendleft((record.seeds, record.coeffs))

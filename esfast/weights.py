@@ -70,6 +70,10 @@ class BaseWeights:
 
     def update(self, record: Generation) -> None:
         self.updater(record)
+        self.settle()
+
+    def settle(self) -> None:
+        """The truth was changed: the live weights follow it."""
         self.restore()
 
 
@@ -99,6 +103,10 @@ class _MovingWeights:
     def update(self, record: Generation) -> None:
         self.restore()
         self.updater(record)
+        self.settle()
+
+    def settle(self) -> None:
+        """The live weights, which are the truth, were changed."""
 
     def _move(self, target: list[tuple[int, float]], rounding: str = "nearest") -> None:
         terms = [(s, -c) for s, c in self._applied] + target
@@ -157,7 +165,7 @@ class HostWeights(_MovingWeights):
         super().__init__(plan, rule, backend)
         pinned = plan.device.type == "cuda"
         self._host = [torch.empty_like(t, device="cpu", pin_memory=pinned) for t in self.plan.tensors]
-        self._save()
+        self.settle()
 
     @staticmethod
     def cost(dtype: torch.dtype) -> Cost:
@@ -174,11 +182,7 @@ class HostWeights(_MovingWeights):
                 t.detach().copy_(mine)  # complete before the next kernel
             self._applied = []
 
-    def update(self, record: Generation) -> None:
-        super().update(record)
-        self._save()
-
-    def _save(self) -> None:
+    def settle(self) -> None:
         for t, mine in zip(self.plan.tensors, self._host, strict=True):
             mine.copy_(t.detach())
 

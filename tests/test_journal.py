@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from esfast import ES, NOISE_VERSION, Plan
-from esfast.journal import Journal, read, replay
+from esfast.journal import Journal, header_of, read, replay
 from esfast.update import Rule
 
 
@@ -58,10 +58,11 @@ def test_replay_of_the_first_generations(tmp_path, same_bits):
 def test_what_is_written_is_read(tmp_path):
     path = tmp_path / "new" / "folder" / "journal.jsonl"  # made on the way
     _, records = train(plan_of(), path, seed=2**63 + 1, mirrored=True)
-    header, found = read(path)
+    header, found, _ = read(path)
     assert header == {
         "esfast_journal": 2, "noise_version": NOISE_VERSION, "noise": "gaussian", "rounding": "nearest",
-        "optimizer": {"name": "sgd"}, "decay_to": "zero", "seed": 2**63 + 1, "weights": "base", "numel": 92, "layout": plan_of().layout,
+        "optimizer": {"name": "sgd"}, "decay_to": "zero", "seed": 2**63 + 1, "weights": "base",
+        "numel": 92, "layout": plan_of().layout, "base": plan_of().fingerprint(),
     }  # fmt: skip
     assert found == records
     assert [r.generation for r in found] == list(range(5))
@@ -206,7 +207,7 @@ def test_the_record_is_on_disk_before_the_weights_change(tmp_path, monkeypatch):
 
 def test_a_journal_grows_by_a_line_a_generation(tmp_path):
     path, plan = tmp_path / "journal.jsonl", plan_of()
-    journal = Journal.create(path, Rule(), 0, "base", plan)
+    journal = Journal.create(path, header_of(Rule(), 0, "base", plan))
     es = ES(plan, population_size=2)
     for n in range(1, 4):
         before = path.read_bytes()

@@ -137,8 +137,8 @@ def test_a_scheduled_run_is_logged_replayed_and_taken_up_in_the_middle(tmp_path,
     wanted = [trainer.args.rates(g) for g in range(5)]
     assert [(r["sigma"], r["lr"]) for r in folder.read_metrics()[1:]] == wanted and len(set(wanted)) == 5
     records = journal.read(folder.journal)[1]
-    assert [(r["sigma"], r["lr"]) for r in records] == wanted
-    assert all(sum(c * c for c in r["coeffs"]) == pytest.approx(r["lr"] ** 2 / 4, rel=1e-5) for r in records)
+    assert [(r.sigma, r.lr) for r in records] == wanted
+    assert all(sum(c * c for c in r.coeffs) == pytest.approx(r.lr**2 / 4, rel=1e-5) for r in records)
 
     replayed = trainer_of(tmp_path / "replayed").es.plan
     journal.replay(replayed, folder.journal)
@@ -146,9 +146,9 @@ def test_a_scheduled_run_is_logged_replayed_and_taken_up_in_the_middle(tmp_path,
 
     later = trainer_of(tmp_path / "later")
     for g, record in enumerate(records[:2]):  # its first two generations are taken from the record
-        assert [m.seed for m in later.es.population().members] == record["seeds"]
+        assert [m.seed for m in later.es.population().members] == record.seeds
         later.es.sigma, later.es.lr = later.args.rates(g)
-        for member, reward in zip(later.es.members, record["rewards"], strict=True):
+        for member, reward in zip(later.es.members, record.rewards, strict=True):
             member.reward = reward
         later.es.step()
     later.train()

@@ -244,7 +244,7 @@ def test_a_reward_that_hangs_stops_the_run_with_the_weights_restored(tmp_path, m
     )
     with pytest.raises(esfast.rewards.RewardError, match="reward function hangs gave no rewards in 0.5 s"):
         trainer.train()
-    assert equal(before, weights(net)) and trainer.summary["generations"] == 0
+    assert equal(before, weights(net)) and trainer.es.generation == 0
 
 
 def test_metrics_say_where_the_time_went(tmp_path, model):

@@ -120,7 +120,7 @@ def test_drift_is_measured_against_the_same_rule(name):
 def test_a_journal_holds_a_generation_once(tmp_path):
     """Momentum replays earlier seeds; they are not written down again."""
     _, records = train(plan_of(), journal=tmp_path / "journal.jsonl", **OPTIONS["momentum"])
-    header, found = read(tmp_path / "journal.jsonl")
+    header, found, _ = read(tmp_path / "journal.jsonl")
     assert found == records and all(len(r.seeds) == 4 for r in found)
     assert header["optimizer"] == {"name": "momentum", "beta": 0.8, "window": 3}
 

@@ -1,0 +1,104 @@
+"""Full checkpoints: the truth of the weights and what the optimizer holds, so that a resumed run replays only the
+generations since. A journal alone is enough to resume; checkpoints bound how long that takes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .fingerprint import MASK, window_sums
+from .plan import Plan
+from .segments import Entry, flat_starts
+from .update import Updater
+
+log = logging.getLogger(__name__)
+
+KEPT = 2  # the newest, and one to fall back on
+_NAME = re.compile(r"generation-(\d{8})\.safetensors")
+
+
+def save(folder: Path, generation: int, updater: Updater) -> Path:
+    """Writes the state after so many generations, whole or not at all, and removes all but the KEPT newest.
+
+    OSError if it can't be written; earlier checkpoints are still there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"generation-{generation:08d}.safetensors"
+    temporary = folder / f".{path.name}.tmp"
+    metadata = {"generation": str(generation), "fingerprint": updater.plan.fingerprint()}
+    try:
+        save_file({k: t.contiguous() for k, t in _tensors(updater).items()}, temporary, metadata)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except SafetensorError as error:
+        raise OSError(f"checkpoint: {path} could not be written: {error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    for old in sorted(found(folder))[:-KEPT]:
+        (folder / f"generation-{old:08d}.safetensors").unlink(missing_ok=True)
+    return path
+
+
+def found(folder: Path) -> list[int]:
+    """Generations of the checkpoints that are there."""
+    names = [_NAME.fullmatch(p.name) for p in folder.iterdir()] if folder.is_dir() else []
+    return [int(m[1]) for m in names if m]
+
+
+def load_newest(folder: Path, until: int, updater: Updater) -> int:
+    """Brings the weights to the newest usable checkpoint of at most `until` generations; returns its generation, 0 if
+    there is none. One that is damaged is left out with a word, and no weight is changed by it."""
+    for generation in sorted((g for g in found(folder) if g <= until), reverse=True):
+        path = folder / f"generation-{generation:08d}.safetensors"
+        try:
+            _load(path, updater)
+            return generation
+        except (SafetensorError, ValueError, OSError) as error:
+            log.warning("checkpoint: %s is not usable (%s): going back further", path, error)
+    return 0
+
+
+def _load(path: Path, updater: Updater) -> None:
+    targets = _tensors(updater)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+        if set(file.keys()) != set(targets):
+            raise ValueError("it holds other tensors than this run has")
+        for name, target in targets.items():
+            shape = tuple(file.get_slice(name).get_shape())
+            if shape != tuple(target.shape):
+                raise ValueError(f"its {name} has the shape {shape}, expected {tuple(target.shape)}")
+        if _fingerprint(file, updater.plan) != metadata.get("fingerprint"):
+            raise ValueError("its fingerprint does not fit")
+        for name, target in targets.items():  # a tensor at a time: no second copy in memory
+            target.copy_(file.get_tensor(name))
+
+
+def _fingerprint(file, plan: Plan) -> str:
+    """What plan.fingerprint() would be with the file's weights."""
+    total, starts = 0, flat_starts(plan.entries)
+    low = file.get_tensor("low") if plan.low is not None else None
+    for e, name, start in zip(plan.entries, _names(plan), starts, strict=False):
+        tensor = file.get_tensor(name)
+        if tensor.dtype is not e.tensor.dtype:
+            raise ValueError(f"its {name} is {tensor.dtype}, expected {e.tensor.dtype}")
+        total += window_sums([Entry(e.name, tensor, e.window, e.split)], None if low is None else low[start:])[0]
+    return f"{total & MASK:016x}"
+
+
+def _names(plan: Plan) -> list[str]:
+    return [f"{i}:{e.name}" for i, e in enumerate(plan.entries)]  # parts of one tensor share its name
+
+
+def _tensors(updater: Updater) -> dict[str, torch.Tensor]:
+    plan = updater.plan
+    named = dict(zip(_names(plan), (t.detach() for t in plan.tensors), strict=True))
+    more = {"low": plan.low, "moments": updater.moments}
+    return named | {name: t for name, t in more.items() if t is not None}

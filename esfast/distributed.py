@@ -1,0 +1,274 @@
+"""Training in several processes: who scores which member, and how rewards come together.
+
+Processes share torch.distributed's store, a table of small values, and between generations nothing else goes from one
+to another but N rewards. Every process draws the same noise and takes the same step, so the weights stay equal to the
+bit. torchrun starts them, on one machine or several:
+
+    torchrun --nproc-per-node 8 -m esfast train ...
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import math
+import os
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from .update import Adam, Generation, Updater
+
+log = logging.getLogger(__name__)
+
+BEAT = 3.0  # seconds between the signs of life of a process
+SILENCE = 30.0  # seconds without one after which it is taken for dead
+
+
+class Stopped(RuntimeError):
+    """Another process failed, or is gone; the message names it."""
+
+
+class Team:
+    """The processes that train together; `Team()` is this process alone.
+
+    rank, size     this process's number, and how many there are
+    shards         so many processes, of consecutive ranks, hold one model in shards and score its members together
+    """
+
+    def __init__(self, store: dist.Store | None = None, rank: int = 0, size: int = 1, shards: int = 1):
+        if size % shards:
+            raise ValueError(f"Team: {size} processes can't be grouped by {shards}")
+        self.rank, self.size, self.shards = rank, size, shards
+        self._store, self._lost, self._own_group = store, None, False
+        self._ended = threading.Event()
+        if size > 1:
+            threading.Thread(target=self._beat, name="esfast-heartbeat", daemon=True).start()
+
+    @classmethod
+    def join(cls, device: torch.device | str = "cpu", shards: int = 1) -> Team:
+        """The team that torchrun's environment variables or torch.distributed's default group describe; this process
+        alone if there is neither. Makes the default group if there is none: gloo, and NCCL for GPUs."""
+        made = not dist.is_initialized()
+        if made:
+            if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+                return cls()
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.device(device).type == "cuda" else "gloo")
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store outlives the processes
+        store = dist.PrefixStore(f"esfast/{attempt}", dist.distributed_c10d._get_default_store())
+        team = cls(store, dist.get_rank(), dist.get_world_size(), shards)
+        team._own_group = made
+        return team
+
+    @property
+    def restarted(self) -> bool:
+        """Whether torchrun started these processes again after others died (--max-restarts): they resume."""
+        return self.size > 1 and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process speaks for the model that it holds or has a shard of."""
+        return self.rank % self.shards == 0
+
+    def members(self, turn: str, count: int) -> Iterator[int]:
+        """Numbers below `count`, each handed to one process (or group of shards) of all that ask under this `turn`,
+        as they are ready for it: a slow one gets fewer, and delays nobody."""
+        if self.size == 1:
+            yield from range(count)
+            return
+        for asked in itertools.count():
+            self.check()
+            key = f"{turn}/group {self.rank // self.shards}/{asked}"
+            if self.leads:
+                index = self._store.add(f"{turn}/next", 1) - 1
+                if self.shards > 1:
+                    self._store.set(key, str(index))
+            else:
+                index = int(self._wait(key))
+            if index >= count:
+                return
+            yield index
+
+    def exchange(self, turn: str, mine: Mapping[int, float | None], count: int) -> list[float | None]:
+        """The rewards of all `count` members from those that each process has: 8 bytes a member. None stays None."""
+        if self.size == 1:
+            return [mine.get(i) for i in range(count)]
+        store = self._store
+        if self.leads:
+            for index, reward in mine.items():
+                store.set(f"{turn}/{index}", struct.pack("<d", math.nan if reward is None else reward))
+            if store.add(f"{turn}/done", len(mine)) == count:
+                store.set(f"{turn}/complete", "1")
+        if self.rank == 0:
+            self._wait(f"{turn}/complete")
+            gathered = b"".join(store.get(f"{turn}/{i}") for i in range(count))
+            for i in range(count):
+                store.delete_key(f"{turn}/{i}")
+        values = struct.unpack(f"<{count}d", self.tell(f"{turn}/rewards", lambda: gathered))
+        return [None if math.isnan(v) else v for v in values]
+
+    def tell(self, key: str, value: Callable[[], bytes]) -> bytes:
+        """What `value()` is in process 0, in all of them."""
+        if self.size == 1:
+            return value()
+        if self.rank == 0:
+            self._store.set(key, value())
+        return self._wait(key)
+
+    def gather(self, key: str, value: str) -> list[str]:
+        """Everybody's values by rank, in process 0; elsewhere an empty list."""
+        if self.rank:
+            self._store.set(f"{key}/{self.rank}", value)
+            return []
+        return [value] + [self._wait(f"{key}/{rank}").decode() for rank in range(1, self.size)]
+
+    def agree(self, what: str, value: str) -> None:
+        """RuntimeError in process 0, which stops all, if the value is not the same everywhere."""
+        for rank, other in enumerate(self.gather(what, value)):
+            if other != value:
+                raise RuntimeError(f"{what}: {value} in process 0, but {other} in process {rank}")
+
+    def fail(self, error: BaseException) -> None:
+        """Lets the others know why this process stops."""
+        if self.size > 1 and not isinstance(error, Stopped) and self._lost is None:
+            kind = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+            text = f"{kind}: process {self.rank} was interrupted" if kind == "interrupted" else (
+                f"failed: process {self.rank} stopped with {type(error).__name__}: {error}")  # fmt: skip
+            try:
+                self._store.compare_set("stop", "", text)  # the first reason is the one
+            except dist.DistError:
+                pass
+
+    def check(self) -> None:
+        """Stopped, or KeyboardInterrupt, if another process stopped."""
+        if self._lost is not None:
+            raise Stopped(self._lost)
+        try:
+            reason = self._store.get("stop").decode() if self._store.check(["stop"]) else ""
+        except dist.DistError as error:
+            raise Stopped(f"the process that keeps the store is gone (rank 0, or torchrun): {error}") from None
+        if reason.startswith("interrupted"):
+            raise KeyboardInterrupt(reason)
+        if reason:
+            raise Stopped(reason.removeprefix("failed: "))
+
+    def close(self) -> None:
+        """All processes meet for the last time: none goes while another still needs it."""
+        if self.size > 1 and self._lost is None:
+            try:
+                self.agree("finished", "yes")
+            finally:
+                self._ended.set()
+                if self._own_group:
+                    dist.destroy_process_group()
+
+    def _wait(self, key: str) -> bytes:
+        while True:
+            try:
+                self._store.wait([key], timedelta(seconds=1))
+                return self._store.get(key)
+            except dist.DistError:  # time is up, or the store is gone: check() tells
+                self.check()
+
+    def _beat(self) -> None:
+        """A thread's work: signs of life, and a look at the others' (all by rank 0, rank 0's by all)."""
+        watched = [r for r in range(self.size) if r != self.rank and (self.rank == 0 or r == 0)]
+        heard = {r: (b"", time.monotonic()) for r in watched}
+        for number in itertools.count():
+            try:
+                self._store.set(f"beat/{self.rank}", str(number))
+                for r in watched:
+                    value = self._store.get(f"beat/{r}") if self._store.check([f"beat/{r}"]) else b""
+                    if value != heard[r][0]:
+                        heard[r] = value, time.monotonic()
+                    elif time.monotonic() - heard[r][1] > SILENCE and not self._ended.is_set():
+                        self._lost = f"process {r} has not been heard of for {SILENCE:.0f} s: it died, or hangs"
+                        self._store.compare_set("stop", "", f"failed: {self._lost}")
+                        return
+            except dist.DistError as error:
+                if not self._ended.is_set():
+                    self._lost = f"the process that keeps the store is gone (rank 0, or torchrun): {error}"
+                return
+            if self._ended.wait(BEAT):
+                return
+
+
+class SharedUpdates:
+    """An Updater's work over a team, by the faster of two plans that give the same bits: every process does all of it,
+    or each its share of the tensors, and the shares are broadcast.
+
+    The first calls try both, twice, as the first call of either loads code; the slowest process decides. Adam's moments
+    stay with the one who calculates them, so with Adam it is always all. `chosen` says which.
+    """
+
+    TRIED = ("all", "share") * 2
+
+    def __init__(self, updater: Updater, team: Team):
+        self._updater, self._team = updater, team
+        self._seconds: list[float] = []
+        self.chosen: str | None = "all"
+        bounds = shares([t.numel() for t in updater.plan.tensors], team.size)
+        contiguous = all(t.is_contiguous() for t in updater.plan.tensors)
+        if contiguous and not isinstance(updater.rule.optimizer, Adam) and not updater.plan.sharded:
+            self.chosen = None  # to be found out
+            self._parts = [updater.plan.part(*b) for b in bounds]
+            own = bounds[team.rank]
+            self._own = updater.part(*own) if own[0] < own[1] else None
+
+    def __getattr__(self, name: str):
+        return getattr(self._updater, name)
+
+    def __call__(self, record: Generation) -> None:
+        if self.chosen is not None:
+            self._run(self.chosen, record)
+            return
+        began = time.perf_counter()
+        self._run(self.TRIED[len(self._seconds)], record)
+        if self._updater.plan.device.type == "cuda":
+            torch.cuda.synchronize(self._updater.plan.device)
+        self._seconds.append(time.perf_counter() - began)
+        if len(self._seconds) == len(self.TRIED):
+            self._choose()
+
+    def _run(self, plan: str, record: Generation) -> None:
+        if plan == "all":
+            self._updater(record)
+            return
+        if self._own is not None:
+            self._own(record)
+        else:
+            self._updater.recall(record)
+        for rank, part in enumerate(self._parts):
+            for t in part.tensors if part is not None else ():
+                dist.broadcast(t.detach().reshape(-1).view(torch.uint8), src=rank)
+            if part is not None and part.low is not None:
+                dist.broadcast(part.low.view(torch.uint8), src=rank)
+
+    def _choose(self) -> None:
+        found = self._team.gather("update seconds", json.dumps(self._seconds[-2:]))
+        worst = [max(each) for each in zip(*map(json.loads, found), strict=True)]
+        best = self._team.tell("update plan", lambda: self.TRIED[-2:][worst.index(min(worst))].encode())
+        self.chosen = best.decode()
+        if found:
+            log.warning("updates: %s (every process all of it: %.3g s, its share and a broadcast: %.3g s)",
+                        self.chosen, *worst)  # fmt: skip
+
+
+def shares(sizes: list[int], count: int) -> list[tuple[int, int]]:
+    """`count` ranges of neighbours, some perhaps empty, of about equal sums of sizes."""
+    ends, total, done = [], sum(sizes), 0
+    limits = iter([total * (r + 1) / count for r in range(count - 1)])
+    limit = next(limits, math.inf)
+    for i, size in enumerate(sizes):
+        while done + size / 2 > limit:
+            ends.append(i)
+            limit = next(limits, math.inf)
+        done += size
+    ends += [len(sizes)] * (count - len(ends))
+    return list(zip([0, *ends[:-1]], ends, strict=True))
