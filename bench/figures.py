@@ -21,8 +21,9 @@ from ..run_folder import write_whole
 from . import training
 
 COLORS = {
-    "usual code": "#c0392b", "usual code, summed": "#e67e22", "inplace": "#8e6c1f", "host": "#8e44ad",
-    "base": "#2471a3", "base, stochastic": "#17a589", "master": "#111111", "float32 model": "#999999",
+    "usual code": "#c0392b", "usual code, summed": "#e67e22", "inplace": "#8e6c1f", "inplace, one pass": "#d4ac0d",
+    "host": "#8e44ad", "base": "#2471a3", "base, stochastic": "#17a589", "master": "#111111",
+    "float32 model": "#999999",
 }  # fmt: skip
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "esfast", "font.size": 9, "axes.grid": True, "grid.alpha": 0.25,
          "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}  # fmt: skip
@@ -53,7 +54,7 @@ def drift_restore(result: dict) -> Figure:
     figure, panels = _panels(result, 3)
     for axes, dtype in zip(panels, ("bfloat16", "float16", "float32"), strict=True):
         rows = {r["way"]: r for r in result["rows"] if r["dtype"] == dtype}
-        for way in ("usual code", "inplace"):
+        for way in ("usual code", "inplace", "inplace, one pass"):
             r = rows[way]
             axes.loglog([g * r["members"] for g in r["restore"]["generation"]], r["restore"]["drift"],
                         color=COLORS[way], label=way)  # fmt: skip
@@ -61,7 +62,7 @@ def drift_restore(result: dict) -> Figure:
         axes.plot([], [], " ", label=f"exactly 0: {', '.join(exact)}")
         axes.set(title=dtype, xlabel="members")
     panels[0].set_ylabel("drift of the weights, RMS")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
 
 
@@ -80,7 +81,11 @@ def drift_update(result: dict) -> Figure:
 def drift_rates(result: dict) -> Figure:
     figure, panels = _panels(result, 2)
     for axes, dtype in zip(panels, ("bfloat16", "float16"), strict=True):
-        for r in (r for r in result["rows"] if r["dtype"] == dtype and r["way"] not in ("host", "inplace")):
+        for r in (
+            r
+            for r in result["rows"]
+            if r["dtype"] == dtype and r["way"] not in ("host", "inplace", "inplace, one pass")
+        ):
             axes.semilogx(r["rates"]["lr"], r["rates"]["slope"], "o-", ms=3, color=COLORS[r["way"]], label=r["way"])
         axes.set(title=dtype, xlabel="learning rate")
     panels[0].set_ylabel("share of an update that arrives (slope)")

@@ -43,7 +43,8 @@ def test_what_rounding_does(rows):
     """The figures are those of theory: a weight is rounded to within half a place, so that all dtypes scale alike."""
     usual, base, master = (rows[way, "bfloat16"] for way in ("usual code", "base", "master"))
     assert usual["pass"] is None and usual["restore"]["changed"][-1] > 0.2
-    assert rows["inplace", "bfloat16"]["restore"]["drift"][-1] > 1e-5
+    two, one = (rows[way, "bfloat16"]["restore"]["drift"][-1] for way in ("inplace", "inplace, one pass"))
+    assert one > 2 * two > 2e-5
     for r, eighth in ((r, rows[r["way"], "float16"]) for r in (base, master)):  # three bits more
         ratio = r["restore"]["last_member_error"] / eighth["restore"]["last_member_error"]
         assert 7 < ratio < 8.5
