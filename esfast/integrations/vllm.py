@@ -30,7 +30,7 @@ class WorkerExtension:
     # after which keys and values that vLLM has cached are those of other weights
     CHANGES_WEIGHTS = frozenset({
         "perturb_self_weights", "restore_self_weights", "update_weights_from_seeds", "broadcast_all_weights",
-        "load_weights_from_disk", "restore_self_initial_weights", "esfast_restore", "esfast_update",
+        "load_weights_from_disk", "restore_self_initial_weights", "esfast_begin", "esfast_restore", "esfast_update",
     })  # fmt: skip
 
     # ---- es-at-scale's methods --------------------------------------------------------------------------------------
@@ -110,33 +110,36 @@ class WorkerExtension:
         return True
 
     def restore_self_initial_weights(self) -> bool:
-        """Back to the weights of `save_self_initial_weights`, from which updates then start."""
+        """Back to the weights of `save_self_initial_weights`, from which updates then start; noise in place is gone."""
         if not hasattr(self, "_esfast_initial"):
             raise RuntimeError("restore_self_initial_weights: save_self_initial_weights was not called")
         for t, saved in zip(self._esfast.all.tensors, self._esfast_initial, strict=True):
             t.detach().copy_(saved)
-        self._esfast.begin()
+        self._esfast.anew()
         return True
 
     # ---- further ones -----------------------------------------------------------------------------------------------
 
-    def esfast_begin(
-        self, rule: dict | None = None, weights: str = "base", include=None, exclude=None, verify: bool = False
-    ) -> dict:
-        """Chooses what the first call would choose by default. Returns numel, layout and number of tensors of the
-        Hugging Face model.
+    def esfast_describe(self, verify: bool = False) -> dict:
+        """numel, layout and number of tensors of the Hugging Face model. With `verify` all weights are compared with the
+        model's folder first: ValueError names one that differs."""
+        weights = self._esfast_looked_at
+        if verify:
+            weights.verify()
+        return weights.layout()
+
+    def esfast_begin(self, rule: dict | None = None, weights: str = "base", include=None, exclude=None) -> bool:
+        """Chooses how weights are changed, where the first call would choose the defaults. Updates start from the
+        weights as they are; noise in place is taken away.
 
         Args:
             rule: noise, rounding, optimizer and decay, as `esfast.update.Rule.to_json` gives them.
             weights: "base", "master", "host" or "inplace", as in `esfast.ES`.
             include, exclude: glob patterns of Hugging Face names, as in `esfast.Plan`.
-            verify: compare all weights with the model's folder first.
         """
-        made = self._esfast_make(Rule() if rule is None else Rule.from_json(rule), weights, include, exclude)
-        if verify:
-            made.verify()
-        self._esfast_weights = made
-        return made.layout()
+        rule = Rule() if rule is None else Rule.from_json(rule)
+        self._esfast_looked_at.begin(rule, weights, include, exclude)
+        return True
 
     def esfast_restore(self) -> None:
         """Takes away whatever noise is in place."""
@@ -154,11 +157,15 @@ class WorkerExtension:
 
     @property
     def _esfast(self):
-        if not hasattr(self, "_esfast_weights"):
+        weights = self._esfast_looked_at
+        if weights.mode is None:
             self.esfast_begin()
-        return self._esfast_weights
+        return weights
 
-    def _esfast_make(self, rule, weights: str, include, exclude):
+    @property
+    def _esfast_looked_at(self):
+        if hasattr(self, "_esfast_weights"):
+            return self._esfast_weights
         from vllm.distributed import get_tp_group
 
         from . import vllm_plugin
@@ -170,6 +177,5 @@ class WorkerExtension:
                 "runs (pip install), and name esfast in VLLM_PLUGINS if that is set"
             )
         model = self.vllm_config.model_config
-        return WorkerWeights(
-            self.get_model(), model.hf_config, model.model, get_tp_group(), rule, weights, include, exclude
-        )
+        self._esfast_weights = WorkerWeights(self.get_model(), model.hf_config, model.model, get_tp_group())
+        return self._esfast_weights

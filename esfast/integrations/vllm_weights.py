@@ -22,29 +22,38 @@ class WorkerWeights:
     Args:
         model: the worker's model. config: its Hugging Face config. source: the model's folder or name.
         group: vLLM's tensor-parallel group. All ranks make, save and fingerprint their weights at the same time.
-        rule, mode, include, exclude: as for `esfast.ES`.
 
-    Raises TypeError or ValueError, which names the weight, for what `vllm_layout` and Plan refuse.
+    Raises TypeError or ValueError, which names the weight, for what `vllm_layout` and Plan refuse. Copies of the
+    weights are made by `begin`.
     """
 
-    def __init__(self, model, config, source: str, group, rule: Rule, mode: str = "base", include=None, exclude=None):
-        if mode not in MODES:
-            raise ValueError(f"weights: expected one of {', '.join(map(repr, MODES))}, got {mode!r}")
-        self.source, self.group, self.rule, self.mode_name = source, group, rule, mode
+    def __init__(self, model, config, source: str, group):
+        self.source, self.group = source, group
         self.wholes = vllm_layout.hf_shapes(config)
         found = vllm_layout.pieces(model, self.wholes)
         vllm_layout.check_live(model)
         self.places = self._gather([(name, tuple(t.shape), tuple(w.offset)) for name, t, w in found])
         self.first = vllm_layout.check_covered(self.wholes, self.places)
-        self.all = Plan(found)  # with what include and exclude leave out
-        self.plan = Plan(found, include, exclude) if include or exclude else self.all
+        self.found = found
+        self.all = Plan(found)
         mine = zip(self.places[group.rank_in_group], self.first[group.rank_in_group], strict=True)
         kept = {(name, offset) for (name, _, offset), first in mine if first}
         self._owned = [e for e in self.all.entries if (e.name, tuple(e.window.offset)) in kept]
-        self.begin()
+        self.mode = None
 
-    def begin(self) -> None:
-        """The weights of now are those that updates start from."""
+    def begin(self, rule: Rule, mode: str = "base", include=None, exclude=None) -> None:
+        """The weights of now are those that updates start from. Arguments as for `esfast.ES`."""
+        if mode not in MODES:
+            raise ValueError(f"weights: expected one of {', '.join(map(repr, MODES))}, got {mode!r}")
+        if self.mode is not None:
+            self.offsets.clear()
+        self.plan = Plan(self.found, include, exclude) if include or exclude else self.all
+        self.rule, self.mode_name = rule, mode
+        self.anew()
+
+    def anew(self) -> None:
+        """After the weights were written by somebody else: updates start from them."""
+        self.offsets = self.mode = None  # its memory first
         self.mode = MODES[self.mode_name](self.plan, self.rule)
         self.offsets = Offsets(self.mode)
         self.records: list[Generation] = []
@@ -86,7 +95,7 @@ class WorkerWeights:
         self._raise_first(error)
         for e, piece in zip(self.all.entries, new, strict=True):
             e.tensor.detach().copy_(piece)
-        self.begin()
+        self.anew()
 
     def verify(self) -> None:
         """That this worker holds what the model's folder holds, weight by weight. ValueError names one that differs."""
@@ -96,9 +105,9 @@ class WorkerWeights:
 
     def layout(self) -> dict:
         """What a journal says of the model: weights, tensors, and the layout that HF and all shards share."""
-        shapes = {name: self.wholes[name] for name in dict.fromkeys(self.plan.names)}
-        numel = sum(torch.Size(shape).numel() for shape in shapes.values())
-        return {"numel": numel, "layout": self.plan.layout, "tensors": len(shapes)}
+        shapes = [self.wholes[name] for name in dict.fromkeys(self.all.names)]
+        numel = sum(torch.Size(shape).numel() for shape in shapes)
+        return {"numel": numel, "layout": self.all.layout, "tensors": len(shapes)}
 
     def _journal_text(self) -> str:
         with tempfile.TemporaryDirectory() as scratch:

@@ -13,7 +13,7 @@ MODELS = ("qwen2-tied", "qwen2-untied", "llama-tied", "llama-untied")
 @pytest.fixture(scope="module", params=MODELS)
 def engine(request, start):
     engine = start(request.param)
-    assert engine.rpc("esfast_begin", verify=True) == [
+    assert engine.rpc("esfast_describe", verify=True) == [
         {"numel": engine.plan.numel, "layout": engine.plan.layout, "tensors": len(engine.plan)}
     ]
     yield engine

@@ -22,7 +22,7 @@ def engine(request, start):
 
 def test_two_ranks_are_one_model(engine, tmp_path, same_bits):
     stated = {"numel": engine.plan.numel, "layout": engine.plan.layout, "tensors": len(engine.plan)}
-    assert engine.rpc("esfast_begin", verify=True) == [stated] * 2
+    assert engine.rpc("esfast_describe", verify=True) == [stated] * 2
     before, tokens = engine.fingerprint(), engine.tokens()
     assert before == engine.plan.fingerprint()
     engine.rpc("perturb_self_weights", 2**63 + 7, 0.05, False)

@@ -1,0 +1,162 @@
+"""N vLLM engines as Ray actors, trained by one process: members are handed out as engines become free.
+
+Between generations nothing but seeds and coefficients goes to the engines, and nothing but text comes back. Every
+engine applies every update, so all of them, and the Hugging Face model that `replay` makes of the journal, hold the same
+weights to the bit. An engine that dies loses nothing: the member that it was at is done by another.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from ..es import Member
+from ..update import Generation, Rule
+
+log = logging.getLogger(__name__)
+
+CHUNK = 256  # prompts of an evaluation that go to an engine at once, however many engines there are
+
+
+class Fleet:
+    """The engines. Completions, updates and fingerprints are asked of it as of one.
+
+    Args:
+        model: Hugging Face folder or name; a folder must be there wherever Ray may put an engine.
+        max_new_tokens, temperature, dtype, options: of every engine, as in VLLMEngine.
+        num_engines: how many.
+        tensor_parallel_size: GPUs of each (on a machine without, processes).
+
+    Ray is started on this machine if it runs nowhere; the environment variable RAY_ADDRESS names a cluster.
+
+    Raises ValueError for numbers below 1, RuntimeError if an engine can't start.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        max_new_tokens: int,
+        num_engines: int = 1,
+        tensor_parallel_size: int = 1,
+        temperature: float = 1.0,
+        dtype: str = "auto",
+        **options,
+    ):
+        if num_engines < 1 or tensor_parallel_size < 1:
+            raise ValueError(
+                f"num_engines and tensor_parallel_size must be at least 1, got {num_engines} and {tensor_parallel_size}"
+            )
+        import ray
+
+        from .vllm_engine import VLLMEngine
+
+        if not ray.is_initialized():
+            ray.init(include_dashboard=False, log_to_driver=False)
+        gpus = tensor_parallel_size if ray.cluster_resources().get("GPU") else 0
+        actor = ray.remote(num_gpus=gpus, num_cpus=0)(VLLMEngine)
+        environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | (
+            {} if gpus else _on_cpu(num_engines, tensor_parallel_size)
+        )
+        arguments = (str(model), max_new_tokens, temperature, tensor_parallel_size, dtype)
+        self.model, self.tokens, self._ray = str(model), 0, ray
+        self._engines = dict(enumerate(
+            actor.options(runtime_env={"env_vars": environment}).remote(*arguments, **options) for _ in range(num_engines)
+        ))  # fmt: skip
+
+    @property
+    def alive(self) -> list[int]:
+        """Numbers of the engines that answer."""
+        return sorted(self._engines)
+
+    def describe(self) -> dict:
+        """numel, layout and number of tensors of the Hugging Face model, after all weights were compared with it."""
+        return self._all("call", "esfast_describe", True)
+
+    def begin(self, rule: Rule, weights: str) -> None:
+        """Chooses how weights are changed (esfast_begin)."""
+        self._all("call", "esfast_begin", rule.to_json(), weights)
+
+    def update(self, record: Generation) -> None:
+        """Applies a generation in every engine."""
+        self._all("call", "esfast_update", dataclasses.asdict(record))
+
+    def fingerprint(self) -> str:
+        """Of the weights; RuntimeError if engines do not hold the same."""
+        return self._all("call", "esfast_fingerprint")
+
+    def save(self, folder: str | Path) -> None:
+        """A Hugging Face folder, written by an engine."""
+        number = self.alive[0]
+        self._ray.get(self._engines[number].call.remote("save_self_weights_to_disk", str(folder)))
+
+    def members(
+        self, members: Sequence[Member], sigma: float, prompts: Sequence[str], seeds: Sequence[int] | None = None
+    ) -> Iterator[tuple[Member, list[str]]]:
+        """Each member with its completions, as they come."""
+        prompts = self._ray.put(list(prompts))  # sent to each engine once
+        jobs = [(m, (m.seed, m.sign * sigma, prompts, seeds)) for m in members]
+        for member, (completions, tokens) in self._hand_out("member", jobs):
+            self.tokens += tokens
+            yield member, completions
+
+    def generate(self, prompts: Sequence[str], seeds: Sequence[int] | None = None) -> list[str]:
+        """Completions of the weights as they are, by all engines together."""
+        starts = range(0, len(prompts), CHUNK)
+        jobs = [(i, (list(prompts[i : i + CHUNK]), seeds and seeds[i : i + CHUNK])) for i in starts]
+        parts = dict(self._hand_out("generate", jobs))
+        return [text for i in starts for text in parts[i]]
+
+    def close(self) -> None:
+        for engine in self._engines.values():
+            self._ray.kill(engine)
+        self._engines = {}
+
+    def _hand_out(self, method: str, jobs: list[tuple]) -> Iterator[tuple]:
+        """(key, answer) of each (key, arguments), from whichever engine was free; those of engines that die, again."""
+        waiting, busy, idle = deque(jobs), {}, deque(self.alive)
+        while waiting or busy:
+            while waiting and idle:
+                number, job = idle.popleft(), waiting.popleft()
+                busy[getattr(self._engines[number], method).remote(*job[1])] = number, job
+            (done,), _ = self._ray.wait(list(busy), num_returns=1)
+            number, job = busy.pop(done)
+            try:
+                answer = self._ray.get(done)
+            except self._ray.exceptions.RayActorError as error:
+                self._lose(number, error)
+                waiting.appendleft(job)
+                continue
+            idle.append(number)
+            yield job[0], answer
+
+    def _all(self, method: str, *args):
+        """What all engines answer, which must be the same."""
+        asked = {n: getattr(e, method).remote(*args) for n, e in self._engines.items()}
+        answers = {}
+        for number, reference in asked.items():
+            try:
+                answers[number] = self._ray.get(reference)
+            except self._ray.exceptions.RayActorError as error:
+                self._lose(number, error)
+        first = answers[self.alive[0]]
+        for number, answer in answers.items():
+            if answer != first:
+                raise RuntimeError(f"{args[0]}: engine {self.alive[0]} says {first}, engine {number} says {answer}")
+        return first
+
+    def _lose(self, number: int, error: Exception) -> None:
+        del self._engines[number]
+        if not self._engines:
+            raise RuntimeError(f"no engine is left; the last to go, {number}, said: {error}")
+        log.warning("engine %d is gone, %d are left: %s", number, len(self._engines), str(error).splitlines()[0])
+
+
+def _on_cpu(engines: int, ranks: int) -> dict[str, str]:
+    """Without a GPU engines share the cores, and vLLM would have each of them pin all."""
+    threads = max(1, len(os.sched_getaffinity(0)) // (engines * ranks))
+    wanted = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(threads), "VLLM_CPU_KVCACHE_SPACE": "1"}
+    return {name: os.environ.get(name, value) for name, value in wanted.items()}

@@ -1,0 +1,75 @@
+"""One vLLM engine as esfast.rollout has engines, with the weights of ES inside it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+EXTENSION = "esfast.integrations.vllm.WorkerExtension"
+
+
+class VLLMEngine:
+    """Completions from vLLM, and the weights that they come from.
+
+    Args:
+        model: Hugging Face folder or name.
+        max_new_tokens: longest completion, in tokens.
+        temperature: of completions that are asked for with seeds; without seeds they are greedy.
+        tensor_parallel_size, dtype: as vLLM's.
+        options: further arguments of vllm.LLM.
+
+    The scheduler runs in this process (VLLM_ENABLE_V1_MULTIPROCESSING=0, which must be set before vLLM is imported), so
+    that all prompts of a call are there before the first is begun: batches, and with them the last bits of what they
+    compute, are the same at every call and in every engine.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        tensor_parallel_size: int = 1,
+        dtype: str = "auto",
+        **options,
+    ):
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        from vllm import LLM
+
+        options = {"worker_extension_cls": EXTENSION, "disable_log_stats": True} | options
+        self.llm = LLM(str(model), tensor_parallel_size=tensor_parallel_size, dtype=dtype, **options)
+        self.max_new_tokens, self.temperature, self.tokens = max_new_tokens, temperature, 0
+
+    def generate(self, prompts: Sequence[str], seeds: Sequence[int] | None = None) -> list[str]:
+        """As esfast.rollout.Engine says. Samples are vLLM's, by a generator for each prompt: not those of Transformers."""
+        from vllm import SamplingParams
+
+        if seeds is None:
+            settings = SamplingParams(temperature=0.0, max_tokens=self.max_new_tokens)
+        else:
+            settings = [
+                SamplingParams(temperature=self.temperature, max_tokens=self.max_new_tokens, seed=s % 2**63)
+                for s in seeds
+            ]
+        done = self.llm.generate(list(prompts), settings, use_tqdm=False)
+        self.tokens += sum(len(d.outputs[0].token_ids) for d in done)
+        return [d.outputs[0].text for d in done]
+
+    def member(
+        self, seed: int, coeff: float, prompts: Sequence[str], seeds: Sequence[int] | None = None
+    ) -> tuple[list[str], int]:
+        """Completions of the model perturbed by coeff * noise(seed), and how many tokens they are; the weights are as
+        before when it returns or raises."""
+        before = self.tokens
+        try:
+            self.call("perturb_self_weights", seed, coeff)
+            return self.generate(prompts, seeds), self.tokens - before
+        finally:
+            self.call("esfast_restore")
+
+    def call(self, method: str, *args, **kwargs):
+        """What WorkerExtension.`method` returns, on the first rank."""
+        return self.llm.collective_rpc(method, args=args, kwargs=kwargs)[0]
+
+    def close(self) -> None:
+        self.llm.llm_engine.engine_core.shutdown()
