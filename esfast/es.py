@@ -120,6 +120,8 @@ class ES:
     be changed between generations.
     """
 
+    modes = MODES
+
     def __init__(
         self,
         model: torch.nn.Module | Plan | Iterable[tuple],
@@ -169,7 +171,7 @@ class ES:
                 'weights: "inplace" would drift apart in several processes; take "base", "master" or "host"'
             )
         header = header_of(self.rule, self.seed, weights, self.plan) if journal is not None else None
-        self._weights = MODES[weights](self.plan, self.rule, backend)
+        self._weights = self.modes[weights](self.plan, self.rule, backend)
         if self.team.size > 1:
             self._weights.updater = SharedUpdates(self._weights.updater, self.team)
         self._asked, self._mine = 0, []

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -68,6 +68,8 @@ class ESTrainer:
         TypeError, ValueError: arguments outside the above, before anything is written.
         FileExistsError: the run folder holds a run already.
     """
+
+    es_class = ES
 
     def __init__(
         self,
@@ -129,9 +131,10 @@ class ESTrainer:
             if self.folder.config.exists():
                 c.check_resumes(yaml.safe_load(self.folder.config.read_text(encoding="utf-8")))
             self.folder.tidy()
-        plan = Plan(model, include, c.exclude)
+        plan = model if isinstance(model, Plan) else Plan(model, include, c.exclude)
         self.movement = Movement(plan)
-        self.es = ES(plan, c.sigma, c.lr, c.population_size, c.seed, c.mirrored, c.noise, c.shaping, c.weights,
+        self.es = self.es_class(
+                     plan, c.sigma, c.lr, c.population_size, c.seed, c.mirrored, c.noise, c.shaping, c.weights,
                      journal=self.folder.journal, rounding=c.rounding, weight_decay=c.weight_decay, decay_to=c.decay_to,
                      optimizer=c.make_optimizer(), perturb_rounding=c.perturb_rounding, team=self.team, resume=resume,
                      checkpoints=self.folder.checkpoints)  # fmt: skip
@@ -220,13 +223,10 @@ class ESTrainer:
         self.es.sigma, self.es.lr = self.args.rates(generation)
         self.clock.lap("other")
         scores = []  # workers score a member while the next one generates
-        with self.es.population() as members:
-            for member in members:
-                self.clock.lap("perturb")
-                completions = chat.completions(rows, self._generate(texts, seeds))
-                self.clock.lap("generate")
-                scores.append((member, self.scorer.submit(self.reward_funcs, rows, completions)))
-                self.clock.lap("score")
+        for member, responses in self._answers(texts, seeds):
+            completions = chat.completions(rows, responses)
+            scores.append((member, self.scorer.submit(self.reward_funcs, rows, completions)))
+            self.clock.lap("score")
         self.clock.lap("perturb")
         for member, rewards in scores:
             member.reward = self._reward(member, rewards)
@@ -251,6 +251,15 @@ class ESTrainer:
                 raise
             log.warning("member %d of generation %d is set aside: %s", member.index, self.es.generation, error)
             return None
+
+    def _answers(self, texts: list[str], seeds: Sequence[int] | None) -> Iterator[tuple[Member, list[str]]]:
+        """This process's members of the population, each with its responses."""
+        with self.es.population() as members:
+            for member in members:
+                self.clock.lap("perturb")
+                responses = self._generate(texts, seeds)
+                self.clock.lap("generate")
+                yield member, responses
 
     def _train_rows(self, generation: int) -> Rows:
         count = self.args.prompts_per_generation

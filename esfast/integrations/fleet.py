@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 
@@ -11,7 +13,6 @@ from ..config import ESConfig
 from ..es import ES, Member
 from ..plan import Plan
 from ..rewards import RewardFunc
-from ..rows import Rows
 from ..trainer import ESTrainer
 from ..update import Generation, Rule
 from .ray import Fleet
@@ -27,6 +28,7 @@ class FleetPlan(Plan):
         self._finish()
 
     sharded = True  # nothing here to make a checkpoint of: the journal holds all
+    config = property(lambda self: SimpleNamespace(_name_or_path=self.fleet.model))
 
     @property
     def layout(self) -> str:
@@ -76,3 +78,71 @@ class FleetWeights:
 
 class FleetES(ES):
     modes = {name: type(f"Fleet_{name}", (FleetWeights,), {"mode": name}) for name in ("base", "master", "host")}
+
+
+class FleetTrainer(ESTrainer):
+    """ESTrainer over vLLM engines: `esfast train --engine vllm`. Journal, resume and what it leaves in the run folder
+    are ESTrainer's; the journal replays on the Hugging Face model.
+
+    Args:
+        model: Hugging Face folder or name.
+        num_engines, tensor_parallel_size, dtype: as for Fleet.
+        engine_options: further arguments of vllm.LLM.
+        all others: as for ESTrainer.
+
+    Raises ValueError for settings that need the weights in this process (kl_to_base, perturb_rounding, include,
+    exclude, weights="inplace" or "auto"), before an engine is started.
+    """
+
+    es_class = FleetES
+
+    def __init__(
+        self,
+        model: str | Path,
+        reward_funcs: RewardFunc | Sequence[RewardFunc],
+        args: ESConfig | None = None,
+        num_engines: int = 1,
+        tensor_parallel_size: int = 1,
+        dtype: str = "auto",
+        engine_options: Mapping[str, Any] | None = None,
+        processing_class=None,
+        **others,
+    ):
+        args = args if args is not None else ESConfig()
+        for name, only in (
+            ("kl_to_base", False),
+            ("perturb_rounding", "nearest"),
+            ("include", None),
+            ("exclude", None),
+        ):
+            if getattr(args, name) != only:
+                raise ValueError(
+                    f"{name}: with the weights in vLLM engines only {only!r} works, got {getattr(args, name)!r}"
+                )
+        if args.weights not in FleetES.modes:
+            known = ", ".join(map(repr, FleetES.modes))
+            raise ValueError(f"weights: with vLLM engines expected one of {known}, got {args.weights!r}")
+        if processing_class is None:
+            from transformers import AutoTokenizer
+
+            processing_class = AutoTokenizer.from_pretrained(model)
+        fleet = Fleet(
+            model, args.max_completion_length, num_engines, tensor_parallel_size, args.temperature or 1.0, dtype,
+            **(engine_options or {}),
+        )  # fmt: skip
+        try:
+            super().__init__(
+                FleetPlan(fleet), reward_funcs, args, processing_class=processing_class, engine=fleet, **others
+            )
+        except BaseException:
+            fleet.close()
+            raise
+
+    def _plan(self, model, include) -> Plan:
+        return model
+
+    def _answers(self, texts: list[str], seeds: Sequence[int] | None) -> Iterator[tuple[Member, list[str]]]:
+        members = self.es.population().members
+        for answer in self.engine.members(members, self.es.sigma, texts, seeds):
+            self.clock.lap("generate")  # perturbing and restoring, which engines do, are in it
+            yield answer

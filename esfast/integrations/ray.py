@@ -1,8 +1,8 @@
 """N vLLM engines as Ray actors, trained by one process: members are handed out as engines become free.
 
 Between generations nothing but seeds and coefficients goes to the engines, and nothing but text comes back. Every
-engine applies every update, so all of them, and the Hugging Face model that `replay` makes of the journal, hold the same
-weights to the bit. An engine that dies loses nothing: the member that it was at is done by another.
+engine applies every update, so all of them, and the Hugging Face model that `replay` makes of the journal, hold the
+same weights to the bit. An engine that dies loses nothing: the member that it was at is done by another.
 """
 
 from __future__ import annotations
@@ -63,9 +63,8 @@ class Fleet:
         )
         arguments = (str(model), max_new_tokens, temperature, tensor_parallel_size, dtype)
         self.model, self.tokens, self._ray = str(model), 0, ray
-        self._engines = dict(enumerate(
-            actor.options(runtime_env={"env_vars": environment}).remote(*arguments, **options) for _ in range(num_engines)
-        ))  # fmt: skip
+        start = actor.options(runtime_env={"env_vars": environment}).remote
+        self._engines = {number: start(*arguments, **options) for number in range(num_engines)}
 
     @property
     def alive(self) -> list[int]:

@@ -121,8 +121,8 @@ class WorkerExtension:
     # ---- further ones -----------------------------------------------------------------------------------------------
 
     def esfast_describe(self, verify: bool = False) -> dict:
-        """numel, layout and number of tensors of the Hugging Face model. With `verify` all weights are compared with the
-        model's folder first: ValueError names one that differs."""
+        """numel, layout and number of tensors of the Hugging Face model. With `verify` all weights are compared with
+        the model's folder first: ValueError names one that differs."""
         weights = self._esfast_looked_at
         if verify:
             weights.verify()

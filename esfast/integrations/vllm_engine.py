@@ -41,7 +41,7 @@ class VLLMEngine:
         self.max_new_tokens, self.temperature, self.tokens = max_new_tokens, temperature, 0
 
     def generate(self, prompts: Sequence[str], seeds: Sequence[int] | None = None) -> list[str]:
-        """As esfast.rollout.Engine says. Samples are vLLM's, by a generator for each prompt: not those of Transformers."""
+        """As esfast.rollout.Engine says. Samples are vLLM's, by a generator for each prompt, and not Transformers'."""
         from vllm import SamplingParams
 
         if seeds is None:

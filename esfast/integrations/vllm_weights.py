@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from ..fingerprint import MASK, window_sums
-from ..journal import Journal
+from ..journal import Journal, header_of
 from ..plan import Plan
 from ..update import Generation, Rule
 from ..weights import MODES
@@ -57,6 +57,7 @@ class WorkerWeights:
         self.mode = MODES[self.mode_name](self.plan, self.rule)
         self.offsets = Offsets(self.mode)
         self.records: list[Generation] = []
+        self.base = self._fingerprint(self.plan.names)
 
     def update(self, record: Generation) -> None:
         if self.offsets.terms:
@@ -70,7 +71,12 @@ class WorkerWeights:
 
     def fingerprint(self) -> str:
         """Of the whole model's weights as they are now, the same as `Plan(hf_model).fingerprint()`."""
-        return f"{sum(self._gather(sum(window_sums(self._owned)) & MASK)) & MASK:016x}"
+        return self._fingerprint(self.wholes)
+
+    def _fingerprint(self, names) -> str:
+        taken = set(names)
+        share = sum(window_sums([e for e in self._owned if e.name in taken])) & MASK
+        return f"{sum(self._gather(share)) & MASK:016x}"
 
     def save(self, folder: str | Path) -> None:
         """A Hugging Face folder of the weights as they are now, and journal.jsonl, the updates that led to them."""
@@ -111,7 +117,8 @@ class WorkerWeights:
 
     def _journal_text(self) -> str:
         with tempfile.TemporaryDirectory() as scratch:
-            journal = Journal.create(Path(scratch) / "journal", self.rule, 0, self.mode_name, self.plan)
+            header = header_of(self.rule, 0, self.mode_name, self.plan) | {"base": self.base}
+            journal = Journal.create(Path(scratch) / "journal", header)
             for record in self.records:
                 journal.append(record)
             return journal.path.read_text(encoding="utf-8")
