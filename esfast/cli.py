@@ -53,6 +53,12 @@ def _parser(full: bool) -> argparse.ArgumentParser:
         "  esfast train --model FOLDER --population-size 16 --sigma 0.002",
     )
     _add_model_arguments(train)
+    engines = train.add_argument_group("engines")
+    engines.add_argument("--engine", choices=("transformers", "vllm"), default="transformers",
+                         help="what generates; vllm: in processes that Ray starts, which hold the weights (default: "
+                         "transformers, in this process)")  # fmt: skip
+    engines.add_argument("--num-engines", type=int, default=1, help="vLLM engines (default: 1)")
+    engines.add_argument("--tensor-parallel-size", type=int, default=1, help="GPUs of each (default: 1)")
     if full:
         _add_config_arguments(train)
     train.set_defaults(run=_train)
@@ -136,7 +142,13 @@ def _train(args: argparse.Namespace) -> None:
     from .trainer import ESConfig, ESTrainer
 
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(ESConfig) if hasattr(args, f.name)}
+    if args.engine != "vllm" and (args.num_engines, args.tensor_parallel_size) != (1, 1):
+        raise ValueError(
+            "--num-engines and --tensor-parallel-size are those of --engine vllm; without it, use torchrun"
+        )
     team = Team.join(_device(args))
+    if args.engine == "vllm" and team.size > 1:
+        raise ValueError("--engine vllm: one process trains, without torchrun; --num-engines says how many engines")
     if team.size > 1 and "output_dir" not in given:
         raise ValueError("--out: give the run folder: with several processes a restart must find it again")
     if "output_dir" in given and team.rank == 0:
@@ -154,18 +166,23 @@ def _train(args: argparse.Namespace) -> None:
     began = time.perf_counter()
     if embedded_model:  # one process makes it, the others find it
         team.tell("embedded model", lambda: str(embedded.cached(task=args.task)).encode())
-    model, tokenizer = _load(args)
-    pretraining = time.perf_counter() - began if embedded_model else 0.0
-    trainer = ESTrainer(
-        model,
-        list(task.reward_funcs),
-        config,
-        train_dataset=lambda generation, count: task.train_rows(generation, count, config.seed),
-        eval_dataset=task.eval_rows(config.eval_prompts),
-        processing_class=tokenizer,
-        metrics={"accuracy": task.accuracy},
-        team=team,
-    )
+    data = {
+        "train_dataset": lambda generation, count: task.train_rows(generation, count, config.seed),
+        "eval_dataset": task.eval_rows(config.eval_prompts),
+        "metrics": {"accuracy": task.accuracy},
+    }
+    if args.engine == "vllm":
+        from .integrations.fleet import FleetTrainer
+
+        pretraining = 0.0
+        path = args.model if args.model is not None else str(embedded.cached(task=args.task))
+        trainer = FleetTrainer(
+            path, list(task.reward_funcs), config, args.num_engines, args.tensor_parallel_size, args.dtype, **data
+        )
+    else:
+        model, tokenizer = _load(args)
+        pretraining = time.perf_counter() - began if embedded_model else 0.0
+        trainer = ESTrainer(model, list(task.reward_funcs), config, processing_class=tokenizer, team=team, **data)
     if team.rank:
         trainer.train()
         return

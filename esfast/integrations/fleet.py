@@ -23,7 +23,7 @@ class FleetPlan(Plan):
 
     def __init__(self, fleet: Fleet):
         self.fleet, self._stated = fleet, fleet.describe()
-        self.entries, self._tensors = [], []
+        self._held, self._sharded, self._gathering, self._private = [], [], [], True
         self.device, self.low = torch.device("cpu"), None
         self._finish()
 

@@ -1,0 +1,101 @@
+"""Two engines as Ray actors train to the same bits as one, and as ES on the Hugging Face model; one may die on the way."""
+
+import os
+
+import pytest
+
+import esfast
+
+pytest.importorskip("vllm", reason="vLLM is not installed here; `make test-vllm` runs these tests where it is")
+ray = pytest.importorskip("ray", reason="Ray is not installed here; `make test-vllm` runs these tests where it is")
+
+ROWS = [{"prompt": f"{i} plus {i + 1} is"} for i in range(6)]
+
+
+def letters(prompts, completions, **columns):
+    return [float(sum(map(ord, text)) % 101) for text in completions]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_ray():
+    ray.init(include_dashboard=False, log_to_driver=False, num_cpus=2)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def trained(folder, tmp_path, monkeypatch):
+    """trained(name, engines, dies=False, **settings): the trainer, its run done, and the fingerprint of the engines."""
+    from esfast.integrations.fleet import FleetTrainer
+
+    def run(name, engines, dies=False, **settings):
+        settings = {"generations": 2} | settings
+        config = esfast.ESConfig(
+            output_dir=str(tmp_path / name), population_size=5, sigma=0.05, lr=0.05, max_completion_length=6,
+            prompts_per_generation=6, eval_every=0, progress=False, **settings,
+        )  # fmt: skip
+        trainer = FleetTrainer(
+            folder("qwen2-tied"), letters, config, engines, train_dataset=ROWS, eval_dataset=ROWS[:2],
+            engine_options={"enforce_eager": True, "max_model_len": 128, "max_num_seqs": 8},
+        )  # fmt: skip
+        fleet = trainer.engine
+        if dies:
+            original, answers = fleet.members, []
+
+            def members(*arguments):
+                for answer in original(*arguments):
+                    answers.append(answer)
+                    if len(answers) == 2:
+                        ray.kill(fleet._engines[0])  # which has another member in the works
+                    yield answer
+
+            fleet.members = members
+        prints = []
+        step = trainer.es.step
+        monkeypatch.setattr(trainer.es, "step", lambda **o: (step(**o), prints.append(fleet.fingerprint()))[0])
+        if dies:
+            with_left = []
+            monkeypatch.setattr(fleet, "close", lambda close=fleet.close: (with_left.extend(fleet.alive), close()))
+        trainer.train()
+        if dies:
+            assert with_left == [1]
+        return trainer, prints
+
+    return run
+
+
+def test_one_two_and_one_that_dies(trained, folder, tmp_path, same_bits):
+    from transformers import AutoModelForCausalLM
+
+    one, wanted = trained("one", 1)
+    assert len(set(wanted)) == 2
+    for name, dies in (("two", False), ("dying", True)):
+        _, found = trained(name, 2, dies)
+        assert found == wanted
+        assert esfast.journal.read(tmp_path / name / "journal.jsonl").records == one_records(tmp_path)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "two" / "model")
+    assert esfast.Plan(saved).fingerprint() == wanted[-1]
+    replayed = esfast.Plan(AutoModelForCausalLM.from_pretrained(folder("qwen2-tied")))
+    esfast.journal.replay(replayed, tmp_path / "one" / "journal.jsonl")
+    assert replayed.fingerprint() == wanted[-1]
+
+    # a run that was cut off goes on to the same weights
+    for name in ("journal.jsonl", "metrics.jsonl"):
+        path = tmp_path / "two" / name
+        lines = path.read_bytes().splitlines(keepends=True)
+        path.write_bytes(b"".join(lines[:2]))
+    _, found = trained("two", 1, resume=True)
+    assert found == wanted[1:]
+
+
+def one_records(tmp_path):
+    return esfast.journal.read(tmp_path / "one" / "journal.jsonl").records
+
+
+def test_what_is_refused(folder, tmp_path):
+    from esfast.integrations.fleet import FleetTrainer
+
+    for words, settings in (("kl_to_base", {"kl_to_base": True}), ("weights", {"weights": "inplace"})):
+        with pytest.raises(ValueError, match=words):
+            FleetTrainer(folder("qwen2-tied"), letters, esfast.ESConfig(output_dir=str(tmp_path), **settings))
+    assert os.listdir(tmp_path) == []
