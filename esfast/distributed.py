@@ -22,6 +22,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from .update import Adam, Generation, Updater
 
@@ -59,9 +60,12 @@ class Team:
         if made:
             if int(os.environ.get("WORLD_SIZE", 1)) == 1:
                 return cls()
-            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.device(device).type == "cuda" else "gloo")
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store outlives the processes
-        store = dist.PrefixStore(f"esfast/{attempt}", dist.distributed_c10d._get_default_store())
+            found, rank, size = next(rendezvous("env://"))
+            # torchrun's store may outlive the processes, and what they left there must not meet their successors
+            attempt = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", found)
+            backend = "cpu:gloo,cuda:nccl" if torch.device(device).type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=attempt, rank=rank, world_size=size)
+        store = dist.PrefixStore("esfast", dist.distributed_c10d._get_default_store())
         team = cls(store, dist.get_rank(), dist.get_world_size(), shards)
         team._own_group = made
         return team

@@ -167,9 +167,7 @@ class ES:
         self._inside: Member | None = None
         self.team = team if team is not None else Team()
         if self.team.size > 1 and weights == "inplace":
-            raise ValueError(
-                'weights: "inplace" would drift apart in several processes; take "base", "master" or "host"'
-            )
+            raise ValueError('weights: "inplace" drifts apart in several processes; take "base", "master" or "host"')
         header = header_of(self.rule, self.seed, weights, self.plan) if journal is not None else None
         self._weights = self.modes[weights](self.plan, self.rule, backend)
         if self.team.size > 1:

@@ -159,7 +159,8 @@ class InplaceWeights(_MovingWeights):
 
 class HostWeights(_MovingWeights):
     """Members move in place, from one to the next in one pass, and the weights come back from a copy in host memory
-    when the population is left. A member carries the rounding of the moves before it."""
+    when the population is left. A member carries the rounding of the moves before it, so in a team its reward may
+    depend, in the last bits, on who scored which members; the step that given rewards lead to does not."""
 
     def __init__(self, plan: Plan, rule: Rule, backend: str = "auto"):
         super().__init__(plan, rule, backend)

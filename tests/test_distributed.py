@@ -1,0 +1,199 @@
+"""Several processes train as one: the same bits for any number of them, whatever becomes of one of them."""
+
+import json
+import os
+import re
+import socket
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import esfast
+from esfast import distributed
+from esfast.distributed import Team, shares
+from esfast.journal import read
+
+JOB = str(Path(__file__).parent / "job.py")
+
+
+def environment(**more):
+    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | more
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def options(settings):
+    return [f"{name}={json.dumps(value)}" for name, value in settings.items()]
+
+
+def torchrun(processes, out, *launcher, timeout=120, **settings):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes),
+               "--master-port", str(free_port()), *launcher, JOB, str(out), *options(settings)]  # fmt: skip
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=timeout)
+
+
+def alone(out, **settings):
+    return subprocess.run([sys.executable, JOB, str(out), *options(settings)], env=environment(),
+                          capture_output=True, text=True, timeout=120)  # fmt: skip
+
+
+def outcome(folder):
+    """The tuned weights' bits, and the journal."""
+    return (folder / "model" / "model.safetensors").read_bytes(), (folder / "journal.jsonl").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("single") / "run"
+    done = alone(folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("processes", (2, 3, 4))
+def test_the_same_bits_and_journal_for_any_number_of_processes(processes, single, tmp_path):
+    done = torchrun(processes, tmp_path / "run", pause=0.005)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert outcome(tmp_path / "run") == outcome(single)
+    assert len(read(single / "journal.jsonl").checks) == 3  # two checkpoints and the end
+    members = list(map(int, re.findall(r"rank \d: (\d+) members", done.stdout)))
+    assert sum(members) == 6 * 7 and len(members) == processes  # each member once
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"weights": "master", "dtype": "bfloat16"},
+        {"optimizer": "momentum", "momentum_window": 2, "rounding": "stochastic", "dtype": "float16"},
+        {"optimizer": "adam", "weight_decay": 0.5, "decay_to": "initial", "noise": "rademacher"},
+    ],
+    ids=["master", "momentum", "adam"],
+)
+def test_modes_and_optimizers(settings, tmp_path):
+    """Updates are tried both whole and shared out (generations 0, 2 and 1, 3), and then as is faster."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    for done in (alone(one, **settings), torchrun(2, two, **settings)):
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert outcome(one) == outcome(two)
+    assert ("updates: " in done.stderr) == (settings.get("optimizer") != "adam")
+
+
+def test_a_slow_process_delays_nobody(tmp_path):
+    """One of two is 5 times slower: together they do 1.2 members in the time of one; at most 1.3 times that is taken."""
+    settings = {"pause": 0.1, "slow": [1, 5.0], "population_size": 30, "generations": 3, "checkpoint_every": 0}
+    done = torchrun(2, tmp_path / "run", **settings)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()][1:]
+    ideal = 30 * 0.1 / 1.2
+    taken = min(row["seconds"] for row in rows)
+    assert taken <= 1.3 * ideal, (taken, ideal)
+
+
+def test_a_process_that_dies_ends_the_job_and_another_number_of_them_goes_on(single, tmp_path):
+    began = time.monotonic()
+    done = torchrun(2, tmp_path / "run", fault="SIGKILL", at=[0, 3], pause=0.01)
+    assert done.returncode != 0 and time.monotonic() - began < 60
+    assert "rank      : 0" in done.stderr and "SIGKILL" in done.stderr  # torchrun names it
+    assert len(read(tmp_path / "run" / "journal.jsonl").records) == 3
+    done = torchrun(3, tmp_path / "run", resume=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert outcome(tmp_path / "run") == outcome(single)
+
+
+def test_torchrun_starts_them_again_and_they_resume(single, tmp_path):
+    done = torchrun(2, tmp_path / "run", "--max-restarts", "1", fault="SIGKILL", at=[1, 3], pause=0.01)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert outcome(tmp_path / "run") == outcome(single) and "resuming after generation 3" in done.stderr
+
+
+def by_hand(processes, out, **settings):
+    """Processes without torchrun, which watches over them: they must notice for themselves."""
+    shared = environment(WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    return [subprocess.Popen([sys.executable, JOB, str(out), *options(settings)], stderr=subprocess.PIPE, text=True,
+                             env=shared | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(processes)]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("fault", "rank", "status", "words"),
+    [
+        ("raise", 1, 1, "process 1 stopped with ZeroDivisionError: made to fail"),
+        ("SIGINT", 1, 130, "process 1 was interrupted"),
+        ("SIGINT", 0, 130, "process 0 was interrupted"),
+        ("SIGSTOP", 1, 1, "process 1 has not been heard of for 30 s"),
+    ],
+)
+def test_all_stop_with_one_and_know_why(fault, rank, status, words, tmp_path):
+    began = time.monotonic()
+    team = by_hand(2, tmp_path / "run", fault=fault, at=[rank, 2], pause=0.01)
+    other = team[1 - rank]
+    try:
+        _, errors = other.communicate(timeout=60)
+        assert other.returncode == status and words in errors, errors[-3000:]
+    finally:
+        for process in team:
+            process.kill()
+            process.communicate()
+    assert time.monotonic() - began < 60
+    assert len(read(tmp_path / "run" / "journal.jsonl").records) == 2
+    if fault == "SIGINT":  # what was completed is saved
+        assert load_file(tmp_path / "run" / "model" / "model.safetensors")
+
+
+# ---- in this process ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", (1, 2, 3, 8))
+@pytest.mark.parametrize("sizes", ([5], [1, 1, 1, 1], [100, 1, 1, 1], [1, 2, 3, 4, 5, 6, 7], list(range(1, 60))))
+def test_shares_are_neighbours_of_about_equal_size(sizes, count):
+    parts = shares(sizes, count)
+    assert len(parts) == count and parts[0][0] == 0 and parts[-1][1] == len(sizes)
+    assert all(a[1] == b[0] for a, b in zip(parts, parts[1:], strict=False))
+    assert max(sum(sizes[a:b]) for a, b in parts) <= sum(sizes) / count + max(sizes)
+
+
+def test_a_team_of_one_needs_no_store():
+    team = Team()
+    assert list(team.members("0", 3)) == [0, 1, 2] and team.leads and not team.restarted
+    assert team.exchange("0", {0: 1.0, 2: None}, 3) == [1.0, None, None]
+    assert team.tell("key", lambda: b"x") == b"x"
+    team.agree("fingerprint", "a")
+    team.fail(ValueError())
+    team.close()
+
+
+def test_two_teams_over_one_store():
+    """Hand-out, exchange and reasons, with two members of a team in this process."""
+    store = torch.distributed.HashStore()
+    teams = [Team(store, rank, 2) for rank in range(2)]
+    turns = [team.members("0", 5) for team in teams]
+    handed = [next(turns[0]), next(turns[1]), next(turns[1]), next(turns[0]), next(turns[1])]
+    assert handed == [0, 1, 2, 3, 4] and [list(t) for t in turns] == [[], []]
+    for index in (1, 2, 4):
+        store.set(f"0/{index}", struct.pack("<d", float("nan") if index == 2 else float(index)))
+    store.add("0/done", 3)
+    assert teams[0].exchange("0", {0: 0.0, 3: -3.0}, 5) == [0.0, 1.0, None, -3.0, 4.0]
+    teams[1].fail(ValueError("no"))
+    teams[0].fail(ValueError("too late"))
+    with pytest.raises(distributed.Stopped, match="process 1 stopped with ValueError: no"):
+        next(teams[0].members("1", 5))
+    for team in teams:
+        team._ended.set()
+
+
+def test_inplace_is_refused_in_a_team():
+    team = Team(torch.distributed.HashStore(), 0, 2)
+    with pytest.raises(ValueError, match='"inplace" drifts apart'):
+        esfast.ES([("a", torch.zeros(3))], weights="inplace", team=team)
+    team._ended.set()
+    with pytest.raises(ValueError, match="can't be grouped by 3"):
+        Team(torch.distributed.HashStore(), 0, 4, shards=3)
