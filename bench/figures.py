@@ -23,7 +23,7 @@ from . import training
 COLORS = {
     "usual code": "#c0392b", "usual code, summed": "#e67e22", "inplace": "#8e6c1f", "inplace, one pass": "#d4ac0d",
     "host": "#8e44ad", "base": "#2471a3", "base, stochastic": "#17a589", "master": "#111111",
-    "float32 model": "#999999",
+    "float32 model": "#999999", "usual code, float32 model": "#e8a0a0",
 }  # fmt: skip
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "esfast", "font.size": 9, "axes.grid": True, "grid.alpha": 0.25,
          "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}  # fmt: skip

@@ -27,7 +27,7 @@ from .provenance import git_state
 
 @dataclass(frozen=True)
 class Way:
-    """One way to train. `weights` is a mode of ES, or "usual" for the usual code's numerics (usual.UsualWeights)."""
+    """One way to train. `weights` is a mode of ES, or "usual" or "summed" for the usual code's (usual.UsualWeights)."""
 
     name: str
     weights: str = "base"
@@ -39,8 +39,10 @@ class Way:
 
 BASE = Way("base")
 MODES = (
-    Way("usual code", "usual"), BASE, Way("base, stochastic", rounding="stochastic"), Way("master", "master"),
-    Way("host", "host"), Way("inplace", "inplace"), Way("float32 model", dtype="float32"),
+    Way("usual code", "usual"), Way("usual code, summed", "summed"), BASE,
+    Way("base, stochastic", rounding="stochastic"), Way("master", "master"), Way("host", "host"),
+    Way("inplace", "inplace"), Way("float32 model", dtype="float32"),
+    Way("usual code, float32 model", "usual", dtype="float32"),
 )  # fmt: skip
 SWEEP = tuple(
     Way(f"{noise}, N = {n}", noise=noise, population_size=n)
@@ -171,13 +173,14 @@ def train(settings: dict, folder: Path, model: str) -> dict:
     torch.set_num_threads(1)
     disable_progress_bar()
     way, seed = Way(**settings["way"]), settings["seed"]
+    usual = way.weights in ("usual", "summed")
     task = tasks.get("countdown", style=embedded.STYLE)
     if folder.exists():  # of a run that was cut short
         shutil.rmtree(folder)
     config = ESConfig(**{
         **embedded.settings("countdown"), **{k: v for k, v in settings.items() if k != "way"},
         "output_dir": str(folder), "population_size": way.population_size, "noise": way.noise,
-        "weights": "inplace" if way.weights == "usual" else way.weights, "rounding": way.rounding,
+        "weights": "inplace" if usual else way.weights, "rounding": way.rounding,
         "max_completion_length": task.max_new_tokens, "progress": False,
     })  # fmt: skip
     net, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
@@ -188,8 +191,8 @@ def train(settings: dict, folder: Path, model: str) -> dict:
         eval_dataset=task.eval_rows(config.eval_prompts), processing_class=tokenizer,
         metrics={"accuracy": task.accuracy}, engine=greedy.Greedy(net, tokenizer, task.max_new_tokens),
     )  # fmt: skip
-    if way.weights == "usual":
-        trainer.es._weights = UsualWeights(trainer.es.plan, way.noise)
+    if usual:
+        trainer.es._weights = UsualWeights(trainer.es.plan, way.noise, summed=way.weights == "summed")
     summary = trainer.train()
     metrics = trainer.folder.read_metrics()
     evaluated = [m for m in metrics if "eval_accuracy" in m]

@@ -51,7 +51,8 @@ def test_a_way_trains_as_it_says(way, model, tmp_path, monkeypatch):
     row = training.train(settings(way), tmp_path / "run", str(model))
     es = seen[0]
     assert es.plan.tensors[0].dtype is getattr(torch, way.dtype) and len(seen) == 2
-    assert isinstance(es._weights, UsualWeights) == (way.weights == "usual")
+    assert isinstance(es._weights, UsualWeights) == way.name.startswith("usual code")
+    assert getattr(es._weights, "summed", False) == way.name.endswith("summed")
     assert (es.rule.rounding, es.rule.noise, es.population_size) == (way.rounding, way.noise, way.population_size)
     assert row["rollouts"] == 2 * way.population_size * 4 and row["evaluated"] == [0, 1, 2]
     assert len(row["reward"]) == 2 and len(row["accuracy"]) == 3
@@ -95,7 +96,7 @@ def test_a_run_is_kept_and_taken_up(model, tmp_path, monkeypatch):
 
 
 def test_the_whole_benchmark(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "MODES", training.MODES[:2])
+    monkeypatch.setattr(training, "MODES", (training.MODES[0], training.BASE))
     monkeypatch.setattr(training, "SWEEP", training.SWEEP[:2])
     monkeypatch.setattr(embedded, "cached", lambda: model)
     path = tmp_path / "training.json"
