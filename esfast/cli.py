@@ -6,10 +6,15 @@ import argparse
 import dataclasses
 import json
 import logging
-import math
 import os
 import sys
 import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .run_options import RunOptions
+
+log = logging.getLogger(__name__)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -20,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
         from .bench import main as bench
 
         return bench(argv[1:])
-    parser = _parser(full=argv[:1] == ["train"])
+    parser = _parser(full=argv[:1] in (["train"], ["eval"]))
     args = parser.parse_args(argv)
     try:
         return args.run(args) or 0
@@ -49,26 +54,30 @@ def _parser(full: bool) -> argparse.ArgumentParser:
         "metrics.jsonl, journal.jsonl, summary.json, curves.png and model/ (a Hugging Face folder).",
         epilog="examples:\n"
         "  esfast train                                  the embedded small model, minutes on a CPU\n"
-        "  esfast train --model Qwen/Qwen2.5-0.5B-Instruct --task countdown --out runs/qwen\n"
-        "  esfast train --model FOLDER --population-size 16 --sigma 0.002",
+        "  esfast train --task sudoku                    the same on another task\n"
+        "  esfast train --preset paper/countdown-qwen2.5-3b --out runs/qwen\n"
+        "  esfast train --model FOLDER --population-size 16 --sigma 0.002\n"
+        "  esfast train --model FOLDER --task file:prompts.jsonl --reward my_rewards:brevity\n"
+        "  esfast train --preset paper/sudoku-qwen2.5-3b --print-config > run.yaml\n"
+        "  esfast train --config run.yaml --seed 1",
     )
-    _add_model_arguments(train)
-    engines = train.add_argument_group("engines")
-    engines.add_argument("--engine", choices=("transformers", "vllm"), default="transformers",
-                         help="what generates; vllm: in processes that Ray starts, which hold the weights (default: "
-                         "transformers, in this process)")  # fmt: skip
-    engines.add_argument("--num-engines", type=int, default=1, help="vLLM engines (default: 1)")
-    engines.add_argument("--tensor-parallel-size", type=int, default=1, help="GPUs of each (default: 1)")
     if full:
-        _add_config_arguments(train)
+        _add_train_arguments(train)
     train.set_defaults(run=_train)
 
-    evaluate = commands.add_parser("eval", help="accuracy of a model on a task's held-out problems")
-    _add_model_arguments(evaluate)
-    evaluate.add_argument("--samples", type=int, default=500, help="held-out problems (default: 500)")
-    evaluate.add_argument("--max-completion-length", type=int, help="longest response, in tokens (default: the task's)")
-    evaluate.add_argument("--batch-size", type=int, help="most prompts generated at once (default: 64)")
-    evaluate.add_argument("--json", action="store_true", help="print the result as JSON")
+    evaluate = commands.add_parser(
+        "eval",
+        help="accuracy of models on a task's held-out problems",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Accuracy, reward and length of responses to a task's held-out problems, with standard errors.\n"
+        "Several models are asked the same prompts, and the first is what the others are compared with.",
+        epilog="examples:\n"
+        "  esfast eval                                   the embedded small model\n"
+        "  esfast eval --model runs/qwen/model --samples 2000 --save responses.jsonl\n"
+        "  esfast eval --model Qwen/Qwen2.5-0.5B-Instruct runs/qwen/best --task countdown",
+    )
+    if full:
+        _add_eval_arguments(evaluate)
     evaluate.set_defaults(run=_evaluate)
 
     replay = commands.add_parser(
@@ -102,13 +111,30 @@ def _parser(full: bool) -> argparse.ArgumentParser:
     return parser
 
 
-def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("model and task")
-    group.add_argument("--model", help="Hugging Face name or folder (default: the embedded small model)")
-    group.add_argument("--task", default="countdown", help="task (default: countdown)")
-    group.add_argument("--style", choices=("paper", "compact"), help="prompts of the task (default: those that the "
-                       "model was made with, compact for the embedded one; else paper)")  # fmt: skip
-    _add_placement_arguments(group)
+def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
+    from .presets import PRESETS
+    from .run_options import add_arguments
+
+    parser.add_argument("--preset", metavar="NAME", help=f"settings of an experiment: {', '.join(PRESETS)}")
+    parser.add_argument("--config", metavar="FILE", help="settings from a YAML file, such as a run's config.yaml; "
+                        "they replace the preset's, and options replace them")  # fmt: skip
+    parser.add_argument("--print-config", action="store_true", help="print all settings as YAML, and train nothing")
+    add_arguments(parser)
+
+
+def _add_eval_arguments(parser: argparse.ArgumentParser) -> None:
+    from .run_options import add_arguments
+
+    group = parser.add_argument_group("evaluation")
+    group.add_argument("--model", nargs="+", dest="models", metavar="MODEL",
+                       help="Hugging Face names or folders (default: the embedded small model)")  # fmt: skip
+    group.add_argument("--samples", type=int, default=500, metavar="N", help="held-out problems (default: 500)")
+    group.add_argument("--max-completion-length", type=int, metavar="N",
+                       help="longest response, in tokens (default: the task's)")  # fmt: skip
+    group.add_argument("--batch-size", type=int, metavar="N", help="most prompts generated at once (default: 64)")
+    group.add_argument("--save", metavar="FILE", help="write the responses to a JSONL file")
+    group.add_argument("--json", action="store_true", help="print the result as JSON")
+    add_arguments(parser, ("task", "style", "data", "reward", "dtype", "device"))
 
 
 def _add_placement_arguments(parser) -> None:
@@ -118,80 +144,77 @@ def _add_placement_arguments(parser) -> None:
                         "under torchrun a GPU for each process)")  # fmt: skip
 
 
-def _add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """One option for each field of ESConfig. Not given is not the same as default: tasks and the embedded model have
-    defaults of their own."""
-    from .trainer import ESConfig
-
-    group = parser.add_argument_group("evolution strategies (defaults: the paper's; the embedded model has its own)")
-    for f in dataclasses.fields(ESConfig):
-        names = ["--out", "--output-dir"] if f.name == "output_dir" else ["--" + f.name.replace("_", "-")]
-        text = f"{f.metadata['help']} (default: {f.default})" if f.default is not None else f.metadata["help"]
-        options: dict = {"dest": f.name, "default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
-        if isinstance(f.default, bool):
-            group.add_argument(*names, action=argparse.BooleanOptionalAction, **options)
-        else:
-            kind = int if f.default is None else type(f.default)
-            group.add_argument(*names, type=kind, choices=f.metadata["choices"], **options)
-
-
 def _train(args: argparse.Namespace) -> None:
     from . import embedded
     from .distributed import Team
     from .run_folder import RunFolder
-    from .trainer import ESConfig, ESTrainer
+    from .run_options import dump, es_config, given, run_options
+    from .trainer import ESTrainer
 
-    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(ESConfig) if hasattr(args, f.name)}
-    if args.engine != "vllm" and (args.num_engines, args.tensor_parallel_size) != (1, 1):
+    settings = given(args)
+    run = run_options(settings)
+    if run.engine != "vllm" and (run.num_engines, run.tensor_parallel_size) != (1, 1):
         raise ValueError(
             "--num-engines and --tensor-parallel-size are those of --engine vllm; without it, use torchrun"
         )
-    team = Team.join(_device(args))
-    if args.engine == "vllm" and team.size > 1:
+    if args.print_config:
+        print(dump(run, es_config(_defaults(run, _task(run)) | settings)), end="")
+        return
+    team = Team.join(_device(run))
+    if run.engine == "vllm" and team.size > 1:
         raise ValueError("--engine vllm: one process trains, without torchrun; --num-engines says how many engines")
-    if team.size > 1 and "output_dir" not in given:
+    if team.size > 1 and "output_dir" not in settings:
         raise ValueError("--out: give the run folder: with several processes a restart must find it again")
-    if "output_dir" in given and team.rank == 0:
-        RunFolder.claim(given["output_dir"], given.get("resume", False) or team.restarted)  # before minutes of loading
-    embedded_model = args.model is None
-    task = _task(args)
-    defaults = {
-        "output_dir": f"runs/{task.name}-{time.strftime('%Y%m%d-%H%M%S')}",
-        "max_completion_length": task.max_new_tokens,
-        "reward_workers": 1,  # tasks' rewards are functions of a module, and of their arguments alone
-        **task.settings,
-        **(embedded.settings(task.name) if embedded_model else {}),
-    }
-    config = ESConfig(**{**defaults, **given})
+    if "output_dir" in settings and team.rank == 0:  # before minutes of loading
+        RunFolder.claim(settings["output_dir"], settings.get("resume", False) or team.restarted)
+    task = _task(run)
+    config = es_config(_defaults(run, task) | settings)
+    eval_rows = task.eval_rows(config.eval_prompts)
+    if not eval_rows:
+        log.warning("no problems of %s are held out, so nothing is evaluated", run.data or run.task)
     began = time.perf_counter()
-    if embedded_model:  # one process makes it, the others find it
-        team.tell("embedded model", lambda: str(embedded.cached(task=args.task)).encode())
+    if run.model is None:  # one process makes it, the others find it
+        team.tell("embedded model", lambda: str(embedded.cached(task=run.task)).encode())
     data = {
         "train_dataset": lambda generation, count: task.train_rows(generation, count, config.seed),
-        "eval_dataset": task.eval_rows(config.eval_prompts),
-        "metrics": {"accuracy": task.accuracy},
+        "eval_dataset": eval_rows or None,
+        "metrics": {} if task.accuracy is None else {"accuracy": task.accuracy},
     }
-    if args.engine == "vllm":
+    if run.engine == "vllm":
         from .integrations.fleet import FleetTrainer
 
         pretraining = 0.0
-        path = args.model if args.model is not None else str(embedded.cached(task=args.task))
+        path = run.model if run.model is not None else str(embedded.cached(task=run.task))
         trainer = FleetTrainer(
-            path, list(task.reward_funcs), config, args.num_engines, args.tensor_parallel_size, args.dtype, **data
+            path, list(task.reward_funcs), config, run.num_engines, run.tensor_parallel_size, run.dtype, **data
         )
     else:
-        model, tokenizer = _load(args)
-        pretraining = time.perf_counter() - began if embedded_model else 0.0
+        model, tokenizer = _load(run)
+        pretraining = time.perf_counter() - began if run.model is None else 0.0
         trainer = ESTrainer(model, list(task.reward_funcs), config, processing_class=tokenizer, team=team, **data)
+    trainer.described = dataclasses.asdict(run)
     if team.rank:
         trainer.train()
         return
-    print(f"{trainer.es.plan!r}, {args.model or 'embedded model'} on {task.name} -> {config.output_dir}")
+    print(f"{trainer.es.plan!r}, {run.model or 'embedded model'} on {task.name} -> {config.output_dir}")
     try:
         trainer.train()
     finally:
         if trainer.summary:
             print(_summary(trainer, pretraining))
+
+
+def _defaults(run: RunOptions, task) -> dict:
+    """What the task and the embedded model change of ESConfig's defaults."""
+    from . import embedded
+
+    return {
+        "output_dir": f"runs/{task.name}-{time.strftime('%Y%m%d-%H%M%S')}",
+        "max_completion_length": task.max_new_tokens,
+        "reward_workers": 1,  # tasks' rewards are functions of a module, and of their arguments alone
+        **task.settings,
+        **(embedded.settings(task.name) if run.model is None else {}),
+    }
 
 
 def _replay(args: argparse.Namespace) -> None:
@@ -240,35 +263,37 @@ def _summary(trainer, pretraining: float) -> str:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    from tqdm import tqdm
-
-    from .rollout import TransformersEngine
+    from .evaluation import against, respond, summarize, table
+    from .run_folder import write_whole
+    from .run_options import FIELDS, run_options
 
     if args.samples < 1:
         raise ValueError(f"samples: expected at least 1, got {args.samples}")
-    task = _task(args)
-    rows = task.eval_rows(args.samples)
-    model, tokenizer = _load(args)
-    engine = TransformersEngine(model, tokenizer, args.max_completion_length or task.max_new_tokens, args.batch_size)
-    prompts, chunk = [row["prompt"] for row in rows], args.batch_size or 64
-    completions = []
-    for start in tqdm(range(0, len(prompts), chunk), unit="batch", dynamic_ncols=True, leave=False):
-        completions += engine.generate(prompts[start : start + chunk])
-    columns = {key: [row[key] for row in rows] for key in rows[0]} | {"completions": completions}
-    columns["prompts"] = columns.pop("prompt")
-    correct = sum(task.accuracy(**columns))
-    reward = sum(math.fsum(f(**columns)) for f in task.reward_funcs) / len(rows)
-    accuracy = correct / len(rows)
-    result = {
-        "model": args.model or "embedded", "task": task.name, "samples": len(rows), "accuracy": accuracy,
-        "standard_error": math.sqrt(accuracy * (1 - accuracy) / len(rows)), "reward": reward,
-        "mean_length": sum(map(len, completions)) / len(rows),
-    }  # fmt: skip
+    settings = {name: getattr(args, name) for name in FIELDS if hasattr(args, name)}
+    results, everything, first = [], [], None
+    for path in args.models or [None]:
+        run = run_options({**settings, "model": path})
+        task = _task(run)
+        settings |= {"task": run.task, "style": run.style}  # the first model's, so that all are asked the same
+        rows = task.eval_rows(args.samples)
+        if not rows:
+            raise ValueError(f"no problems of {run.data or run.task} are held out")
+        model, tokenizer = _load(run)
+        length = args.max_completion_length or task.max_new_tokens
+        responses = respond(model, tokenizer, task, rows, length, args.batch_size)
+        results.append(summarize(path or "embedded", task, responses))
+        if first is None:
+            first = responses
+        else:
+            results[-1] |= against(first, responses)
+        everything += [{"model": results[-1]["model"], **response} for response in responses]
+        del model
+    if args.save:
+        write_whole(args.save, "".join(json.dumps(line) + "\n" for line in everything))
     if args.json:
-        print(json.dumps(result))
+        print(json.dumps(results[0] if len(results) == 1 else results))
     else:
-        print("{task}, {samples} held-out problems: accuracy {accuracy:.4f} +- {standard_error:.4f}, "
-              "reward {reward:.4f}, mean length {mean_length:.1f} characters".format(**result))  # fmt: skip
+        print(table(results))
 
 
 def _info(args: argparse.Namespace) -> None:
@@ -302,16 +327,19 @@ def _info(args: argparse.Namespace) -> None:
             print(f"  {backend:<10} {state}")
 
 
-def _task(args: argparse.Namespace):
+def _task(run: RunOptions):
+    """The task; fills in what the options leave to the model: its task, and the style of its prompts."""
     from . import embedded, tasks
 
-    if args.style is None and args.model is None:
-        args.style = embedded.STYLE
-    elif args.style is None:
+    if run.model is None:
+        run.task, run.style = run.task or "countdown", run.style or embedded.STYLE
+    elif run.task is None or run.style is None:
         from transformers import AutoConfig
 
-        args.style = getattr(AutoConfig.from_pretrained(args.model), "prompt_style", "paper")
-    return tasks.get(args.task, style=args.style)
+        made = AutoConfig.from_pretrained(run.model)
+        run.task = run.task or getattr(made, "prompt_task", "countdown")
+        run.style = run.style or getattr(made, "prompt_style", "paper")
+    return tasks.get(run.task, run.style, run.data, run.train_prompts, run.reward or ())
 
 
 def _device(args: argparse.Namespace) -> str:

@@ -11,13 +11,15 @@ from .loggers import LOGGERS, check_report_to
 from .noise import KINDS, check_int
 from .ops import ROUNDINGS
 from .schedules import SCHEDULES, check_schedule
+from .trl_names import accepts_trl_names
 from .update import DECAY_TO, OPTIMIZERS, Optimizer, check_optimizer
 from .weights import MODES
 
 DECODINGS = ("auto", "plain", "static", "continuous")  # see esfast.decoding
 
 
-def _option(default, text: str, choices: Sequence[str] | None = None):
+def option(default, text: str, choices: Sequence[str] | None = None):
+    """A field of a dataclass of settings, which the command line makes an option of."""
     return field(default=default, metadata={"help": text, "choices": choices})
 
 
@@ -26,77 +28,77 @@ _MAY_CHANGE = ("output_dir", "reward_workers", "reward_timeout", "eval_every", "
               "checkpoint_every", "resume", "progress", "samples", "save_best", "report_to", "kl_to_base")  # fmt: skip
 
 
+@accepts_trl_names
 @dataclass
 class ESConfig:
     """Settings of a run; the defaults are the paper's for Countdown (arXiv 2509.24372). Each is also an option of
-    `esfast train`. ValueError or TypeError names a field that is out of range."""
+    `esfast train`. TRL's names are accepted where they mean the same (learning_rate, max_steps, eval_steps, ...).
+    ValueError or TypeError names a field that is out of range, or unknown, and says what to do."""
 
-    output_dir: str = _option("runs/esfast", "run folder: config, metrics, journal, curves and the tuned model")
-    seed: int = _option(0, "seed of the run: of its noise and of the order of its prompts")
-    generations: int = _option(500, "number of updates")
-    population_size: int = _option(30, "members, that is perturbed models, a generation")
-    sigma: float = _option(1e-3, "standard deviation of the perturbation, in units of the weights")
-    lr: float = _option(5e-4, "step size of the update (the paper's alpha)")
-    sigma_schedule: str = _option("constant", "how sigma changes over the generations", tuple(SCHEDULES))
-    lr_schedule: str = _option("constant", "how lr changes over the generations", tuple(SCHEDULES))
-    sigma_final_fraction: float = _option(0.1, "share of sigma that a schedule other than constant ends at")
-    lr_final_fraction: float = _option(0.1, "share of lr that a schedule other than constant ends at")
-    warmup_generations: int = _option(0, "first generations, in which lr rises to its full value")
-    mirrored: bool = _option(False, "members come in pairs, +noise and -noise")
-    noise: str = _option("gaussian", "kind of noise", KINDS)
-    shaping: str = _option("zscore", "how rewards become weights of the noise", tuple(SHAPINGS))
-    weights: str = _option(
+    output_dir: str = option("runs/esfast", "run folder: config, metrics, journal, curves and the tuned model")
+    seed: int = option(0, "seed of the run: of its noise and of the order of its prompts")
+    generations: int = option(500, "number of updates")
+    population_size: int = option(30, "members, that is perturbed models, a generation")
+    sigma: float = option(1e-3, "standard deviation of the perturbation, in units of the weights")
+    lr: float = option(5e-4, "step size of the update (the paper's alpha)")
+    sigma_schedule: str = option("constant", "how sigma changes over the generations", tuple(SCHEDULES))
+    lr_schedule: str = option("constant", "how lr changes over the generations", tuple(SCHEDULES))
+    sigma_final_fraction: float = option(0.1, "share of sigma that a schedule other than constant ends at")
+    lr_final_fraction: float = option(0.1, "share of lr that a schedule other than constant ends at")
+    warmup_generations: int = option(0, "first generations, in which lr rises to its full value")
+    mirrored: bool = option(False, "members come in pairs, +noise and -noise")
+    noise: str = option("gaussian", "kind of noise", KINDS)
+    shaping: str = option("zscore", "how rewards become weights of the noise", tuple(SHAPINGS))
+    weights: str = option(
         "base",
         "base: exact, one extra copy; master: exact float32 updates, two; host: the copy is in host memory; "
         "inplace: none, drifts; auto: the most exact that fits",
         (*MODES, "auto"),
     )
-    rounding: str = _option("nearest", "of updates to 16-bit weights", ROUNDINGS)
-    perturb_rounding: str = _option("nearest", "of members of 16-bit weights", ROUNDINGS)
-    weight_decay: float = _option(0.0, "an update moves the weights by lr times this of their way to decay_to")
-    decay_to: str = _option("zero", "where weight decay leads: initial keeps a copy of the initial weights", DECAY_TO)
-    optimizer: str = _option(
+    rounding: str = option("nearest", "of updates to 16-bit weights", ROUNDINGS)
+    perturb_rounding: str = option("nearest", "of members of 16-bit weights", ROUNDINGS)
+    weight_decay: float = option(0.0, "an update moves the weights by lr times this of their way to decay_to")
+    decay_to: str = option("zero", "where weight decay leads: initial keeps a copy of the initial weights", DECAY_TO)
+    optimizer: str = option(
         "sgd", "sgd: the paper's; momentum: replays seeds, no memory; adam: 8 bytes a weight", tuple(OPTIMIZERS)
     )
-    momentum: float = _option(0.9, "of optimizer momentum: share of the velocity kept from one generation to the next")
-    momentum_window: int = _option(10, "of optimizer momentum: generations whose seeds are replayed in an update")
-    adam_beta1: float = _option(0.9, "of optimizer adam: how much the mean of the gradient keeps")
-    adam_beta2: float = _option(0.999, "of optimizer adam: how much the mean of its square keeps")
-    adam_eps: float = _option(1e-8, "of optimizer adam: added to the root of that mean")
-    include: list[str] | None = _option(None, "patterns of the names of the weights that are tuned (default: all)")
-    exclude: list[str] | None = _option(None, "patterns of weights that stay as they are, such as *embed* or *norm*")
-    prompts_per_generation: int = _option(200, "prompts that every member of a generation answers")
-    max_completion_length: int = _option(1024, "longest response, in tokens")
-    temperature: float = _option(0.0, "of sampled responses; 0: the likeliest tokens are taken, as in the paper")
-    num_generations: int = _option(
+    momentum: float = option(0.9, "of optimizer momentum: share of the velocity kept from one generation to the next")
+    momentum_window: int = option(10, "of optimizer momentum: generations whose seeds are replayed in an update")
+    adam_beta1: float = option(0.9, "of optimizer adam: how much the mean of the gradient keeps")
+    adam_beta2: float = option(0.999, "of optimizer adam: how much the mean of its square keeps")
+    adam_eps: float = option(1e-8, "of optimizer adam: added to the root of that mean")
+    include: list[str] | None = option(None, "patterns of the names of the weights that are tuned (default: all)")
+    exclude: list[str] | None = option(None, "patterns of weights that stay as they are, such as *embed* or *norm*")
+    prompts_per_generation: int = option(200, "prompts that every member of a generation answers")
+    max_completion_length: int = option(1024, "longest response, in tokens")
+    temperature: float = option(0.0, "of sampled responses; 0: the likeliest tokens are taken, as in the paper")
+    num_generations: int = option(
         1, "responses to each prompt, all of which are scored; more than 1 needs a temperature"
     )
-    decoding: str = _option(
+    decoding: str = option(
         "auto",
         "how Transformers generates: plain, static (one cache), continuous (batching); auto: "
         "plain on a CPU, else the fastest that works",
         DECODINGS,
     )
-    batch_size: int | None = _option(
-        None, "most prompts generated at once (default: what fits a quarter of the memory)"
-    )
-    reward_weights: list[float] | None = _option(None, "a factor for each reward function (default: 1)")
-    reward_workers: int = _option(0, "processes that score while the next member generates; 0: none, but in this one")
-    reward_timeout: float = _option(300.0, "seconds that a reward function may take for one member's completions")
-    eval_every: int = _option(10, "generations between evaluations; 0: only before and after")
-    eval_prompts: int = _option(500, "held-out prompts of an evaluation")
-    kl_to_base: bool = _option(
+    batch_size: int | None = option(None, "most prompts generated at once (default: what fits a quarter of the memory)")
+    reward_weights: list[float] | None = option(None, "a factor for each reward function (default: 1)")
+    reward_workers: int = option(0, "processes that score while the next member generates; 0: none, but in this one")
+    reward_timeout: float = option(300.0, "seconds that a reward function may take for one member's completions")
+    eval_every: int = option(10, "generations between evaluations; 0: only before and after")
+    eval_prompts: int = option(500, "held-out prompts of an evaluation")
+    kl_to_base: bool = option(
         False, "evaluations also measure the KL divergence of responses from the base model (a copy in host memory)"
     )
-    save_best: bool = _option(True, "keep the model of the best evaluation, by its reward, in the run folder's best/")
-    samples: int = _option(8, "held-out responses of each evaluation that are kept in samples.jsonl")
-    report_to: list[str] | None = _option(None, "where metrics go besides metrics.jsonl", tuple(LOGGERS))
-    on_reward_error: str = _option(
+    save_best: bool = option(True, "keep the model of the best evaluation, by its reward, in the run folder's best/")
+    samples: int = option(8, "held-out responses of each evaluation that are kept in samples.jsonl")
+    report_to: list[str] | None = option(None, "where metrics go besides metrics.jsonl", tuple(LOGGERS))
+    on_reward_error: str = option(
         "stop", "when a reward function fails for a member; skip: it is left out", ("stop", "skip")
     )
-    checkpoint_every: int = _option(50, "generations between checkpoints, for a faster resume; 0: none")
-    resume: bool = _option(False, "go on with the run in the run folder, if there is one")
-    progress: bool = _option(True, "show the progress bar")
+    checkpoint_every: int = option(50, "generations between checkpoints, for a faster resume; 0: none")
+    resume: bool = option(False, "go on with the run in the run folder, if there is one")
+    progress: bool = option(True, "show the progress bar")
 
     def __post_init__(self):
         for name, least in {"seed": 0, "generations": 1, "population_size": 2, "prompts_per_generation": 1,

@@ -140,6 +140,7 @@ class ESTrainer:
                      checkpoints=self.folder.checkpoints)  # fmt: skip
         self.movement.norms()  # of a resumed run, the next update's norm is that of the next update
         self.clock = Clock(self.es.plan.device)
+        self.described: dict[str, Any] = {}  # what else goes into config.yaml, from the command line
         self.summary: dict[str, Any] = {}
         self._trained_tokens = 0
 
@@ -173,7 +174,7 @@ class ESTrainer:
                 shown |= {
                     k.removeprefix("eval_"): f"{v:.3f}"
                     for k, v in after.items()
-                    if k in ("eval_accuracy", "eval_kl_to_base")
+                    if k not in ("eval_reward", "eval_reward_se", "eval_length")
                 }
                 bar.set_postfix(shown, refresh=False)
                 bar.update()
@@ -203,7 +204,8 @@ class ESTrainer:
     def _open_folder(self, report: Report) -> dict[str, float]:
         """Writes what a new run begins with, or sees to it that an old one's metrics are complete; returns the
         evaluation of before."""
-        write_whole(self.folder.config, yaml.safe_dump(dataclasses.asdict(self.args), sort_keys=False))
+        settings = self.described | dataclasses.asdict(self.args)
+        write_whole(self.folder.config, yaml.safe_dump(settings, sort_keys=False))
         if not (self.folder.metrics.exists() and self.folder.read_metrics()):
             self._log({"generation": 0, **self._evaluate()}, report)
         rows = self.folder.read_metrics()

@@ -1,15 +1,18 @@
 """The command line, in process, on an embedded model of a few training steps."""
 
-import dataclasses
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import yaml
 from transformers import Qwen2Config
 
 import esfast
 from esfast import cli, embedded
+from esfast.presets import PRESETS
+from esfast.run_options import FIELDS, RunOptions
 
 FEW = ["--generations", "2", "--population-size", "4", "--prompts-per-generation", "4", "--eval-prompts", "6",
        "--max-completion-length", "4", "--no-progress"]  # fmt: skip
@@ -32,12 +35,13 @@ def test_train_then_eval(tiny, tmp_path, capsys):
 
 
 def test_a_tuned_model_is_asked_as_the_model_it_came_from(tiny, tmp_path):
-    arguments = cli._parser(full=False).parse_args(["eval", "--model", tiny])
-    assert cli._task(arguments).eval_rows(1)[0]["prompt"].count(" ") == 2  # compact: three numbers, no words
+    run = RunOptions(model=tiny)
+    assert cli._task(run).eval_rows(1)[0]["prompt"].count(" ") == 2  # compact: three numbers, no words
+    assert (run.task, run.style) == ("countdown", "compact")
     config = Qwen2Config(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
     config.save_pretrained(tmp_path)
-    arguments = cli._parser(full=False).parse_args(["eval", "--model", str(tmp_path)])
-    assert "Reason step by step" in cli._task(arguments).eval_rows(1)[0]["prompt"]
+    run = RunOptions(model=str(tmp_path))
+    assert "Reason step by step" in cli._task(run).eval_rows(1)[0]["prompt"] and run.style == "paper"
 
 
 def test_without_a_model_the_embedded_one_is_trained_with_its_own_settings(tiny, tmp_path, monkeypatch):
@@ -53,15 +57,116 @@ def test_without_a_model_the_embedded_one_is_trained_with_its_own_settings(tiny,
 def test_every_setting_is_an_option_with_its_default(capsys):
     with pytest.raises(SystemExit):
         cli.main(["train", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for name, field in FIELDS.items():
+        assert "--" + name.replace("_", "-") in text
+        if isinstance(field.default, (int, float, str)) and not isinstance(field.default, bool):
+            assert f"default: {field.default})" in text or f"{field.default}:" in text, name
+
+
+@pytest.mark.parametrize("command", ["train", "eval"])
+def test_help_has_groups_and_examples_at_its_end(command, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
     text = capsys.readouterr().out
-    for field in dataclasses.fields(esfast.ESConfig):
-        assert "--" + field.name.replace("_", "-") in text
+    examples = text[text.index("examples:") :].strip().splitlines()[1:]
+    assert len(examples) >= 2 and all(line.startswith(f"  esfast {command}") for line in examples)
+
+
+def config_of(arguments, capsys):
+    assert cli.main(["train", *arguments, "--print-config"]) == 0
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+def test_presets_are_the_papers_settings_and_options_override_them(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = config_of(["--preset", "paper/countdown-qwen2.5-3b", "--seed", "7"], capsys)
+    assert settings.keys() == FIELDS.keys() and settings["seed"] == 7 and settings["train_prompts"] == 200
+    assert settings["model"] == "Qwen/Qwen2.5-3B-Instruct" and settings["max_completion_length"] == 1024
+    for name in PRESETS:
+        settings = config_of(["--preset", name, "--style", "paper", "--data", DATA], capsys) if "math" in name else (
+            config_of(["--preset", name], capsys)
+        )  # fmt: skip
+        assert settings["sigma"] == 1e-3 and settings["lr"] == 5e-4 and settings["population_size"] in (30, 32)
+    assert not list(tmp_path.iterdir())
+
+
+DATA = str(Path(__file__).parent / "math_problems.jsonl")
+
+
+def test_yaml_goes_in_and_comes_out_the_same(capsys, tmp_path):
+    settings = config_of(["--task", "sudoku", "--sigma", "0.5", "--exclude", "*norm*", "*embed*"], capsys)
+    assert settings["exclude"] == ["*norm*", "*embed*"] and settings["task"] == "sudoku" and settings["lr"] == 0.01
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    assert config_of(["--config", str(tmp_path / "run.yaml")], capsys) == settings
+    assert config_of(["--config", str(tmp_path / "run.yaml"), "--sigma", "2"], capsys) == settings | {"sigma": 2.0}
+
+
+def test_a_run_can_be_repeated_from_its_config(tiny, tmp_path, capsys):
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert cli.main(["train", "--model", tiny, "--out", str(first), "--weights", "inplace", *FEW]) == 0
+    assert cli.main(["train", "--config", str(first / "config.yaml"), "--out", str(second)]) == 0
+    names = ["journal.jsonl", "model/model.safetensors"]
+    assert [(first / n).read_bytes() for n in names] == [(second / n).read_bytes() for n in names]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sigmma: 0.1", "unknown setting 'sigmma'. Did you mean 'sigma'?"),
+        ("- sigma", "expected lines of the form NAME: VALUE, got list"),
+        ("sigma: [1", "no YAML"),
+        ("sigma: -1", "sigma: expected a positive finite number, got -1"),
+    ],
+)
+def test_bad_yaml(text, message, tmp_path, capsys, tiny):
+    (tmp_path / "run.yaml").write_text(text)
+    out = tmp_path / "run"
+    assert cli.main(["train", "--model", tiny, "--config", str(tmp_path / "run.yaml"), "--out", str(out), *FEW]) == 1
+    assert message in capsys.readouterr().err and not out.exists()
+
+
+def test_models_side_by_side_and_their_responses(tiny, tmp_path, capsys):
+    other = str(embedded.build(tmp_path / "other", seed=1, steps=1, progress=False))
+    path = tmp_path / "responses.jsonl"
+    arguments = ["eval", "--model", tiny, other, "--samples", "5", "--max-completion-length", "4", "--save", str(path)]
+    assert cli.main([*arguments, "--json"]) == 0
+    first, second = json.loads(capsys.readouterr().out)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [r["model"] for r in lines] == [tiny] * 5 + [other] * 5
+    assert [r["prompt"] for r in lines[:5]] == [r["prompt"] for r in lines[5:]]
+    for result, mine in ((first, lines[:5]), (second, lines[5:])):
+        assert result["reward"] == pytest.approx(sum(r["reward"] for r in mine) / 5)
+        assert result["mean_length"] == pytest.approx(sum(len(r["completion"]) for r in mine) / 5)
+    assert second["reward_difference"] == pytest.approx(second["reward"] - first["reward"])
+    assert cli.main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert tiny in shown and other in shown and "standard error" in shown and "prompt by prompt" in shown
+
+
+def test_a_task_of_ones_own_from_the_command_line(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cli_rewards.py").write_text(
+        "def brevity(prompts, completions, **columns):\n    return [-len(c) for c in completions]\n"
+    )
+    (tmp_path / "p.jsonl").write_text("\n".join(json.dumps({"prompt": f"say {i}"}) for i in range(40)))
+    task = ["--task", "file:p.jsonl", "--reward", "cli_rewards:brevity", "--model", tiny]
+    assert cli.main(["train", *task, "--out", "run", *FEW]) == 0
+    assert "reward" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["eval_reward"] <= 0 and "eval_accuracy" not in rows[0]
+    assert cli.main(["eval", *task, "--samples", "5", "--max-completion-length", "4"]) == 0
+    assert "accuracy" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
         (["train", "--task", "countdow"], 1, "Did you mean 'countdown'?"),
+        (["train", "--preset", "paper/countdown-qwen2.5-3"], 1, "Did you mean 'paper/countdown-qwen2.5-3b'?"),
+        (["train", "--preset", "paper/math-qwen2.5-math-7b"], 1, "name a file of MATH's problems"),
+        (["train", "--config", "none.yaml"], 1, "none.yaml"),
+        (["train", "--task", "file:none.jsonl", "--reward", "math:gcd"], 1, "none.jsonl"),
         (["train", "--model", "no/such/folder/here"], 1, "no/such/folder/here"),
         (["train", "--sigma", "0"], 1, "sigma: expected a positive finite number, got 0.0"),
         (["train", "--population-size", "1"], 1, "population_size: expected 2 <="),

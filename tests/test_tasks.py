@@ -112,8 +112,9 @@ def test_math_grading():
     pytest.importorskip("math_verify", reason="the math task needs math-verify")
     cases = {r"\boxed{47}": 1, r"\boxed{46+1}": 1, r"\boxed{\frac{94}{2}}": 1, r"\boxed{48}": 0, "47": 0, "": 0,
              r"\boxed{}": 0, r"\boxed{__import__('os').system('x')}": 0, r"\boxed{47} \boxed{1}": 0}  # fmt: skip
-    assert math.reward([""] * len(cases), list(cases), answer=["47"] * len(cases)) == list(cases.values())
-    assert math.reward([""], [[{"role": "assistant", "content": r"\boxed{0.5}"}]], answer=[r"\frac{1}{2}"]) == [1.0]
+    assert math.accuracy([""] * len(cases), list(cases), answer=["47"] * len(cases)) == list(cases.values())
+    assert math.reward([""], [[{"role": "assistant", "content": r"\boxed{0.5}"}]], answer=[r"\frac{1}{2}"]) == [1.1]
+    assert math.reward([""] * 3, ["1", r"\boxed{1}", r"\boxed{2}"], answer=["2"] * 3) == [0.0, 0.1, 1.1]
 
 
 def test_math_without_math_verify_says_what_to_install(monkeypatch):

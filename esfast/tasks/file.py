@@ -24,14 +24,12 @@ def reward_function(name: str) -> Callable[..., list[float]]:
     module, _, function = name.partition(":")
     if not module or not function.isidentifier():
         raise ValueError(f"reward: expected MODULE:FUNCTION, for example rewards:brevity, got {name!r}")
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # and it stays there: processes that score are given this path
     try:
         found = importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise ImportError(f"reward: no module {error.name!r} here or among the installed packages") from None
-    finally:
-        sys.path.remove(here)
     if not callable(getattr(found, function, None)):
         raise ValueError(f"reward: {module} has no function {function!r}")
     return getattr(found, function)

@@ -1,7 +1,7 @@
 """Mathematics with answers in \\boxed{}, verified by the math-verify package: pip install 'esfast[math]'.
 
-Without a data file the problems are made-up arithmetic. Reward = 1 for a right answer in the last box, otherwise 0.
-Only LaTeX is read, by math-verify's grammar; nothing of a response is evaluated as code.
+Without a data file the problems are made-up arithmetic. Reward = 0.1 for a box + 1 for a right answer in the
+last one. Only LaTeX is read, by math-verify's grammar; nothing of a response is evaluated as code.
 """
 
 from __future__ import annotations
@@ -42,6 +42,11 @@ def last_box(completion: str) -> str | None:
 
 
 def score(completion: str, answer: str) -> float:
+    """Reward of one response: 0.1 for a box, and 1 for a right answer in it."""
+    return 0.1 * (last_box(completion) is not None) + answer_score(completion, answer)
+
+
+def answer_score(completion: str, answer: str) -> float:
     """1.0 if the last box holds what math-verify takes for the same as `answer` (LaTeX), else 0.0."""
     given = last_box(completion)
     return 0.0 if given is None or len(given) > LONGEST_ANSWER else _equal(given, str(answer))
@@ -82,7 +87,9 @@ def reward(prompts, completions, answer, **columns) -> list[float]:
     return [score(*row) for row in zip(texts(completions), answer, strict=True)]
 
 
-accuracy = reward
+def accuracy(prompts, completions, answer, **columns) -> list[float]:
+    """`answer_score` of each response; arguments as in `reward`."""
+    return [answer_score(*row) for row in zip(texts(completions), answer, strict=True)]
 
 
 def prompt(problem: str, style: str = "paper") -> str:
@@ -138,7 +145,7 @@ def examples(seed: int, thousands: int) -> list[tuple[str, str]]:
 
 RECIPE = Recipe(
     examples,
-    {"generations": 60, "population_size": 30, "sigma": 0.01, "lr": 0.005, "prompts_per_generation": 64},
+    {"generations": 50, "population_size": 30, "sigma": 0.01, "lr": 0.01, "prompts_per_generation": 64},
 )
 
 

@@ -140,7 +140,7 @@ def examples(seed: int, thousands: int) -> list[tuple[str, str]]:
 
 RECIPE = Recipe(
     examples,
-    {"generations": 60, "population_size": 30, "sigma": 0.01, "lr": 0.005, "prompts_per_generation": 64},
+    {"generations": 30, "population_size": 30, "sigma": 0.01, "lr": 0.01, "prompts_per_generation": 64},
 )
 
 
