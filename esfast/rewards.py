@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 import pickle
 import signal
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from queue import Empty, SimpleQueue
-from typing import Any
+from multiprocessing.connection import wait
 
-from .reward_worker import Worker, WorkerError, importable, plain
+from .reward_worker import Task, Worker, importable, now, plain
 from .rows import Rows
 
 log = logging.getLogger(__name__)
@@ -24,6 +24,17 @@ RewardFunc = Callable[..., Sequence[float]]
 class RewardError(ValueError):
     """A reward function raised, took too long, or gave something other than one finite number a completion; the
     message begins with its name."""
+
+
+class Scores:
+    """The rewards of one member's completions, which may still be in the making."""
+
+    def __init__(self, result: Callable[[], list[list[float | None]]]):
+        self._result = result
+
+    def result(self) -> list[list[float | None]]:
+        """A list for each function, of one reward a completion; waits for them. Raises RewardError."""
+        return self._result()
 
 
 class Scorer:
@@ -40,7 +51,8 @@ class Scorer:
     timeout     seconds that a function may take for one member's completions. A worker that takes longer is killed; in
                 this process, the function is interrupted, which C code that never returns to Python escapes
 
-    Workers start when they are first needed, and again after one was killed.
+    Workers start when they are first needed, and again after one was killed. They are handed their next member, and it
+    is seen that one hangs, in `submit` and in `result`: where scoring takes longer than generating, take more workers.
     """
 
     def __init__(self, functions: Sequence[RewardFunc], workers: int = 0, timeout: float = math.inf):
@@ -53,12 +65,11 @@ class Scorer:
                         "a function at the top of a module of its own can", alone)  # fmt: skip
             self._workers = 0
         self._names = names
-        self._pool: ThreadPoolExecutor | None = None
-        self._idle: SimpleQueue[Worker] = SimpleQueue()
-        self._all: list[Worker] = []
+        self._running: list[Worker] = []
+        self._waiting: deque[Task] = deque()
 
-    def submit(self, functions: Sequence[RewardFunc], rows: Rows, completions: Sequence[str]) -> Future:
-        """A future of the rewards, as lists of floats, one for each function; its result() raises RewardError."""
+    def submit(self, functions: Sequence[RewardFunc], rows: Rows, completions: Sequence[str]) -> Scores:
+        """Their rewards, soon."""
         arguments = {key: [row[key] for row in rows] for key in rows[0] if key != "prompt"}
         arguments |= {"prompts": [row["prompt"] for row in rows], "completions": list(completions)}
         if self._workers:
@@ -68,38 +79,54 @@ class Scorer:
                 log.warning("reward functions are called in this process: the rows can't be sent to another: %s", error)
                 self._workers = 0
         if not self._workers:
-            return _completed(lambda: [self._call(f, arguments) for f in functions])
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(self._workers, "esfast-rewards")  # a thread waits for each process
-        return self._pool.submit(self._ask, [self._functions.index(f) for f in functions], pickled, len(completions))
+            try:
+                scores = [self._call(f, arguments) for f in functions]
+            except RewardError as error:
+                return Scores(functools.partial(_raise, error))
+            return Scores(lambda: scores)
+        task = Task([self._functions.index(f) for f in functions], pickled)
+        self._waiting.append(task)
+        self._look()
+        return Scores(lambda: self._result(task, len(completions)))
 
     def close(self) -> None:
-        """Ends the processes; what is being scored fails. It may be used again."""
-        pool, self._pool = self._pool, None
-        if pool is not None:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for worker in self._all:
-                worker.kill()
-            pool.shutdown()
-        self._all, self._idle = [], SimpleQueue()
+        """Ends the processes; what is not scored yet fails. It may be used again."""
+        for worker in self._running:
+            worker.stop("was stopped: the scorer was closed")
+        for task in self._waiting:
+            task.error = "was not called: the scorer was closed"
+        self._running, self._waiting = [], deque()
 
-    def _ask(self, jobs: list[int], pickled: bytes, count: int) -> list[list[float]]:
-        try:
-            worker = self._idle.get_nowait()
-        except Empty:
-            worker = Worker(self._names)
-            self._all.append(worker)
-        answers = []
-        try:
-            for answer in worker.ask(jobs, pickled, self._timeout):
-                answers.append(answer)
-        except WorkerError as error:
-            name = name_of(self._functions[jobs[len(answers)]])
-            raise RewardError(f"reward function {name} {error}") from None
-        finally:
-            if worker.alive:
-                self._idle.put(worker)
-        return [check_rewards(self._functions[job], values, count) for job, values in zip(jobs, answers, strict=True)]
+    def _look(self, until: Task | None = None) -> None:
+        """Hands out tasks and takes what answers are there, or waits until the task is done."""
+        while True:
+            self._running = [worker for worker in self._running if worker.alive or worker.task is not None]
+            idle = [worker for worker in self._running if worker.task is None]
+            while self._waiting and (idle or len(self._running) < self._workers):
+                if not idle:
+                    idle.append(Worker(self._names, self._timeout))
+                    self._running.append(idle[-1])
+                idle.pop().give(self._waiting.popleft())
+            busy = {worker.connection: worker for worker in self._running if worker.task is not None}
+            first = min((worker.deadline for worker in busy.values()), default=math.inf)
+            patience = 0.0 if until is None else None if first == math.inf else max(0.0, first - now())
+            answered = [] if until is not None and until.done else wait(list(busy), patience)
+            for connection in answered:
+                busy[connection].take()
+            for worker in busy.values():
+                if worker.task is not None and worker.connection not in answered and now() > worker.deadline:
+                    worker.expire()
+            if not answered if until is None else until.done:
+                return
+
+    def _result(self, task: Task, count: int) -> list[list[float | None]]:
+        self._look(task)
+        functions = [self._functions[job] for job in task.jobs]
+        if task.error is not None:
+            raise RewardError(f"reward function {name_of(functions[len(task.answers)])} {task.error}")
+        return [
+            check_rewards(function, values, count) for function, values in zip(functions, task.answers, strict=True)
+        ]
 
     def _call(self, function: RewardFunc, arguments: Mapping[str, list]) -> list[float]:
         try:
@@ -166,10 +193,5 @@ def time_limit(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def _completed(work: Callable[[], Any]) -> Future:
-    future: Future = Future()
-    try:
-        future.set_result(work())
-    except RewardError as error:
-        future.set_exception(error)
-    return future
+def _raise(error: Exception):
+    raise error
