@@ -100,7 +100,7 @@ def _parser(full: bool) -> argparse.ArgumentParser:
         description="Packs the journal of a run into one safetensors file, from which `esfast replay` makes the tuned "
         "model: a fine-tune of all weights in kilobytes.",
     )
-    export.add_argument("run", metavar="RUN", help="run folder, or its journal.jsonl")
+    export.add_argument("source", metavar="RUN", help="run folder, or its journal.jsonl")
     export.add_argument("--out", required=True, help="file to write, ending in .safetensors")
     export.set_defaults(run=_export)
 
@@ -241,7 +241,7 @@ def _export(args: argparse.Namespace) -> None:
 
     if not args.out.endswith(".safetensors"):
         raise ValueError(f"--out: expected a name that ends in .safetensors, got {args.out}")
-    journal = Path(args.run) / "journal.jsonl" if Path(args.run).is_dir() else Path(args.run)
+    journal = Path(args.source) / "journal.jsonl" if Path(args.source).is_dir() else Path(args.source)
     size, generations = pack(journal, args.out), len(read(journal).records)
     print(f"{args.out}: {size / 1e3:.1f} kB, {generations} generations, {size / max(generations, 1):.0f} bytes each")
 

@@ -98,7 +98,7 @@ class Journal:
             end = file.seek(0, os.SEEK_END)
             try:
                 if file.write(line) < len(line):
-                    raise OSError(errno.ENOSPC, "only a part of a line could be written", str(self.path))
+                    raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} (a part of a line)", str(self.path))
                 os.fsync(file.fileno())
             except BaseException:
                 file.truncate(end)  # no half lines, and no line whose step was not taken: it may be taken again

@@ -1,20 +1,28 @@
 """A small training run in a process of its own, for tests that start several, kill them or make them fail.
 
-    python job.py OUT [option=value ...]        options of ESConfig, or of FAULTS, as JSON
+    python job.py OUT [option=value ...]                 options of ESConfig, or of FAULTS, as JSON
+    python job.py --kill RUNS FOLDER [option=value ...]  kills a run at a random instant and resumes it, RUNS times
 
 A member's reward is a function of its weights, so that a run takes no time but for `pause` seconds a member.
 """
 
 import json
 import os
+import shutil
 import signal
 import sys
 import time
+import traceback
+from collections import Counter
+from pathlib import Path
+from random import Random
 
 import torch
 
 import esfast
+import esfast.trainer  # before any fork
 from esfast import Team, embedded
+from esfast.journal import read
 
 ROWS = [{"prompt": str(i)} for i in range(4)]
 SETTINGS = {"generations": 6, "population_size": 7, "sigma": 0.02, "lr": 0.02, "prompts_per_generation": 4,
@@ -58,16 +66,63 @@ def main(out, *pairs):
     tokenizer = embedded.make_tokenizer()
     model = embedded.make_model(tokenizer).to(getattr(torch, faults["dtype"]))
     engine = Engine(model, team, faults)
-    config = esfast.ESConfig(out, **(SETTINGS | given))
+    config = esfast.ESConfig(str(out), **(SETTINGS | given))
     trainer = esfast.ESTrainer(model, value, config, ROWS, None, tokenizer, engine=engine, team=team)
     engine.es = trainer.es
     trainer.train()
     print(f"rank {team.rank}: {engine.members} members", flush=True)
 
 
+def in_a_child(kill_after, *arguments):
+    """Runs `main` in a fork, which has no imports to wait for; returns the seconds it took, None if it was killed."""
+    began = time.monotonic()
+    child = os.fork()
+    if child == 0:
+        try:
+            main(*arguments)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    if kill_after is not None:
+        time.sleep(kill_after)
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    if not os.WIFSIGNALED(status) and os.WEXITSTATUS(status):
+        sys.exit(f"{arguments} failed")
+    return None if os.WIFSIGNALED(status) else time.monotonic() - began
+
+
+def kill(runs, folder, *pairs):
+    """A run that is never killed, and `runs` that are; what every resumed one holds must be the same."""
+    folder, random = Path(folder), Random(0)
+    whole = folder / "whole"
+    seconds = in_a_child(None, whole, *pairs)
+    expected, interrupted, where = outcome(whole), 0, Counter()
+    for i in range(runs):
+        out = folder / f"run{i}"
+        interrupted += in_a_child(random.uniform(0, seconds), out, *pairs) is None
+        left = [p for p in out.rglob("*") if p.name.startswith(".")] if out.exists() else []
+        where["half-written files"] += bool(left)
+        where["generations done"] += len(read(out / "journal.jsonl").records) if (out / "journal.jsonl").exists() else 0
+        in_a_child(None, out, *pairs, "resume=true")
+        assert outcome(out) == expected, f"{out} ended with other bits"
+        assert not [p for p in out.rglob("*") if p.name.startswith(".")], f"{out} holds half-written files"
+        shutil.rmtree(out)
+    print(json.dumps({"runs": runs, "killed": interrupted, **where}))
+
+
+def outcome(folder):
+    """The bits of the tuned weights, and the generations of the journal."""
+    return (folder / "model" / "model.safetensors").read_bytes(), read(folder / "journal.jsonl").records
+
+
 if __name__ == "__main__":
     try:
-        main(*sys.argv[1:])
+        if sys.argv[1] == "--kill":
+            kill(int(sys.argv[2]), *sys.argv[3:])
+        else:
+            main(*sys.argv[1:])
     except KeyboardInterrupt as interrupt:
         print(f"interrupted: {interrupt}", file=sys.stderr)
         sys.exit(130)
