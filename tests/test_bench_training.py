@@ -47,7 +47,7 @@ def test_an_engine_that_errs_is_not_trained_with(model, monkeypatch):
 def test_a_way_trains_as_it_says(way, model, tmp_path, monkeypatch):
     seen = []
     real = ES.step
-    monkeypatch.setattr(ES, "step", lambda es: seen.append(es) or real(es))
+    monkeypatch.setattr(ES, "step", lambda es, **options: seen.append(es) or real(es, **options))
     row = training.train(settings(way), tmp_path / "run", str(model))
     es = seen[0]
     assert es.plan.tensors[0].dtype is getattr(torch, way.dtype) and len(seen) == 2
@@ -64,7 +64,11 @@ def test_ways_of_one_seed_see_the_same_prompts_and_members(model, tmp_path, monk
     generate, step = greedy.Greedy.generate, ES.step
     for weights, asked in prompts.items():
         monkeypatch.setattr(greedy.Greedy, "generate", lambda self, p, a=asked: a.append(tuple(p)) or generate(self, p))
-        monkeypatch.setattr(ES, "step", lambda es, w=weights: seeds[w].append([m.seed for m in es.members]) or step(es))
+        monkeypatch.setattr(
+            ES,
+            "step",
+            lambda es, w=weights, **options: seeds[w].append([m.seed for m in es.members]) or step(es, **options),
+        )
         training.train(settings(training.Way(weights, weights)), tmp_path / weights, str(model))
     assert prompts["usual"] == prompts["base"] and len(prompts["base"]) == 2 * 30 + 3
     assert seeds["usual"] == seeds["base"] and len(seeds["base"]) == 2
