@@ -25,6 +25,7 @@ BENCHMARKS = {
     "modes": "time, traffic and memory of the weight modes, side by side, against what they state",
     "training": "the embedded model learns by every weight mode and by the usual code's numerics, over several seeds",
     "iteration": "a whole generation of ES: against its text generation alone, and against the loop of today",
+    "dropin": "loops of others, before and after esfast: what a generation costs beside its evaluations; MeZO learning",
     "countdown": "the embedded model learns Countdown: accuracy before and after, and where the time goes",
 }
 

@@ -64,5 +64,12 @@ elif [ "$device" = cuda ]; then
 else
     step "bench iteration" esfast bench iteration --models tiny --repeats 1 --json "$out/iteration_dry_run.json"
 fi
+if ! "$python" -c 'import transformers' 2>/dev/null; then
+    echo "bench dropin: NOT RUN, transformers is not installed"
+elif [ "$device" = cuda ]; then
+    step "bench dropin" esfast bench dropin --device cuda --numel 100000000 --seeds --json "$out/dropin_gpu.json"
+else
+    step "bench dropin" esfast bench dropin --numel 100000 --repeats 1 --seeds --json "$out/dropin_dry_run.json"
+fi
 # instructions as this machine's Triton compiles them; the README's, sass.json, are those of the newest
 step "bench sass" esfast bench sass --json "$out/sass_here.json"

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..run_folder import write_whole
-from . import countdown, drift, gpu, iteration, modes, noise, sass, statistics, training
+from . import countdown, drift, dropin, gpu, iteration, modes, noise, sass, statistics, training
 from .provenance import caption
 
 Table = tuple[list[str], list[list[str]]]
@@ -29,6 +29,9 @@ TABLES: dict[str, tuple[str, Callable[[dict], Table]]] = {
     "sass": ("sass.json", sass.table),
     "iteration-cpu": ("iteration_cpu.json", iteration.table),
     "iteration-gpu": ("iteration_gpu.json", iteration.table),
+    "dropin": ("dropin.json", dropin.table),
+    "dropin-gpu": ("dropin_gpu.json", dropin.table),
+    "dropin-mezo": ("dropin.json", dropin.mezo_table),
     "countdown": ("countdown.json", countdown.table),
     "weights-memory": ("modes.json", modes.memory_table),
     "weights-time": ("modes.json", modes.time_table),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from esfast import ops
-from esfast.bench import BENCHMARKS, count, countdown, main, memory, statistics, tables, workload
+from esfast.bench import BENCHMARKS, count, countdown, dropin, main, memory, statistics, tables, workload
 from esfast.bench.provenance import caption
 from esfast.child import child
 from esfast.noise import tensor_id
@@ -299,3 +299,14 @@ def test_train_command_is_one_that_the_cli_takes(tmp_path):
     command = countdown.train_command(3, tmp_path, ["--generations", "2"])
     args = _parser(full=True).parse_args(command[3:])
     assert (args.seed, args.output_dir, args.generations) == (3, str(tmp_path), 2)
+
+
+def test_dropin_times_every_loop(tmp_path):
+    path = tmp_path / "dropin.json"
+    assert main(["dropin", "--numel", "20000", "--members", "3", "--repeats", "1", "--seeds", "--json", str(path)]) == 0
+    rows = {row["loop"]: row for row in json.loads(path.read_text())["rows"]}
+    assert rows.keys() == dropin.LOOPS.keys()
+    for name, row in rows.items():
+        assert row["after_restored"] == 1 and row["before_ms"] > 0 and row["after_ms"] > 0
+        copies = name not in ("randn tensor by tensor", "es-at-scale's worker", "MeZO, one step")
+        assert (row["before_restored"] == 1) == copies  # subtracting bfloat16 noise gives back other weights

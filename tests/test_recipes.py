@@ -60,3 +60,20 @@ def test_the_loop_climbs(number):
 
 def test_every_recipe_has_both():
     assert [b.split("\n")[0] for b in BLOCKS] == ["# before", "# after"] * 5
+
+
+def test_what_the_pages_say_of_coming_from_others_runs():
+    pytest.importorskip("accelerate", reason="transformers.Trainer needs accelerate: pip install esfast[mezo]")
+    text = (Path(__file__).parent.parent / "docs" / "coming-from.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    torch.manual_seed(0)
+    model, x = torch.nn.Linear(4, 3), torch.randn(16, 4)
+
+    @torch.no_grad()
+    def loss(model, batch):
+        return (model(batch) - 1).square().mean().item()
+
+    before, scope = loss(model, x), {"model": model, "loss": loss, "batches": [x] * 200, "lr": 0.02}
+    for block in blocks:
+        exec(block, scope)
+    assert len(blocks) == 2 and loss(model, x) < 0.7 * before and scope["MyTrainer"].zo_eps == 1e-3
