@@ -1,4 +1,4 @@
-"""The command line: esfast train | eval | replay | export | info | bench. Heavy imports happen inside the commands."""
+"""The command line: esfast train | eval | report | replay | export | info | bench. What is heavy is imported inside."""
 
 from __future__ import annotations
 
@@ -79,6 +79,22 @@ def _parser(full: bool) -> argparse.ArgumentParser:
     if full:
         _add_eval_arguments(evaluate)
     evaluate.set_defaults(run=_evaluate)
+
+    report = commands.add_parser(
+        "report",
+        help="runs as one HTML page",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Makes one self-contained HTML page of runs, finished or not: curves with their spread over "
+        "repeats,\nrewards of the members, where the time went, responses before and after, settings.",
+        epilog="examples:\n"
+        "  esfast report runs/qwen\n"
+        "  esfast report runs/seed0 runs/seed1 runs/seed2 --out repeats.html",
+    )
+    report.add_argument("runs", nargs="+", metavar="RUN", help="run folders; those that differ in their seed alone are "
+                        "repeats of one experiment")  # fmt: skip
+    report.add_argument("--out", metavar="FILE", default="report.html", help="file to write (default: report.html)")
+    report.add_argument("--samples", type=int, metavar="N", default=5, help="responses that are shown (default: 5)")
+    report.set_defaults(run=_report)
 
     replay = commands.add_parser(
         "replay",
@@ -215,6 +231,14 @@ def _defaults(run: RunOptions, task) -> dict:
         **task.settings,
         **(embedded.settings(task.name) if run.model is None else {}),
     }
+
+
+def _report(args: argparse.Namespace) -> None:
+    from .report import load, page
+    from .run_folder import write_whole
+
+    write_whole(args.out, page([load(run) for run in args.runs], args.samples))
+    print(f"report: {args.out}")
 
 
 def _replay(args: argparse.Namespace) -> None:

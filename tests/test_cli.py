@@ -64,7 +64,7 @@ def test_every_setting_is_an_option_with_its_default(capsys):
             assert f"default: {field.default})" in text or f"{field.default}:" in text, name
 
 
-@pytest.mark.parametrize("command", ["train", "eval"])
+@pytest.mark.parametrize("command", ["train", "eval", "report"])
 def test_help_has_groups_and_examples_at_its_end(command, capsys):
     with pytest.raises(SystemExit):
         cli.main([command, "--help"])

@@ -32,7 +32,7 @@ BRIEF_OTHERWISE = 0.4  # share of brief examples for the embedded model, where t
 def score(completion: str, target: str) -> float:
     """Minus the difference between the lengths of response and target, in characters."""
     require_text(completion)
-    return -float(abs(len(completion) - len(target)))
+    return 0.0 - abs(len(completion) - len(target))
 
 
 def reward(prompts, completions, target, **columns) -> list[float]:

@@ -1,0 +1,58 @@
+"""What run folders hold, read for a report."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..journal import read
+from ..run_folder import RunFolder
+
+_OF_A_REPEAT = ("seed", "output_dir", "progress", "resume")  # settings in which repeats of an experiment differ
+
+
+@dataclass
+class Run:
+    """A run folder: settings, rows of metrics, rewards of every generation's members, samples, the summary."""
+
+    name: str
+    config: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    rewards: list[list[float]]
+    samples: list[dict[str, Any]]
+    summary: dict[str, Any]
+
+    @property
+    def experiment(self) -> str:
+        """Equal for repeats, that is runs that differ in their seed alone."""
+        return repr(sorted((k, repr(v)) for k, v in self.config.items() if k not in _OF_A_REPEAT))
+
+    def series(self, name: str) -> list[tuple[float, float]]:
+        """(generation, value) of a metric, where it was measured."""
+        return [(r["generation"], r[name]) for r in self.metrics if isinstance(r.get(name), (int, float))]
+
+
+def load(path: str | Path) -> Run:
+    """A run, finished or not. FileNotFoundError or ValueError for a folder that holds none."""
+    folder = RunFolder(Path(path))
+    if not folder.metrics.exists():
+        raise FileNotFoundError(f"report: {path} is no run folder (it has no {folder.metrics.name})")
+    config = folder.path / "config.yaml"
+    summary = folder.path / "summary.json"
+    records = read(folder.journal).records if folder.journal.exists() else []
+    return Run(
+        name=str(path).rstrip("/"),
+        config=yaml.safe_load(config.read_text(encoding="utf-8")) if config.exists() else {},
+        metrics=folder.read_metrics(),
+        rewards=[[r for r in record.rewards if r is not None] for record in records],
+        samples=_lines(folder.samples),
+        summary=json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else {},
+    )
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
