@@ -11,6 +11,7 @@ import contextlib
 from collections.abc import Sequence
 
 import torch
+import transformers
 from transformers import GenerationConfig, LogitsProcessorList, StaticCache
 
 from .sampling import SeededSampling
@@ -89,10 +90,13 @@ class Continuous:
     """
 
     def __init__(self, model, config: GenerationConfig, **options):
-        from transformers.generation.configuration_utils import ContinuousBatchingConfig
-
+        if (options_of := _continuous_options()) is None:
+            raise ValueError(
+                f"decoding='continuous': transformers {transformers.__version__} has no continuous batching that "
+                f"can be told not to share blocks; take a newer one, or decoding='static'"
+            )
         self.model, self.config = model, config
-        self._options = ContinuousBatchingConfig(**{"allow_block_sharing": False, "max_memory_percent": 0.6} | options)
+        self._options = options_of(**{"allow_block_sharing": False, "max_memory_percent": 0.6} | options)
 
     def __call__(self, rows: Tokens, most: int, sampling: SeededSampling | None = None) -> Tokens:
         if sampling is not None:
@@ -122,6 +126,12 @@ class Continuous:
         self.model.destroy_cached_continuous_batching_manager()
 
 
+def _continuous_options() -> type | None:
+    """The class of continuous batching's settings, if this version of Transformers has the ones that matter here."""
+    options = getattr(transformers.generation.configuration_utils, "ContinuousBatchingConfig", None)
+    return options if hasattr(options, "allow_block_sharing") else None
+
+
 WAYS = {"plain": Plain, "static": Static, "continuous": Continuous}
 
 
@@ -132,5 +142,5 @@ def automatic(model) -> Sequence[str]:
         return ["plain"]
     from transformers.utils import is_flash_attn_2_available
 
-    paged = hasattr(model, "continuous_batching_context_manager") and is_flash_attn_2_available()
+    paged = _continuous_options() is not None and is_flash_attn_2_available()
     return ["continuous"] * paged + ["static", "plain"]

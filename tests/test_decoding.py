@@ -16,7 +16,10 @@ from esfast.rollout import TransformersEngine, as_engine
 
 PROMPTS = ["1 2 3=6\n<think>", "a", "12 34 56 78=90\n<think>", "\u00e9", "1 2 3=7\n<think>", "no tags here", "a"]
 LONG = ["the same beginning of sixteen tokens and more, " + tail for tail in ("one", "two", "one")]
-WAYS = ["plain", "static", "continuous"]
+HAS_CONTINUOUS = decoding._continuous_options() is not None
+needs_continuous = pytest.mark.skipif(not HAS_CONTINUOUS, reason="this Transformers has no continuous batching to use")
+CONTINUOUS = pytest.param("continuous", marks=needs_continuous)
+WAYS = ["plain", "static", CONTINUOUS]
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +81,9 @@ def assert_follows_the_weights(model, engine, plain, prompts):
     assert engine.generate(prompts) == first
 
 
-@pytest.mark.parametrize(("way", "batch_size"), [("static", None), ("static", 3), ("continuous", None)])
+@pytest.mark.parametrize(
+    ("way", "batch_size"), [("static", None), ("static", 3), pytest.param("continuous", None, marks=needs_continuous)]
+)
 def test_ways_give_the_same_texts_in_float32(tiny, engine, way, batch_size):
     plain, other = engine(), engine(decoding=way, batch_size=batch_size)
     expected = plain.generate(PROMPTS)
@@ -124,6 +129,7 @@ def test_compiled_code_reads_the_weights_where_they_lie(tiny, engine, monkeypatc
     assert calls
 
 
+@needs_continuous
 def test_keys_and_values_of_another_member_would_be_noticed(tiny, engine, monkeypatch):
     """What the test above rests on: the same engines, but a cache that outlives its member."""
     first = engine().generate(LONG)
@@ -158,13 +164,14 @@ def test_static_shapes_are_few(tiny, engine, monkeypatch):
 def test_auto_on_a_gpu_goes_on_with_a_way_that_works(tiny, engine, monkeypatch, caplog):
     model, _ = tiny
     monkeypatch.setattr("esfast.rollout.automatic", lambda model: ["continuous", "static", "plain"])
-    monkeypatch.setattr(decoding.Continuous, "__call__", lambda *a: (_ for _ in ()).throw(RuntimeError("no pages")))
+    monkeypatch.setitem(decoding.WAYS, "continuous", lambda *a: (_ for _ in ()).throw(RuntimeError("no pages")))
     e = engine()
     assert e.generate(PROMPTS) == engine(decoding="plain").generate(PROMPTS)
     assert "continuous decoding doesn't work here, going on with static: no pages" in caplog.text
     assert isinstance(e._way, decoding.Static)
 
 
+@needs_continuous
 def test_memory_that_runs_out_in_continuous_batching(tiny, engine, monkeypatch):
     from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
 
@@ -193,6 +200,7 @@ def test_sampled_texts_depend_on_their_seeds_alone(engine):
     assert engine(temperature=1e-4).generate(PROMPTS, seeds) == engine().generate(PROMPTS)
 
 
+@needs_continuous
 def test_continuous_batching_has_no_seeds(engine):
     with pytest.raises(ValueError, match="no seeds"):
         engine(decoding="continuous").generate(["a"], [1])
@@ -250,3 +258,9 @@ def test_the_page_about_rollouts_runs(tiny):
     (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     exec(block, scope)
     assert len(scope["completions"]) == 1 and isinstance(scope["completions"][0], str)
+
+
+def test_a_transformers_without_continuous_batching(engine, monkeypatch):
+    monkeypatch.setattr(decoding, "_continuous_options", lambda: None)
+    with pytest.raises(ValueError, match="has no continuous batching"):
+        engine(decoding="continuous")
