@@ -181,7 +181,7 @@ def train(settings: dict, folder: Path, model: str) -> dict:
         **embedded.settings("countdown"), **{k: v for k, v in settings.items() if k != "way"},
         "output_dir": str(folder), "population_size": way.population_size, "noise": way.noise,
         "weights": "inplace" if usual else way.weights, "rounding": way.rounding,
-        "max_completion_length": task.max_new_tokens, "progress": False,
+        "max_completion_length": task.max_new_tokens, "progress": False, "checkpoint_every": 0,
     })  # fmt: skip
     net, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
     net = net.to(getattr(torch, way.dtype))

@@ -54,6 +54,7 @@ def test_a_way_trains_as_it_says(way, model, tmp_path, monkeypatch):
     assert isinstance(es._weights, UsualWeights) == way.name.startswith("usual code")
     assert getattr(es._weights, "summed", False) == way.name.endswith("summed")
     assert (es.rule.rounding, es.rule.noise, es.population_size) == (way.rounding, way.noise, way.population_size)
+    assert "checkpoint_every: 0" in (tmp_path / "run" / "config.yaml").read_text()  # of the usual code there is none
     assert row["rollouts"] == 2 * way.population_size * 4 and row["evaluated"] == [0, 1, 2]
     assert len(row["reward"]) == 2 and len(row["accuracy"]) == 3
     assert (row["drift"] is not None) == (way.weights == "inplace")
