@@ -26,6 +26,7 @@ BENCHMARKS = {
     "training": "the embedded model learns by every weight mode and by the usual code's numerics, over several seeds",
     "iteration": "a whole generation of ES: against its text generation alone, and against the loop of today",
     "dropin": "loops of others, before and after esfast: what a generation costs beside its evaluations; MeZO learning",
+    "tasks": "the embedded model learns each of the tasks: rewards before and after, and how long it took",
     "countdown": "the embedded model learns Countdown: accuracy before and after, and where the time goes",
 }
 

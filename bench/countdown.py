@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> dict:
         runs = args.keep if args.keep is not None else Path(scratch)
         environment = os.environ | {"ESFAST_CACHE": str(Path(scratch) / "cache")}
         began = time.perf_counter()
-        _call("making the embedded model", child("from esfast.embedded import cached; cached()"), environment)
+        call("making the embedded model", child("from esfast.embedded import cached; cached()"), environment)
         pretraining = time.perf_counter() - began
         rows = [_one(seed, runs / f"seed{seed}", args.train, environment, pretraining) for seed in args.seeds]
     return {"rows": rows}
@@ -68,7 +68,7 @@ def table(result: dict) -> tuple[list[str], list[list[str]]]:
 
 def _one(seed: int, folder: Path, options: list[str], environment: dict, pretraining: float) -> dict:
     began = time.perf_counter()
-    _call(f"`esfast train` with seed {seed}", train_command(seed, folder, options), environment)
+    call(f"`esfast train` with seed {seed}", train_command(seed, folder, options), environment)
     wall = time.perf_counter() - began
     path = folder / "summary.json"
     try:
@@ -84,7 +84,7 @@ def _one(seed: int, folder: Path, options: list[str], environment: dict, pretrai
         raise BenchmarkError(f"`esfast train` with seed {seed} left no usable summary.json: {error!r}") from None
 
 
-def _call(what: str, command: list[str], environment: dict) -> None:
+def call(what: str, command: list[str], environment: dict) -> None:
     """Runs it with its output on our stderr: stdout may be a JSON file in the making."""
     sys.stderr.flush()
     status = subprocess.run(command, env=environment, stdout=2).returncode

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..run_folder import write_whole
-from . import countdown, drift, dropin, gpu, iteration, modes, noise, sass, statistics, training
+from . import countdown, drift, dropin, gpu, iteration, modes, noise, sass, statistics, tasks, training
 from .provenance import caption
 
 Table = tuple[list[str], list[list[str]]]
@@ -33,6 +33,7 @@ TABLES: dict[str, tuple[str, Callable[[dict], Table]]] = {
     "dropin-gpu": ("dropin_gpu.json", dropin.table),
     "dropin-mezo": ("dropin.json", dropin.mezo_table),
     "countdown": ("countdown.json", countdown.table),
+    "tasks": ("tasks.json", tasks.table),
     "weights-memory": ("modes.json", modes.memory_table),
     "weights-time": ("modes.json", modes.time_table),
     "drift-restore": ("drift.json", drift.restore_table),
