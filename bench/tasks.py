@@ -15,8 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from ..child import child
 from ..tasks import MODULES
-from . import child
 from .countdown import call, train_command
 
 LIMIT = 300  # seconds
@@ -41,7 +41,8 @@ def table(result: dict) -> tuple[list[str], list[list[str]]]:
     lines = [
         [r["task"], str(r["problems"]), f"{r['reward_before']:.3f} ± {r['error_before']:.3f}",
          f"{r['reward_after']:.3f} ± {r['error_after']:.3f}",
-         "any" if r["rose"] is None else f"{r['rose']:.0f}", f"{r['accuracy_before']:.1%}", f"{r['accuracy_after']:.1%}",
+         "any" if r["rose"] is None else f"{r['rose']:.0f}",
+         f"{r['accuracy_before']:.1%}", f"{r['accuracy_after']:.1%}",
          str(r["generations"]), f"{r['seconds']:.0f}", f"{r['seconds_pretraining']:.0f}"]
         for r in result["rows"]
     ]  # fmt: skip

@@ -1,0 +1,125 @@
+"""TRL's conventions: names of settings, chats, reward functions, datasets, adapters."""
+
+import inspect
+
+import pytest
+import torch
+
+import esfast
+from esfast import embedded
+
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    tokenizer = embedded.make_tokenizer()
+    return embedded.make_model(tokenizer).eval(), tokenizer
+
+
+def config(folder, **changes):
+    settings = {"output_dir": str(folder), "max_steps": 2, "population_size": 4, "sigma": 0.05, "learning_rate": 0.05,
+                "prompts_per_generation": 2, "max_completion_length": 4, "progress": False}  # fmt: skip
+    return esfast.ESConfig(**{**settings, **changes})
+
+
+def test_names_that_mean_the_same():
+    c = esfast.ESConfig(learning_rate=0.1, max_steps=7, eval_steps=3, warmup_steps=2, lr_scheduler_type="cosine")
+    assert (c.lr, c.generations, c.eval_every, c.warmup_generations, c.lr_schedule) == (0.1, 7, 3, 2, "cosine")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"beta": 0.04}, "'beta' is a setting of GRPO's that ES has no use for; leave it out"),
+        ({"per_device_train_batch_size": 8}, "leave it out"),
+        ({"vllm_mode": "colocate"}, "leave it out"),
+        ({"learning_rte": 1.0}, "Did you mean 'learning_rate'?"),
+        ({"siggma": 1.0}, "Did you mean 'sigma'?"),
+        ({"learning_rate": 1.0, "lr": 1.0}, "'learning_rate' is another name of 'lr'; give one of them"),
+    ],
+)
+def test_other_names_are_refused_with_what_to_do(settings, message):
+    with pytest.raises(TypeError) as caught:
+        esfast.ESConfig(**settings)
+    assert message in str(caught.value)
+
+
+def test_the_quick_start_of_grpo(tmp_path, model):
+    """Its shape: reward functions of completions and **kwargs, of a column, and of prompts; weights for them."""
+    net, tokenizer = model
+    seen = {}
+
+    def reward_num_unique_letters(completions, **kwargs):
+        return [len(set(content)) for content in completions]
+
+    def reward_column(completions, ground_truth, **kwargs):
+        seen["truth"] = ground_truth
+        return [1.0 if c == gt else 0.0 for c, gt in zip(completions, ground_truth, strict=True)]
+
+    def reward_task(prompts, completions, task, **kwargs):  # one that has a say in some of the rows only
+        return [float(len(c)) if t == "math" else None for c, t in zip(completions, task, strict=True)]
+
+    rows = [{"prompt": f"{i}+1=", "ground_truth": str(i), "task": "math" if i % 2 else "coding"} for i in range(4)]
+    functions = [reward_num_unique_letters, reward_column, reward_task]
+    trainer = esfast.ESTrainer(
+        model=net, reward_funcs=functions, args=config(tmp_path, reward_weights=[1.0, 2.0, 0.5]), train_dataset=rows,
+        processing_class=tokenizer,
+    )  # fmt: skip
+    trainer.train()
+    assert len(seen["truth"]) == 2 and trainer.es.generation == 2
+    with pytest.raises(ValueError, match="one for each of the 3 reward functions"):
+        esfast.ESTrainer(net, functions, config(tmp_path / "b", reward_weights=[1.0]), rows, None, tokenizer)
+
+
+def test_chats_go_through_the_template_and_come_back_as_messages(tmp_path, model):
+    net, tokenizer = model
+    tokenizer.chat_template = TEMPLATE
+    asked, seen = [], []
+
+    def engine(texts):
+        asked.extend(texts)
+        return ["yes"] * len(texts)
+
+    def format_reward_func(completions, **kwargs):
+        seen.extend(completions)
+        return [1.0 if completion[0]["content"] == "yes" else 0.0 for completion in completions]
+
+    rows = [
+        {"prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": f"Is {i}?"}]}
+        for i in range(2)
+    ]
+    trainer = esfast.ESTrainer(net, format_reward_func, config(tmp_path), rows, rows, tokenizer, engine=engine)
+    summary = trainer.train()
+    assert set(asked) == {f"<system>Be brief.\n<user>Is {i}?\n<assistant>" for i in range(2)}
+    assert seen[0] == [{"role": "assistant", "content": "yes"}] and summary["before"]["eval_reward"] == 1.0
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="needs a tokenizer with a chat template"):
+        esfast.ESTrainer(net, format_reward_func, config(tmp_path / "b"), rows, rows, tokenizer, engine=engine).train()
+
+
+def test_adapters_alone_are_tuned(tmp_path, model):
+    peft = pytest.importorskip("peft", reason="needs peft, an optional package")
+    net, tokenizer = model
+    rows = [{"prompt": f"{i}\n"} for i in range(3)]
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    before = {n: p.detach().clone() for n, p in net.named_parameters()}
+    trainer = esfast.ESTrainer(
+        net, lambda completions, **k: [float(hash(c) % 5) for c in completions], config(tmp_path), rows, None,
+        tokenizer, peft_config=lora,
+    )  # fmt: skip
+    trainer.train()
+    assert all("lora_" in name for name in trainer.es.plan.names) and len(trainer.es.plan) == 8
+    after = {
+        n.replace("base_model.model.", "").replace(".base_layer", ""): p for n, p in trainer.model.named_parameters()
+    }
+    assert all(torch.equal(p, after[name]) for name, p in before.items())
+    assert any(p.abs().sum() > 0 for n, p in trainer.model.named_parameters() if "lora_B" in n)
+    assert (tmp_path / "model" / "adapter_model.safetensors").exists()
+
+
+def test_the_first_arguments_are_those_of_grpo_trainer():
+    trl = pytest.importorskip("trl", reason="needs trl, to compare with what it is today")
+    theirs = list(inspect.signature(trl.GRPOTrainer.__init__).parameters)
+    assert list(inspect.signature(esfast.ESTrainer.__init__).parameters)[:7] == theirs[:7]
