@@ -27,6 +27,7 @@ BENCHMARKS = {
     "iteration": "a whole generation of ES: against its text generation alone, and against the loop of today",
     "dropin": "loops of others, before and after esfast: what a generation costs beside its evaluations; MeZO learning",
     "tasks": "the embedded model learns each of the tasks: rewards before and after, and how long it took",
+    "simulate": "a generation on up to 10,000 workers, simulated from costs measured here, and its bytes on the wire",
     "countdown": "the embedded model learns Countdown: accuracy before and after, and where the time goes",
 }
 

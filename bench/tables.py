@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..run_folder import write_whole
-from . import countdown, drift, dropin, gpu, iteration, modes, noise, sass, statistics, tasks, training
+from . import countdown, drift, dropin, gpu, iteration, modes, noise, sass, simulate, statistics, tasks, training
 from .provenance import caption
 
 Table = tuple[list[str], list[list[str]]]
@@ -34,6 +34,9 @@ TABLES: dict[str, tuple[str, Callable[[dict], Table]]] = {
     "dropin-mezo": ("dropin.json", dropin.mezo_table),
     "countdown": ("countdown.json", countdown.table),
     "tasks": ("tasks.json", tasks.table),
+    "simulate": ("simulate.json", simulate.table),
+    "simulate-check": ("simulate.json", simulate.check_table),
+    "simulate-wire": ("simulate.json", simulate.wire_table),
     "weights-memory": ("modes.json", modes.memory_table),
     "weights-time": ("modes.json", modes.time_table),
     "drift-restore": ("drift.json", drift.restore_table),

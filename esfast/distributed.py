@@ -100,20 +100,20 @@ class Team:
             yield index
 
     def exchange(self, turn: str, mine: Mapping[int, float | None], count: int) -> list[float | None]:
-        """The rewards of all `count` members from those that each process has: 8 bytes a member. None stays None."""
+        """The rewards of all `count` members from those that each process has. None stays None. Each process
+        sends 12 bytes for each of its own, and gets 8 for each of all."""
         if self.size == 1:
             return [mine.get(i) for i in range(count)]
-        store = self._store
-        if self.leads:
-            for index, reward in mine.items():
-                store.set(f"{turn}/{index}", struct.pack("<d", math.nan if reward is None else reward))
-            if store.add(f"{turn}/done", len(mine)) == count:
-                store.set(f"{turn}/complete", "1")
+        if self.leads:  # one value a process: a request for each member would take 100 us of all, one after another
+            parts = (struct.pack("<Id", i, math.nan if r is None else r) for i, r in mine.items())
+            self._store.set(f"{turn}/from {self.rank}", b"".join(parts))
         if self.rank == 0:
-            self._wait(f"{turn}/complete")
-            gathered = b"".join(store.get(f"{turn}/{i}") for i in range(count))
-            for i in range(count):
-                store.delete_key(f"{turn}/{i}")
+            found = [math.nan] * count
+            for rank in range(0, self.size, self.shards):
+                for index, reward in struct.iter_unpack("<Id", self._wait(f"{turn}/from {rank}")):
+                    found[index] = reward
+                self._store.delete_key(f"{turn}/from {rank}")
+            gathered = struct.pack(f"<{count}d", *found)
         values = struct.unpack(f"<{count}d", self.tell(f"{turn}/rewards", lambda: gathered))
         return [None if math.isnan(v) else v for v in values]
 

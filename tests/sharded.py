@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from esfast import ES, Plan, Slice, add_noise_
+from esfast.distributed import Team
 from esfast.noise import noise
 from esfast.ops import AdamStep
 
@@ -389,17 +390,31 @@ def fsdp2_over_tensor_parallel(world):
 
 @check((4,))
 def groups_of_ranks(world):
-    """replicas x shards: the two ranks of a group hold a model, and the groups take different members."""
+    """replicas x shards: the two ranks of a group hold a model together and are given the same members, the groups
+    different ones."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))
+    team = Team(dist.PrefixStore("team", dist.distributed_c10d._get_default_store()), dist.get_rank(), 4, shards=2)
     twin = Twin(mesh["shards"], along(0))
-    es, reference = (ES(plan, sigma=0.02, lr=0.1, population_size=5) for plan in twin.plans)
-    for _ in range(2):
-        for members in zip(es.population(), reference.population(), strict=True):
-            for m in members:
-                m.reward = reward_of(m)
-        es.step()
-        reference.step()
-    twin.compare("after two generations")
+    options = dict(sigma=0.02, lr=0.1, population_size=6, mirrored=True)
+    es, reference = ES(twin.plans[0], team=team, **options), ES(twin.plans[1], **options)
+    for generation in range(3):
+        scored = []
+        for member in es.population():
+            scored.append(member.index)
+            assert member.index < 6
+            told = [None, None]
+            dist.all_gather_object(told, member.index, group=mesh["shards"].get_group())
+            assert told == [member.index] * 2, "the ranks of a group must score the same member"
+            member.reward = reward_of(member)
+        for member in reference.population():
+            member.reward = reward_of(member)
+        everyone = [None] * 4
+        dist.all_gather_object(everyone, scored)
+        assert everyone[0] == everyone[1] and everyone[2] == everyone[3]
+        assert sorted(everyone[0] + everyone[2]) == list(range(6))
+        assert es.step() == reference.step()
+        twin.compare(f"generation {generation}")
+    team.close()
 
 
 def main(rank, size, folder):
