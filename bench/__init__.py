@@ -28,6 +28,7 @@ BENCHMARKS = {
     "dropin": "loops of others, before and after esfast: what a generation costs beside its evaluations; MeZO learning",
     "tasks": "the embedded model learns each of the tasks: rewards before and after, and how long it took",
     "simulate": "a generation on up to 10,000 workers, simulated from costs measured here, and its bytes on the wire",
+    "replay": "the main job exported, and made again from the base model: bytes a generation, seconds, the same bits",
     "countdown": "the embedded model learns Countdown: accuracy before and after, and where the time goes",
 }
 

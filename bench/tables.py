@@ -16,7 +16,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..run_folder import write_whole
-from . import countdown, drift, dropin, gpu, iteration, modes, noise, sass, simulate, statistics, tasks, training
+from . import (
+    countdown,
+    drift,
+    dropin,
+    gpu,
+    iteration,
+    modes,
+    noise,
+    replay,
+    sass,
+    simulate,
+    statistics,
+    tasks,
+    training,
+)
 from .provenance import caption
 
 Table = tuple[list[str], list[list[str]]]
@@ -32,6 +46,7 @@ TABLES: dict[str, tuple[str, Callable[[dict], Table]]] = {
     "dropin": ("dropin.json", dropin.table),
     "dropin-gpu": ("dropin_gpu.json", dropin.table),
     "dropin-mezo": ("dropin.json", dropin.mezo_table),
+    "replay": ("replay.json", replay.table),
     "countdown": ("countdown.json", countdown.table),
     "tasks": ("tasks.json", tasks.table),
     "simulate": ("simulate.json", simulate.table),

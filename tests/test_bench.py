@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 
-from esfast import ops
-from esfast.bench import BENCHMARKS, count, countdown, dropin, main, memory, statistics, tables, workload
+from esfast import embedded, ops
+from esfast.bench import BENCHMARKS, count, countdown, dropin, main, memory, replay, statistics, tables, workload
 from esfast.bench.provenance import caption
 from esfast.child import child
 from esfast.noise import tensor_id
@@ -310,3 +310,18 @@ def test_dropin_times_every_loop(tmp_path):
         assert row["after_restored"] == 1 and row["before_ms"] > 0 and row["after_ms"] > 0
         copies = name not in ("randn tensor by tensor", "es-at-scale's worker", "MeZO, one step")
         assert (row["before_restored"] == 1) == copies  # subtracting bfloat16 noise gives back other weights
+
+
+def test_replay_makes_the_same_model_again(tmp_path, monkeypatch):
+    tiny = str(embedded.build(tmp_path / "tiny", steps=1, progress=False))
+    command = replay._command
+    monkeypatch.setattr(
+        replay, "_command", lambda name, *rest: command(name, *rest, *["--base", tiny][: 2 * (name == "replay")])
+    )
+    few = ["--model", tiny, "--generations", "2", "--population-size", "2", "--prompts-per-generation", "2",
+           "--eval-prompts", "2", "--max-completion-length", "2", "--no-progress"]  # fmt: skip
+    path = tmp_path / "replay.json"
+    assert main(["replay", "--json", str(path), "--", *few]) == 0
+    row = json.loads(path.read_text())["rows"][0]
+    assert row["pass"] and row["generations"] == 2 and row["exported_bytes"] > 2 * 2 * 12 and row["fingerprints"] == 1
+    assert "| 2 | 2 | 123,968 |" in tables.generate("replay", tmp_path)
