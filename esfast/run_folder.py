@@ -1,4 +1,4 @@
-"""The folder of a run: config.yaml, metrics.jsonl, journal.jsonl, summary.json, curves.png and model/."""
+"""The folder of a run: settings, metrics, journal, samples, summary, curves, model/ and best/."""
 
 from __future__ import annotations
 
