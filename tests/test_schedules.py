@@ -12,6 +12,7 @@ from hypothesis import given
 
 import esfast
 from esfast import cli, embedded, journal
+from esfast.run_options import FIELDS, es_config
 from esfast.schedules import SCHEDULES, constant, cosine, linear
 
 ROWS = [{"prompt": f"{i} {i + 1}={i}\n<think>"} for i in range(6)]
@@ -174,4 +175,5 @@ def test_every_setting_is_an_option(tmp_path):
     assert {k: config[k] for k in SCHEDULED} == SCHEDULED
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [r["lr"] for r in rows[1:]] == [esfast.ESConfig(**SCHEDULED).rates(g)[1] for g in range(5)]
-    assert dataclasses.asdict(esfast.ESConfig(**config)) == config
+    again = dataclasses.asdict(es_config(config))
+    assert {k: config[k] for k in again} == again and config.keys() == FIELDS.keys()
