@@ -20,6 +20,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from esfast import ES, Plan, Slice, add_noise_
 from esfast.distributed import Team
+from esfast.journal import replay
 from esfast.noise import noise
 from esfast.ops import AdamStep
 
@@ -393,10 +394,14 @@ def groups_of_ranks(world):
     """replicas x shards: the two ranks of a group hold a model together and are given the same members, the groups
     different ones."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))
-    team = Team(dist.PrefixStore("team", dist.distributed_c10d._get_default_store()), dist.get_rank(), 4, shards=2)
+    store = dist.distributed_c10d._get_default_store()
+    team, other = (Team(dist.PrefixStore(n, store), dist.get_rank(), 4, shards=2) for n in ("team", "other"))
     twin = Twin(mesh["shards"], along(0))
     options = dict(sigma=0.02, lr=0.1, population_size=6, mirrored=True)
-    es, reference = ES(twin.plans[0], team=team, **options), ES(twin.plans[1], **options)
+    folder = Path(sys.argv[3])
+    mine, alone = folder / "groups.jsonl", folder / f"alone{dist.get_rank()}.jsonl"
+    es = ES(twin.plans[0], team=team, journal=mine, **options)
+    reference = ES(twin.plans[1], journal=alone, **options)
     for generation in range(3):
         scored = []
         for member in es.population():
@@ -414,7 +419,20 @@ def groups_of_ranks(world):
         assert sorted(everyone[0] + everyone[2]) == list(range(6))
         assert es.step() == reference.step()
         twin.compare(f"generation {generation}")
+    es.vouch()
+    reference.vouch()
+    dist.barrier()
+    assert mine.read_bytes() == alone.read_bytes()
+    again = Twin(
+        mesh["shards"], lambda t: [Shard(t.dim() - 1)]
+    )  # sharded in another way, from the journal of whole tensors and back
+    replay(again.plans[0], alone)
+    replay(again.plans[1], mine)
+    again.compare("replayed")
+    resumed = ES(Twin(mesh["shards"], along(0)).plans[0], team=other, journal=mine, resume=True, **options)
+    assert resumed.generation == 3 and resumed.plan.fingerprint() == reference.plan.fingerprint()
     team.close()
+    other.close()
 
 
 def main(rank, size, folder):
