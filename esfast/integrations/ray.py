@@ -65,6 +65,14 @@ class Fleet:
         self.model, self.tokens, self._ray = str(model), 0, ray
         start = actor.options(runtime_env={"env_vars": environment}).remote
         self._engines = {number: start(*arguments, **options) for number in range(num_engines)}
+        for number, engine in list(
+            self._engines.items()
+        ):  # who can't start is not done without: it would be every time
+            try:
+                ray.get(engine.__ray_ready__.remote())
+            except ray.exceptions.RayError as error:
+                self.close()
+                raise RuntimeError(f"engine {number} of {num_engines} can't start: {error}") from None
 
     @property
     def alive(self) -> list[int]:

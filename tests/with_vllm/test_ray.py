@@ -99,3 +99,6 @@ def test_what_is_refused(folder, tmp_path):
         with pytest.raises(ValueError, match=words):
             FleetTrainer(folder("qwen2-tied"), letters, esfast.ESConfig(output_dir=str(tmp_path), **settings))
     assert os.listdir(tmp_path) == []
+    config = esfast.ESConfig(output_dir=str(tmp_path / "run"), max_completion_length=6)
+    with pytest.raises(RuntimeError, match="(?s)engine 0 of 1 can't start.*no_such_option"):
+        FleetTrainer(folder("qwen2-tied"), letters, config, train_dataset=ROWS, engine_options={"no_such_option": 1})
