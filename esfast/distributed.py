@@ -47,7 +47,7 @@ class Team:
         if size % shards:
             raise ValueError(f"Team: {size} processes can't be grouped by {shards}")
         self.rank, self.size, self.shards = rank, size, shards
-        self._store, self._lost, self._own_group = store, None, False
+        self._store, self._lost, self._own_group, self._runs = store, None, False, 0
         self._ended = threading.Event()
         if size > 1:
             threading.Thread(target=self._beat, name="esfast-heartbeat", daemon=True).start()
@@ -69,6 +69,12 @@ class Team:
         team = cls(store, dist.get_rank(), dist.get_world_size(), shards)
         team._own_group = made
         return team
+
+    def run(self) -> str:
+        """A name for another run of this team, by which its keys are told from those of runs before: all processes
+        ask for it in the same order."""
+        self._runs += 1
+        return f"run {self._runs}"
 
     @property
     def restarted(self) -> bool:
@@ -213,8 +219,8 @@ class SharedUpdates:
 
     TRIED = ("all", "share") * 2
 
-    def __init__(self, updater: Updater, team: Team):
-        self._updater, self._team = updater, team
+    def __init__(self, updater: Updater, team: Team, run: str):
+        self._updater, self._team, self._run_name = updater, team, run
         self._seconds: list[float] = []
         self.chosen: str | None = "all"
         bounds = shares([t.numel() for t in updater.plan.tensors], team.size)
@@ -255,9 +261,11 @@ class SharedUpdates:
                 dist.broadcast(part.low.view(torch.uint8), src=rank)
 
     def _choose(self) -> None:
-        found = self._team.gather("update seconds", json.dumps(self._seconds[-2:]))
+        found = self._team.gather(f"{self._run_name}: update seconds", json.dumps(self._seconds[-2:]))
         worst = [max(each) for each in zip(*map(json.loads, found), strict=True)]
-        best = self._team.tell("update plan", lambda: self.TRIED[-2:][worst.index(min(worst))].encode())
+        best = self._team.tell(
+            f"{self._run_name}: update plan", lambda: self.TRIED[-2:][worst.index(min(worst))].encode()
+        )
         self.chosen = best.decode()
         if found:
             log.warning("updates: %s (every process all of it: %.3g s, its share and a broadcast: %.3g s)",

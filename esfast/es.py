@@ -166,12 +166,13 @@ class ES:
         self.members: list[Member] = []
         self._inside: Member | None = None
         self.team = team if team is not None else Team()
+        self._run = self.team.run()
         if self.team.size > 1 and weights == "inplace":
             raise ValueError('weights: "inplace" drifts apart in several processes; take "base", "master" or "host"')
         header = header_of(self.rule, self.seed, weights, self.plan) if journal is not None else None
         self._weights = self.modes[weights](self.plan, self.rule, backend)
         if self.team.size > 1:
-            self._weights.updater = SharedUpdates(self._weights.updater, self.team)
+            self._weights.updater = SharedUpdates(self._weights.updater, self.team, self._run)
         self._asked, self._mine = 0, []
         self._checkpoints = Path(checkpoints) if checkpoints is not None else None
         self._journal: Journal | None = None
@@ -180,8 +181,10 @@ class ES:
             self._begin(Path(journal), header, resume)
 
     def _begin(self, path: Path, header: dict, resume: bool) -> None:
-        self.team.agree("fingerprint of the base weights", header["base"])
-        goes_on = self.team.tell("resume", lambda: b"yes" if resume and path.exists() else b"no") == b"yes"
+        self.team.agree(f"{self._run}: fingerprint of the base weights", header["base"])
+        goes_on = (
+            self.team.tell(f"{self._run}: resume", lambda: b"yes" if resume and path.exists() else b"no") == b"yes"
+        )
         if not goes_on:
             self._journal = Journal.create(path, header) if self.team.rank == 0 else None
             return
@@ -191,7 +194,7 @@ class ES:
             )
         if self.team.rank == 0:
             self._journal, _ = Journal.take_up(path, header)
-        _, records, checks = parse(self.team.tell("journal", path.read_bytes), path)
+        _, records, checks = parse(self.team.tell(f"{self._run}: journal", path.read_bytes), path)
         updater, start = self._weights.updater, 0
         if self._checkpoints is not None:
             start = checkpoint.load_newest(self._checkpoints, len(records), updater)
@@ -273,13 +276,13 @@ class ES:
 
     @property
     def _turn(self) -> str:
-        return f"{self.generation}.{self._asked}"
+        return f"{self._run}: {self.generation}.{self._asked}"
 
     def vouch(self) -> None:
         """Writes the weights' fingerprint into the journal, for a replay to compare. In a team, all processes call it:
         RuntimeError if their weights are not the same."""
         found = self.plan.fingerprint()
-        self.team.agree(f"fingerprint after generation {self.generation}", found)
+        self.team.agree(f"{self._run}: fingerprint after generation {self.generation}", found)
         if self._journal is not None and self._vouched < self.generation:
             self._journal.check(self.generation, found)
             self._vouched = self.generation

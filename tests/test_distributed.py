@@ -4,10 +4,10 @@ import json
 import os
 import re
 import socket
-import struct
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -178,10 +178,9 @@ def test_two_teams_over_one_store():
     turns = [team.members("0", 5) for team in teams]
     handed = [next(turns[0]), next(turns[1]), next(turns[1]), next(turns[0]), next(turns[1])]
     assert handed == [0, 1, 2, 3, 4] and [list(t) for t in turns] == [[], []]
-    for index in (1, 2, 4):
-        store.set(f"0/{index}", struct.pack("<d", float("nan") if index == 2 else float(index)))
-    store.add("0/done", 3)
-    assert teams[0].exchange("0", {0: 0.0, 3: -3.0}, 5) == [0.0, 1.0, None, -3.0, 4.0]
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(teams[1].exchange, "0", {1: 1.0, 2: None, 4: 4.0}, 5)
+        assert teams[0].exchange("0", {0: 0.0, 3: -3.0}, 5) == [0.0, 1.0, None, -3.0, 4.0] == other.result(timeout=10)
     teams[1].fail(ValueError("no"))
     teams[0].fail(ValueError("too late"))
     with pytest.raises(distributed.Stopped, match="process 1 stopped with ValueError: no"):
