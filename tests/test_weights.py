@@ -72,7 +72,7 @@ def test_the_same_under_the_triton_interpreter(dtype, weights, same_bits):
         pytest.skip("a GPU is here: nothing is interpreted")
     finals = []
     for backend in ("triton", "cpu"):
-        es = train(dtype, weights, 2, numel=40, backend=backend, noise="rademacher", rounding="stochastic")
+        es = train(dtype, weights, 1, numel=40, backend=backend, noise="rademacher", rounding="stochastic")
         before = [t.clone() for t in es.plan.tensors]
         for member in es.population():
             member.reward = 0.0
