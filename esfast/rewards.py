@@ -175,15 +175,17 @@ class TooSlow(BaseException):
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
     """Raises TooSlow in the block after so many seconds. Without effect in other threads than the main one, where
-    there is no SIGALRM, and where somebody else's alarm is set."""
+    there is no SIGALRM, and where somebody else's alarm rings before; one that rings later is set again afterwards."""
     usable = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
-    if seconds == math.inf or not usable or signal.getitimer(signal.ITIMER_REAL)[0]:
+    theirs, interval = signal.getitimer(signal.ITIMER_REAL) if usable else (0.0, 0.0)
+    if not usable or seconds == math.inf or 0 < theirs <= seconds:
         yield
         return
 
     def late(*received):
         raise TooSlow
 
+    began = now()
     before = signal.signal(signal.SIGALRM, late)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
@@ -191,6 +193,8 @@ def time_limit(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        if theirs:  # at once, if it has become due
+            signal.setitimer(signal.ITIMER_REAL, max(1e-6, theirs - (now() - began)), interval)
 
 
 def _raise(error: Exception):

@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import signal
 import threading
 import time
 
@@ -94,6 +95,38 @@ def test_a_function_that_hangs_in_this_process_is_interrupted(scorer):
     alone.start()
     alone.join()
     assert caught == [[[3.0, 5.0]]], "no alarm can be set in other threads"
+
+
+@pytest.mark.parametrize(("theirs", "first"), [(0.4, "ours"), (0.1, "theirs")])
+def test_a_limit_inside_somebody_else_s_alarm(scorer, theirs, first):
+    """As under pytest-timeout: whichever is due first rings first, and theirs is not lost."""
+
+    class Rang(BaseException):
+        pass
+
+    def ring(*received):
+        raise Rang
+
+    def spins(prompts, completions, **columns):
+        while True:
+            pass
+
+    s = scorer(spins, timeout=0.2)
+    outer, before = signal.getitimer(signal.ITIMER_REAL), signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, theirs)
+    try:
+        began = time.monotonic()
+        with pytest.raises(Rang):
+            if first == "ours":
+                with pytest.raises(RewardError, match="in 0.2 s"):
+                    s.submit([spins], ROWS, TEXTS).result()
+                spins([], [])
+            s.submit([spins], ROWS, TEXTS).result()
+        assert theirs <= time.monotonic() - began < theirs + 5
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_REAL, *outer)
 
 
 def test_a_worker_that_dies(scorer):
