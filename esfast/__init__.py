@@ -16,6 +16,7 @@ _HOMES = {
     "SGD": "update",
     "Momentum": "update",
     "Adam": "update",
+    "Group": "update",
     "ESConfig": "config",
     "ESTrainer": "trainer",
     "perturbed": "perturbation",

@@ -3,6 +3,7 @@ generations since. A journal alone is enough to resume; checkpoints bound how lo
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import re
@@ -14,7 +15,6 @@ from safetensors.torch import save_file
 
 from .fingerprint import MASK, window_sums
 from .plan import Plan
-from .segments import Entry, flat_starts
 from .update import Updater
 
 log = logging.getLogger(__name__)
@@ -83,13 +83,13 @@ def _load(path: Path, updater: Updater) -> None:
 
 def _fingerprint(file, plan: Plan) -> str:
     """What plan.fingerprint() would be with the file's weights."""
-    total, starts = 0, flat_starts(plan.entries)
+    total = 0
     low = file.get_tensor("low") if plan.low is not None else None
-    for e, name, start in zip(plan.entries, _names(plan), starts, strict=False):
+    for e, name in zip(plan.entries, _names(plan), strict=True):
         tensor = file.get_tensor(name)
         if tensor.dtype is not e.tensor.dtype:
             raise ValueError(f"its {name} is {tensor.dtype}, expected {e.tensor.dtype}")
-        total += window_sums([Entry(e.name, tensor, e.window, e.split)], None if low is None else low[start:])[0]
+        total += window_sums([dataclasses.replace(e, tensor=tensor)], low)[0]
     return f"{total & MASK:016x}"
 
 

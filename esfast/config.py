@@ -12,7 +12,7 @@ from .noise import KINDS, check_int
 from .ops import ROUNDINGS
 from .schedules import SCHEDULES, check_schedule
 from .trl_names import accepts_trl_names
-from .update import DECAY_TO, OPTIMIZERS, Optimizer, check_optimizer
+from .update import DECAY_TO, OPTIMIZERS, Optimizer, check_groups, check_optimizer
 from .weights import MODES
 
 DECODINGS = ("auto", "plain", "static", "continuous")  # see esfast.decoding
@@ -69,6 +69,10 @@ class ESConfig:
     adam_eps: float = option(1e-8, "of optimizer adam: added to the root of that mean")
     include: list[str] | None = option(None, "patterns of the names of the weights that are tuned (default: all)")
     exclude: list[str] | None = option(None, "patterns of weights that stay as they are, such as *embed* or *norm*")
+    groups: list[str] | None = option(
+        None, "weights with a sigma and an lr of their own: PATTERN:sigma=X,lr=Y, factors of the run's, such as "
+        "*embed*:lr=0.1; the first pattern that matches a name counts"
+    )  # fmt: skip
     prompts_per_generation: int = option(200, "prompts that every member of a generation answers")
     max_completion_length: int = option(1024, "longest response, in tokens")
     temperature: float = option(0.0, "of sampled responses; 0: the likeliest tokens are taken, as in the paper")
@@ -114,9 +118,10 @@ class ESConfig:
                 f"ESConfig.num_generations: {self.num_generations} equal responses to a prompt at temperature 0"
             )
         self.report_to = check_report_to(self.report_to) or None
-        for name in ("include", "exclude"):
+        for name in ("include", "exclude", "groups"):
             value = getattr(self, name)
             setattr(self, name, [value] if isinstance(value, str) else value)
+        check_groups(self.groups or ())
         if not self.reward_timeout > 0:
             raise ValueError(f"ESConfig.reward_timeout: expected seconds, more than 0, got {self.reward_timeout!r}")
         check_int("ESConfig.warmup_generations", self.warmup_generations, 0, self.generations)

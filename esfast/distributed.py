@@ -227,9 +227,7 @@ class SharedUpdates:
         contiguous = all(t.is_contiguous() for t in updater.plan.tensors)
         if contiguous and not isinstance(updater.rule.optimizer, Adam) and not updater.plan.sharded:
             self.chosen = None  # to be found out
-            self._parts = [updater.plan.part(*b) for b in bounds]
-            own = bounds[team.rank]
-            self._own = updater.part(*own) if own[0] < own[1] else None
+            self._parts = [updater.part(range(*b)) for b in bounds]
 
     def __getattr__(self, name: str):
         return getattr(self._updater, name)
@@ -250,15 +248,13 @@ class SharedUpdates:
         if plan == "all":
             self._updater(record)
             return
-        if self._own is not None:
-            self._own(record)
-        else:
-            self._updater.recall(record)
+        self._parts[self._team.rank](record)
         for rank, part in enumerate(self._parts):
-            for t in part.tensors if part is not None else ():
-                dist.broadcast(t.detach().reshape(-1).view(torch.uint8), src=rank)
-            if part is not None and part.low is not None:
-                dist.broadcast(part.low.view(torch.uint8), src=rank)
+            for e in part.plan.entries:
+                dist.broadcast(e.tensor.detach().reshape(-1).view(torch.uint8), src=rank)
+                if e.split:
+                    low = part.plan.low[e.flat : e.flat + e.tensor.numel()]
+                    dist.broadcast(low.view(torch.uint8), src=rank)
 
     def _choose(self) -> None:
         found = self._team.gather(f"{self._run_name}: update seconds", json.dumps(self._seconds[-2:]))

@@ -22,7 +22,7 @@ from .journal import Journal, header_of, parse, verify
 from .noise import DOMAINS, check_int, check_seed, philox
 from .ops import ROUNDINGS, get_backend
 from .plan import Plan
-from .update import Generation, Optimizer, Rule, check_optimizer
+from .update import Generation, Group, Optimizer, Rule, check_groups, check_optimizer
 from .weights import MODES, InplaceWeights, automatic
 
 log = logging.getLogger(__name__)
@@ -106,6 +106,8 @@ class ES:
         decay_to: "zero", or "initial": the weights of now, of which a further copy is kept.
         optimizer: "sgd" (the paper's), "momentum", "adam", or an esfast.Momentum or Adam with numbers of its own; see
             esfast.update.
+        groups: esfast.Group's, for weights with a sigma and an lr of their own, or texts such as "*embed*:lr=0.1"; the
+            first whose pattern matches a name counts.
         backend: as in `add_noise_`.
         journal: a path; every step is appended to it before the weights change. See esfast.journal.
         team: an esfast.Team of several processes: each gets some of a population's members, and `step` brings the
@@ -143,6 +145,7 @@ class ES:
         team: Team | None = None,
         resume: bool = False,
         checkpoints: str | Path | None = None,
+        groups: Sequence[Group | str] = (),
     ):
         self.sigma, self.lr = _check_positive("sigma", sigma), _check_positive("lr", lr)
         self.population_size = check_int("population_size", population_size, 2, 2**32)
@@ -158,8 +161,9 @@ class ES:
         if weight_decay != 0:
             _check_positive("weight_decay", weight_decay)
         self.weight_decay, self._perturb_rounding = float(weight_decay), perturb_rounding
-        self.rule = Rule(noise, rounding, check_optimizer(optimizer), decay_to)
+        self.rule = Rule(noise, rounding, check_optimizer(optimizer), decay_to, check_groups(groups))
         self.plan = model if isinstance(model, Plan) else Plan(model)
+        self.rule.check_names(self.plan.names)
         weights = automatic(self.plan, self.rule) if weights == "auto" else weights
         get_backend(backend, self.plan.device)
         self.generation = 0
@@ -249,10 +253,11 @@ class ES:
         shaped = self._shape(list(rewards.values()))
         sigma, lr = _check_positive("sigma", self.sigma), _check_positive("lr", self.lr)
         seeds, coeffs = coefficients(scored, shaped, self.rule.gradient_lr(lr))
-        if not np.isfinite(coeffs).all():
+        most = self.rule.largest("lr")  # what a group can't take must be refused before another one has moved
+        if not most * max(map(abs, coeffs)) <= float(np.finfo(np.float32).max):
             raise ValueError(f"step(): lr {self.lr} and the shaped rewards give coefficients that are not finite")
         decay = float(np.float32(lr * self.weight_decay))
-        if not decay <= 1:
+        if not most * decay <= 1:
             raise ValueError(f"step(): lr {lr} times weight_decay {self.weight_decay} is more than all of the weights")
         record = Generation(
             self.generation, seeds, coeffs, [rewards.get(m.index) for m in self.members], sigma, lr, decay
@@ -308,7 +313,9 @@ class ES:
 
     def _enter(self, member: Member) -> None:
         self._inside = member
-        coeff = member.sign * _check_positive("sigma", self.sigma)
+        sigma = _check_positive("sigma", self.sigma)
+        _check_positive("sigma, times the largest factor of a group,", sigma * self.rule.largest("sigma"))
+        coeff = member.sign * sigma
         self._weights.perturb(member.seed, coeff, self._perturb_rounding)
 
     def _leave(self) -> None:

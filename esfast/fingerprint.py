@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from .noise import tensor_id
-from .segments import Entry, Slice, flat_starts
+from .segments import Entry, Slice
 
 MASK = 2**64 - 1
 _INTEGERS = {4: torch.int32, 2: torch.int16}
@@ -32,11 +32,11 @@ def window_sums(entries: Sequence[Entry], low: torch.Tensor | None = None) -> li
     most = min(_CHUNK.get(device.type, _CHUNK["cpu"]), max(e.tensor.numel() for e in entries))
     buffer = torch.empty(most, dtype=torch.int64, device=device)
     sums = []
-    for e, start in zip(entries, flat_starts(entries), strict=False):
+    for e in entries:
         t = e.tensor.detach()
         total = _sum(t.view(_INTEGERS[t.element_size()]), e.name, e.window, buffer)
         if e.split:
-            halves = low[start : start + t.numel()].view(t.shape)
+            halves = low[e.flat : e.flat + t.numel()].view(t.shape)
             total = total * 2**16 + _sum(halves, e.name, e.window, buffer)  # both halves are signed, see csrc/dtypes.h
         sums.append(total)
     return [s & MASK for s in torch.stack(sums).tolist()]  # the only wait for a GPU

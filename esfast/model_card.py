@@ -28,7 +28,7 @@ def model_card(model, config: ESConfig, generations: int, before: Mapping[str, A
     settings = "\n".join(
         f"    {field}: {getattr(config, field)}"
         for field in ("seed", "population_size", "sigma", "lr", "noise", "mirrored", "shaping", "optimizer", "weights",
-                      "prompts_per_generation", "max_completion_length", "include", "exclude")
+                      "prompts_per_generation", "max_completion_length", "include", "exclude", "groups")
     )  # fmt: skip
     return "\n".join([
         "---", yaml.safe_dump(header, sort_keys=False) + "---", "", "# Tuned by evolution strategies", "",

@@ -27,7 +27,7 @@ from .segments import (
     Table,
     check_overlap,
     describe,
-    flat_starts,
+    lay_out,
 )
 
 __all__ = ["Entry", "Plan", "Slice"]
@@ -57,7 +57,7 @@ class Plan:
             with the same 32-bit id, slices outside their whole, patterns that match nothing, nothing left.
 
     Attributes: `names` (list of str), `tensors` (list), `numel` (weights in all), `nbytes`, `device`: of a DTensor what
-    lies on this rank.
+    lies on this rank; `flat_numel`, elements of a flat buffer that holds a number for each weight.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Plan:
         held = [part for e in given for part in (shards.local_entries(e) if shards.is_dtensor(e.tensor) else [e])]
         for entry in held:
             _check_tensor(entry)
-        self._held = _merge_tied(held)
+        self._held, self.flat_numel = lay_out(_merge_tied(held))
         _check_names(self._held)
         self._private = False  # of a clone no module knows, so nothing moves its tensors
         devices = {e.tensor.device for e in self._held}
@@ -169,13 +169,11 @@ class Plan:
         low = torch.zeros(self.flat_numel, dtype=torch.int16, device=self.device) if splits else None
         return self._copy(as_master, low)
 
-    def part(self, start: int, stop: int) -> Plan | None:
-        """A plan over the same memory of the tensors start to stop; None if there are none."""
-        if start == stop:
-            return None
-        flat = flat_starts(self.entries)
-        low = None if self.low is None else self.low[flat[start] : flat[stop]]
-        return self._copy(lambda e: (e.tensor, e.split), low, self.entries[start:stop])
+    def part(self, which: Sequence[int]) -> Plan:
+        """A plan over the same memory, and the same flat buffers, of some of the tensors, by their numbers."""
+        part = self._copy(lambda e: (e.tensor, e.split), self.low, [self.entries[i] for i in which])
+        part._private, part._gathering = self._private, self._gathering
+        return part
 
     def anchor(self) -> Plan:
         """A copy of the weights for decay to come back to; of split tensors, their upper halves."""
@@ -193,18 +191,15 @@ class Plan:
     ) -> Plan:
         copy = object.__new__(Plan)
         copy._held = [
-            Entry(e.name, tensor, e.window, split) for e in entries or self._held for tensor, split in [tensor_of(e)]
+            Entry(e.name, tensor, e.window, split, e.flat)
+            for e in (self._held if entries is None else entries)
+            for tensor, split in [tensor_of(e)]
         ]
-        copy.device, copy._private = self.device, True
+        copy.device, copy.flat_numel, copy._private = self.device, self.flat_numel, True
         copy._gathering, copy._sharded = [], self._sharded
         copy.low = low
         copy._finish()
         return copy
-
-    @property
-    def flat_numel(self) -> int:
-        """Elements of a flat buffer that holds a number for each weight of the plan."""
-        return flat_starts(self.entries)[-1]
 
     def table(self, base: Plan | None = None, anchor: Plan | None = None) -> Table:
         """The segments that a pass over the weights needs: destinations here, sources in `base` (default: here too),

@@ -6,14 +6,15 @@ import numpy as np
 import torch
 
 from .noise import DOMAINS, fma, noise_at, philox, tensor_id
-from .segments import FLOAT16, SPLIT, Entry, flat_starts
+from .segments import FLOAT16, SPLIT, Entry
 
 
 def run(call) -> None:
     """See ops.add_noise_; `call` is an ops.Call."""
     plan, base = call.plan, call.base or call.plan
     anchors = call.anchor.entries if call.anchor is not None else [None] * len(plan)
-    for dst, src, anchor, flat in zip(plan.entries, base.entries, anchors, flat_starts(plan.entries), strict=False):
+    for dst, src, anchor in zip(plan.entries, base.entries, anchors, strict=True):
+        flat = dst.flat
         x = _read(src, base.low, flat)
         if call.decay:
             toward = _read(anchor, None, 0) if anchor is not None else np.float32(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from dataclasses import dataclass
@@ -41,13 +42,15 @@ class Slice:
 class Entry:
     """One tensor of a plan: `tensor` holds the elements `window` of the whole tensor called `name`.
 
-    With `split` it holds the upper halves of float32 weights, and the plan's flat buffer the lower ones.
+    With `split` it holds the upper halves of float32 weights, and the plan's flat buffer the lower ones. `flat` is
+    where it begins in the plan's flat buffers (low halves, moments).
     """
 
     name: str
     tensor: torch.Tensor
     window: Slice
     split: bool = False
+    flat: int = 0
 
     @property
     def format(self) -> int:
@@ -73,11 +76,8 @@ class Table:
     """
 
     def __init__(self, dst: list[Entry], src: list[Entry], anchor: list[Entry] | None = None):
-        starts = flat_starts(dst)
         rows = [
-            row
-            for d, s, a, flat in zip(dst, src, anchor or [None] * len(dst), starts[:-1], strict=True)
-            for row in _segments(d, s, a, flat)
+            row for d, s, a in zip(dst, src, anchor or [None] * len(dst), strict=True) for row in _segments(d, s, a)
         ]
         self.rows = np.array(rows, dtype=np.int64).reshape(len(rows), len(FIELDS))
         self.device: dict = {}
@@ -86,15 +86,17 @@ class Table:
         return self.rows[:, FIELDS.index(name)]
 
 
-def flat_starts(entries: list[Entry]) -> list[int]:
-    """Where each tensor begins in the plan's flat buffers (low halves, moments), and their length behind the last.
+def lay_out(entries: list[Entry]) -> tuple[list[Entry], int]:
+    """The tensors with their places in flat buffers of their own, and the length of these.
 
     Tensors begin at multiples of 16 elements, so that a GPU reads the buffers 128 bits at once.
     """
-    return [0, *itertools.accumulate((e.tensor.numel() + 15) // 16 * 16 for e in entries)]
+    ends = list(itertools.accumulate((e.tensor.numel() + 15) // 16 * 16 for e in entries))
+    starts = [0, *ends[:-1]]
+    return [dataclasses.replace(e, flat=start) for e, start in zip(entries, starts, strict=True)], ends[-1]
 
 
-def _segments(dst: Entry, src: Entry, anchor: Entry | None, flat: int) -> list[tuple[int, ...]]:
+def _segments(dst: Entry, src: Entry, anchor: Entry | None) -> list[tuple[int, ...]]:
     """The tensor as matrices whose rows are contiguous in all memories and in the numbering of the whole.
 
     Each dimension is (size, stride in dst, in src, in the anchor, in the numbering). A dimension that continues the
@@ -127,7 +129,7 @@ def _segments(dst: Entry, src: Entry, anchor: Entry | None, flat: int) -> list[t
         at = [t.data_ptr() + o * t.element_size() for t, o in zip(tensors, offsets, strict=True)]
         segments.append(
             (*at[:2], at[2] if anchor else 0, rows, cols, *strides, index_stride, first + index,
-             flat + number * rows * cols, tensor_id(dst.name), src.format, dst.format)
+             dst.flat + number * rows * cols, tensor_id(dst.name), src.format, dst.format)
         )  # fmt: skip
     return segments
 
@@ -136,7 +138,7 @@ def check_overlap(entries: list[Entry], *tables: Table) -> None:
     """No byte may belong to two tensors, or twice to one: it would be perturbed twice."""
     if not entries:
         return
-    owner = np.repeat(np.arange(len(entries)), [len(_segments(e, e, None, 0)) for e in entries])
+    owner = np.repeat(np.arange(len(entries)), [len(_segments(e, e, None)) for e in entries])
     size = np.array([e.tensor.element_size() for e in entries])[owner]
     start, rows, cols, stride = (
         np.concatenate([t.column(name) for t in tables]) for name in ("dst", "rows", "cols", "dst_stride")

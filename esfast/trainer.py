@@ -137,7 +137,7 @@ class ESTrainer:
                      plan, c.sigma, c.lr, c.population_size, c.seed, c.mirrored, c.noise, c.shaping, c.weights,
                      journal=self.folder.journal, rounding=c.rounding, weight_decay=c.weight_decay, decay_to=c.decay_to,
                      optimizer=c.make_optimizer(), perturb_rounding=c.perturb_rounding, team=self.team, resume=resume,
-                     checkpoints=self.folder.checkpoints)  # fmt: skip
+                     checkpoints=self.folder.checkpoints, groups=c.groups or ())  # fmt: skip
         self.movement.norms()  # of a resumed run, the next update's norm is that of the next update
         self.clock = Clock(self.es.plan.device)
         self.described: dict[str, Any] = {}  # what else goes into config.yaml, from the command line

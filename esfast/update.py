@@ -17,8 +17,10 @@ left). Adam is that of Kingma and Ba (arXiv 1412.6980), its weight decay decoupl
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import math
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +29,7 @@ import torch
 from .noise import check_int, check_kind
 from .ops import ROUNDINGS, AdamStep, add_noise_
 from .plan import Plan
+from .suggest import unknown
 
 
 @dataclass(frozen=True)
@@ -89,17 +92,61 @@ DECAY_TO = ("zero", "initial")
 
 
 @dataclass(frozen=True)
+class Group:
+    """Weights with a sigma and an lr of their own: those whose names match the glob pattern, times these factors.
+
+    sigma, lr: factors of the run's, > 0. Weights that shall stay as they are do not belong in the plan (`exclude`).
+    """
+
+    pattern: str
+    sigma: float = 1.0
+    lr: float = 1.0
+
+    def __post_init__(self):
+        if not isinstance(self.pattern, str) or not self.pattern:
+            raise TypeError(f"Group.pattern: expected a pattern of names, got {self.pattern!r}")
+        for name in ("sigma", "lr"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+                raise ValueError(f"Group.{name} of {self.pattern!r}: expected a positive factor, got {value!r}")
+
+    @classmethod
+    def parse(cls, text: str) -> Group:
+        """`PATTERN:sigma=X,lr=Y`, either of them or both; ValueError for anything else."""
+        pattern, colon, factors = text.rpartition(":") if isinstance(text, str) else ("", "", "")
+        named = [factor.partition("=") for factor in factors.split(",")]
+        try:
+            numbers = {name.strip(): float(value) for name, _, value in named}
+        except ValueError:
+            numbers = {}
+        if not colon or len(numbers) != len(named):
+            raise ValueError(f"group: expected PATTERN:sigma=X,lr=Y, such as '*embed*:lr=0.1', got {text!r}")
+        for name in numbers:
+            if name not in ("sigma", "lr"):
+                raise ValueError(f"group: {unknown('factor', name, ('sigma', 'lr'))} in {text!r}")
+        return cls(pattern, **numbers)
+
+
+def check_groups(groups: Sequence[Group | str]) -> tuple[Group, ...]:
+    """Groups, or texts of them as `Group.parse` reads them. TypeError or ValueError for anything else."""
+    if isinstance(groups, str) or not isinstance(groups, Sequence):
+        raise TypeError(f"groups: expected a list of esfast.Group, or of PATTERN:sigma=X,lr=Y, got {groups!r:.80}")
+    return tuple(g if isinstance(g, Group) else Group.parse(g) for g in groups)
+
+
+@dataclass(frozen=True)
 class Rule:
     """All that decides, with a generation's seeds and coefficients, what becomes of the weights.
 
     noise, rounding: as in `add_noise_`. decay_to: "zero", or "initial" for the weights of before the first update.
-    Raises TypeError or ValueError for anything else.
+    groups: the first whose pattern matches a name has its weights. Raises TypeError or ValueError for anything else.
     """
 
     noise: str = "gaussian"
     rounding: str = "nearest"
     optimizer: Optimizer = SGD()
     decay_to: str = "zero"
+    groups: tuple[Group, ...] = ()
 
     def __post_init__(self):
         check_kind(self.noise)
@@ -121,17 +168,44 @@ class Rule:
         moments = 8 * plan.flat_numel if isinstance(self.optimizer, Adam) else 0
         return moments + (plan.nbytes if self.decay_to == "initial" else 0)
 
+    def split(self, *plans: Plan | None) -> list[tuple]:
+        """The weights by their group: for each one (group, *parts), the parts those of plans of the same tensors. With
+        no groups it is one, of the plans themselves. As noise is a function of names, no split changes it."""
+        rest = Group("*")
+        if not self.groups:
+            return [(rest, *plans)]
+        numbers: dict[Group, list[int]] = {}
+        for i, name in enumerate(plans[0].names):
+            group = next((g for g in self.groups if fnmatch.fnmatchcase(name, g.pattern)), rest)
+            numbers.setdefault(group, []).append(i)
+        return [(g, *(p.part(which) if p is not None else None for p in plans)) for g, which in numbers.items()]
+
+    def check_names(self, names: Sequence[str]) -> None:
+        """ValueError if the pattern of a group matches none of the names."""
+        for group in self.groups:
+            if not any(fnmatch.fnmatchcase(name, group.pattern) for name in names):
+                raise ValueError(
+                    f"groups: the pattern {group.pattern!r} matches no tensor; a name here is {names[0]!r}"
+                )
+
+    def largest(self, factor: str) -> float:
+        """The largest factor, of "sigma" or "lr", that any weights have."""
+        return max([1.0, *(getattr(group, factor) for group in self.groups)])
+
     def to_json(self) -> dict:
         name = next(n for n, kind in OPTIMIZERS.items() if type(self.optimizer) is kind)
         optimizer = {"name": name, **dataclasses.asdict(self.optimizer)}
-        return {"noise": self.noise, "rounding": self.rounding, "optimizer": optimizer, "decay_to": self.decay_to}
+        fields = {"noise": self.noise, "rounding": self.rounding, "optimizer": optimizer, "decay_to": self.decay_to}
+        groups = {"groups": [[g.pattern, g.sigma, g.lr] for g in self.groups]}
+        return fields | (groups if self.groups else {})  # journals of before groups were there are the same as ever
 
     @classmethod
     def from_json(cls, fields: dict) -> Rule:
         """What `to_json` gave; KeyError or TypeError for anything else. Further fields are left alone."""
         optimizer = dict(fields["optimizer"])
         made = OPTIMIZERS[optimizer.pop("name")](**optimizer)
-        return cls(fields["noise"], fields["rounding"], made, fields["decay_to"])
+        groups = tuple(Group(*group) for group in fields.get("groups", ()))
+        return cls(fields["noise"], fields["rounding"], made, fields["decay_to"], groups)
 
 
 def check_optimizer(value) -> Optimizer:
@@ -159,25 +233,29 @@ class Updater:
             self.moments = torch.zeros(2, plan.flat_numel, dtype=torch.float32, device=plan.device)
         window = rule.optimizer.window if isinstance(rule.optimizer, Momentum) else 1
         self.past: deque[tuple[list[int], list[float]]] = deque(maxlen=window - 1)
+        self._parts = rule.split(self.plan, self.anchor)
 
     def __call__(self, record: Generation) -> None:
-        rule, adam = self.rule, None
-        if isinstance(rule.optimizer, Adam):
-            o = rule.optimizer
-            adam = AdamStep.at(record.generation + 1, self.moments, record.lr, o.beta1, o.beta2, o.eps)
+        rule, o = self.rule, self.rule.optimizer
         seeds, coeffs = self._with_past(record.seeds, record.coeffs)
-        add_noise_(
-            self.plan, seeds, coeffs, noise=rule.noise, rounding=rule.rounding, backend=self.backend,
-            decay=record.decay, anchor=self.anchor, adam=adam,
-        )  # fmt: skip
+        for group, plan, anchor in self._parts:
+            adam, scaled = None, [group.lr * c for c in coeffs]
+            if isinstance(o, Adam):
+                lr = group.lr * record.lr
+                adam, scaled = AdamStep.at(record.generation + 1, self.moments, lr, o.beta1, o.beta2, o.eps), coeffs
+            add_noise_(
+                plan, seeds, scaled, noise=rule.noise, rounding=rule.rounding, backend=self.backend,
+                decay=group.lr * record.decay, anchor=anchor, adam=adam,
+            )  # fmt: skip
         self.recall(record)
 
-    def part(self, start: int, stop: int) -> Updater:
-        """For the tensors start to stop, in the same memory; it takes note of generations for both. Not for Adam."""
+    def part(self, which: Sequence[int]) -> Updater:
+        """For some of the tensors, by their numbers, in the same memory; it takes note of generations for both."""
         part = Updater.__new__(Updater)
-        part.plan, part.rule, part.backend = self.plan.part(start, stop), self.rule, self.backend
-        part.anchor = self.anchor.part(start, stop) if self.anchor is not None else None
-        part.moments, part.past = None, self.past
+        part.plan, part.rule, part.backend = self.plan.part(which), self.rule, self.backend
+        part.anchor = self.anchor.part(which) if self.anchor is not None else None
+        part.moments, part.past = self.moments, self.past
+        part._parts = self.rule.split(part.plan, part.anchor)
         return part
 
     def recall(self, record: Generation) -> None:

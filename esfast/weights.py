@@ -52,6 +52,7 @@ class BaseWeights:
         self.plan, self.truth = plan, self._truth(plan)
         self.base = self.truth.high() if self.truth.low is not None else self.truth  # what members are written from
         self.updater = Updater(self.truth, rule, backend)
+        self._parts = rule.split(plan, self.base)
         self._options = {"noise": rule.noise, "backend": backend}
 
     @staticmethod
@@ -63,7 +64,8 @@ class BaseWeights:
         return plan.clone()
 
     def perturb(self, seed: int, coeff: float, rounding: str = "nearest") -> None:
-        add_noise_(self.plan, [seed], [coeff], base=self.base, rounding=rounding, **self._options)
+        for group, plan, base in self._parts:
+            add_noise_(plan, [seed], [group.sigma * coeff], base=base, rounding=rounding, **self._options)
 
     def restore(self) -> None:
         add_noise_(self.plan, [], [], base=self.truth, **self._options)
@@ -97,6 +99,7 @@ class _MovingWeights:
     def __init__(self, plan: Plan, rule: Rule, backend: str = "auto"):
         self.plan, self.truth = plan, plan
         self.updater = Updater(plan, rule, backend)
+        self._parts = rule.split(plan)
         self._options = {"noise": rule.noise, "backend": backend}
         self._applied: list[tuple[int, float]] = []
 
@@ -111,8 +114,9 @@ class _MovingWeights:
     def _move(self, target: list[tuple[int, float]], rounding: str = "nearest") -> None:
         terms = [(s, -c) for s, c in self._applied] + target
         with held():  # what is applied and what is noted down must not part
-            if terms:  # in one pass, rounded once
-                add_noise_(self.plan, [s for s, _ in terms], [c for _, c in terms], rounding=rounding, **self._options)
+            for group, plan in self._parts if terms else ():  # in one pass, rounded once
+                seeds, coeffs = [s for s, _ in terms], [group.sigma * c for _, c in terms]
+                add_noise_(plan, seeds, coeffs, rounding=rounding, **self._options)
             self._applied = target
 
 

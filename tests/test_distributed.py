@@ -73,7 +73,7 @@ def test_the_same_bits_and_journal_for_any_number_of_processes(processes, single
 @pytest.mark.parametrize(
     "settings",
     [
-        {"weights": "master", "dtype": "bfloat16"},
+        {"weights": "master", "dtype": "bfloat16", "groups": ["*norm*:sigma=2,lr=0.5"]},
         {"optimizer": "momentum", "momentum_window": 2, "rounding": "stochastic", "dtype": "float16"},
         {"optimizer": "adam", "weight_decay": 0.5, "decay_to": "initial", "noise": "rademacher"},
     ],

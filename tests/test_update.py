@@ -19,6 +19,7 @@ OPTIONS = {
     "momentum, anchor, stochastic": {
         "optimizer": "momentum", "decay_to": "initial", "weight_decay": 5.0, "rounding": "stochastic",
     },
+    "groups": {"groups": ["b:sigma=0.5,lr=3"], "optimizer": "adam", "decay_to": "initial", "weight_decay": 5.0},
 }  # fmt: skip
 
 

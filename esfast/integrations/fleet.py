@@ -35,6 +35,10 @@ class FleetPlan(Plan):
         return self._stated["layout"]
 
     @property
+    def names(self) -> list[str]:
+        return self._stated["names"]
+
+    @property
     def numel(self) -> int:
         return self._stated["numel"]
 
@@ -47,7 +51,7 @@ class FleetPlan(Plan):
         self.fleet.save(folder)
 
     def __len__(self) -> int:
-        return self._stated["tensors"]
+        return len(self.names)
 
     def __repr__(self) -> str:
         return f"FleetPlan({len(self)} tensors, {self.numel:,} weights, in each of {len(self.fleet.alive)} engines)"

@@ -110,10 +110,10 @@ class WorkerWeights:
                 raise ValueError(f"vLLM: {e.name!r} at {e.window.offset} does not hold what {self.source} has there")
 
     def layout(self) -> dict:
-        """What a journal says of the model: weights, tensors, and the layout that HF and all shards share."""
-        shapes = [self.wholes[name] for name in dict.fromkeys(self.all.names)]
-        numel = sum(torch.Size(shape).numel() for shape in shapes)
-        return {"numel": numel, "layout": self.all.layout, "tensors": len(shapes)}
+        """What a journal says of the model: its weights, their names, and the layout that HF and all shards share."""
+        names = list(dict.fromkeys(self.all.names))
+        numel = sum(torch.Size(self.wholes[name]).numel() for name in names)
+        return {"numel": numel, "layout": self.all.layout, "names": names}
 
     def _journal_text(self) -> str:
         with tempfile.TemporaryDirectory() as scratch:

@@ -14,7 +14,7 @@ MODELS = ("qwen2-tied", "qwen2-untied", "llama-tied", "llama-untied")
 def engine(request, start):
     engine = start(request.param)
     assert engine.rpc("esfast_describe", verify=True) == [
-        {"numel": engine.plan.numel, "layout": engine.plan.layout, "tensors": len(engine.plan)}
+        {"numel": engine.plan.numel, "layout": engine.plan.layout, "names": engine.plan.names}
     ]
     yield engine
     engine.close()
