@@ -9,8 +9,6 @@ bring out. Each task module's RECIPE is of this kind.
 
 import hashlib
 import os
-import shutil
-import uuid
 from pathlib import Path
 
 import tokenizers
@@ -20,6 +18,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from .run_folder import whole_folder
 from .tasks import MODULES, base, tags
 
 STEPS = 1600
@@ -63,8 +62,6 @@ def build(
         raise FileExistsError(f"{folder} exists: remove it or build the embedded model in another folder")
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")  # a neighbour, so that the rename is atomic
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)  # at this size more threads only wait for each other
@@ -75,12 +72,11 @@ def build(
             _pretrain(model, _corpus(tokenizer, seed, recipe), steps, progress)
         # saved with the model, so that `esfast eval` of a tuned one asks as it was taught
         model.config.prompt_task, model.config.prompt_style = task, STYLE
-        model.save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)
-        os.replace(unfinished, folder)
+        with whole_folder(folder, replace=False) as unfinished:
+            model.save_pretrained(unfinished)
+            tokenizer.save_pretrained(unfinished)
     finally:
         torch.set_num_threads(threads)
-        shutil.rmtree(unfinished, ignore_errors=True)
     return folder
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -90,19 +92,28 @@ class RunFolder:
 def save_model(path: Path, model, tokenizer, card: str = "") -> None:
     """A Hugging Face folder that from_pretrained loads, with a model card (README.md), whole or not at all; an older
     one there is replaced."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", suffix=TEMPORARY, dir=path.parent))
-    try:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+    with whole_folder(path) as unfinished:
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
         if card:
-            (temporary / "README.md").write_text(card, encoding="utf-8")
-        temporary.chmod(0o755)
-        if path.exists():
+            (unfinished / "README.md").write_text(card, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path, replace: bool = True) -> Iterator[Path]:
+    """A folder to be filled in the block, which is at `path` after it: whole, or if the block raises not at all.
+
+    An older one there is replaced; with replace=False it is OSError, and the older one stays."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{path.name}-", suffix=TEMPORARY, dir=path.parent))
+    try:
+        yield unfinished
+        unfinished.chmod(0o755)  # mkdtemp's 0700 is not what a shared result wants
+        if replace and path.exists():
             shutil.rmtree(path)
-        os.replace(temporary, path)
+        os.replace(unfinished, path)  # a neighbour's rename is atomic
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def write_whole(path: str | os.PathLike, content: str | bytes) -> None:

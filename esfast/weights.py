@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -64,8 +65,13 @@ class BaseWeights:
         return plan.clone()
 
     def perturb(self, seed: int, coeff: float, rounding: str = "nearest") -> None:
+        self.place({seed: coeff}, rounding)
+
+    def place(self, terms: Mapping[int, float], rounding: str = "nearest") -> None:
+        """The base plus any number of seeds' noise, each times its coefficient."""
         for group, plan, base in self._parts:
-            add_noise_(plan, [seed], [group.sigma * coeff], base=base, rounding=rounding, **self._options)
+            coeffs = [group.sigma * c for c in terms.values()]
+            add_noise_(plan, list(terms), coeffs, base=base, rounding=rounding, **self._options)
 
     def restore(self) -> None:
         add_noise_(self.plan, [], [], base=self.truth, **self._options)

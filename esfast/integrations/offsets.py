@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from ..interrupts import held
-from ..ops import add_noise_
 
 
 class Offsets:
@@ -41,10 +40,9 @@ class Offsets:
             self.terms = {}
 
     def _place(self, terms: dict[int, float]) -> None:
-        base = getattr(self.mode, "base", None)
-        if base is None:
+        if not hasattr(self.mode, "place"):
             raise ValueError(
                 f"{type(self.mode).__name__} holds one seed's noise at a time; take that of {next(iter(self.terms))} "
                 'away first, or use weights="base"'
             )
-        add_noise_(self.mode.plan, list(terms), list(terms.values()), base=base, **self.mode._options)
+        self.mode.place(terms)

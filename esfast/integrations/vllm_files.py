@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from ..plan import Plan
+from ..run_folder import whole_folder
 from ..segments import Entry
 from .vllm_layout import Shape
 
@@ -59,29 +57,20 @@ def save_folder(folder: Path, tensors: dict[str, torch.Tensor], source: str, ext
     from huggingface_hub import save_torch_state_dict
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder / "config.json").exists())):
         raise FileExistsError(f"{folder} exists and is no model's folder: choose another name, or move it away")
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        save_torch_state_dict(tensors, temporary, metadata={"format": "pt"})
+    with whole_folder(folder) as unfinished:
+        save_torch_state_dict(tensors, unfinished, metadata={"format": "pt"})
         config = AutoConfig.from_pretrained(source)
         config.dtype = next(iter(tensors.values())).dtype
-        config.save_pretrained(temporary)
-        AutoTokenizer.from_pretrained(source).save_pretrained(temporary)
+        config.save_pretrained(unfinished)
+        AutoTokenizer.from_pretrained(source).save_pretrained(unfinished)
         try:
-            GenerationConfig.from_pretrained(source).save_pretrained(temporary)
+            GenerationConfig.from_pretrained(source).save_pretrained(unfinished)
         except OSError:
             pass  # not every model has one
         for name, text in extras.items():
-            (temporary / name).write_text(text, encoding="utf-8")
-        temporary.chmod(0o755)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            (unfinished / name).write_text(text, encoding="utf-8")
 
 
 def folder_pieces(plan: Plan, folder: str | Path) -> Iterator[tuple[Entry, torch.Tensor]]:

@@ -9,7 +9,10 @@ import esfast
 pytest.importorskip("vllm", reason="vLLM is not installed here; `make test-vllm` runs these tests where it is")
 
 
-@pytest.fixture(scope="module", params=["qwen2-tied", "llama-untied"])
+MODELS = ("qwen2-tied", "qwen2-untied", "llama-tied", "llama-untied")
+
+
+@pytest.fixture(scope="module", params=MODELS)
 def engine(request, start):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
@@ -41,10 +44,29 @@ def test_two_ranks_are_one_model(engine, tmp_path, same_bits):
     assert engine.fingerprint() == before
 
 
+def test_cached_keys_of_other_weights_are_not_used(engine):
+    """The prompt is the same at every call, so keys of the weights before would be taken for it."""
+    fresh = {}
+    for seed in (1, 2):
+        engine.rpc("perturb_self_weights", seed, 0.05)
+        engine.llm.reset_prefix_cache()
+        fresh[seed] = engine.tokens()
+        engine.rpc("restore_self_weights", seed, 0.05)
+    assert fresh[1] != fresh[2]
+    for seed in (2, 1):
+        engine.tokens()
+        engine.rpc("perturb_self_weights", seed, 0.05)
+        assert engine.tokens() == fresh[seed]
+        engine.rpc("restore_self_weights", seed, 0.05)
+
+
 def test_updates_from_a_master_save_and_load(engine, tmp_path):
     """Adam on a float32 master, member by member and update by update as ES does it on the Hugging Face model."""
     start = engine.plan.fingerprint()
-    es = esfast.ES(engine.plan, sigma=0.02, lr=0.01, population_size=4, seed=5, weights="master", optimizer="adam")
+    es = esfast.ES(
+        engine.plan, sigma=0.02, lr=0.01, population_size=4, seed=5, weights="master", optimizer="adam",
+        groups=["*norm*:lr=0.5", "*.q_proj.*:sigma=0.5,lr=2", "*up_proj*:sigma=2"],  # parts of what vLLM has fused
+    )  # fmt: skip
     engine.rpc("esfast_begin", es.rule.to_json(), "master")
     for _ in range(3):
         for member in es.population():
