@@ -28,14 +28,14 @@ def trained(folder, tmp_path, monkeypatch):
     """trained(name, engines, dies=False, **settings): the trainer, its run done, and the fingerprint of the engines."""
     from esfast.integrations.fleet import FleetTrainer
 
-    def run(name, engines, dies=False, **settings):
+    def run(name, engines, dies=False, ranks=1, **settings):
         settings = {"generations": 2} | settings
         config = esfast.ESConfig(
             output_dir=str(tmp_path / name), population_size=5, sigma=0.05, lr=0.05, max_completion_length=6,
             prompts_per_generation=6, eval_every=0, progress=False, **settings,
         )  # fmt: skip
         trainer = FleetTrainer(
-            folder("qwen2-tied"), letters, config, engines, train_dataset=ROWS, eval_dataset=ROWS[:2],
+            folder("qwen2-tied"), letters, config, engines, ranks, train_dataset=ROWS, eval_dataset=ROWS[:2],
             engine_options={"enforce_eager": True, "max_model_len": 128, "max_num_seqs": 8},
         )  # fmt: skip
         fleet = trainer.engine
@@ -86,6 +86,17 @@ def test_one_two_and_one_that_dies(trained, folder, tmp_path, same_bits):
         path.write_bytes(b"".join(lines[:2]))
     _, found = trained("two", 1, resume=True)
     assert found == wanted[1:]
+
+
+def test_engines_of_two_ranks(trained, folder, tmp_path):
+    """Their texts may differ from one rank's in bfloat16, and so rewards; the journal leads to their weights anyway."""
+    from transformers import AutoModelForCausalLM
+
+    _, found = trained("ranks", 1, ranks=2, generations=1, groups=["*norm*:lr=4", "*v_proj*:sigma=0.5"])
+    replayed = esfast.Plan(AutoModelForCausalLM.from_pretrained(folder("qwen2-tied")))
+    esfast.journal.replay(replayed, tmp_path / "ranks" / "journal.jsonl")
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "ranks" / "model")
+    assert found == [replayed.fingerprint()] == [esfast.Plan(saved).fingerprint()]
 
 
 def one_records(tmp_path):
