@@ -14,6 +14,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
+from ..command_help import looks
 from ..run_folder import write_whole
 
 BENCHMARKS = {
@@ -33,6 +34,38 @@ BENCHMARKS = {
 }
 
 
+# The first is how the figures of the docs are made, where there are any.
+EXAMPLES = {
+    "noise": ("--json bench/results/noise_cpu.json", "--numel 1e6 --repeats 2   a first look", "--device cuda"),
+    "gpu": (
+        "--json bench/results/noise_gpu.json",
+        "--models Qwen2.5-7B --dtypes bfloat16",
+        "--device cpu --dtypes bfloat16 --repeats 1   tries the benchmark where there is no GPU",
+    ),
+    "statistics": ("--json bench/results/statistics.json", "--numbers 2**24 --seed 7"),
+    "sass": ("--json bench/results/sass.json", "--arch 80 90 100 --dtypes bfloat16"),
+    "drift": ("--json bench/results/drift.json", "--numel 2**16 --generations 10 --dtypes bfloat16"),
+    "modes": ("--json bench/results/modes.json", "--numel 1e7 --dtypes bfloat16 --noise gaussian"),
+    "training": ("--json bench/results/training.json --keep runs/training", "--repeats 2 --generations 20"),
+    "iteration": (
+        "--json bench/results/iteration_cpu.json",
+        "--device cuda --json bench/results/iteration_gpu.json",
+        "--models tiny --repeats 1   a first look",
+    ),
+    "dropin": (
+        "--json bench/results/dropin.json",
+        "--device cuda --numel 1e8 --seeds --json bench/results/dropin_gpu.json   without MeZO's runs",
+    ),
+    "tasks": ("--json bench/results/tasks.json", "--tasks sudoku --keep runs/tasks"),
+    "simulate": (
+        "--plot docs/simulate.png --json bench/results/simulate.json",
+        "--workers 1 8 64 --member-seconds 10   of other machines",
+    ),
+    "replay": ("--json bench/results/replay.json", "-- --generations 10   options of `esfast train`"),
+    "countdown": ("--seeds 0 1 2 --json bench/results/countdown.json", "--seeds 7 -- --generations 10"),
+}
+
+
 class BenchmarkError(RuntimeError):
     """The benchmark can't or won't give figures; the message says why."""
 
@@ -40,15 +73,7 @@ class BenchmarkError(RuntimeError):
 def main(argv: list[str] | None = None) -> int:
     """Runs one benchmark; returns the exit status: 0, 1 if it refused or a row failed, 2 for unusable arguments."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    parser = argparse.ArgumentParser(prog="esfast bench", description="Benchmarks; every figure comes with provenance.")
-    commands = parser.add_subparsers(dest="name", required=True, metavar="NAME")
-    for name, text in BENCHMARKS.items():
-        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        if argv[:1] == [name]:
-            import_module(f".{name}", __name__).add_arguments(command)
-        command.add_argument("--json", metavar="FILE", help="write the result there; - for stdout, and nothing else")
-        command.add_argument("--plots", metavar="FOLDER", help="draw its figures there, where it has any")
-    args = parser.parse_args(argv)
+    args = parser_of(argv).parse_args(argv)
     module = import_module(f".{args.name}", __name__)
 
     from .provenance import provenance
@@ -72,6 +97,29 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps(result, indent=1, allow_nan=False))
     print(text_table(*module.table(result)), file=sys.stderr if args.json == "-" else sys.stdout)
     return int(any(row.get("pass") is False for row in result["rows"]))
+
+
+def parser_of(argv: list[str]) -> argparse.ArgumentParser:
+    """The parser, with the options of the benchmark that `argv` names: others are not imported."""
+    parser = argparse.ArgumentParser(
+        prog="esfast bench",
+        **looks(
+            "Benchmarks. What fails its check gets no figures, or a row that says so and the exit status 1. Figures "
+            "come with hardware, versions, commit, date and command.",
+            "esfast bench noise --numel 1e6 --repeats 2",
+            "esfast bench gpu --help                      each benchmark has a help of its own",
+        ),
+    )
+    commands = parser.add_subparsers(dest="name", required=True, metavar="NAME")
+    for name, text in BENCHMARKS.items():
+        examples = [f"esfast bench {name} {options}" for options in EXAMPLES[name]]
+        command = commands.add_parser(name, help=text, allow_abbrev=False, **looks(text, *examples))
+        if argv[:1] == [name]:
+            import_module(f".{name}", __name__).add_arguments(command)
+        result = command.add_argument_group("result")
+        result.add_argument("--json", metavar="FILE", help="write the result there; - for stdout, and nothing else")
+        result.add_argument("--plots", metavar="FOLDER", help="draw its figures there, where it has any")
+    return parser
 
 
 def count(text: str) -> int:

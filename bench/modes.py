@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtypes", nargs="+", choices=["bfloat16", "float16", "float32"],
                         default=["bfloat16", "float16", "float32"], help="of the weights (default: all)")  # fmt: skip
     parser.add_argument("--noise", nargs="+", choices=KINDS, default=list(KINDS), help="kinds of noise (default: both)")
-    parser.add_argument("--threads", type=count, default=torch.get_num_threads(), help="(default: %(default)s)")
+    parser.add_argument("--threads", type=count, default=torch.get_num_threads(), help="of all modes")
     parser.add_argument("--repeats", type=count, default=5, help="rounds (default: 5)")
 
 

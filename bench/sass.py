@@ -40,7 +40,7 @@ _MEMORY = re.compile(r"\b(LDG|STG|LDS|LDSM|STS|LDL|STL)\b[.\w]*")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arch", type=int, nargs="+", default=[90], help="compute capabilities, as 80 90 100")
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="of the weights")
 
 
 def run(args: argparse.Namespace) -> dict:

@@ -42,7 +42,7 @@ WAYS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--members", type=int, default=64, help="members of the embedded model to time (default: 64)")
     parser.add_argument("--generations", type=int, default=5, help="generations to average over (default: 5)")
-    parser.add_argument("--workers", type=int, nargs="+", default=WORKERS, help="default: %(default)s")
+    parser.add_argument("--workers", type=int, nargs="+", default=WORKERS, help="how many workers")
     parser.add_argument("--member-seconds", type=float, default=30.0, help="of a 7.6B model (default: 30)")
     parser.add_argument("--update-seconds", type=float, default=6.2e-3, metavar="S",
                         help="of a 7.6B model's update, per member (default: 0.0062 = 7.6e9 weights x 24 instructions "

@@ -23,8 +23,10 @@ LIMIT = 300  # seconds
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--tasks", nargs="+", choices=tuple(MODULES), default=list(MODULES), help="default: all")
-    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    parser.add_argument(
+        "--tasks", nargs="+", choices=tuple(MODULES), default=list(MODULES), help="that are learned (default: all)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the runs")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the run folders, as FOLDER/TASK, ...")
 
 

@@ -11,6 +11,8 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
+from .command_help import looks
+
 if TYPE_CHECKING:
     from .run_options import RunOptions
 
@@ -41,7 +43,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser(full: bool) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="esfast", description="Full-parameter evolution-strategies fine-tuning of language models."
+        prog="esfast",
+        **looks(
+            "Full-parameter evolution-strategies fine-tuning of language models.",
+            "esfast train                        the embedded small model learns Countdown, minutes on a CPU",
+            "esfast eval --model runs/qwen/model",
+            "esfast train --help                 each command has a help of its own",
+        ),
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -49,17 +57,17 @@ def _parser(full: bool) -> argparse.ArgumentParser:
     train = commands.add_parser(
         "train",
         help="fine-tune a model",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Fine-tunes all weights of a causal language model and leaves a run folder: config.yaml,\n"
-        "metrics.jsonl, journal.jsonl, summary.json, curves.png and model/ (a Hugging Face folder).",
-        epilog="examples:\n"
-        "  esfast train                                  the embedded small model, minutes on a CPU\n"
-        "  esfast train --task sudoku                    the same on another task\n"
-        "  esfast train --preset paper/countdown-qwen2.5-3b --out runs/qwen\n"
-        "  esfast train --model FOLDER --population-size 16 --sigma 0.002\n"
-        "  esfast train --model FOLDER --task file:prompts.jsonl --reward my_rewards:brevity\n"
-        "  esfast train --preset paper/sudoku-qwen2.5-3b --print-config > run.yaml\n"
-        "  esfast train --config run.yaml --seed 1",
+        **looks(
+            "Fine-tunes all weights of a causal language model and leaves a run folder: config.yaml, metrics.jsonl, "
+            "journal.jsonl, summary.json, curves.png and model/ (a Hugging Face folder).",
+            "esfast train                                  the embedded small model, minutes on a CPU",
+            "esfast train --task sudoku                    the same on another task",
+            "esfast train --preset paper/countdown-qwen2.5-3b --out runs/qwen",
+            "esfast train --model FOLDER --population-size 16 --sigma 0.002",
+            "esfast train --model FOLDER --task file:prompts.jsonl --reward my_rewards:brevity",
+            "esfast train --preset paper/sudoku-qwen2.5-3b --print-config > run.yaml",
+            "esfast train --config run.yaml --seed 1",
+        ),
     )
     if full:
         _add_train_arguments(train)
@@ -68,13 +76,13 @@ def _parser(full: bool) -> argparse.ArgumentParser:
     evaluate = commands.add_parser(
         "eval",
         help="accuracy of models on a task's held-out problems",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Accuracy, reward and length of responses to a task's held-out problems, with standard errors.\n"
-        "Several models are asked the same prompts, and the first is what the others are compared with.",
-        epilog="examples:\n"
-        "  esfast eval                                   the embedded small model\n"
-        "  esfast eval --model runs/qwen/model --samples 2000 --save responses.jsonl\n"
-        "  esfast eval --model Qwen/Qwen2.5-0.5B-Instruct runs/qwen/best --task countdown",
+        **looks(
+            "Accuracy, reward and length of responses to a task's held-out problems, with standard errors. Several "
+            "models are asked the same prompts, and the first is what the others are compared with.",
+            "esfast eval                                   the embedded small model",
+            "esfast eval --model runs/qwen/model --samples 2000 --save responses.jsonl",
+            "esfast eval --model Qwen/Qwen2.5-0.5B-Instruct runs/qwen/best --task countdown",
+        ),
     )
     if full:
         _add_eval_arguments(evaluate)
@@ -83,44 +91,57 @@ def _parser(full: bool) -> argparse.ArgumentParser:
     report = commands.add_parser(
         "report",
         help="runs as one HTML page",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Makes one self-contained HTML page of runs, finished or not: curves with their spread over "
-        "repeats,\nrewards of the members, where the time went, responses before and after, settings.",
-        epilog="examples:\n"
-        "  esfast report runs/qwen\n"
-        "  esfast report runs/seed0 runs/seed1 runs/seed2 --out repeats.html",
+        **looks(
+            "Makes one self-contained HTML page of runs, finished or not: curves with their spread over repeats, "
+            "rewards of the members, where the time went, responses before and after, settings.",
+            "esfast report runs/qwen",
+            "esfast report runs/seed0 runs/seed1 runs/seed2 --out repeats.html",
+        ),
     )
     report.add_argument("runs", nargs="+", metavar="RUN", help="run folders; those that differ in their seed alone are "
                         "repeats of one experiment")  # fmt: skip
-    report.add_argument("--out", metavar="FILE", default="report.html", help="file to write (default: report.html)")
-    report.add_argument("--samples", type=int, metavar="N", default=5, help="responses that are shown (default: 5)")
+    report.add_argument("--out", metavar="FILE", default="report.html", help="file to write")
+    report.add_argument("--samples", type=int, metavar="N", default=5, help="responses that are shown")
     report.set_defaults(run=_report)
 
     replay = commands.add_parser(
         "replay",
         help="the tuned model again, from the base model and a journal",
-        description="Makes a tuned model from the base model and the journal of a run, or what `esfast export` made "
-        "of it: the same bits as the run's, on a GPU or a CPU. Fingerprints are compared before and after.",
+        **looks(
+            "Makes a tuned model from the base model and the journal of a run, or what `esfast export` made of it: the "
+            "same bits as the run's, on a GPU or a CPU. Fingerprints are compared before and after.",
+            "esfast replay runs/qwen/journal.jsonl --base Qwen/Qwen2.5-0.5B-Instruct --out tuned",
+            "esfast replay qwen.safetensors --base Qwen/Qwen2.5-0.5B-Instruct --out tuned --device cuda:1",
+            "esfast replay runs/qwen/journal.jsonl --base FOLDER --out halfway --until 50   after 50 generations",
+            "esfast replay runs/frozen/journal.jsonl --base FOLDER --out tuned --exclude '*embed*'   as in the run",
+        ),
     )
-    replay.add_argument("journal", help="journal.jsonl of a run folder, or an exported .safetensors file")
-    replay.add_argument("--base", help="Hugging Face name or folder of the base model (default: the embedded model)")
-    replay.add_argument("--task", default="countdown", help="of the embedded model (default: countdown)")
-    replay.add_argument("--out", required=True, help="folder for the tuned model; must not exist")
-    replay.add_argument("--until", type=int, help="generations to apply (default: all)")
-    _add_placement_arguments(replay)
+    _add_replay_arguments(replay)
     replay.set_defaults(run=_replay)
 
     export = commands.add_parser(
         "export",
         help="a run's journal as one small safetensors file",
-        description="Packs the journal of a run into one safetensors file, from which `esfast replay` makes the tuned "
-        "model: a fine-tune of all weights in kilobytes.",
+        **looks(
+            "Packs the journal of a run into one safetensors file, from which `esfast replay` makes the tuned model: a "
+            "fine-tune of all weights in kilobytes.",
+            "esfast export runs/qwen --out qwen.safetensors",
+            "esfast export runs/qwen/journal.jsonl --out qwen.safetensors",
+        ),
     )
     export.add_argument("source", metavar="RUN", help="run folder, or its journal.jsonl")
-    export.add_argument("--out", required=True, help="file to write, ending in .safetensors")
+    export.add_argument("--out", metavar="FILE", required=True, help="file to write, ending in .safetensors")
     export.set_defaults(run=_export)
 
-    info = commands.add_parser("info", help="versions, devices, and which backend runs and why")
+    info = commands.add_parser(
+        "info",
+        help="versions, devices, and which backend runs and why",
+        **looks(
+            "Versions, what was built, and for each device which backend runs there and why the others don't.",
+            "esfast info",
+            "esfast --debug info   with the traceback of an error",
+        ),
+    )
     info.set_defaults(run=_info)
 
     commands.add_parser("bench", help="benchmarks: esfast bench NAME; see esfast bench --help", add_help=False)
@@ -144,7 +165,7 @@ def _add_eval_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("evaluation")
     group.add_argument("--model", nargs="+", dest="models", metavar="MODEL",
                        help="Hugging Face names or folders (default: the embedded small model)")  # fmt: skip
-    group.add_argument("--samples", type=int, default=500, metavar="N", help="held-out problems (default: 500)")
+    group.add_argument("--samples", type=int, default=500, metavar="N", help="held-out problems")
     group.add_argument("--max-completion-length", type=int, metavar="N",
                        help="longest response, in tokens (default: the task's)")  # fmt: skip
     group.add_argument("--batch-size", type=int, metavar="N", help="most prompts generated at once (default: 64)")
@@ -153,11 +174,20 @@ def _add_eval_arguments(parser: argparse.ArgumentParser) -> None:
     add_arguments(parser, ("task", "style", "data", "reward", "dtype", "device"))
 
 
-def _add_placement_arguments(parser) -> None:
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
-                        help="dtype of the weights (default: the checkpoint's)")  # fmt: skip
-    parser.add_argument("--device", default="auto", help="cpu, cuda:1, ... (default: what a backend is ready for; "
-                        "under torchrun a GPU for each process)")  # fmt: skip
+def _add_replay_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("journal", help="journal.jsonl of a run folder, or an exported .safetensors file")
+    result = parser.add_argument_group("result")
+    result.add_argument("--out", metavar="FOLDER", required=True, help="folder for the tuned model; must not exist")
+    result.add_argument("--until", type=int, metavar="N", help="generations to apply (default: all)")
+    base = parser.add_argument_group("base model, as in the run")
+    base.add_argument("--base", metavar="MODEL", help="Hugging Face name or folder (default: the embedded model)")
+    base.add_argument("--task", default="countdown", help="of the embedded model")
+    base.add_argument("--include", nargs="+", metavar="PATTERN", help="weights that were tuned (default: all)")
+    base.add_argument("--exclude", nargs="+", metavar="PATTERN", help="weights that were not (default: none)")
+    base.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
+                      help="dtype of the weights (default: the checkpoint's)")  # fmt: skip
+    base.add_argument("--device", default="auto", help="cpu, cuda:1, ... (default: what a backend is ready for; "
+                      "under torchrun a GPU for each process)")  # fmt: skip
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -252,7 +282,7 @@ def _replay(args: argparse.Namespace) -> None:
         raise FileExistsError(f"--out: {args.out} exists already; choose another folder, or move it away")
     args.model = args.base
     model, tokenizer = _load(args)
-    replay(Plan(model), args.journal, args.until)
+    replay(Plan(model, args.include, args.exclude), args.journal, args.until)
     save_model(Path(args.out), model, tokenizer)
     print(f"tuned model: {args.out}")
 

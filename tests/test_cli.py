@@ -1,16 +1,19 @@
 """The command line, in process, on an embedded model of a few training steps."""
 
+import argparse
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import commands
 import pytest
 import yaml
 from transformers import Qwen2Config
 
 import esfast
 from esfast import cli, embedded
+from esfast.bench import BENCHMARKS, parser_of
 from esfast.presets import PRESETS
 from esfast.run_options import FIELDS, RunOptions
 
@@ -64,13 +67,49 @@ def test_every_setting_is_an_option_with_its_default(capsys):
             assert f"default: {field.default})" in text or f"{field.default}:" in text, name
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "report"])
-def test_help_has_groups_and_examples_at_its_end(command, capsys):
+def helps():
+    """Name and parser of every command that has a help of its own."""
+    yield "esfast", cli._parser(full=True)
+    for name, parser in subparsers(cli._parser(full=True)):
+        if name != "esfast bench":
+            yield name, parser
+    yield "esfast bench", parser_of([])
+    for name in BENCHMARKS:
+        yield f"esfast bench {name}", dict(subparsers(parser_of([name])))[f"esfast bench {name}"]
+
+
+def subparsers(parser):
+    (action,) = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+    return [(f"{parser.prog} {name}", p) for name, p in action.choices.items()]
+
+
+HELPS = dict(helps())
+
+
+@pytest.mark.parametrize("command", HELPS)
+def test_help_shows_defaults_and_ends_with_examples_that_parse(command):
+    parser = HELPS[command]
+    text = parser.format_help()
+    for action in parser._actions:
+        if action.option_strings and action.dest != "help":
+            shown = parser._get_formatter()._expand_help(action)
+            assert len(shown.partition("(default:")[0]) > 3 and "".join(shown.split()) in "".join(text.split())
+            assert action.default in (None, False, argparse.SUPPRESS) or "default:" in shown, action.option_strings
+    examples = commands.in_help(text)
+    assert len(examples) >= 2 or command == "esfast info"
+    for example in examples:
+        assert example.startswith((f"{command} ", "esfast --debug ")) or example == command
+        try:
+            commands.parse(example)
+        except SystemExit as stop:
+            assert stop.code == 0 and example.endswith("--help")
+
+
+def test_helps_are_all_there(capsys):
+    assert len(HELPS) == 1 + 6 + 1 + len(BENCHMARKS)
     with pytest.raises(SystemExit):
-        cli.main([command, "--help"])
-    text = capsys.readouterr().out
-    examples = text[text.index("examples:") :].strip().splitlines()[1:]
-    assert len(examples) >= 2 and all(line.startswith(f"  esfast {command}") for line in examples)
+        cli.main(["bench", "noise", "--help"])
+    assert capsys.readouterr().out == HELPS["esfast bench noise"].format_help()
 
 
 def config_of(arguments, capsys):

@@ -236,3 +236,17 @@ def test_the_commands(tmp_path, capsys):
     other = str(embedded.build(tmp_path / "other", steps=1, seed=1, progress=False))
     assert cli.main(["replay", str(journal), "--base", other, "--out", str(tmp_path / "no")]) == 1
     assert "began with weights of fingerprint" in capsys.readouterr().err and not (tmp_path / "no").exists()
+
+
+def test_a_run_of_some_of_the_weights_is_replayed_with_the_same_patterns(tmp_path, capsys):
+    torch.set_num_threads(1)
+    tiny = str(embedded.build(tmp_path / "tiny", steps=1, progress=False))
+    few = ["--model", tiny, "--generations", "1", "--population-size", "2", "--prompts-per-generation", "2",
+           "--eval-prompts", "2", "--max-completion-length", "2", "--no-progress", "--reward-workers", "0"]  # fmt: skip
+    out, patterns = tmp_path / "run", ["--include", "*layers*", "--exclude", "*norm*"]
+    assert cli.main(["train", *few, "--out", str(out), *patterns]) == 0
+    command = ["replay", str(out / "journal.jsonl"), "--base", tiny, "--out", str(tmp_path / "again")]
+    assert cli.main(command) == 1 and "is of a model with" in capsys.readouterr().err
+    assert cli.main([*command, *patterns]) == 0
+    tuned = [(f / "model.safetensors").read_bytes() for f in (tmp_path / "again", out / "model")]
+    assert tuned[0] == tuned[1]

@@ -1,0 +1,32 @@
+"""How the help of every command looks: what it does, its options with their defaults, examples at the end."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+EXAMPLES = "examples:\n"
+
+
+class Formatter(argparse.HelpFormatter):
+    """Adds the default to the help of each option that has one and doesn't name it, and keeps the lines of examples."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text, default = action.help or "", action.default
+        silent = default is None or default is False or default is argparse.SUPPRESS or not action.option_strings
+        if silent or "default:" in text:
+            return text
+        shown = " ".join(map(str, default)) if isinstance(default, (list, tuple)) else str(default)
+        return f"{text} (default: {shown.replace('%', '%%')})"
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if text.startswith(EXAMPLES) else super()._fill_text(text, width, indent)
+
+
+def looks(description: str, *examples: str) -> dict[str, Any]:
+    """What an ArgumentParser with such a help is made with. An example may be followed by two spaces and a remark."""
+    return {
+        "description": description,
+        "epilog": EXAMPLES + "\n".join(f"  {line}" for line in examples),
+        "formatter_class": Formatter,
+    }
