@@ -1,7 +1,7 @@
 """Everything that yields a number: `esfast bench NAME [options] [--json FILE|-]`.
 
 A benchmark is a module of this package with `add_arguments(parser)`, `run(args) -> dict` that holds "rows" (a list of
-dicts), and `table(result) -> (headers, lines of cells)`, which the terminal and the README show. A row that has a key
+dicts), and `table(result) -> (headers, lines of cells)`, which the terminal and the docs show. A row that has a key
 "pass" and fails it makes the exit status 1.
 """
 

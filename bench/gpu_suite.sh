@@ -71,5 +71,5 @@ elif [ "$device" = cuda ]; then
 else
     step "bench dropin" esfast bench dropin --numel 100000 --repeats 1 --seeds --json "$out/dropin_dry_run.json"
 fi
-# instructions as this machine's Triton compiles them; the README's, sass.json, are those of the newest
+# instructions as this machine's Triton compiles them; docs/benchmarks.md's, sass.json, are those of the newest
 step "bench sass" esfast bench sass --json "$out/sass_here.json"

@@ -3,6 +3,7 @@
 import argparse
 import re
 import shlex
+from importlib.util import find_spec
 from pathlib import Path
 
 from esfast import cli
@@ -22,12 +23,30 @@ def in_help(text: str) -> list[str]:
     return [re.split(r"\s{2,}", line.strip())[0] for line in text.partition("\nexamples:\n")[2].splitlines()]
 
 
-def parse(command: str) -> argparse.Namespace:
-    """What an esfast command parses to; SystemExit or AssertionError if it doesn't."""
-    words = shlex.split(command.partition(" > ")[0])
-    assert words[0] == "esfast", command
-    if words[1:2] == ["bench"]:
-        return parser_of(words[2:]).parse_args(words[2:])
-    args = cli._parser(full=True).parse_args(words[1:])
-    assert callable(args.run)
-    return args
+def parse(command: str) -> argparse.Namespace | None:
+    """What an esfast command parses to; SystemExit or AssertionError if it doesn't, or another one names what isn't
+    there."""
+    program, *words = shlex.split(command.partition(" > ")[0])
+    if program == "torchrun":
+        program, words = "esfast", words[words.index("esfast") + 1 :]
+    if program == "esfast" and words[:1] == ["bench"]:
+        return parser_of(words[1:]).parse_args(words[1:])
+    if program == "esfast":
+        args = cli._parser(full=True).parse_args(words)
+        assert callable(args.run)
+        return args
+    if program == "make":
+        assert re.search(rf"^{words[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), command
+    elif program == "pip":
+        extras = re.findall(r"\[(.+)\]", words[-1])
+        assert set(",".join(extras).split(",")) - {""} <= _extras() and words[0] == "install", command
+    else:
+        script = {"python": words[0] == "-m" and find_spec(words[1]), "bash": (ROOT / words[0]).is_file()}
+        files = [word for word in words[2:] if not word.startswith("-")]
+        assert script[program] and all(list(ROOT.glob(file)) for file in files), command
+    return None
+
+
+def _extras() -> set[str]:
+    table = (ROOT / "pyproject.toml").read_text().partition("[project.optional-dependencies]\n")[2].partition("\n[")[0]
+    return set(re.findall(r"^(\w+) = ", table, re.MULTILINE))

@@ -1,19 +1,18 @@
 """What the README shows is run: its Python blocks, the output it prints, and the options of its commands."""
 
 import re
-import shlex
 from pathlib import Path
 
+import commands
 import pytest
 import torch
 
 import esfast
-from esfast import cli, embedded
+from esfast import embedded
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-COMMANDS = [line.split("#")[0].strip() for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
-            for line in block.splitlines()]  # fmt: skip
+COMMANDS = commands.in_page(README)
 
 
 @pytest.fixture(scope="module")
@@ -43,11 +42,9 @@ def test_python_blocks_run(block, tiny, tmp_path, monkeypatch, capsys):
         )
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("esfast ") and " bench " not in c])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_commands_parse(command):
-    arguments = shlex.split(command)[1:]
-    parsed = cli._parser(full=True).parse_args(arguments)
-    assert callable(parsed.run)
+    commands.parse(command)
 
 
 def test_the_readme_has_blocks_and_commands():
