@@ -144,8 +144,8 @@ def examples(seed: int, thousands: int) -> list[tuple[str, str]]:
 
 
 RECIPE = Recipe(
-    examples,
-    {"generations": 50, "population_size": 30, "sigma": 0.01, "lr": 0.01, "prompts_per_generation": 64},
+    examples,  # at lr 0.01 accuracy rises from 0.29 to 0.42 in 25 generations and is lost again in the next 25
+    {"generations": 100, "population_size": 30, "sigma": 0.01, "lr": 0.002, "prompts_per_generation": 64},
 )
 
 
