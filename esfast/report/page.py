@@ -23,7 +23,7 @@ svg text{font-size:13px;fill:#4a5563}.grid{stroke:#e6e9ed}.nothing p{color:#5b64
 text-overflow:ellipsis}.legend i{display:inline-block;width:.8em;height:.8em;border-radius:2px;margin-right:.35em}
 .table{overflow-x:auto;max-width:100%}table{border-collapse:collapse;width:100%;font-size:.9rem}
 th,td{text-align:left;padding:.3rem .7rem .3rem 0;border-bottom:1px solid #eceff2;vertical-align:top;min-width:5.5rem}
-th{overflow-wrap:normal}
+th{overflow-wrap:normal}td:first-child{min-width:9em}
 td.number,th.number{text-align:right}.differs{background:#fff4d6}
 pre{margin:0;white-space:pre-wrap;font:13px/1.4 ui-monospace,monospace}
 .sample{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,300px),1fr));gap:.8rem;background:#fff;
