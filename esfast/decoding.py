@@ -18,6 +18,9 @@ from .sampling import SeededSampling
 
 Tokens = list[list[int]]
 
+# What generate calls its cache: `cache` since Transformers 5.24, which knows the name of before for a while longer.
+CACHE = "cache" if "cache" in getattr(transformers.generation.utils, "ALL_CACHE_NAMES", ()) else "past_key_values"
+
 
 class Plain:
     """model.generate with a cache that grows: for CPUs, and for models that know no other."""
@@ -75,7 +78,7 @@ class Static(Plain):
             self._made = count, length, StaticCache(self.model.config.get_text_config(), max_cache_len=length)
         else:
             self._made[2].reset()
-        return {"past_key_values": self._made[2]}
+        return {CACHE: self._made[2]}
 
     def close(self) -> None:
         self._made = None

@@ -123,7 +123,7 @@ def test_compiled_code_reads_the_weights_where_they_lie(tiny, engine, monkeypatc
     compiled = torch.compile(model.forward, backend="eager", dynamic=False)
     calls = []
     monkeypatch.setattr(model, "get_compiled_call", lambda config: lambda **a: calls.append(1) or compiled(**a))
-    static = lambda inputs, config: isinstance(inputs["past_key_values"], StaticCache)  # noqa: E731
+    static = lambda inputs, config: isinstance(inputs[decoding.CACHE], StaticCache)  # noqa: E731
     monkeypatch.setattr(model, "_valid_auto_compile_criteria", static)
     assert_follows_the_weights(model, engine(decoding="static"), engine(), PROMPTS)
     assert calls
@@ -151,7 +151,7 @@ def test_static_shapes_are_few(tiny, engine, monkeypatch):
 
     def watched(**arguments):
         shapes.add(tuple(arguments["input_ids"].shape))
-        caches.add(id(arguments["past_key_values"]))
+        caches.add(id(arguments[decoding.CACHE]))
         return generate(**arguments)
 
     monkeypatch.setattr(model, "generate", watched)
