@@ -79,6 +79,23 @@ class Engine:
         done = self.llm.generate(list(prompts), SamplingParams(temperature=0, max_tokens=length), use_tqdm=False)
         return [list(d.outputs[0].token_ids) for d in done]
 
+    def assert_forgets_other_weights(self):
+        """The prompt is the same at every call, so keys of the weights before would be taken for it. Returns each seed's
+        tokens as they are without any keys of before."""
+        fresh = {}
+        for seed in (1, 2):
+            self.rpc("perturb_self_weights", seed, 0.05)
+            self.llm.reset_prefix_cache()
+            fresh[seed] = self.tokens()
+            self.rpc("restore_self_weights", seed, 0.05)
+        assert fresh[1] != fresh[2]
+        for seed in (2, 1):
+            self.tokens()
+            self.rpc("perturb_self_weights", seed, 0.05)
+            assert self.tokens() == fresh[seed]
+            self.rpc("restore_self_weights", seed, 0.05)
+        return fresh
+
     def close(self):
         from vllm.distributed import cleanup_dist_env_and_memory
 

@@ -9,10 +9,7 @@ import esfast
 pytest.importorskip("vllm", reason="vLLM is not installed here; `make test-vllm` runs these tests where it is")
 
 
-MODELS = ("qwen2-tied", "qwen2-untied", "llama-tied", "llama-untied")
-
-
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=("qwen2-tied", "qwen2-untied", "llama-tied", "llama-untied"))
 def engine(request, start):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
@@ -45,19 +42,7 @@ def test_two_ranks_are_one_model(engine, tmp_path, same_bits):
 
 
 def test_cached_keys_of_other_weights_are_not_used(engine):
-    """The prompt is the same at every call, so keys of the weights before would be taken for it."""
-    fresh = {}
-    for seed in (1, 2):
-        engine.rpc("perturb_self_weights", seed, 0.05)
-        engine.llm.reset_prefix_cache()
-        fresh[seed] = engine.tokens()
-        engine.rpc("restore_self_weights", seed, 0.05)
-    assert fresh[1] != fresh[2]
-    for seed in (2, 1):
-        engine.tokens()
-        engine.rpc("perturb_self_weights", seed, 0.05)
-        assert engine.tokens() == fresh[seed]
-        engine.rpc("restore_self_weights", seed, 0.05)
+    engine.assert_forgets_other_weights()
 
 
 def test_updates_from_a_master_save_and_load(engine, tmp_path):
