@@ -163,7 +163,7 @@ class ES:
         self.weight_decay, self._perturb_rounding = float(weight_decay), perturb_rounding
         self.rule = Rule(noise, rounding, check_optimizer(optimizer), decay_to, check_groups(groups))
         self.plan = model if isinstance(model, Plan) else Plan(model)
-        self.rule.check_names(self.plan.names)
+        self.rule.check_names(self.plan.whole_names)
         weights = automatic(self.plan, self.rule) if weights == "auto" else weights
         get_backend(backend, self.plan.device)
         self.generation = 0

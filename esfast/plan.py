@@ -112,6 +112,11 @@ class Plan:
         return sum({e.name: math.prod(e.window.shape) for e in self._held}.values())
 
     @property
+    def whole_names(self) -> list[str]:
+        """Names of the whole tensors, also of those of which nothing lies here."""
+        return list(dict.fromkeys(e.name for e in self._held))
+
+    @property
     def sharded(self) -> bool:
         """Whether some of the tensors are DTensors, of which other ranks have other parts."""
         return bool(self._sharded)

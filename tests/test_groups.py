@@ -52,6 +52,16 @@ def test_without_groups_it_is_one_pass_over_the_plan_itself():
     ]  # fmt: skip
 
 
+def test_a_group_may_have_no_weights_on_this_rank():
+    held = [("a", torch.ones(4)), ("bias", torch.empty(0), esfast.Slice((2,), (0,)))]
+    es = ES(held, population_size=2, groups=["bias:lr=2"])
+    for member in es.population():
+        member.reward = float(member.index)
+    es.step()
+    with pytest.raises(ValueError, match="'norm' matches no tensor"):
+        ES(held, groups=["norm:lr=2"])
+
+
 def test_memory_that_moved_is_seen_through_a_part():
     module = torch.nn.Linear(3, 2)
     es = ES(module, groups=["bias:lr=2"])

@@ -42,7 +42,7 @@ class FleetPlan(Plan):
     def numel(self) -> int:
         return self._stated["numel"]
 
-    whole_numel = numel
+    whole_numel, whole_names = numel, names
 
     def fingerprint(self) -> str:
         return self.fleet.fingerprint()
