@@ -1,15 +1,18 @@
 """A small training run in a process of its own, for tests that start several, kill them or make them fail.
 
     python job.py OUT [option=value ...]                 options of ESConfig, or of FAULTS, as JSON
-    python job.py --kill RUNS FOLDER [option=value ...]  kills a run at a random instant and resumes it, RUNS times
+    python job.py --kill RUNS FOLDER [option=value ...]  kills a run of 1, 2 or 3 processes at a random instant, and
+                                                         resumes it with another number of them, until RUNS were killed
 
 A member's reward is a function of its weights, so that a run takes no time but for `pause` seconds a member.
 """
 
+import itertools
 import json
 import os
 import shutil
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -78,43 +81,61 @@ def main(out, *pairs):
     print(f"rank {team.rank}: {engine.members} members", flush=True)
 
 
-def in_a_child(kill_after, *arguments):
-    """Runs `main` in a fork, which has no imports to wait for; returns the seconds it took, None if it was killed."""
-    began = time.monotonic()
-    child = os.fork()
-    if child == 0:
-        try:
-            main(*arguments)
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    if kill_after is not None:
+def in_children(processes, kill_after, *arguments):
+    """Runs `main` in forks, which have no imports to wait for; returns the seconds it took, None if they were killed."""
+    began, children = time.monotonic(), []
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    for rank in range(processes):
+        child = os.fork()
+        if child == 0:
+            os.environ |= {"WORLD_SIZE": str(processes), "RANK": str(rank), "LOCAL_RANK": str(rank),
+                           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+            try:
+                main(*arguments)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        children.append(child)
+    if kill_after is not None:  # all at once: the power fails
         time.sleep(kill_after)
-        os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    if not os.WIFSIGNALED(status) and os.WEXITSTATUS(status):
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+    ends = [os.waitpid(child, 0)[1] for child in children]
+    if any(not os.WIFSIGNALED(status) and os.WEXITSTATUS(status) for status in ends):
         sys.exit(f"{arguments} failed")
-    return None if os.WIFSIGNALED(status) else time.monotonic() - began
+    return None if any(map(os.WIFSIGNALED, ends)) else time.monotonic() - began
 
 
 def kill(runs, folder, *pairs):
-    """A run that is never killed, and `runs` that are; what every resumed one holds must be the same."""
+    """A run that is never killed, and `runs` that are; what every one that was resumed holds must be the same."""
     folder, random = Path(folder), Random(0)
     whole = folder / "whole"
-    seconds = in_a_child(None, whole, *pairs)
-    expected, interrupted, where = outcome(whole), 0, Counter()
-    for i in range(runs):
-        out = folder / f"run{i}"
-        interrupted += in_a_child(random.uniform(0, seconds), out, *pairs) is None
-        left = [p for p in out.rglob("*") if p.name.startswith(".")] if out.exists() else []
-        where["half-written files"] += bool(left)
-        where["generations done"] += len(read(out / "journal.jsonl").records) if (out / "journal.jsonl").exists() else 0
-        in_a_child(None, out, *pairs, "resume=true")
+    seconds = {n: in_children(n, None, folder / f"of {n}", *pairs) for n in (2, 3)}
+    seconds[1] = in_children(1, None, whole, *pairs)
+    expected, found = outcome(whole), Counter()
+    for i in itertools.count():
+        if found["killed"] == runs:
+            break
+        out, before, after = folder / f"run{i}", 1 + i % 3, 1 + (i + 1 + i // 3 % 2) % 3
+        if in_children(before, random.uniform(0, seconds[before]), out, *pairs) is None:
+            found["killed"] += 1
+            found[f"{before} processes, then {after}"] += 1
+            found["half-written files"] += bool(half_written(out))
+            if (out / "journal.jsonl").exists():
+                found["generations done"] += len(read(out / "journal.jsonl").records)
+        in_children(after, None, out, *pairs, "resume=true")
         assert outcome(out) == expected, f"{out} ended with other bits"
-        assert not [p for p in out.rglob("*") if p.name.startswith(".")], f"{out} holds half-written files"
+        assert not half_written(out), f"{out} holds half-written files"
+        found["runs"] += 1
         shutil.rmtree(out)
-    print(json.dumps({"runs": runs, "killed": interrupted, **where}))
+    print(json.dumps(found))
+
+
+def half_written(folder):
+    return [p for p in folder.rglob("*") if p.name.startswith(".")] if folder.exists() else []
 
 
 def outcome(folder):

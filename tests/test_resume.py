@@ -28,13 +28,14 @@ def run_job(*arguments, **settings):
 
 
 def test_killed_at_any_instant_it_resumes_to_the_same_bits(tmp_path):
-    """8 runs; ESFAST_KILL_RUNS=50 for more. A checkpoint after every generation, so that some die while writing one."""
-    runs = int(os.environ.get("ESFAST_KILL_RUNS", 8))
-    done = run_job("--kill", runs, tmp_path, pause=0.005, checkpoint_every=1, generations=8)
+    """12 runs, of 1 to 3 processes and resumed with another number of them; ESFAST_KILL_RUNS=50 for more. A checkpoint
+    after every generation, so that some die while writing one."""
+    runs = int(os.environ.get("ESFAST_KILL_RUNS", 12))
+    done = run_job("--kill", runs, tmp_path, pause=0.01, checkpoint_every=1, generations=8)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     print(found)
-    assert found["runs"] == runs and found["killed"] > runs / 2 and found["generations done"] > runs
+    assert found["killed"] == runs and found["generations done"] > runs
 
 
 @contextlib.contextmanager
