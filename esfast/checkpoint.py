@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,24 +15,25 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .fingerprint import MASK, window_sums
-from .plan import Plan
+from .plan import Entry, Plan
 from .update import Updater
 
 log = logging.getLogger(__name__)
 
 KEPT = 2  # the newest, and one to fall back on
-_NAME = re.compile(r"generation-(\d{8})\.safetensors")
+_NAME = re.compile(r"generation-(\d{8})(|-\d+of\d+)\.safetensors")
 
 
-def save(folder: Path, generation: int, updater: Updater) -> Path:
-    """Writes the state after so many generations, whole or not at all, and removes all but the KEPT newest.
+def save(folder: Path, generation: int, updater: Updater, part: str = "") -> Path:
+    """Writes the state after so many generations, whole or not at all, and removes all but the KEPT newest and those of
+    other ways to cut the model. `part` is of the file's name: each process saves what it holds of a model in shards.
 
     OSError if it can't be written; earlier checkpoints are still there.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"generation-{generation:08d}.safetensors"
+    path = _path(folder, generation, part)
     temporary = folder / f".{path.name}.tmp"
-    metadata = {"generation": str(generation), "fingerprint": updater.plan.fingerprint()}
+    metadata = {"generation": str(generation), "fingerprint": _fingerprint(updater.plan.entries, updater.plan.low)}
     try:
         save_file({k: t.contiguous() for k, t in _tensors(updater).items()}, temporary, metadata)
         with open(temporary, "rb+") as file:
@@ -41,22 +43,30 @@ def save(folder: Path, generation: int, updater: Updater) -> Path:
         raise OSError(f"checkpoint: {path} could not be written: {error}") from None
     finally:
         temporary.unlink(missing_ok=True)
-    for old in sorted(found(folder))[:-KEPT]:
-        (folder / f"generation-{old:08d}.safetensors").unlink(missing_ok=True)
+    there = _list(folder)
+    newest = sorted(g for g, other in there if other == part)[-KEPT:]
+    for old, other in there:
+        if other == part and old not in newest or other.partition("of")[2] != part.partition("of")[2]:
+            _path(folder, old, other).unlink(missing_ok=True)
     return path
 
 
-def found(folder: Path) -> list[int]:
-    """Generations of the checkpoints that are there."""
+def _path(folder: Path, generation: int, part: str) -> Path:
+    return folder / f"generation-{generation:08d}{part}.safetensors"
+
+
+def _list(folder: Path) -> list[tuple[int, str]]:
+    """Generations and parts of the checkpoints that are there."""
     names = [_NAME.fullmatch(p.name) for p in folder.iterdir()] if folder.is_dir() else []
-    return [int(m[1]) for m in names if m]
+    return [(int(m[1]), m[2]) for m in names if m]
 
 
-def load_newest(folder: Path, until: int, updater: Updater) -> int:
+def load_newest(folder: Path, until: int, updater: Updater, part: str = "") -> int:
     """Brings the weights to the newest usable checkpoint of at most `until` generations; returns its generation, 0 if
-    there is none. One that is damaged is left out with a word, and no weight is changed by it."""
-    for generation in sorted((g for g in found(folder) if g <= until), reverse=True):
-        path = folder / f"generation-{generation:08d}.safetensors"
+    there is none. One that is damaged is left out with a word, and no weight is changed by it. Processes that hold a
+    model together need not find the same one: what it lacks is replayed."""
+    for generation in sorted((g for g, other in _list(folder) if g <= until and other == part), reverse=True):
+        path = _path(folder, generation, part)
         try:
             _load(path, updater)
             return generation
@@ -75,14 +85,19 @@ def _load(path: Path, updater: Updater) -> None:
             shape = tuple(file.get_slice(name).get_shape())
             if shape != tuple(target.shape):
                 raise ValueError(f"its {name} has the shape {shape}, expected {tuple(target.shape)}")
-        if _fingerprint(file, updater.plan) != metadata.get("fingerprint"):
+        if _fingerprint_of(file, updater.plan) != metadata.get("fingerprint"):
             raise ValueError("its fingerprint does not fit")
         for name, target in targets.items():  # a tensor at a time: no second copy in memory
             target.copy_(file.get_tensor(name))
 
 
-def _fingerprint(file, plan: Plan) -> str:
-    """What plan.fingerprint() would be with the file's weights."""
+def _fingerprint(entries: Sequence[Entry], low: torch.Tensor | None) -> str:
+    """Of the weights that lie here."""
+    return f"{sum(window_sums(entries, low)) & MASK:016x}"
+
+
+def _fingerprint_of(file, plan: Plan) -> str:
+    """Of the file's weights in the plan's place."""
     total = 0
     low = file.get_tensor("low") if plan.low is not None else None
     for e, name in zip(plan.entries, _names(plan), strict=True):

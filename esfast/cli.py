@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from .command_help import looks
 
 if TYPE_CHECKING:
+    from .distributed import Team
     from .run_options import RunOptions
 
 log = logging.getLogger(__name__)
@@ -199,14 +200,12 @@ def _train(args: argparse.Namespace) -> None:
 
     settings = given(args)
     run = run_options(settings)
-    if run.engine != "vllm" and (run.num_engines, run.tensor_parallel_size) != (1, 1):
-        raise ValueError(
-            "--num-engines and --tensor-parallel-size are those of --engine vllm; without it, use torchrun"
-        )
+    if run.engine != "vllm" and run.num_engines != 1:
+        raise ValueError("--num-engines is of --engine vllm; without it, use torchrun")
     if args.print_config:
         print(dump(run, es_config(_defaults(run, _task(run)) | settings)), end="")
         return
-    team = Team.join(_device(run))
+    team = Team.join(_device(run), 1 if run.engine == "vllm" else run.tensor_parallel_size)
     if run.engine == "vllm" and team.size > 1:
         raise ValueError("--engine vllm: one process trains, without torchrun; --num-engines says how many engines")
     if team.size > 1 and "output_dir" not in settings:
@@ -235,7 +234,7 @@ def _train(args: argparse.Namespace) -> None:
             path, list(task.reward_funcs), config, run.num_engines, run.tensor_parallel_size, run.dtype, **data
         )
     else:
-        model, tokenizer = _load(run)
+        model, tokenizer = _load(run, team)
         pretraining = time.perf_counter() - began if run.model is None else 0.0
         trainer = ESTrainer(model, list(task.reward_funcs), config, processing_class=tokenizer, team=team, **data)
     trainer.described = dataclasses.asdict(run)
@@ -407,8 +406,8 @@ def _device(args: argparse.Namespace) -> str:
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if ready else "cpu"
 
 
-def _load(args: argparse.Namespace):
-    """Model and tokenizer, on the device."""
+def _load(args: argparse.Namespace | RunOptions, team: Team | None = None):
+    """Model and tokenizer, on the device; of a model that processes of the team hold together, this one's part."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
@@ -419,7 +418,13 @@ def _load(args: argparse.Namespace):
     disable_progress_bar()  # the bars of loading and saving would tear that of the training
     path = args.model if args.model is not None else embedded.cached(task=args.task)
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(_device(args))
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    if team is not None and team.shards > 1:
+        from .tensor_parallel import shard
+
+        shard(model, team.mesh(_device(args)), _device(args))
+    else:
+        model.to(_device(args))
     if is_small(model):
         torch.set_num_threads(1)  # for perturbing it, too
     return model, AutoTokenizer.from_pretrained(path)

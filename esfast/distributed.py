@@ -19,17 +19,23 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from .noise import check_int
 from .update import Adam, Generation, Updater
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 log = logging.getLogger(__name__)
 
 BEAT = 3.0  # seconds between the signs of life of a process
 SILENCE = 30.0  # seconds without one after which it is taken for dead
+GRACE = 10.0  # seconds then for a process that may be waiting for its shard of the model
 
 
 class Stopped(RuntimeError):
@@ -44,8 +50,10 @@ class Team:
     """
 
     def __init__(self, store: dist.Store | None = None, rank: int = 0, size: int = 1, shards: int = 1):
-        if size % shards:
-            raise ValueError(f"Team: {size} processes can't be grouped by {shards}")
+        if size % check_int("shards", shards, 1, 2**31):
+            raise ValueError(
+                f"Team: {size} processes can't be grouped by {shards}; start a multiple of {shards} with torchrun"
+            )
         self.rank, self.size, self.shards = rank, size, shards
         self._store, self._lost, self._own_group, self._runs = store, None, False, 0
         self._ended = threading.Event()
@@ -59,7 +67,7 @@ class Team:
         made = not dist.is_initialized()
         if made:
             if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-                return cls()
+                return cls(shards=shards)
             found, rank, size = next(rendezvous("env://"))
             # torchrun's store may outlive the processes, and what they left there must not meet their successors
             attempt = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", found)
@@ -69,6 +77,14 @@ class Team:
         team = cls(store, dist.get_rank(), dist.get_world_size(), shards)
         team._own_group = made
         return team
+
+    def mesh(self, device: torch.device | str) -> DeviceMesh:
+        """The processes that hold the model of this one together, `shards` of them, as a mesh of one dimension. All
+        processes call it."""
+        from torch.distributed.device_mesh import init_device_mesh
+
+        shape = self.size // self.shards, self.shards
+        return init_device_mesh(torch.device(device).type, shape, mesh_dim_names=("replicas", "shards"))["shards"]
 
     def run(self) -> str:
         """A name for another run of this team, by which its keys are told from those of runs before: all processes
@@ -85,6 +101,11 @@ class Team:
     def leads(self) -> bool:
         """Whether this process speaks for the model that it holds or has a shard of."""
         return self.rank % self.shards == 0
+
+    @property
+    def part(self) -> str:
+        """What the names of files say that hold a part of the model: which, of how many."""
+        return f"-{self.rank % self.shards + 1}of{self.shards}" if self.shards > 1 else ""
 
     def members(self, turn: str, count: int) -> Iterator[int]:
         """Numbers below `count`, each handed to one process (or group of shards) of all that ask under this `turn`,
@@ -187,7 +208,14 @@ class Team:
                 self.check()
 
     def _beat(self) -> None:
-        """A thread's work: signs of life, and a look at the others' (all by rank 0, rank 0's by all)."""
+        """A thread's work: to watch, and to end this process if it waits for a shard that won't come."""
+        self._watch()
+        if self._lost and self.shards > 1 and not self._ended.wait(GRACE):
+            log.error("%s; this process can't go on without it", self._lost)
+            os._exit(1)
+
+    def _watch(self) -> None:
+        """Signs of life, and a look at the others' (all by rank 0, rank 0's by all)."""
         watched = [r for r in range(self.size) if r != self.rank and (self.rank == 0 or r == 0)]
         heard = {r: (b"", time.monotonic()) for r in watched}
         for number in itertools.count():

@@ -171,6 +171,10 @@ class ES:
         self._inside: Member | None = None
         self.team = team if team is not None else Team()
         self._run = self.team.run()
+        if self.plan.sharded and self.team.size > 1 and self.team.shards == 1:
+            raise ValueError(
+                "the weights are in shards: say how many processes hold a model: Team.join(device, shards=)"
+            )
         if self.team.size > 1 and weights == "inplace":
             raise ValueError('weights: "inplace" drifts apart in several processes; take "base", "master" or "host"')
         header = header_of(self.rule, self.seed, weights, self.plan) if journal is not None else None
@@ -201,7 +205,7 @@ class ES:
         _, records, checks = parse(self.team.tell(f"{self._run}: journal", path.read_bytes), path)
         updater, start = self._weights.updater, 0
         if self._checkpoints is not None:
-            start = checkpoint.load_newest(self._checkpoints, len(records), updater)
+            start = checkpoint.load_newest(self._checkpoints, len(records), updater, self.team.part)
         log.warning("resuming after generation %d: %d of them from a checkpoint, %d from the journal",
                     len(records), start, len(records) - start)  # fmt: skip
         for record in records[:start]:
@@ -274,7 +278,8 @@ class ES:
         """Rewards of members that other processes scored come here, and ours go there."""
         if self.team.size == 1:
             return
-        mine = {m.index: None if set_aside and m.reward is None else _check_reward(m) for m in self._mine}
+        scored = self._mine if self.team.leads else ()  # of processes that hold a model together one speaks
+        mine = {m.index: None if set_aside and m.reward is None else _check_reward(m) for m in scored}
         found = self.team.exchange(self._turn, mine, self.population_size)
         for member, reward in zip(self.members, found, strict=True):
             member.reward = reward
@@ -295,10 +300,11 @@ class ES:
     def checkpoint(self) -> None:
         """Saves the full state in `checkpoints`, to resume from, and vouches for it. OSError if it can't be written.
 
-        Of a sharded model nothing is saved: it resumes from the journal alone.
+        Of a model in shards the processes of the first group save a part each, from which as many shards resume.
+        Without a team nothing is saved of one: it resumes from the journal alone.
         """
-        if self.team.rank == 0 and not self.plan.sharded:
-            checkpoint.save(self._checkpoints, self.generation, self._weights.updater)
+        if self.team.rank < self.team.shards and (self.team.shards > 1 or not self.plan.sharded):
+            checkpoint.save(self._checkpoints, self.generation, self._weights.updater, self.team.part)
         self.vouch()
 
     def drift(self) -> float | None:

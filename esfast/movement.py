@@ -13,11 +13,12 @@ from .weights import sample
 class Movement:
     """Euclidean norms of what updates did to the weights as they are stored, rounding included: an update that 16 bits
     lose shows as none. From up to weights.DRIFT_SAMPLE weights of each whole, contiguous tensor, each standing for its
-    share of the tensor. To be called while no member is in place.
+    share of the tensor. To be called while no member is in place. Of weights in shards nothing is told.
     """
 
     def __init__(self, plan: Plan):
-        self._views = [(view, window.shape[0]) for _, view, window in sample(plan)]  # weights, and for how many
+        found = [] if plan.sharded else sample(plan)
+        self._views = [(view, window.shape[0]) for _, view, window in found]  # weights, and for how many
         self._initial = self._last = self._read()
 
     def norms(self) -> dict[str, float]:

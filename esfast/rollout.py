@@ -23,6 +23,7 @@ from transformers import GenerationConfig
 from .config import DECODINGS
 from .decoding import WAYS, automatic
 from .sampling import SeededSampling
+from .shards import is_dtensor
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +89,7 @@ class TransformersEngine:
     tokenizer       its tokenizer; without a pad token the eos token pads
     max_new_tokens  longest completion, in tokens
     batch_size      most prompts at once; None takes as many as have their keys and values in a quarter of the device's
-                    memory. When memory runs out nevertheless it is halved, and stays so
+                    memory. When memory runs out nevertheless it is halved, and stays so; not with a model in shards
     temperature     of completions that are asked for with seeds
     decoding        "plain", "static" or "continuous", see esfast.decoding; "auto" takes plain on a CPU, and on a GPU
                     the fastest that works there, and says so where it passes one over
@@ -124,7 +125,10 @@ class TransformersEngine:
             max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=self.pad_token_id, eos_token_id=ends or None
         )
         self._encoded: dict[str, list[int]] = {}
-        self._ways = list(automatic(model)) if decoding == "auto" else [decoding]
+        self._in_shards = any(map(is_dtensor, model.parameters()))
+        if self._in_shards and decoding not in ("auto", "plain"):
+            raise ValueError(f"decoding: a model in shards generates plainly, got {decoding!r}")
+        self._ways = ["plain"] if self._in_shards else list(automatic(model)) if decoding == "auto" else [decoding]
         self._way = None if len(self._ways) > 1 else WAYS[self._ways[0]](model, self.generation_config)
         self._one_thread = is_small(model)
 
@@ -175,7 +179,7 @@ class TransformersEngine:
         try:
             new = self._decode(rows, most, sampling)
         except torch.OutOfMemoryError:
-            if len(rows) == 1:
+            if len(rows) == 1 or self._in_shards:  # where others may have had enough, and wait for this one
                 raise
         else:
             self.tokens += sum(map(len, new))

@@ -59,8 +59,8 @@ class RunFolder:
     def read_metrics(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
 
-    def save_model(self, model, tokenizer, card: str = "", name: str = "model") -> None:
-        save_model(self.path / name, model, tokenizer, card)
+    def save_model(self, model, tokenizer, card: str = "", name: str = "model", weights: dict | None = None) -> None:
+        save_model(self.path / name, model, tokenizer, card, weights)
 
     def draw_curves(self) -> None:
         """Reward and held-out metrics over generations, as curves.png."""
@@ -89,11 +89,11 @@ class RunFolder:
         os.replace(temporary, self.path / "curves.png")
 
 
-def save_model(path: Path, model, tokenizer, card: str = "") -> None:
+def save_model(path: Path, model, tokenizer, card: str = "", weights: dict | None = None) -> None:
     """A Hugging Face folder that from_pretrained loads, with a model card (README.md), whole or not at all; an older
-    one there is replaced."""
+    one there is replaced. `weights` is the state dict of a model that holds them in shards."""
     with whole_folder(path) as unfinished:
-        model.save_pretrained(unfinished)
+        model.save_pretrained(unfinished, **({} if weights is None else {"state_dict": weights}))
         tokenizer.save_pretrained(unfinished)
         if card:
             (unfinished / "README.md").write_text(card, encoding="utf-8")

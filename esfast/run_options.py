@@ -47,7 +47,10 @@ class RunOptions:
         ("transformers", "vllm"),
     )  # fmt: skip
     num_engines: int = option(1, "vLLM engines")
-    tensor_parallel_size: int = option(1, "GPUs of each vLLM engine")
+    tensor_parallel_size: int = option(
+        1, "processes, of those that torchrun starts, that hold one model together, each a part of it; "
+        "with --engine vllm: GPUs of each engine"
+    )  # fmt: skip
 
 
 GROUPS = {  # of options in the help, each by its first one

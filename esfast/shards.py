@@ -121,6 +121,23 @@ def fsdp_modules(source) -> list[torch.nn.Module]:
     return [m for m in source.modules() if isinstance(m, module.FSDPModule)]
 
 
+def whole_state_dict(model: torch.nn.Module, keep: bool) -> dict[str, torch.Tensor]:
+    """The state dict of a model in shards with whole tensors in host memory, tied ones as one; {} without `keep`.
+    A collective call of the ranks that hold the model."""
+    for module in fsdp_modules(model):
+        module.reshard()
+    wholes: dict[int, torch.Tensor] = {}
+    found = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in wholes:
+            whole = tensor.detach()
+            whole = whole.full_tensor() if is_dtensor(whole) else whole
+            wholes[id(tensor)] = whole.cpu() if keep else torch.empty(0)
+        if keep:
+            found[name] = wholes[id(tensor)]
+    return found
+
+
 def gather(dtensors: Sequence[torch.Tensor], mine: dict) -> dict:
     """The union of all ranks' dicts over the meshes of the DTensors. A collective call.
 

@@ -36,6 +36,7 @@ from .rollout import TransformersEngine, as_engine
 from .rows import Rows, check_rows, draw
 from .run_folder import RunFolder, write_whole
 from .sampling import response_seeds
+from .shards import whole_state_dict
 from .stats import mean, standard_error
 from .update import Generation
 
@@ -104,6 +105,11 @@ class ESTrainer:
         if not callable(train_dataset):
             check_rows("train_dataset", train_dataset)
         check_rows("eval_dataset", eval_dataset, required=False)
+        self.team = team if team is not None else Team()
+        if self.team.shards > 1 and (isinstance(model, str) or peft_config is not None):
+            raise ValueError(
+                "a model in shards: expected the model itself, without adapters; see esfast.tensor_parallel"
+            )
         if isinstance(model, str):
             from transformers import AutoModelForCausalLM
 
@@ -120,10 +126,12 @@ class ESTrainer:
         self.engine = as_engine(engine) if engine is not None else TransformersEngine(
             model, processing_class, c.max_completion_length, c.batch_size, c.temperature or 1.0, c.decoding
         )  # fmt: skip
-        self.team = team if team is not None else Team()
         leads = self.team.rank == 0
-        self.kl = KLToBase(model, processing_class, c.max_completion_length) if c.kl_to_base and leads else None
-        self.scorer = Scorer([*self.reward_funcs, *self.metrics.values()], c.reward_workers, c.reward_timeout)
+        self._evaluates = self.team.rank < self.team.shards  # process 0, with those that hold its model's other shards
+        kl = c.kl_to_base and self._evaluates
+        self.kl = KLToBase(model, processing_class, c.max_completion_length) if kl else None
+        workers = c.reward_workers if self.team.leads else 0
+        self.scorer = Scorer([*self.reward_funcs, *self.metrics.values()], workers, c.reward_timeout)
         require(c.report_to)
         resume = c.resume or self.team.restarted
         self.folder = RunFolder.claim(c.output_dir, resume or not leads)
@@ -142,12 +150,13 @@ class ESTrainer:
         self.clock = Clock(self.es.plan.device)
         self.described: dict[str, Any] = {}  # what else goes into config.yaml, from the command line
         self.summary: dict[str, Any] = {}
-        self._trained_tokens = 0
+        self._trained_tokens, self._told, self._best, self._run = 0, 0, -math.inf, self.team.run()
 
     def train(self) -> dict[str, Any]:
         """Runs all generations and saves; returns the summary. On Ctrl-C the last completed generation is saved.
 
-        In a team, process 0 alone writes, evaluates and shows progress; whatever stops one process stops all.
+        In a team, process 0 alone writes, evaluates and shows progress; whatever stops one process stops all. Of a
+        model in shards nothing is saved on Ctrl-C, since that takes all of its processes: the journal holds the run.
         """
         c, leads = self.args, self.team.rank == 0
         self.clock = Clock(self.es.plan.device)
@@ -157,12 +166,12 @@ class ESTrainer:
         before: dict[str, float] = {}
         after: dict[str, float] = {}
         try:
-            if leads:
+            if self._evaluates:
                 before = after = self._open_folder(report)
             while self.es.generation < c.generations:
                 row = self._generation()
                 last = self.es.generation == c.generations
-                if leads:
+                if self._evaluates:
                     if last or (c.eval_every and self.es.generation % c.eval_every == 0):
                         after = self._evaluate()
                         row.update(after)
@@ -179,14 +188,16 @@ class ESTrainer:
                 bar.set_postfix(shown, refresh=False)
                 bar.update()
             self.es.vouch()
-            if leads:
+            if self._evaluates:
                 self._finish(before, after)
             self.team.close()
         except KeyboardInterrupt as interrupt:
             self.team.fail(interrupt)
-            if leads:
+            if leads and self.team.shards == 1:
                 log.warning("interrupted: saving the model after generation %d", self.es.generation)
                 self._finish(before, after)
+            elif leads:
+                log.warning("interrupted after generation %d: resume to go on", self.es.generation)
             raise
         except BaseException as error:
             self.team.fail(error)
@@ -204,14 +215,26 @@ class ESTrainer:
     def _open_folder(self, report: Report) -> dict[str, float]:
         """Writes what a new run begins with, or sees to it that an old one's metrics are complete; returns the
         evaluation of before."""
+        first, self._best = self._tell(self._before)
+        if first is None:
+            first = {"generation": 0, **self._evaluate()}
+            self._log(first, report)
+        return {k: v for k, v in first.items() if k.startswith("eval_")}
+
+    def _before(self) -> tuple[dict[str, Any] | None, float]:
+        """The first line of an old run's metrics, None of a new one, and its best evaluation."""
         settings = self.described | dataclasses.asdict(self.args)
         write_whole(self.folder.config, yaml.safe_dump(settings, sort_keys=False))
-        if not (self.folder.metrics.exists() and self.folder.read_metrics()):
-            self._log({"generation": 0, **self._evaluate()}, report)
-        rows = self.folder.read_metrics()
-        for record in read(self.folder.journal).records[rows[-1]["generation"] :]:  # it died before it wrote them
-            self.folder.append_metrics(_of_rewards(record))
-        return {k: v for k, v in rows[0].items() if k.startswith("eval_")}
+        rows = self.folder.read_metrics() if self.folder.metrics.exists() else []
+        if rows:
+            for record in read(self.folder.journal).records[rows[-1]["generation"] :]:  # it died before it wrote them
+                self.folder.append_metrics(_of_rewards(record))
+        return next(iter(rows), None), max((r["eval_reward"] for r in rows if "eval_reward" in r), default=-math.inf)
+
+    def _tell(self, value: Callable[[], Any]) -> Any:
+        """What `value()` is in process 0, in all that hold its model's shards."""
+        self._told += 1
+        return json.loads(self.team.tell(f"{self._run}: {self._told}", lambda: json.dumps(value()).encode()))
 
     def _generation(self) -> dict[str, Any]:
         generation, c = self.es.generation, self.args
@@ -226,8 +249,9 @@ class ESTrainer:
         self.clock.lap("other")
         scores = []  # workers score a member while the next one generates
         for member, responses in self._answers(texts, seeds):
-            completions = chat.completions(rows, responses)
-            scores.append((member, self.scorer.submit(self.reward_funcs, rows, completions)))
+            if self.team.leads:  # one of the processes that hold a model together
+                completions = chat.completions(rows, responses)
+                scores.append((member, self.scorer.submit(self.reward_funcs, rows, completions)))
             self.clock.lap("score")
         self.clock.lap("perturb")
         for member, rewards in scores:
@@ -280,40 +304,52 @@ class ESTrainer:
     def _evaluate(self) -> dict[str, float]:
         if self.eval_dataset is None:
             return {}
+        texts = chat.texts(self.eval_dataset, self.processing_class)
+        responses = self._generate(texts)
+        # needs the model, so it can't be scored elsewhere
+        named = {} if self.kl is None else {"kl_to_base": self.kl(texts, responses)}
+        found = self._tell(lambda: self._score(texts, responses, named))
+        self.clock.lap("evaluate")
+        return found
+
+    def _score(self, texts: list[str], responses: list[str], named: dict[str, list]) -> dict[str, float]:
         functions = [*self.reward_funcs, *self.metrics.values()]
         rows, count = self.eval_dataset, len(self.reward_funcs)
-        texts = chat.texts(rows, self.processing_class)
-        responses = self._generate(texts)
         values = self.scorer.submit(functions, rows, chat.completions(rows, responses)).result()
-        named = dict(zip(self.metrics, values[count:], strict=True))
-        if self.kl is not None:  # needs the model, so it can't be scored elsewhere
-            named["kl_to_base"] = self.kl(texts, responses)
+        named = dict(zip(self.metrics, values[count:], strict=True)) | named
         rewards = combine(values[:count], self.reward_weights)
         for text, response, *scores in list(zip(texts, responses, *values[:count], strict=True))[: self.args.samples]:
             self.folder.append_samples({"generation": self.es.generation, "prompt": text, "completion": response,
                                         "rewards": scores})  # fmt: skip
-        self.clock.lap("evaluate")
         error = {"eval_reward_se": standard_error(rewards)} if len(rewards) > 1 else {}
         return {"eval_reward": mean(rewards), **error,
                 **{f"eval_{name}": mean([x for x in v if x is not None]) for name, v in named.items()},
                 "eval_length": mean(list(map(len, responses)))}  # fmt: skip
 
     def _log(self, row: dict[str, Any], report: Report) -> None:
-        """Metrics go to disk, and the model of the best evaluation so far with them: of any before, or of another try
-        at this run, the metrics tell."""
-        if self.args.save_best and row["generation"] and "eval_reward" in row:
-            earlier = [r["eval_reward"] for r in self.folder.read_metrics() if "eval_reward" in r]
-            if row["eval_reward"] > max(earlier, default=-math.inf):
-                self.folder.save_model(self.model, self.processing_class, self._card(row), name=self.folder.best.name)
-                self.clock.lap("save")
-        self.folder.append_metrics(row)
-        report.log(row)
+        """Metrics go to disk, and the model of the best evaluation so far with them."""
+        reward = row.get("eval_reward", -math.inf)
+        if reward > self._best:
+            self._best = reward
+            if self.args.save_best and row["generation"]:
+                self._save_model(self.folder.best.name, row)
+        if self.team.rank == 0:
+            self.folder.append_metrics(row)
+            report.log(row)
+
+    def _save_model(self, name: str, after: dict[str, Any]) -> None:
+        weights = whole_state_dict(self.model, keep=self.team.rank == 0) if self.team.shards > 1 else None
+        if self.team.rank == 0:
+            self.folder.save_model(self.model, self.processing_class, self._card(after), name, weights)
+        self.clock.lap("save")
 
     def _card(self, after: dict[str, Any]) -> str:
         return model_card(self.model, self.args, self.es.generation, self.folder.read_metrics()[0], after)
 
     def _finish(self, before: dict[str, float], after: dict[str, float]) -> None:
-        self.folder.save_model(self.model, self.processing_class, self._card(after))
+        self._save_model(self.folder.model.name, after)
+        if self.team.rank:
+            return
         self.folder.draw_curves()
         self.clock.lap("save")
         seconds = {phase: round(s, 3) for phase, s in self.clock.seconds.items()}

@@ -1,7 +1,6 @@
-"""One rank of a sharded model: `python sharded.py RANK WORLD FOLDER` runs every check below and writes what came of each
-to FOLDER/RANK.json. All ranks run the same checks in the same order; see test_shards.py."""
+"""Checks of sharded tensors, and `main`, which runs all that are registered on one rank and writes what came of each to
+FOLDER/RANK.json. All ranks run the same checks in the same order; see sharded_models.py and test_shards.py."""
 
-import copy
 import datetime
 import json
 import math
@@ -14,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
@@ -278,87 +276,6 @@ def moved_memory_is_refused(world):
         raise AssertionError("not refused")
 
 
-# ---- models ---------------------------------------------------------------------------------------------------------
-
-
-class Tied(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(13, 6)
-        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(2))
-        self.head = nn.Linear(6, 13, bias=False)
-        self.head.weight = self.embed.weight
-
-    def forward(self, ids):
-        x = self.embed(ids)
-        for layer in self.layers:
-            x = x + torch.tanh(layer(x))
-        return self.head(x)
-
-
-def compare_models(sharded, whole, what):
-    for (name, found), (_, expected) in zip(sharded.named_parameters(), whole.named_parameters(), strict=True):
-        found = found.full_tensor() if isinstance(found, DTensor) else found
-        assert same(found, expected), f"{what}: {name}"
-
-
-def train(sharded, whole, forward, exact, generations=2, **options):
-    """Both models through ES. `exact`: their outputs must agree to the bit, as they do where no sum is cut."""
-    runs = [ES(m, sigma=0.05, lr=0.05, population_size=3, **options) for m in (sharded, whole)]
-    assert runs[0].plan.layout == runs[1].plan.layout
-    for _ in range(generations):
-        for members in zip(*(es.population() for es in runs), strict=True):
-            with torch.no_grad():
-                a, b = forward(sharded), forward(whole)
-            assert torch.equal(a, b) if exact else torch.allclose(a, b, atol=1e-4), f"member {members[0].index}"
-            for m in members:
-                m.reward = float(b.double().mean())
-        for es in runs:
-            es.step()
-        compare_models(sharded, whole, "after the update")
-    assert runs[0].plan.fingerprint() == runs[1].plan.fingerprint()
-
-
-@check((2, 4))
-def fsdp2(world):
-    """Also of the root module, whose parameters FSDP2 leaves gathered after a forward pass: such copies are neither what
-    the next member is evaluated with, nor what a plan is made of."""
-    torch.manual_seed(0)
-    whole = Tied()
-    sharded = copy.deepcopy(whole)
-    for layer in sharded.layers:
-        fully_shard(layer, mesh=world)
-    fully_shard(sharded, mesh=world)
-    ids = torch.arange(13)
-    train(sharded, whole, lambda m: m(ids), exact=True, weights="master")
-    with torch.no_grad():
-        sharded(ids)
-    assert not isinstance(sharded.embed.weight, DTensor)
-    train(sharded, whole, lambda m: m(ids), exact=True, weights="base")
-    sharded.reshard()
-    compare_models(sharded, whole, "from the shards")
-
-
-@check((2,))
-def transformers_tensor_parallel(world):
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
-
-    folder = Path(sys.argv[3]) / "model"
-    if dist.get_rank() == 0:
-        torch.manual_seed(0)
-        config = Qwen2Config(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-                             num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=True)  # fmt: skip
-        Qwen2ForCausalLM(config).save_pretrained(folder)
-    dist.barrier()
-    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    sharded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, tp_plan="auto")
-    assert any(isinstance(p, DTensor) for p in sharded.parameters())
-    ids = torch.arange(12)[None]
-    with sdpa_kernel(SDPBackend.MATH):
-        train(sharded, whole, lambda m: m(ids).logits.float(), exact=False)
-
-
 # ---- two mesh dimensions --------------------------------------------------------------------------------------------
 
 
@@ -374,19 +291,6 @@ def a_mesh_of_two_dimensions(world):
         Twin(mesh, lambda t, p=placements, d=deepest: p if t.dim() > d else None).run()
     even = {"a": noise(1, "w", (8, 3)).bfloat16(), "b": noise(2, "w", (12, 4))}
     Twin(mesh, lambda t: [_StridedShard(0, split_factor=2), Shard(0)], even).run()
-
-
-@check((4,))
-def fsdp2_over_tensor_parallel(world):
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
-    torch.manual_seed(0)
-    whole = nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 6))
-    sharded = parallelize_module(copy.deepcopy(whole), mesh["tp"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
-    fully_shard(sharded, mesh=mesh["dp"])
-    assert any(isinstance(p, _StridedShard) for p in sharded[0].weight.placements)
-    train(sharded, whole, lambda m: m(torch.eye(6)), exact=False)
 
 
 @check((4,))
@@ -454,7 +358,3 @@ def main(rank, size, folder):
     finally:
         (Path(folder) / f"{rank}.json").write_text(json.dumps(results))
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

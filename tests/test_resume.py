@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import esfast
-from esfast import ES, Plan, checkpoint, cli, embedded
+from esfast import ES, Plan, cli, embedded
 from esfast.export import pack, unpack
 from esfast.journal import read, replay
 from esfast.update import Updater
@@ -124,7 +124,7 @@ def test_only_two_checkpoints_are_kept_and_a_damaged_one_is_passed_over(tmp_path
     for _ in range(4):
         step(es, saves=True)
     folder = tmp_path / "checkpoints"
-    assert checkpoint.found(folder) and sorted(checkpoint.found(folder)) == [3, 4]
+    assert sorted(p.name for p in folder.iterdir()) == [f"generation-0000000{g}.safetensors" for g in (3, 4)]
     newest = folder / "generation-00000004.safetensors"
     data = bytearray(newest.read_bytes())
     data[-9] ^= 1

@@ -1,6 +1,7 @@
 """Sharded weights in real processes: what is gathered from 2 and 4 ranks equals the unsharded run to the bit.
 
-The checks are those of sharded.py; one launch of a world runs all of them, since starting processes takes longest.
+The checks are those of sharded.py and sharded_models.py; one launch of a world runs all of them, since starting
+processes takes longest.
 """
 
 import json
@@ -10,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import sharded
+import sharded_models
 
 WORLDS = (2, 4)
 
@@ -28,7 +29,7 @@ def results(tmp_path_factory):
             }  # fmt: skip
             ranks = [
                 subprocess.Popen(
-                    [sys.executable, Path(sharded.__file__), str(rank), str(world), str(folder)],
+                    [sys.executable, Path(sharded_models.__file__), str(rank), str(world), str(folder)],
                     env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
                     stderr=open(folder / f"{rank}.err", "w"),
                 )
@@ -47,7 +48,7 @@ def results(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("world", "name"), [(w, name) for w in WORLDS for name, (worlds, _) in sharded.CHECKS.items() if w in worlds]
+    ("world", "name"), [(w, name) for w in WORLDS for name, (worlds, _) in sharded_models.CHECKS.items() if w in worlds]
 )
 def test_shards(world, name, results):
     outcomes = [found.get(name, "not run: " + found["stderr"]) for found in results(world)]

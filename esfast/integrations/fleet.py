@@ -142,9 +142,6 @@ class FleetTrainer(ESTrainer):
             fleet.close()
             raise
 
-    def _plan(self, model, include) -> Plan:
-        return model
-
     def _answers(self, texts: list[str], seeds: Sequence[int] | None) -> Iterator[tuple[Member, list[str]]]:
         members = self.es.population().members
         for answer in self.engine.members(members, self.es.sigma, texts, seeds):

@@ -1,0 +1,167 @@
+"""One rank of sharded tensors and models: `python sharded_models.py RANK WORLD FOLDER` runs the checks of sharded.py and
+those of models, which are below."""
+
+import copy
+import re
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from sharded import CHECKS, check, main, same
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from esfast import ES, Plan, shards, tensor_parallel
+
+__all__ = ["CHECKS"]
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(13, 6)
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(2))
+        self.head = nn.Linear(6, 13, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x))
+        return self.head(x)
+
+
+def compare_models(sharded, whole, what):
+    for (name, found), (_, expected) in zip(sharded.named_parameters(), whole.named_parameters(), strict=True):
+        found = found.full_tensor() if isinstance(found, DTensor) else found
+        assert same(found, expected), f"{what}: {name}"
+
+
+def train(sharded, whole, forward, exact, generations=2, **options):
+    """Both models through ES. `exact`: their outputs must agree to the bit, as they do where no sum is cut."""
+    runs = [ES(m, sigma=0.05, lr=0.05, population_size=3, **options) for m in (sharded, whole)]
+    assert runs[0].plan.layout == runs[1].plan.layout
+    for _ in range(generations):
+        for members in zip(*(es.population() for es in runs), strict=True):
+            with torch.no_grad():
+                a, b = forward(sharded), forward(whole)
+            assert torch.equal(a, b) if exact else torch.allclose(a, b, atol=1e-4), f"member {members[0].index}"
+            for m in members:
+                m.reward = float(b.double().mean())
+        for es in runs:
+            es.step()
+        compare_models(sharded, whole, "after the update")
+    assert runs[0].plan.fingerprint() == runs[1].plan.fingerprint()
+
+
+@check((2, 4))
+def fsdp2(world):
+    """Also of the root module, whose parameters FSDP2 leaves gathered after a forward pass: such copies are neither what
+    the next member is evaluated with, nor what a plan is made of."""
+    torch.manual_seed(0)
+    whole = Tied()
+    sharded = copy.deepcopy(whole)
+    for layer in sharded.layers:
+        fully_shard(layer, mesh=world)
+    fully_shard(sharded, mesh=world)
+    ids = torch.arange(13)
+    train(sharded, whole, lambda m: m(ids), exact=True, weights="master")
+    with torch.no_grad():
+        sharded(ids)
+    assert not isinstance(sharded.embed.weight, DTensor)
+    train(sharded, whole, lambda m: m(ids), exact=True, weights="base")
+    sharded.reshard()
+    compare_models(sharded, whole, "from the shards")
+
+
+@check((2,))
+def transformers_tensor_parallel(world):
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+    folder = Path(sys.argv[3]) / "model"
+    if dist.get_rank() == 0:
+        torch.manual_seed(0)
+        config = Qwen2Config(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+                             num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=True)  # fmt: skip
+        Qwen2ForCausalLM(config).save_pretrained(folder)
+    dist.barrier()
+    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    sharded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, tp_plan="auto")
+    assert any(isinstance(p, DTensor) for p in sharded.parameters())
+    ids = torch.arange(12)[None]
+    with sdpa_kernel(SDPBackend.MATH):
+        train(sharded, whole, lambda m: m(ids).logits.float(), exact=False)
+
+
+@check((2, 4))
+def transformers_plans(world):
+    """Models cut by the plans that they bring: the same tokens as the whole model's, and the same weights for a plan."""
+    import transformers as t
+
+    size = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                num_key_value_heads=4, pad_token_id=0, bos_token_id=1, eos_token_id=2)  # fmt: skip
+    configs = [t.Qwen2Config(**size), t.Qwen2Config(**size, tie_word_embeddings=True), t.Phi3Config(**size),
+               t.Qwen3Config(**size, head_dim=8), t.Gemma2Config(**size, head_dim=8), t.GPTNeoXConfig(**size),
+               t.LlamaConfig(**size | {"vocab_size": 64, "num_hidden_layers": 1}, attention_bias=True)]  # fmt: skip
+    for config in configs:
+        name = type(config).__name__
+        torch.manual_seed(0)
+        whole = t.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+        cut = copy.deepcopy(whole)
+        tensor_parallel.shard(cut, world, "cpu")
+        head = cut.get_output_embeddings()
+        cuts_head = not config.tie_word_embeddings and config.vocab_size % world.size() == 0
+        assert isinstance(head.weight, DTensor) == cuts_head, f"{name}: the output matrix"
+        for found, expected in zip(Plan(cut).entries, Plan(whole).entries, strict=True):
+            assert found.window.shape == expected.window.shape, f"{name}: {found.name}"
+        es = ES(cut, sigma=0.05, population_size=2), ES(whole, sigma=0.05, population_size=2)
+        ids = torch.arange(3, 17).view(2, 7)
+        for _ in zip(*(e.population() for e in es), strict=True):
+            with torch.no_grad():
+                assert torch.allclose(cut(ids).logits, whole(ids).logits, atol=1e-5), name
+                tokens = [m.generate(ids, max_new_tokens=6, do_sample=False) for m in (cut, whole)]
+            assert torch.equal(*tokens), name
+        state = shards.whole_state_dict(cut, keep=dist.get_rank() == 0)
+        assert set(state) == (set(whole.state_dict()) if dist.get_rank() == 0 else set())
+        assert all(same(t, whole.state_dict()[n]) for n, t in state.items()), name
+        if config.tie_word_embeddings and state:
+            assert state["lm_head.weight"] is state["model.embed_tokens.weight"]
+    refused = [
+        (
+            t.Qwen2Config(**size | {"num_key_value_heads": 1}),
+            "1 num_key_value_heads of Qwen2ForCausalLM can't be shared",
+        ),
+        (t.Qwen2Config(**size | {"intermediate_size": 49}), "gate_proj of Qwen2.*, (49, 32), can't be cut in"),
+        (t.GPT2Config(n_embd=8, n_layer=1, n_head=4), "GPT2LMHeadModel brings no plan"),
+    ]
+    for config, words in refused:
+        model = t.AutoModelForCausalLM.from_config(config)
+        try:
+            tensor_parallel.shard(model, world, "cpu")
+        except ValueError as e:
+            assert re.search(words.replace("(", "\\(").replace(")", "\\)"), str(e)), e
+        else:
+            raise AssertionError(f"not refused: {words}")
+        assert not any(isinstance(p, DTensor) for p in model.parameters())
+
+
+@check((4,))
+def fsdp2_over_tensor_parallel(world):
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    torch.manual_seed(0)
+    whole = nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 6))
+    sharded = parallelize_module(copy.deepcopy(whole), mesh["tp"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    fully_shard(sharded, mesh=mesh["dp"])
+    assert any(isinstance(p, _StridedShard) for p in sharded[0].weight.placements)
+    train(sharded, whole, lambda m: m(torch.eye(6)), exact=False)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

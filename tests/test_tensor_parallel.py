@@ -1,0 +1,161 @@
+"""Processes that hold one model together, by `esfast train --tensor-parallel-size`: what comes of it is a run like any
+other, whose journal leads to the same bits on the whole model. How models are cut: sharded_models.py."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from test_distributed import environment, free_port, outcome
+
+from esfast import cli, embedded
+from esfast.distributed import Team
+from esfast.journal import read
+
+REWARDS = """
+def variety(completions, **columns):
+    return [len(set(text)) / 8 for text in completions]
+"""
+OPTIONS = {
+    "task": "countdown", "style": "compact", "reward": "variety_reward:variety", "population-size": 4, "sigma": 0.05,
+    "lr": 0.05, "prompts-per-generation": 8, "max-completion-length": 8, "eval-prompts": 8, "eval-every": 2,
+    "checkpoint-every": 2, "generations": 5, "reward-workers": 0, "device": "cpu",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A folder with an untrained model, and a module of rewards beside it."""
+    folder = tmp_path_factory.mktemp("base")
+    (folder / "variety_reward.py").write_text(REWARDS)
+    tokenizer = embedded.make_tokenizer()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        embedded.make_model(tokenizer).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    return folder
+
+
+def command(base, out, *more, **options):
+    settings = OPTIONS | {"model": base / "model", "out": out} | {k.replace("_", "-"): v for k, v in options.items()}
+    pairs = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+    return ["-m", "esfast", "train", *pairs, "--no-progress", *more]
+
+
+def launch(base, processes, out, *more, **options):
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(free_port())]
+    return subprocess.run(
+        [sys.executable, *(launcher if processes > 1 else ()), *command(base, out, *more, **options)],
+        env=environment(PYTHONPATH=str(base)), capture_output=True, text=True, timeout=180,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def of_two(base, tmp_path_factory):
+    """A run of one model in two shards."""
+    folder = tmp_path_factory.mktemp("of_two") / "run"
+    done = launch(base, 2, folder, "--kl-to-base", tensor_parallel_size=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_it_leaves_what_a_run_leaves(of_two, base):
+    from transformers import AutoModelForCausalLM
+
+    left = {p.name for p in of_two.iterdir()}
+    assert left >= {"config.yaml", "curves.png", "journal.jsonl", "metrics.jsonl", "model", "samples.jsonl"}
+    rows = metrics(of_two)
+    assert [r["generation"] for r in rows] == list(range(6)) and "distance" not in rows[1]
+    assert rows[0]["eval_kl_to_base"] == 0 < rows[-1]["eval_kl_to_base"]
+    assert len(read(of_two / "journal.jsonl").checks) == 3  # two checkpoints and the end
+    tuned, untuned = (AutoModelForCausalLM.from_pretrained(f) for f in (of_two / "model", base / "model"))
+    assert tuned.state_dict().keys() == untuned.state_dict().keys()
+    assert not torch.equal(tuned.model.layers[0].mlp.up_proj.weight, untuned.model.layers[0].mlp.up_proj.weight)
+
+
+def test_its_journal_leads_to_its_bits_on_the_whole_model(of_two, base, tmp_path):
+    argv = [
+        "replay",
+        of_two / "journal.jsonl",
+        "--base",
+        base / "model",
+        "--out",
+        tmp_path / "tuned",
+        "--device",
+        "cpu",
+    ]
+    assert cli.main(list(map(str, argv))) == 0
+    replayed = (tmp_path / "tuned" / "model.safetensors").read_bytes()
+    assert replayed == (of_two / "model" / "model.safetensors").read_bytes()
+
+
+def test_two_groups_of_two_are_as_one(of_two, base, tmp_path):
+    done = launch(base, 4, tmp_path / "run", tensor_parallel_size=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert outcome(tmp_path / "run") == outcome(of_two)
+
+
+def test_it_resumes_from_checkpoints_in_parts_and_without(of_two, base, tmp_path):
+    run = tmp_path / "run"
+    assert launch(base, 2, run, tensor_parallel_size=2, generations=3).returncode == 0
+    parts = sorted(p.name for p in (run / "checkpoints").iterdir())
+    assert parts == [f"generation-00000002-{part}of2.safetensors" for part in (1, 2)]
+    (run / "checkpoints" / parts[1]).unlink()  # one rank begins at the checkpoint, the other at the base weights
+    done = launch(base, 2, run, "--resume", tensor_parallel_size=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for found in ("2 of them from a checkpoint, 1 from the journal", "0 of them from a checkpoint, 3 from the journal"):
+        assert found in done.stderr
+    records = read(of_two / "journal.jsonl").records
+    assert outcome(run)[0] == outcome(of_two)[0] and read(run / "journal.jsonl").records == records
+    done = launch(base, 1, run, "--resume", generations=6)  # the whole model goes on with it
+    assert done.returncode == 0 and "0 of them from a checkpoint, 5 from the journal" in done.stderr
+    assert read(run / "journal.jsonl").records[:5] == records
+
+
+def test_a_shard_that_hangs_ends_the_job(base, tmp_path):
+    """The other waits for it in the midst of a matrix product, where nothing is asked of the store."""
+    shared = environment(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), PYTHONPATH=str(base))
+    arguments = command(base, tmp_path / "run", tensor_parallel_size=2, generations=10_000, eval_every=0)
+    team = [subprocess.Popen([sys.executable, *arguments], env=shared | {"RANK": str(r), "LOCAL_RANK": str(r)},
+                             stderr=subprocess.PIPE, text=True) for r in range(2)]  # fmt: skip
+    try:
+        journal, began = tmp_path / "run" / "journal.jsonl", time.monotonic()
+        while not (journal.exists() and read(journal).records):
+            assert time.monotonic() - began < 60 and team[0].poll() is None
+            time.sleep(0.1)
+        os.kill(team[1].pid, signal.SIGSTOP)
+        began = time.monotonic()
+        _, errors = team[0].communicate(timeout=60)
+        assert team[0].returncode == 1 and "process 1 has not been heard of for 30 s" in errors, errors[-3000:]
+        assert time.monotonic() - began < 60
+    finally:
+        for process in team:
+            process.kill()
+            process.communicate()
+
+
+def test_what_does_not_fit_is_refused(base, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(base)
+    assert cli.main(command(base, tmp_path / "run", tensor_parallel_size=2)[2:]) == 1
+    assert "1 processes can't be grouped by 2; start a multiple of 2 with torchrun" in capsys.readouterr().err
+    done = launch(base, 3, tmp_path / "run", tensor_parallel_size=3)
+    assert done.returncode == 1 and "4 num_attention_heads of Qwen2ForCausalLM can't be shared by 3" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_trainer_asks_for_the_model_itself(base, tmp_path):
+    import esfast
+
+    team = Team(torch.distributed.HashStore(), 0, 2, shards=2)
+    config = esfast.ESConfig(str(tmp_path / "run"))
+    with pytest.raises(ValueError, match="in shards: expected the model itself, without adapters"):
+        esfast.ESTrainer(str(base / "model"), len, config, [{"prompt": "a"}], team=team)
+    team._ended.set()
