@@ -179,14 +179,14 @@ class ES:
             raise ValueError('weights: "inplace" drifts apart in several processes; take "base", "master" or "host"')
         header = header_of(self.rule, self.seed, weights, self.plan) if journal is not None else None
         self._weights = self.modes[weights](self.plan, self.rule, backend)
-        if self.team.size > 1:
-            self._weights.updater = SharedUpdates(self._weights.updater, self.team, self._run)
         self._asked, self._mine = 0, []
         self._checkpoints = Path(checkpoints) if checkpoints is not None else None
         self._journal: Journal | None = None
         self._vouched = -1
         if journal is not None:
             self._begin(Path(journal), header, resume)
+        if self.team.size > 1:  # not before: what a process replays depends on the checkpoints that it finds
+            self._weights.updater = SharedUpdates(self._weights.updater, self.team, self._run)
 
     def _begin(self, path: Path, header: dict, resume: bool) -> None:
         self.team.agree(f"{self._run}: fingerprint of the base weights", header["base"])

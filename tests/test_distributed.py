@@ -101,7 +101,7 @@ def test_a_slow_process_delays_nobody(tmp_path):
 
 def test_a_process_that_dies_ends_the_job_and_another_number_of_them_goes_on(single, tmp_path):
     began = time.monotonic()
-    done = torchrun(2, tmp_path / "run", fault="SIGKILL", at=[0, 3], pause=0.01)
+    done = torchrun(2, tmp_path / "run", fault="SIGKILL", at=[0, 3], pause=0.05)
     assert done.returncode != 0 and time.monotonic() - began < 60
     assert "rank      : 0" in done.stderr and "SIGKILL" in done.stderr  # torchrun names it
     assert len(read(tmp_path / "run" / "journal.jsonl").records) == 3
@@ -111,9 +111,28 @@ def test_a_process_that_dies_ends_the_job_and_another_number_of_them_goes_on(sin
 
 
 def test_torchrun_starts_them_again_and_they_resume(single, tmp_path):
-    done = torchrun(2, tmp_path / "run", "--max-restarts", "1", fault="SIGKILL", at=[1, 3], pause=0.01)
+    done = torchrun(2, tmp_path / "run", "--max-restarts", "1", fault="SIGKILL", at=[1, 3], pause=0.05)
     assert done.returncode == 0, done.stderr[-3000:]
     assert outcome(tmp_path / "run") == outcome(single) and "resuming after generation 3" in done.stderr
+
+
+def test_two_machines_that_share_no_files(single, tmp_path):
+    """A launcher on each, two processes on one and one on the other. What the second needs to resume it is told."""
+    for generations, resume in ((4, False), (6, True)):
+        port = str(free_port())
+        launchers = []
+        for node, processes in enumerate(("2", "1")):
+            command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(node),
+                       "--nproc-per-node", processes, "--master-addr", "127.0.0.1", "--master-port", port, JOB,
+                       str(tmp_path / f"machine{node}"), *options({"generations": generations, "resume": resume})]  # fmt: skip
+            launchers.append(subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True))
+        for launcher in launchers:
+            _, errors = launcher.communicate(timeout=120)
+            assert launcher.returncode == 0, errors[-3000:]
+    assert outcome(tmp_path / "machine0")[0] == outcome(single)[0]
+    assert read(tmp_path / "machine0" / "journal.jsonl").records == read(single / "journal.jsonl").records
+    assert "4 of them from a checkpoint" not in errors and "resuming after generation 4: 0 of them" in errors
+    assert not (tmp_path / "machine1").exists()
 
 
 def by_hand(processes, out, **settings):
@@ -134,7 +153,7 @@ def by_hand(processes, out, **settings):
 )
 def test_all_stop_with_one_and_know_why(fault, rank, status, words, tmp_path):
     began = time.monotonic()
-    team = by_hand(2, tmp_path / "run", fault=fault, at=[rank, 2], pause=0.01)
+    team = by_hand(2, tmp_path / "run", fault=fault, at=[rank, 2], pause=0.05)
     other = team[1 - rank]
     try:
         _, errors = other.communicate(timeout=60)
