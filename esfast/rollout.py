@@ -23,7 +23,7 @@ from transformers import GenerationConfig
 from .config import DECODINGS
 from .decoding import WAYS, automatic
 from .sampling import SeededSampling
-from .shards import is_dtensor
+from .shards import in_shards
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +125,7 @@ class TransformersEngine:
             max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=self.pad_token_id, eos_token_id=ends or None
         )
         self._encoded: dict[str, list[int]] = {}
-        self._in_shards = any(map(is_dtensor, model.parameters()))
+        self._in_shards = in_shards(model)
         if self._in_shards and decoding not in ("auto", "plain"):
             raise ValueError(f"decoding: a model in shards generates plainly, got {decoding!r}")
         self._ways = ["plain"] if self._in_shards else list(automatic(model)) if decoding == "auto" else [decoding]

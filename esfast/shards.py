@@ -121,6 +121,13 @@ def fsdp_modules(source) -> list[torch.nn.Module]:
     return [m for m in source.modules() if isinstance(m, module.FSDPModule)]
 
 
+def in_shards(model) -> bool:
+    """Whether it is a module of which other ranks hold parts."""
+    if not isinstance(model, torch.nn.Module):
+        return False
+    return bool(fsdp_modules(model)) or any(map(is_dtensor, model.parameters()))
+
+
 def whole_state_dict(model: torch.nn.Module, keep: bool) -> dict[str, torch.Tensor]:
     """The state dict of a model in shards with whole tensors in host memory, tied ones as one; {} without `keep`.
     A collective call of the ranks that hold the model."""

@@ -36,7 +36,7 @@ from .rollout import TransformersEngine, as_engine
 from .rows import Rows, check_rows, draw
 from .run_folder import RunFolder, write_whole
 from .sampling import response_seeds
-from .shards import whole_state_dict
+from .shards import in_shards, whole_state_dict
 from .stats import mean, standard_error
 from .update import Generation
 
@@ -338,7 +338,7 @@ class ESTrainer:
             report.log(row)
 
     def _save_model(self, name: str, after: dict[str, Any]) -> None:
-        weights = whole_state_dict(self.model, keep=self.team.rank == 0) if self.team.shards > 1 else None
+        weights = whole_state_dict(self.model, keep=self.team.rank == 0) if in_shards(self.model) else None
         if self.team.rank == 0:
             self.folder.save_model(self.model, self.processing_class, self._card(after), name, weights)
         self.clock.lap("save")

@@ -15,7 +15,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from esfast import ES, Plan, shards, tensor_parallel
+from esfast import ES, Plan, add_noise_, embedded, shards, tensor_parallel
+from esfast.kl import KLToBase
 
 __all__ = ["CHECKS"]
 
@@ -76,6 +77,39 @@ def fsdp2(world):
     train(sharded, whole, lambda m: m(ids), exact=True, weights="base")
     sharded.reshard()
     compare_models(sharded, whole, "from the shards")
+
+
+@check((2, 4))
+def kl_to_base_and_saving(world):
+    """What the trainer does with a model besides generating: both ways to cut one, also after a forward pass."""
+    tokenizer = embedded.make_tokenizer()
+    torch.manual_seed(0)
+    whole = embedded.make_model(tokenizer).eval()
+    plan = Plan(whole)
+
+    def fsdp(model):
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=world)
+        fully_shard(model, mesh=world)
+
+    texts, responses = ["3 4 5", "1"], ["3+4", "words"]
+    before, after = whole.state_dict(), copy.deepcopy(whole)
+    expected_kl = KLToBase(after, tokenizer, 8)
+    add_noise_(Plan(after), [5], [0.05])
+    expected = expected_kl(texts, responses)
+    assert min(expected) > 1e-3
+    for cut in (fsdp, lambda model: tensor_parallel.shard(model, world, "cpu")):
+        model = copy.deepcopy(whole)
+        cut(model)
+        assert shards.in_shards(model) and not shards.in_shards(whole)
+        kl = KLToBase(model, tokenizer, 8)
+        tuned = Plan(model)
+        add_noise_(tuned, [5], [0.05])
+        assert torch.allclose(torch.tensor(kl(texts, responses)), torch.tensor(expected), rtol=1e-3)
+        state = shards.whole_state_dict(model, keep=True)
+        assert state.keys() == before.keys() and all(same(t, after.state_dict()[n]) for n, t in state.items())
+        assert state["lm_head.weight"] is state["model.embed_tokens.weight"]
+        assert tuned.fingerprint() == Plan(after).fingerprint() != plan.fingerprint()
 
 
 @check((2,))

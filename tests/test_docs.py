@@ -50,8 +50,9 @@ def test_the_replay_runs(tmp_path, monkeypatch):
     assert len(scope["records"]) == 20 and (tmp_path / "linear.safetensors").exists()
 
 
-def test_groups_of_ranks_run(monkeypatch):
-    """As one group of one rank: tests/sharded.py has four ranks."""
+def test_groups_of_ranks_run(tiny, tmp_path, monkeypatch):
+    """As one group of one rank: tests/sharded.py and test_tensor_parallel.py have several."""
+    monkeypatch.chdir(tmp_path)
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
     before = [p.detach().clone() for p in model.parameters()]
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -59,16 +60,18 @@ def test_groups_of_ranks_run(monkeypatch):
         scope = {
             "esfast": esfast,
             "model": model,
-            "replicas": 1,
-            "shards": 1,
             "evaluate": lambda model: float(torch.rand(())),
         }
-        exec("from torch.distributed.device_mesh import init_device_mesh\n"
-             "from torch.distributed.fsdp import fully_shard", scope)  # fmt: skip
-        (code,) = blocks("distributed.md")
-        exec(code.replace('"cuda"', '"cpu"'), scope)
+        loop, training = (code.replace('"cuda"', '"cpu"').replace("shards=4", "shards=1")
+                          for code in blocks("distributed.md"))  # fmt: skip
+        exec(loop, scope)
         assert scope["es"].generation == 1
         assert not any(torch.equal(p.full_tensor(), old) for p, old in zip(model.parameters(), before, strict=True))
+        settings = "generations=1, population_size=2, prompts_per_generation=1, max_completion_length=2, progress=False"
+        training = training.replace("Qwen/Qwen2.5-7B-Instruct", str(tiny)).replace('"runs/a"', f'"runs/a", {settings}')
+        scope |= {"rows": [{"prompt": "a"}], "reward": lambda completions, **_: [float(len(c)) for c in completions]}
+        exec(training, scope)
+        assert (tmp_path / "runs" / "a" / "model" / "model.safetensors").exists()
     finally:
         dist.destroy_process_group()
 
