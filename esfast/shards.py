@@ -131,8 +131,6 @@ def in_shards(model) -> bool:
 def whole_state_dict(model: torch.nn.Module, keep: bool) -> dict[str, torch.Tensor]:
     """The state dict of a model in shards with whole tensors in host memory, tied ones as one; {} without `keep`.
     A collective call of the ranks that hold the model."""
-    for module in fsdp_modules(model):
-        module.reshard()
     wholes: dict[int, torch.Tensor] = {}
     found = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
