@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 BEAT = 3.0  # seconds between the signs of life of a process
 SILENCE = 30.0  # seconds without one after which it is taken for dead
-GRACE = 10.0  # seconds then for a process that may be waiting for its shard of the model
+GRACE = 10.0  # seconds that other processes then have to notice
 
 
 class Stopped(RuntimeError):
@@ -47,6 +47,7 @@ class Team:
 
     rank, size     this process's number, and how many there are
     shards         so many processes, of consecutive ranks, hold one model in shards and score its members together
+    at_work        whether this process has something to do with others, and can't go on without them
     """
 
     def __init__(self, store: dist.Store | None = None, rank: int = 0, size: int = 1, shards: int = 1):
@@ -56,7 +57,7 @@ class Team:
             )
         self.rank, self.size, self.shards = rank, size, shards
         self._store, self._lost, self._own_group, self._runs = store, None, False, 0
-        self._ended = threading.Event()
+        self._ended, self._noticed, self.at_work = threading.Event(), threading.Event(), False
         if size > 1:
             threading.Thread(target=self._beat, name="esfast-heartbeat", daemon=True).start()
 
@@ -179,6 +180,7 @@ class Team:
     def check(self) -> None:
         """Stopped, or KeyboardInterrupt, if another process stopped."""
         if self._lost is not None:
+            self._noticed.set()
             raise Stopped(self._lost)
         try:
             reason = self._store.get("stop").decode() if self._store.check(["stop"]) else ""
@@ -208,10 +210,11 @@ class Team:
                 self.check()
 
     def _beat(self) -> None:
-        """A thread's work: to watch, and to end this process if it waits for a shard that won't come."""
+        """A thread's work: to watch, and to end this process if it is amidst a sum or a broadcast that will never end,
+        or a long generation that is of no use any more. The journal holds all generations that are complete."""
         self._watch()
-        if self._lost and self.shards > 1 and not self._ended.wait(GRACE):
-            log.error("%s; this process can't go on without it", self._lost)
+        if self._lost and not self._noticed.wait(GRACE) and self.at_work:
+            log.error("stopped: %s", self._lost)
             os._exit(1)
 
     def _watch(self) -> None:

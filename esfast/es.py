@@ -228,6 +228,7 @@ class ES:
             raise RuntimeError(f"population(): member {self._inside.index} is still in place; leave its loop first")
         self.members, self._mine = [self._member(i) for i in range(self.population_size)], []
         self._asked += 1
+        self.team.at_work = True
         return Population(self, self.members)
 
     def _member(self, index: int) -> Member:
@@ -272,6 +273,7 @@ class ES:
             self._weights.update(record)
             self.generation += 1
             self.members = []
+        self.team.at_work = False
         return record
 
     def _exchange(self, set_aside: bool) -> None:

@@ -304,11 +304,13 @@ class ESTrainer:
     def _evaluate(self) -> dict[str, float]:
         if self.eval_dataset is None:
             return {}
+        self.team.at_work = True
         texts = chat.texts(self.eval_dataset, self.processing_class)
         responses = self._generate(texts)
         # needs the model, so it can't be scored elsewhere
         named = {} if self.kl is None else {"kl_to_base": self.kl(texts, responses)}
         found = self._tell(lambda: self._score(texts, responses, named))
+        self.team.at_work = False
         self.clock.lap("evaluate")
         return found
 

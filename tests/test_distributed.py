@@ -208,6 +208,29 @@ def test_two_teams_over_one_store():
         team._ended.set()
 
 
+def test_who_is_amidst_something_is_ended_and_who_is_not_goes_on(monkeypatch):
+    ends = []
+    monkeypatch.setattr(distributed, "BEAT", 0.01)
+    monkeypatch.setattr(distributed, "SILENCE", 0.05)
+    monkeypatch.setattr(distributed, "GRACE", 0.1)
+    monkeypatch.setattr(os, "_exit", ends.append)
+    for at_work, notices, expected in ((False, False, []), (True, True, []), (True, False, [1])):
+        team = Team(torch.distributed.HashStore(), 0, 2)
+        team.at_work = at_work
+        time.sleep(0.1)  # nobody else is there
+        if notices:
+            with pytest.raises(distributed.Stopped, match="process 1 has not been heard of"):
+                team.check()
+        time.sleep(0.3)
+        assert ends == expected
+    es = esfast.ES([("a", torch.zeros(3))], population_size=2)
+    for member in es.population():
+        assert es.team.at_work
+        member.reward = float(member.index)
+    es.step()
+    assert not es.team.at_work
+
+
 def test_inplace_is_refused_in_a_team():
     team = Team(torch.distributed.HashStore(), 0, 2)
     with pytest.raises(ValueError, match='"inplace" drifts apart'):
