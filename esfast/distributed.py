@@ -45,6 +45,9 @@ class Stopped(RuntimeError):
 class Team:
     """The processes that train together; `Team()` is this process alone.
 
+        with Team.join() as team:      # at the end all wait for each other; an error or Ctrl-C in one stops all
+            es = ES(model, team=team)
+
     rank, size     this process's number, and how many there are
     shards         so many processes, of consecutive ranks, hold one model in shards and score its members together
     at_work        whether this process has something to do with others, and can't go on without them
@@ -72,7 +75,10 @@ class Team:
             found, rank, size = next(rendezvous("env://"))
             # torchrun's store may outlive the processes, and what they left there must not meet their successors
             attempt = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", found)
-            backend = "cpu:gloo,cuda:nccl" if torch.device(device).type == "cuda" else "gloo"
+            device, backend = torch.device(device), "gloo"
+            if device.type == "cuda":  # what processes tell each other about shards goes by the current device
+                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index)
+                backend = "cpu:gloo,cuda:nccl"
             dist.init_process_group(backend, store=attempt, rank=rank, world_size=size)
         store = dist.PrefixStore("esfast", dist.distributed_c10d._get_default_store())
         team = cls(store, dist.get_rank(), dist.get_world_size(), shards)
@@ -190,6 +196,15 @@ class Team:
             raise KeyboardInterrupt(reason)
         if reason:
             raise Stopped(reason.removeprefix("failed: "))
+
+    def __enter__(self) -> Team:
+        return self
+
+    def __exit__(self, kind, error: BaseException | None, traceback) -> None:
+        if error is None:
+            self.close()
+        else:
+            self.fail(error)
 
     def close(self) -> None:
         """All processes meet for the last time: none goes while another still needs it."""

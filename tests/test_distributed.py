@@ -208,6 +208,48 @@ def test_two_teams_over_one_store():
         team._ended.set()
 
 
+def test_at_the_end_of_a_block_all_wait_for_each_other_or_stop():
+    def block(team, error=None):
+        with team:
+            if error:
+                raise error
+        return time.monotonic()
+
+    with ThreadPoolExecutor(1) as pool:
+        store = torch.distributed.HashStore()
+        first = pool.submit(block, Team(store, 0, 2))
+        time.sleep(0.2)
+        began = time.monotonic()
+        block(Team(store, 1, 2))
+        assert first.result(timeout=10) > began
+        store = torch.distributed.HashStore()
+        first = pool.submit(block, Team(store, 0, 2))
+        other = Team(store, 1, 2)
+        with pytest.raises(ZeroDivisionError):
+            block(other, ZeroDivisionError("why"))
+        with pytest.raises(distributed.Stopped, match="process 1 stopped with ZeroDivisionError: why"):
+            first.result(timeout=10)
+        other._ended.set()
+
+
+@pytest.mark.parametrize(("device", "index"), [("cuda", 3), ("cuda:1", 1), ("cpu", None)])
+def test_a_process_uses_its_gpu(device, index, monkeypatch):
+    used = {}
+    for name, value in {"WORLD_SIZE": "2", "LOCAL_RANK": "3"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed, "rendezvous", lambda url: iter([(torch.distributed.HashStore(), 0, 2)]))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda i: used.update(index=i))
+
+    def init(backend, **others):
+        used["backend"] = backend
+        raise StopIteration
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", init)
+    with pytest.raises(StopIteration):
+        Team.join(device)
+    assert used == ({"backend": "gloo"} if index is None else {"index": index, "backend": "cpu:gloo,cuda:nccl"})
+
+
 def test_who_is_amidst_something_is_ended_and_who_is_not_goes_on(monkeypatch):
     ends = []
     monkeypatch.setattr(distributed, "BEAT", 0.01)

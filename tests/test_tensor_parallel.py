@@ -17,11 +17,11 @@ from esfast.distributed import Team
 from esfast.journal import read
 
 REWARDS = """
-def variety(completions, **columns):
-    return [len(set(text)) / 8 for text in completions]
+def luck(completions, **columns):
+    return [sum(map(ord, text)) % 97 / 97 for text in completions]
 """
 OPTIONS = {
-    "task": "countdown", "style": "compact", "reward": "variety_reward:variety", "population-size": 4, "sigma": 0.05,
+    "task": "countdown", "style": "compact", "reward": "lucky:luck", "population-size": 4, "sigma": 0.05,
     "lr": 0.05, "prompts-per-generation": 8, "max-completion-length": 8, "eval-prompts": 8, "eval-every": 2,
     "checkpoint-every": 2, "generations": 5, "reward-workers": 0, "device": "cpu",
 }  # fmt: skip
@@ -31,7 +31,7 @@ OPTIONS = {
 def base(tmp_path_factory):
     """A folder with an untrained model, and a module of rewards beside it."""
     folder = tmp_path_factory.mktemp("base")
-    (folder / "variety_reward.py").write_text(REWARDS)
+    (folder / "lucky.py").write_text(REWARDS)
     tokenizer = embedded.make_tokenizer()
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -71,14 +71,16 @@ def test_it_leaves_what_a_run_leaves(of_two, base):
     from transformers import AutoModelForCausalLM
 
     left = {p.name for p in of_two.iterdir()}
-    assert left >= {"config.yaml", "curves.png", "journal.jsonl", "metrics.jsonl", "model", "samples.jsonl"}
+    assert left >= {"config.yaml", "curves.png", "journal.jsonl", "metrics.jsonl", "model", "best", "samples.jsonl"}
     rows = metrics(of_two)
     assert [r["generation"] for r in rows] == list(range(6)) and "distance" not in rows[1]
     assert rows[0]["eval_kl_to_base"] == 0 < rows[-1]["eval_kl_to_base"]
     assert len(read(of_two / "journal.jsonl").checks) == 3  # two checkpoints and the end
-    tuned, untuned = (AutoModelForCausalLM.from_pretrained(f) for f in (of_two / "model", base / "model"))
-    assert tuned.state_dict().keys() == untuned.state_dict().keys()
-    assert not torch.equal(tuned.model.layers[0].mlp.up_proj.weight, untuned.model.layers[0].mlp.up_proj.weight)
+    untuned = AutoModelForCausalLM.from_pretrained(base / "model")
+    for folder in ("model", "best"):
+        tuned = AutoModelForCausalLM.from_pretrained(of_two / folder)
+        assert tuned.state_dict().keys() == untuned.state_dict().keys()
+        assert not torch.equal(tuned.model.layers[0].mlp.up_proj.weight, untuned.model.layers[0].mlp.up_proj.weight)
 
 
 def test_its_journal_leads_to_its_bits_on_the_whole_model(of_two, base, tmp_path):
