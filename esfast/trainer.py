@@ -63,7 +63,8 @@ class ESTrainer:
         peft_config: a PEFT configuration: its adapters are put into the model, and they alone are tuned (optional).
         engine: what generates, a function from prompts to completions or an esfast.rollout.Engine; default
             TransformersEngine.
-        team: the processes that train together, each with a model of its own (Team.join()); default: this one alone.
+        team: the processes that train together (Team.join()), each with a model of its own or a part of one, see
+            esfast.tensor_parallel; default: this one alone.
 
     Raises:
         TypeError, ValueError: arguments outside the above, before anything is written.
