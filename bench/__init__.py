@@ -58,7 +58,7 @@ EXAMPLES = {
     ),
     "tasks": ("--json bench/results/tasks.json", "--tasks sudoku --keep runs/tasks"),
     "simulate": (
-        "--plot docs/simulate.png --json bench/results/simulate.json",
+        "--json bench/results/simulate.json --plots docs/figures",
         "--workers 1 8 64 --member-seconds 10   of other machines",
     ),
     "replay": ("--json bench/results/replay.json", "-- --generations 10   options of `esfast train`"),

@@ -124,6 +124,25 @@ def training_sweep(result: dict) -> Figure:
     return figure
 
 
+def simulate_handout(result: dict) -> Figure:
+    rows = [r for r in result["rows"] if r["kind"] == "generation" and r["members"] == 4 * r["workers"]]
+    scenarios = list(dict.fromkeys(r["scenario"] for r in rows))
+    figure, panels = _panels(result, len(scenarios))
+    for axes, scenario in zip(panels, scenarios, strict=True):
+        for schedule, line in (("static", "--"), ("dynamic", "-")):
+            for slow, color in ((False, "#2471a3"), (True, "#c0392b")):
+                mine = [r for r in rows if r["scenario"] == scenario and r["slow_workers"] == slow]
+                ratios = [r[f"seconds_{schedule}"] / r["seconds_ideal"] for r in mine]
+                label = f"{schedule}{', 1 % of workers 5x slower' * slow}"
+                axes.plot([r["workers"] for r in mine], ratios, line, color=color, marker=".", label=label)
+        axes.set(title=f"{scenario}, 4 members a worker", xscale="log", yscale="log", xlabel="workers")
+        axes.set_yticks(ticks := [1, 2, 5, 10, 20], list(map(str, ticks)))
+        axes.minorticks_off()
+    panels[0].set_ylabel("time to score all members / ideal")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    return figure
+
+
 def _panels(result: dict, count: int) -> tuple[Figure, list]:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     return figure, list(figure.subplots(1, count))
@@ -148,6 +167,7 @@ FIGURES: dict[str, tuple[str, Callable[[dict], Figure]]] = {
     "drift-rates": ("drift", drift_rates),
     "training-modes": ("training", training_modes),
     "training-sweep": ("training", training_sweep),
+    "simulate-handout": ("simulate", simulate_handout),
 }
 
 

@@ -18,7 +18,6 @@ import math
 import statistics as stats
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 
@@ -51,7 +50,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--bandwidth", type=float, default=12.5e9, help="bytes per second and machine (default: 12.5e9)"
     )
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="write the curves there, as PNG")
 
 
 def run(args: argparse.Namespace) -> dict:
@@ -87,8 +85,6 @@ def run(args: argparse.Namespace) -> dict:
             "update_seconds_per_member_7B": args.update_seconds, "slow_share": SLOW_SHARE, "slow_factor": SLOW,
         },
     }  # fmt: skip
-    if args.plot:
-        plot(result, args.plot)
     return result
 
 
@@ -242,28 +238,3 @@ def _size(number: float) -> str:
             return f"{number:.3g} {unit}"
         number /= 1000
     return f"{number:.3g} PB"
-
-
-def plot(result: dict, path: Path) -> None:
-    """Seconds over the ideal against workers, by scenario: static and dynamic, with and without slow workers."""
-    from matplotlib.figure import Figure
-
-    rows = [r for r in result["rows"] if r["kind"] == "generation" and r["members"] == 4 * r["workers"]]
-    scenarios = list(dict.fromkeys(r["scenario"] for r in rows))
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    for axes, scenario in zip(figure.subplots(1, len(scenarios), sharey=True), scenarios, strict=True):
-        for schedule, style in (("static", "--"), ("dynamic", "-")):
-            for slow, color in ((False, "tab:blue"), (True, "tab:red")):
-                mine = [
-                    r for r in rows if r["scenario"] == scenario and (r["slow_workers"] == slow or r["workers"] == 1)
-                ]
-                axes.plot(
-                    [r["workers"] for r in mine], [r[f"seconds_{schedule}"] / r["seconds_ideal"] for r in mine],
-                    style, color=color, marker=".", label=f"{schedule}{', 1 % of workers 5x slower' * slow}",
-                )  # fmt: skip
-        axes.set(title=f"{scenario}, 4 members a worker", xscale="log", xlabel="workers")
-        axes.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("time to score all members / ideal")
-    figure.axes[0].legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)

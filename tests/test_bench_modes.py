@@ -135,5 +135,5 @@ def test_figures_in_the_docs_are_of_the_results(name):
 
 
 def test_the_docs_show_every_figure_there_is():
-    text = (ROOT / "docs" / "numerics.md").read_text()
+    text = "".join(page.read_text() for page in (ROOT / "docs").glob("*.md"))
     assert set(re.findall(r"\(figures/([\w-]+)\.svg\)", text)) == set(figures.FIGURES)

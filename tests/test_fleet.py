@@ -55,10 +55,10 @@ def test_the_benchmark(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(simulate, "check", functools.partial(simulate.check, generations=1, members=24))
     path = tmp_path / "simulate.json"
     command = ["simulate", "--workers", "1", "8", "64", "--generations", "1", "--members", "8", "--json", str(path)]
-    status = main([*command, "--plot", str(tmp_path / "curves.png")])
+    status = main([*command, "--plots", str(tmp_path)])
     result = json.loads(path.read_text())
     rows = [r for r in result["rows"] if r["kind"] == "generation"]
-    assert len(rows) == 2 * 3 * (1 + 2 * 2) and (tmp_path / "curves.png").stat().st_size > 1000
+    assert len(rows) == 2 * 3 * (1 + 2 * 2) and "5x slower" in (tmp_path / "simulate-handout.svg").read_text()
     for r in rows:
         assert 0 < r["efficiency"] <= 1.0001 and r["seconds_ideal"] <= r["seconds_dynamic"] * 1.0001
     checks = [r for r in result["rows"] if r["kind"] == "check"]
