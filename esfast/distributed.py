@@ -9,6 +9,7 @@ bit. torchrun starts them, on one machine or several:
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import logging
@@ -196,6 +197,15 @@ class Team:
             raise KeyboardInterrupt(reason)
         if reason:
             raise Stopped(reason.removeprefix("failed: "))
+
+    @contextlib.contextmanager
+    def working(self) -> Iterator[None]:
+        """A block in which this process is `at_work`."""
+        self.at_work = True
+        try:
+            yield
+        finally:
+            self.at_work = False
 
     def __enter__(self) -> Team:
         return self

@@ -293,7 +293,8 @@ class ES:
     def vouch(self) -> None:
         """Writes the weights' fingerprint into the journal, for a replay to compare. In a team, all processes call it:
         RuntimeError if their weights are not the same."""
-        found = self.plan.fingerprint()
+        with self.team.working():
+            found = self.plan.fingerprint()
         self.team.agree(f"{self._run}: fingerprint after generation {self.generation}", found)
         if self._journal is not None and self._vouched < self.generation:
             self._journal.check(self.generation, found)

@@ -148,7 +148,8 @@ class Plan:
 
     def __repr__(self) -> str:
         dtypes = ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in self.tensors}))
-        return f"Plan({len(self)} tensors, {self.numel:,} weights, {dtypes}, {self.device})"
+        of = f" of {self.whole_numel:,}" if self.sharded else ""
+        return f"Plan({len(self)} tensors, {self.numel:,}{of} weights, {dtypes}, {self.device})"
 
     def clone(self) -> Plan:
         """A plan of the same names over copies of the tensors: the base that members are written from."""

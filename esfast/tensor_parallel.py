@@ -8,8 +8,9 @@ over all processes there are; here groups of processes hold a model each. See es
 
 from __future__ import annotations
 
-import fnmatch
+import re
 from collections import Counter
+from operator import attrgetter
 
 import torch
 import torch.distributed as dist
@@ -23,11 +24,7 @@ COLUMNS = ("colwise",)
 COLUMNS_GATHERED = ("colwise_gather_output", "colwise_rep")
 ROWS = ("rowwise",)
 ROWS_OF_WHOLE = ("rowwise_split_input", "rowwise_rep")
-WHOLE = (
-    "replicated_with_grad_allreduce",
-    "replicate",
-    "embedding_rowwise",
-)  # left as they are, which changes no result
+WHOLE = ("replicated_with_grad_allreduce", "replicate", "embedding_rowwise")  # left as it is, which changes no result
 
 
 class ColumnParallel(nn.Linear):
@@ -101,11 +98,12 @@ def _planned(model, count: int) -> list[tuple[nn.Linear, str]]:
             if (found := getattr(config, heads, None)) is not None and found % count:
                 raise ValueError(f"tensor parallelism: {found} {heads} of {name} can't be shared by {count} devices")
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    styles = {path: plan.get(_of_all_layers(path)) for path, _ in (*model.named_modules(), *model.named_parameters())}
     found = []
-    for path, module in model.named_modules():
-        style = next((s for pattern, s in plan.items() if fnmatch.fnmatchcase(path, pattern)), None)
+    for path, style in styles.items():
         if style is None or style in WHOLE:
             continue
+        module = attrgetter(path)(model)
         if type(module) is not nn.Linear:
             raise ValueError(f"tensor parallelism: {path} of {name} is a {type(module).__name__}, expected a Linear")
         size = module.out_features if style in COLUMNS + COLUMNS_GATHERED else module.in_features
@@ -116,6 +114,10 @@ def _planned(model, count: int) -> list[tuple[nn.Linear, str]]:
                 f"tensor parallelism: {path} of {name}, {tuple(module.weight.shape)}, can't be cut in {count}"
             )
     return found
+
+
+def _of_all_layers(path: str) -> str:
+    return re.sub(r"\.\d+(?=\.|$)", ".*", path)
 
 
 def _part(tensor: nn.Parameter, mesh: DeviceMesh, device: torch.device | str, dim: int) -> nn.Parameter:

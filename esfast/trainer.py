@@ -305,13 +305,12 @@ class ESTrainer:
     def _evaluate(self) -> dict[str, float]:
         if self.eval_dataset is None:
             return {}
-        self.team.at_work = True
         texts = chat.texts(self.eval_dataset, self.processing_class)
-        responses = self._generate(texts)
-        # needs the model, so it can't be scored elsewhere
-        named = {} if self.kl is None else {"kl_to_base": self.kl(texts, responses)}
-        found = self._tell(lambda: self._score(texts, responses, named))
-        self.team.at_work = False
+        with self.team.working():
+            responses = self._generate(texts)
+            # needs the model, so it can't be scored elsewhere
+            named = {} if self.kl is None else {"kl_to_base": self.kl(texts, responses)}
+            found = self._tell(lambda: self._score(texts, responses, named))
         self.clock.lap("evaluate")
         return found
 
@@ -341,7 +340,8 @@ class ESTrainer:
             report.log(row)
 
     def _save_model(self, name: str, after: dict[str, Any]) -> None:
-        weights = whole_state_dict(self.model, keep=self.team.rank == 0) if in_shards(self.model) else None
+        with self.team.working():
+            weights = whole_state_dict(self.model, keep=self.team.rank == 0) if in_shards(self.model) else None
         if self.team.rank == 0:
             self.folder.save_model(self.model, self.processing_class, self._card(after), name, weights)
         self.clock.lap("save")
