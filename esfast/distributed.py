@@ -51,6 +51,7 @@ class Team:
 
     rank, size     this process's number, and how many there are
     shards         so many processes, of consecutive ranks, hold one model in shards and score its members together
+    restarted      whether torchrun started these processes after others died (--max-restarts): they resume
     at_work        whether this process has something to do with others, and can't go on without them
     """
 
@@ -61,7 +62,8 @@ class Team:
             )
         self.rank, self.size, self.shards = rank, size, shards
         self._store, self._lost, self._own_group, self._runs = store, None, False, 0
-        self._ended, self._noticed, self.at_work = threading.Event(), threading.Event(), False
+        self._ended, self._noticed = threading.Event(), threading.Event()
+        self.restarted = self.at_work = False
         if size > 1:
             threading.Thread(target=self._beat, name="esfast-heartbeat", daemon=True).start()
 
@@ -69,13 +71,15 @@ class Team:
     def join(cls, device: torch.device | str = "cpu", shards: int = 1) -> Team:
         """The team that torchrun's environment variables or torch.distributed's default group describe; this process
         alone if there is neither. Makes the default group if there is none: gloo, and NCCL for GPUs."""
-        made = not dist.is_initialized()
+        made, attempts = not dist.is_initialized(), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
         if made:
             if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-                return cls(shards=shards)
+                alone = cls(shards=shards)
+                alone.restarted = attempts > 0  # of several machines one may be left
+                return alone
             found, rank, size = next(rendezvous("env://"))
             # torchrun's store may outlive the processes, and what they left there must not meet their successors
-            attempt = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", found)
+            attempt = dist.PrefixStore(f"attempt {attempts}", found)
             device, backend = torch.device(device), "gloo"
             if device.type == "cuda":  # what processes tell each other about shards goes by the current device
                 torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index)
@@ -83,7 +87,7 @@ class Team:
             dist.init_process_group(backend, store=attempt, rank=rank, world_size=size)
         store = dist.PrefixStore("esfast", dist.distributed_c10d._get_default_store())
         team = cls(store, dist.get_rank(), dist.get_world_size(), shards)
-        team._own_group = made
+        team._own_group, team.restarted = made, attempts > 0
         return team
 
     def mesh(self, device: torch.device | str) -> DeviceMesh:
@@ -99,11 +103,6 @@ class Team:
         ask for it in the same order."""
         self._runs += 1
         return f"run {self._runs}"
-
-    @property
-    def restarted(self) -> bool:
-        """Whether torchrun started these processes again after others died (--max-restarts): they resume."""
-        return self.size > 1 and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
     @property
     def leads(self) -> bool:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -133,6 +134,34 @@ def test_two_machines_that_share_no_files(single, tmp_path):
     assert read(tmp_path / "machine0" / "journal.jsonl").records == read(single / "journal.jsonl").records
     assert "4 of them from a checkpoint" not in errors and "resuming after generation 4: 0 of them" in errors
     assert not (tmp_path / "machine1").exists()
+
+
+def test_one_machine_goes_on_when_the_other_is_gone(single, tmp_path):
+    """An elastic job of one or two machines: it is started again with as many as there are."""
+    port, machines = free_port(), []
+    for node in range(2):
+        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1:2", "--nproc-per-node", "1",
+                   "--max-restarts", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}",
+                   "--rdzv-id", "job", "--rdzv-conf", "last_call_timeout=5", JOB, str(tmp_path / f"machine{node}"),
+                   *options({"pause": 0.2})]  # fmt: skip
+        machines.append(subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True))
+        time.sleep(2 * (1 - node))  # the first is to be the one that holds the store
+    try:
+        journal, began = tmp_path / "machine0" / "journal.jsonl", time.monotonic()
+        while not (journal.exists() and len(read(journal).records) > 1):
+            assert time.monotonic() - began < 60
+            time.sleep(0.05)
+        worker = int(Path(f"/proc/{machines[1].pid}/task/{machines[1].pid}/children").read_text())
+        for process in (worker, machines[1].pid):
+            os.kill(process, signal.SIGKILL)
+        _, errors = machines[0].communicate(timeout=120)
+    finally:
+        for machine in machines:
+            machine.terminate()
+            machine.communicate()
+    assert machines[0].returncode == 0, errors[-3000:]
+    assert "process 1 has not been heard of for 30 s" in errors and "resuming after generation" in errors
+    assert outcome(tmp_path / "machine0") == outcome(single)
 
 
 def by_hand(processes, out, **settings):
