@@ -190,10 +190,18 @@ class ES:
 
     def _begin(self, path: Path, header: dict, resume: bool) -> None:
         self.team.agree(f"{self._run}: fingerprint of the base weights", header["base"])
+        there = self.team.gather(f"{self._run}: journal", "yes" if path.exists() else "no")
+        if resume and there[:1] == ["no"] and "yes" in there:
+            raise FileNotFoundError(
+                f"resume: {path} is on the machine of process {there.index('yes')}, not on that of process 0, which "
+                "goes on with it: start the machines in the order of before, or keep the run folder where all see it"
+            )
         goes_on = (
             self.team.tell(f"{self._run}: resume", lambda: b"yes" if resume and path.exists() else b"no") == b"yes"
         )
         if not goes_on:
+            if self.team.rank == 0 and self.team.restarted:
+                log.warning("started again, but there is no journal %s: beginning anew", path)
             self._journal = Journal.create(path, header) if self.team.rank == 0 else None
             return
         if header["weights"] == "inplace":

@@ -136,6 +136,33 @@ def test_two_machines_that_share_no_files(single, tmp_path):
     assert not (tmp_path / "machine1").exists()
 
 
+def test_the_journal_is_with_process_0_or_there_is_a_word(tmp_path, caplog):
+    def begin(rank, folder, store, restarted=False):
+        team = Team(torch.distributed.PrefixStore(folder, store), rank, 2)
+        team.restarted = restarted
+        try:
+            journal = tmp_path / f"{folder}{rank}" / "journal.jsonl"
+            return esfast.ES([("a", torch.zeros(3))], team=team, journal=journal, resume=True)
+        finally:
+            team._ended.set()
+
+    with ThreadPoolExecutor(1) as pool:
+        for folder, restarted in (("new", False), ("again", True)):
+            store = torch.distributed.HashStore()
+            other = pool.submit(begin, 1, folder, store)
+            begin(0, folder, store, restarted)
+            other.result(timeout=10)
+            assert ("beginning anew" in caplog.text) == restarted
+        (tmp_path / "again0").rename(tmp_path / "again1")  # as if machines had changed places
+        store = torch.distributed.HashStore()
+        other = pool.submit(begin, 1, "again", store)
+        with pytest.raises(FileNotFoundError, match="is on the machine of process 1, and not on that of process 0"):
+            begin(0, "again", store)
+        torch.distributed.PrefixStore("again", store).set("stop", "failed: enough")
+        with pytest.raises(distributed.Stopped):
+            other.result(timeout=10)
+
+
 def test_one_machine_goes_on_when_the_other_is_gone(single, tmp_path):
     """An elastic job of one or two machines: it is started again with as many as there are."""
     port, machines = free_port(), []
