@@ -156,7 +156,7 @@ def test_the_journal_is_with_process_0_or_there_is_a_word(tmp_path, caplog):
         (tmp_path / "again0").rename(tmp_path / "again1")  # as if machines had changed places
         store = torch.distributed.HashStore()
         other = pool.submit(begin, 1, "again", store)
-        with pytest.raises(FileNotFoundError, match="is on the machine of process 1, and not on that of process 0"):
+        with pytest.raises(FileNotFoundError, match="is on the machine of process 1, not on that of process 0"):
             begin(0, "again", store)
         torch.distributed.PrefixStore("again", store).set("stop", "failed: enough")
         with pytest.raises(distributed.Stopped):
