@@ -173,8 +173,13 @@ class Team:
                 raise RuntimeError(f"{what}: {value} in process 0, but {other} in process {rank}")
 
     def fail(self, error: BaseException) -> None:
-        """Lets the others know why this process stops."""
+        """Lets the others know why this process stops. If it is for a connection that broke, Stopped says to whom."""
         if self.size > 1 and not isinstance(error, Stopped) and self._lost is None:
+            if isinstance(error, dist.DistError) or "gloo" in str(error):
+                until = time.monotonic() + SILENCE + 2 * BEAT
+                while time.monotonic() < until:
+                    self.check()
+                    time.sleep(BEAT / 10)
             kind = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
             text = f"{kind}: process {self.rank} was interrupted" if kind == "interrupted" else (
                 f"failed: process {self.rank} stopped with {type(error).__name__}: {error}")  # fmt: skip

@@ -201,10 +201,10 @@ class ESTrainer:
                 log.warning("interrupted after generation %d: resume to go on", self.es.generation)
             raise
         except BaseException as error:
-            self.team.fail(error)
             if leads and self.folder.journal.exists():
                 log.warning("stopped after generation %d; what was done is in the journal: resume to go on",
                             self.es.generation)  # fmt: skip
+            self.team.fail(error)
             raise
         finally:
             bar.close()

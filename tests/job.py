@@ -63,6 +63,7 @@ def fault(kind):
 def main(out, *pairs):
     given = {name: json.loads(text) for name, text in (pair.split("=", 1) for pair in pairs)}
     faults = {name: given.pop(name, default) for name, default in FAULTS.items()}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in its background ignores it
     torch.set_num_threads(1)
     torch.manual_seed(0)
     team = Team.join()

@@ -321,6 +321,9 @@ def test_who_is_amidst_something_is_ended_and_who_is_not_goes_on(monkeypatch):
                 team.check()
         time.sleep(0.3)
         assert ends == expected
+    team = Team(torch.distributed.HashStore(), 0, 2)
+    with pytest.raises(distributed.Stopped, match="process 1 has not been heard of"), team:
+        raise RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer")
     es = esfast.ES([("a", torch.zeros(3))], population_size=2)
     for member in es.population():
         assert es.team.at_work
