@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from .interrupts import held
-from .shards import fsdp_modules
+from .shards import fsdp_modules, reshard
 
 MOST_LOGITS = 2**26  # of one mini-batch: 256 MB in float32
 
@@ -34,7 +34,7 @@ class KLToBase:
     def __init__(self, model, tokenizer, max_new_tokens: int):
         self.model, self.tokenizer, self.max_new_tokens = model, tokenizer, max_new_tokens
         self._gathering = fsdp_modules(model)
-        self._reshard()
+        reshard(self._gathering)
         here = (getattr(p, "_local_tensor", p) for p in model.parameters())  # of a DTensor its shard
         parameters = {p.data_ptr(): p for p in here}  # tied ones once
         self._tuned = [p.detach() for p in parameters.values()]
@@ -79,16 +79,12 @@ class KLToBase:
         return self.model(input_ids=ids, attention_mask=mask).logits.float().log_softmax(-1)
 
     def _exchange(self) -> None:
-        self._reshard()
+        reshard(self._gathering)
         with held():  # half exchanged is no model
             for tuned, base in zip(self._tuned, self._base, strict=True):
                 kept = tuned.to("cpu", copy=True)
                 tuned.copy_(base)
                 base.copy_(kept)
-
-    def _reshard(self) -> None:
-        for module in self._gathering:
-            module.reshard()
 
     def _ids(self, prompt: str, completion: str) -> tuple[list[int], int]:
         """Tokens of prompt and response, and how many are the response's."""

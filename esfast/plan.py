@@ -251,8 +251,7 @@ class Plan:
         check_overlap(self.entries + other.entries, self._table, other._table)
 
     def _reshard(self) -> None:
-        for module in self._gathering:
-            module.reshard()
+        shards.reshard(self._gathering)
 
     def _current_addresses(self) -> list[int]:
         addresses = list(map(torch.Tensor.data_ptr, self._tensors))  # on every call: 400 take 22 us, in a loop 29

@@ -121,6 +121,12 @@ def fsdp_modules(source) -> list[torch.nn.Module]:
     return [m for m in source.modules() if isinstance(m, module.FSDPModule)]
 
 
+def reshard(modules: Iterable[torch.nn.Module]) -> None:
+    """Lets go of what `fsdp_modules` gathered for a forward pass."""
+    for module in modules:
+        module.reshard()
+
+
 def in_shards(model) -> bool:
     """Whether it is a module of which other ranks hold parts."""
     if not isinstance(model, torch.nn.Module):

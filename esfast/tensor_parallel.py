@@ -19,22 +19,19 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.functional import linear
 
-# Transformers' names of the styles, of 4.56 and of 5
-COLUMNS = ("colwise",)
-COLUMNS_GATHERED = ("colwise_gather_output", "colwise_rep")
-ROWS = ("rowwise",)
-ROWS_OF_WHOLE = ("rowwise_split_input", "rowwise_rep")
-WHOLE = ("replicated_with_grad_allreduce", "replicate", "embedding_rowwise")  # left as it is, which changes no result
-
 
 class ColumnParallel(nn.Linear):
-    """x -> x W^T + b, of which this device has some of the outputs: W is cut along dimension 0."""
+    """x -> x W^T + b, of which this device has some of the outputs: W is cut along dimension 0.
 
-    gathers: bool
+    whole   whether the outputs of all are gathered
+    """
+
+    dim = 0
+    whole: bool
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = linear(x, self.weight._local_tensor, None if self.bias is None else self.bias._local_tensor)
-        if not self.gathers:
+        if not self.whole:
             return y
         parts = [torch.empty_like(y) for _ in range(self.weight.device_mesh.size())]
         dist.all_gather(parts, y, group=self.weight.device_mesh.get_group())
@@ -42,17 +39,30 @@ class ColumnParallel(nn.Linear):
 
 
 class RowParallel(nn.Linear):
-    """x -> x W^T + b, summed over devices which have some of the inputs each: W is cut along dimension 1."""
+    """x -> x W^T + b, summed over devices which have some of the inputs each: W is cut along dimension 1.
 
-    splits: bool
+    whole   whether all inputs come in, of which this device takes its own
+    """
+
+    dim = 1
+    whole: bool
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         mesh = self.weight.device_mesh
-        if self.splits:
+        if self.whole:
             x = x.chunk(mesh.size(), -1)[mesh.get_local_rank()]
         y = linear(x, self.weight._local_tensor)
         dist.all_reduce(y, group=mesh.get_group())  # the same bits everywhere
         return y if self.bias is None else y + self.bias
+
+
+STYLES = {  # by Transformers' names, of 4.56 and of 5: the class that does it, and its `whole`
+    "colwise": (ColumnParallel, False), "colwise_gather_output": (ColumnParallel, True),
+    "colwise_rep": (ColumnParallel, True), "rowwise": (RowParallel, False), "rowwise_split_input": (RowParallel, True),
+    "rowwise_rep": (RowParallel, True),
+    # left as they are, which changes no result
+    "replicated_with_grad_allreduce": None, "replicate": None, "embedding_rowwise": None,
+}  # fmt: skip
 
 
 def shard(model, mesh: DeviceMesh, device: torch.device | str) -> None:
@@ -69,31 +79,26 @@ def shard(model, mesh: DeviceMesh, device: torch.device | str) -> None:
     """
     modules = _planned(model, mesh.size())
     model.requires_grad_(False)
-    for module, style in modules:
-        columns = style in COLUMNS + COLUMNS_GATHERED
-        module.weight = _part(module.weight, mesh, device, 0 if columns else 1)
-        if columns and module.bias is not None:
+    for module, kind, whole in modules:
+        module.weight = _part(module.weight, mesh, device, kind.dim)
+        if kind is ColumnParallel and module.bias is not None:
             module.bias = _part(module.bias, mesh, device, 0)
-        module.__class__ = ColumnParallel if columns else RowParallel
-        if columns:
-            module.gathers = style in COLUMNS_GATHERED
-        else:
-            module.splits = style in ROWS_OF_WHOLE
+        module.__class__, module.whole = kind, whole
     for tensor in (*model.parameters(), *model.buffers()):
         if not isinstance(tensor, DTensor):
             tensor.data = tensor.to(device)
 
 
-def _planned(model, count: int) -> list[tuple[nn.Linear, str]]:
-    """The modules that are cut, each with its style."""
+def _planned(model, count: int) -> list[tuple[nn.Linear, type[ColumnParallel | RowParallel], bool]]:
+    """The modules that are cut, each with what its style means."""
     name = type(model).__name__
     plan = getattr(model, "_tp_plan", None)
     if not plan:
         raise ValueError(f"tensor parallelism: {name} brings no plan for it")
-    if unknown := sorted(set(plan.values()) - {*COLUMNS, *COLUMNS_GATHERED, *ROWS, *ROWS_OF_WHOLE, *WHOLE}):
+    if unknown := sorted(set(plan.values()) - set(STYLES)):
         raise ValueError(f"tensor parallelism: {name} needs {', '.join(unknown)}, which esfast doesn't know")
     config = model.config.get_text_config()
-    if set(plan.values()) & {*COLUMNS}:  # such projections are cut between heads
+    if "colwise" in plan.values():  # such projections are cut between heads
         for heads in ("num_attention_heads", "num_key_value_heads"):
             if (found := getattr(config, heads, None)) is not None and found % count:
                 raise ValueError(f"tensor parallelism: {found} {heads} of {name} can't be shared by {count} devices")
@@ -101,15 +106,17 @@ def _planned(model, count: int) -> list[tuple[nn.Linear, str]]:
     styles = {path: plan.get(_of_all_layers(path)) for path, _ in (*model.named_modules(), *model.named_parameters())}
     found = []
     for path, style in styles.items():
-        if style is None or style in WHOLE:
+        if STYLES.get(style) is None:
             continue
         module = attrgetter(path)(model)
         if type(module) is not nn.Linear:
             raise ValueError(f"tensor parallelism: {path} of {name} is a {type(module).__name__}, expected a Linear")
-        size = module.out_features if style in COLUMNS + COLUMNS_GATHERED else module.in_features
-        if uses[id(module.weight)] == 1 and size % count == 0:
-            found.append((module, style))
-        elif style not in COLUMNS_GATHERED:  # those have whole inputs and outputs, so nothing else depends on them
+        kind, whole = STYLES[style]
+        if uses[id(module.weight)] == 1 and module.weight.shape[kind.dim] % count == 0:
+            found.append((module, kind, whole))
+        elif not (
+            kind is ColumnParallel and whole
+        ):  # those have whole inputs and outputs, so nothing else depends on them
             raise ValueError(
                 f"tensor parallelism: {path} of {name}, {tuple(module.weight.shape)}, can't be cut in {count}"
             )

@@ -216,6 +216,9 @@ class ESTrainer:
     def _open_folder(self, report: Report) -> dict[str, float]:
         """Writes what a new run begins with, or sees to it that an old one's metrics are complete; returns the
         evaluation of before."""
+        if self.team.rank == 0:
+            settings = self.described | dataclasses.asdict(self.args)
+            write_whole(self.folder.config, yaml.safe_dump(settings, sort_keys=False))
         first, self._best = self._tell(self._before)
         if first is None:
             first = {"generation": 0, **self._evaluate()}
@@ -223,9 +226,7 @@ class ESTrainer:
         return {k: v for k, v in first.items() if k.startswith("eval_")}
 
     def _before(self) -> tuple[dict[str, Any] | None, float]:
-        """The first line of an old run's metrics, None of a new one, and its best evaluation."""
-        settings = self.described | dataclasses.asdict(self.args)
-        write_whole(self.folder.config, yaml.safe_dump(settings, sort_keys=False))
+        """The first line of an old run's metrics, None of a new one, and its best evaluation; completes them."""
         rows = self.folder.read_metrics() if self.folder.metrics.exists() else []
         if rows:
             for record in read(self.folder.journal).records[rows[-1]["generation"] :]:  # it died before it wrote them

@@ -82,12 +82,15 @@ def main(out, *pairs):
     print(f"rank {team.rank}: {engine.members} members", flush=True)
 
 
-def in_children(processes, kill_after, *arguments):
-    """Runs `main` in forks, which have no imports to wait for; returns the seconds it took, None if they were killed."""
-    began, children = time.monotonic(), []
+def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+        return s.getsockname()[1]
+
+
+def in_children(processes, kill_after, *arguments):
+    """Runs `main` in forks, which have no imports to wait for; returns the seconds it took, None if they were killed."""
+    began, children, port = time.monotonic(), [], free_port()
     for rank in range(processes):
         child = os.fork()
         if child == 0:

@@ -10,7 +10,8 @@ import time
 
 import pytest
 import torch
-from test_distributed import environment, free_port, outcome
+from job import free_port
+from test_distributed import by_hand, environment, outcome
 
 from esfast import cli, embedded
 from esfast.distributed import Team
@@ -124,10 +125,8 @@ def test_it_resumes_from_checkpoints_in_parts_and_without(of_two, base, tmp_path
 
 def test_a_shard_that_hangs_ends_the_job(base, tmp_path):
     """The other waits for it in the midst of a matrix product, where nothing is asked of the store."""
-    shared = environment(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), PYTHONPATH=str(base))
     arguments = command(base, tmp_path / "run", tensor_parallel_size=2, generations=10_000, eval_every=0)
-    team = [subprocess.Popen([sys.executable, *arguments], env=shared | {"RANK": str(r), "LOCAL_RANK": str(r)},
-                             stderr=subprocess.PIPE, text=True) for r in range(2)]  # fmt: skip
+    team = by_hand(2, *arguments, PYTHONPATH=str(base))
     try:
         journal, began = tmp_path / "run" / "journal.jsonl", time.monotonic()
         while not (journal.exists() and read(journal).records):
