@@ -13,13 +13,14 @@ _HOMES = {
     "add_noise_": "ops",
     "ES": "es",
     "Team": "distributed",
-    "SGD": "update",
-    "Momentum": "update",
-    "Adam": "update",
-    "Group": "update",
+    "SGD": "optimizers",
+    "Momentum": "optimizers",
+    "Adam": "optimizers",
+    "Group": "optimizers",
     "ESConfig": "config",
     "ESTrainer": "trainer",
     "perturbed": "perturbation",
+    "zscore": "shaping",
 }
 _MODULES = ("es", "journal", "ops", "plan", "rollout", "tasks", "trainer", "update", "weights")
 __all__ = ["NOISE_VERSION", "noise", *_HOMES]

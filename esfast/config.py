@@ -6,16 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .es import SHAPINGS
 from .loggers import LOGGERS, check_report_to
+from .names import DECAY_TO, DECODINGS, ROUNDINGS, WEIGHT_MODES
 from .noise import KINDS, check_int
-from .ops import ROUNDINGS
+from .optimizers import OPTIMIZERS, Optimizer, check_groups, check_optimizer
 from .schedules import SCHEDULES, check_schedule
+from .shaping import SHAPINGS
 from .trl_names import accepts_trl_names
-from .update import DECAY_TO, OPTIMIZERS, Optimizer, check_groups, check_optimizer
-from .weights import MODES
-
-DECODINGS = ("auto", "plain", "static", "continuous")  # see esfast.decoding
 
 
 def option(default, text: str, choices: Sequence[str] | None = None):
@@ -53,7 +50,7 @@ class ESConfig:
         "base",
         "base: exact, one extra copy; master: exact float32 updates, two; host: the copy is in host memory; "
         "inplace: none, drifts; auto: the most exact that fits",
-        (*MODES, "auto"),
+        (*WEIGHT_MODES, "auto"),
     )
     rounding: str = option("nearest", "of updates to 16-bit weights", ROUNDINGS)
     perturb_rounding: str = option("nearest", "of members of 16-bit weights", ROUNDINGS)

@@ -19,9 +19,11 @@ from . import checkpoint
 from .distributed import SharedUpdates, Team
 from .interrupts import held
 from .journal import Journal, header_of, parse, verify
+from .names import ROUNDINGS
 from .noise import DOMAINS, check_int, check_seed, philox
-from .ops import ROUNDINGS, get_backend
+from .ops import get_backend
 from .plan import Plan
+from .shaping import SHAPINGS, centered_rank, zscore  # noqa: F401
 from .update import Generation, Group, Optimizer, Rule, check_groups, check_optimizer
 from .weights import MODES, InplaceWeights, automatic
 
@@ -33,28 +35,6 @@ def member_seed(seed: int, generation: int, index: int) -> int:
     seed, in a domain of its own."""
     words = philox(seed, np.uint64(generation << 32 | index), 0, DOMAINS["member_seeds"])
     return int(words[0]) | int(words[1]) << 32
-
-
-def zscore(rewards: Sequence[float]) -> list[float]:
-    """(R - mean) / std with the population's standard deviation, as in the paper; zeros if all rewards are equal."""
-    if min(rewards) == max(rewards):
-        return [0.0] * len(rewards)
-    exponent = math.frexp(max(map(abs, rewards)))[1]
-    rewards = [math.ldexp(r, -exponent) for r in rewards]  # exact; no square overflows, nor do all of them vanish
-    mean = math.fsum(rewards) / len(rewards)  # fsum: the same bits everywhere, whatever the order
-    std = math.sqrt(math.fsum((r - mean) ** 2 for r in rewards) / len(rewards))
-    return [(r - mean) / std for r in rewards]
-
-
-def centered_rank(rewards: Sequence[float]) -> list[float]:
-    """Ranks spread evenly over [-0.5, 0.5] (Salimans et al., arXiv 1703.03864); equal rewards share their mean rank."""
-    ordered = sorted(rewards)
-    first = {r: i for i, r in reversed(list(enumerate(ordered)))}
-    last = {r: i for i, r in enumerate(ordered)}
-    return [(first[r] + last[r]) / 2 / (len(rewards) - 1) - 0.5 for r in rewards]
-
-
-SHAPINGS: dict[str, Callable[[Sequence[float]], list[float]]] = {"zscore": zscore, "centered_rank": centered_rank}
 
 
 @dataclass

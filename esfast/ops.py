@@ -14,11 +14,10 @@ import numpy as np
 import torch
 
 from . import custom_op
+from .names import ROUNDINGS
 from .noise import DOMAINS, check_kind, check_seed
 from .plan import Plan
 from .segments import Table
-
-ROUNDINGS = ("nearest", "stochastic")
 
 
 @dataclass(frozen=True)

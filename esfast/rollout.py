@@ -20,8 +20,8 @@ from typing import Protocol
 import torch
 from transformers import GenerationConfig
 
-from .config import DECODINGS
 from .decoding import WAYS, automatic
+from .names import DECODINGS
 from .sampling import SeededSampling
 from .shards import in_shards
 

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 
 from .interrupts import held
+from .names import WEIGHT_MODES
 from .ops import add_noise_
 from .plan import Plan
 from .segments import Slice
@@ -209,7 +210,7 @@ def sample(plan: Plan) -> list[tuple[str, torch.Tensor, Slice]]:
     return views
 
 
-MODES = {"base": BaseWeights, "master": MasterWeights, "host": HostWeights, "inplace": InplaceWeights}
+MODES = dict(zip(WEIGHT_MODES, (BaseWeights, MasterWeights, HostWeights, InplaceWeights), strict=True))
 
 
 def automatic(plan: Plan, rule: Rule) -> str:

@@ -6,8 +6,8 @@ import shlex
 from importlib.util import find_spec
 from pathlib import Path
 
-from esfast import cli
 from esfast.bench import parser_of
+from esfast.cli.parser import parser_of_all
 
 ROOT = Path(__file__).parent.parent
 
@@ -32,7 +32,7 @@ def parse(command: str) -> argparse.Namespace | None:
     if program == "esfast" and words[:1] == ["bench"]:
         return parser_of(words[1:]).parse_args(words[1:])
     if program == "esfast":
-        args = cli._parser(full=True).parse_args(words)
+        args = parser_of_all().parse_args(words)
         assert callable(args.run)
         return args
     if program == "make":

@@ -294,10 +294,10 @@ def test_countdown_says_which_seed_failed(quick_train, capfd):
 
 
 def test_train_command_is_one_that_the_cli_takes(tmp_path):
-    from esfast.cli import _parser
+    from esfast.cli.parser import parser_of_all
 
     command = countdown.train_command(3, tmp_path, ["--generations", "2"])
-    args = _parser(full=True).parse_args(command[3:])
+    args = parser_of_all().parse_args(command[3:])
     assert (args.seed, args.output_dir, args.generations) == (3, str(tmp_path), 2)
 
 

@@ -14,6 +14,8 @@ from transformers import Qwen2Config
 import esfast
 from esfast import cli, embedded
 from esfast.bench import BENCHMARKS, parser_of
+from esfast.cli.models import task_of
+from esfast.cli.parser import parser_of_all
 from esfast.presets import PRESETS
 from esfast.run_options import FIELDS, RunOptions
 
@@ -39,12 +41,12 @@ def test_train_then_eval(tiny, tmp_path, capsys):
 
 def test_a_tuned_model_is_asked_as_the_model_it_came_from(tiny, tmp_path):
     run = RunOptions(model=tiny)
-    assert cli._task(run).eval_rows(1)[0]["prompt"].count(" ") == 2  # compact: three numbers, no words
+    assert task_of(run).eval_rows(1)[0]["prompt"].count(" ") == 2  # compact: three numbers, no words
     assert (run.task, run.style) == ("countdown", "compact")
     config = Qwen2Config(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
     config.save_pretrained(tmp_path)
     run = RunOptions(model=str(tmp_path))
-    assert "Reason step by step" in cli._task(run).eval_rows(1)[0]["prompt"] and run.style == "paper"
+    assert "Reason step by step" in task_of(run).eval_rows(1)[0]["prompt"] and run.style == "paper"
 
 
 def test_without_a_model_the_embedded_one_is_trained_with_its_own_settings(tiny, tmp_path, monkeypatch):
@@ -69,8 +71,8 @@ def test_every_setting_is_an_option_with_its_default(capsys):
 
 def helps():
     """Name and parser of every command that has a help of its own."""
-    yield "esfast", cli._parser(full=True)
-    for name, parser in subparsers(cli._parser(full=True)):
+    yield "esfast", parser_of_all()
+    for name, parser in subparsers(parser_of_all()):
         if name != "esfast bench":
             yield name, parser
     yield "esfast bench", parser_of([])
@@ -242,10 +244,19 @@ def test_info_names_backends_and_reasons(capsys):
     assert esfast.__version__ in printed and "takes 'cpu'" in printed and "reference  ready" in printed
 
 
-def test_help_does_not_wait_for_torch():
-    code = "import sys; from esfast import cli\ntry: cli.main(['--help'])\nexcept SystemExit: pass\nprint('torch' in sys.modules)"
+HEAVY = ("torch", "transformers", "datasets", "matplotlib", "safetensors", "tokenizers", "esfast.es", "esfast.trainer")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["eval", "--help"], ["bench", "--help"], ["train", "--sigma"],
+                                       ["--debug", "train", "--help"]])  # fmt: skip
+def test_helps_and_wrong_options_do_not_wait_for_torch(arguments):
+    code = f"""import sys
+from esfast import cli
+try: cli.main({arguments!r})
+except SystemExit: pass
+print([name for name in {HEAVY!r} if name in sys.modules])"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.endswith("False\n")
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 def test_module_runs():

@@ -1,0 +1,33 @@
+"""The command line: esfast train | eval | report | replay | export | info | bench.
+
+Each command is a module of this package with `run(args)`. It is imported when the command runs, so that a help need not
+wait for torch.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from .parser import parser_of_all
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; returns the exit status: 0 done, 1 failed, 2 unusable arguments, 130 interrupted."""
+    argv = sys.argv[1:] if argv is None else argv
+    logging.basicConfig(format="esfast: %(message)s", level=logging.WARNING)
+    if argv[:1] == ["bench"]:  # benchmarks have parsers of their own
+        from ..bench import main as bench
+
+        return bench(argv[1:])
+    args = parser_of_all().parse_args(argv)
+    try:
+        return args.run(args) or 0
+    except KeyboardInterrupt:
+        print("esfast: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
+        if args.debug:
+            raise
+        print(f"esfast: error: {error}", file=sys.stderr)
+        return 1

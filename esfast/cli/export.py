@@ -1,0 +1,17 @@
+"""esfast export."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..export import pack
+from ..journal import read
+
+
+def run(args: argparse.Namespace) -> None:
+    if not args.out.endswith(".safetensors"):
+        raise ValueError(f"--out: expected a name that ends in .safetensors, got {args.out}")
+    journal = Path(args.source) / "journal.jsonl" if Path(args.source).is_dir() else Path(args.source)
+    size, generations = pack(journal, args.out), len(read(journal).records)
+    print(f"{args.out}: {size / 1e3:.1f} kB, {generations} generations, {size / max(generations, 1):.0f} bytes each")

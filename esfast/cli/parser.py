@@ -1,0 +1,158 @@
+"""What the command line takes: a parser for each command, without loading what the commands need."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from importlib import import_module
+
+from ..command_help import looks
+from ..presets import PRESETS
+from ..run_options import add_arguments
+
+
+def parser_of_all() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="esfast",
+        **looks(
+            "Full-parameter evolution-strategies fine-tuning of language models.",
+            "esfast train                        the embedded small model learns Countdown, minutes on a CPU",
+            "esfast eval --model runs/qwen/model",
+            "esfast train --help                 each command has a help of its own",
+        ),
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser(
+        "train",
+        help="fine-tune a model",
+        **looks(
+            "Fine-tunes all weights of a causal language model and leaves a run folder: config.yaml, metrics.jsonl, "
+            "journal.jsonl, summary.json, curves.png and model/ (a Hugging Face folder).",
+            "esfast train                                  the embedded small model, minutes on a CPU",
+            "esfast train --task sudoku                    the same on another task",
+            "esfast train --preset paper/countdown-qwen2.5-3b --out runs/qwen",
+            "esfast train --model FOLDER --population-size 16 --sigma 0.002",
+            "esfast train --model FOLDER --task file:prompts.jsonl --reward my_rewards:brevity",
+            "esfast train --preset paper/sudoku-qwen2.5-3b --print-config > run.yaml",
+            "esfast train --config run.yaml --seed 1",
+        ),
+    )
+    _add_train_arguments(train)
+    train.set_defaults(run=_command("train"))
+
+    evaluate = commands.add_parser(
+        "eval",
+        help="accuracy of models on a task's held-out problems",
+        **looks(
+            "Accuracy, reward and length of responses to a task's held-out problems, with standard errors. Several "
+            "models are asked the same prompts, and the first is what the others are compared with.",
+            "esfast eval                                   the embedded small model",
+            "esfast eval --model runs/qwen/model --samples 2000 --save responses.jsonl",
+            "esfast eval --model Qwen/Qwen2.5-0.5B-Instruct runs/qwen/best --task countdown",
+        ),
+    )
+    _add_eval_arguments(evaluate)
+    evaluate.set_defaults(run=_command("evaluate"))
+
+    report = commands.add_parser(
+        "report",
+        help="runs as one HTML page",
+        **looks(
+            "Makes one self-contained HTML page of runs, finished or not: curves with their spread over repeats, "
+            "rewards of the members, where the time went, responses before and after, settings.",
+            "esfast report runs/qwen",
+            "esfast report runs/seed0 runs/seed1 runs/seed2 --out repeats.html",
+        ),
+    )
+    report.add_argument("runs", nargs="+", metavar="RUN", help="run folders; those that differ in their seed alone are "
+                        "repeats of one experiment")  # fmt: skip
+    report.add_argument("--out", metavar="FILE", default="report.html", help="file to write")
+    report.add_argument("--samples", type=int, metavar="N", default=5, help="responses that are shown")
+    report.set_defaults(run=_command("report"))
+
+    replay = commands.add_parser(
+        "replay",
+        help="the tuned model again, from the base model and a journal",
+        **looks(
+            "Makes a tuned model from the base model and the journal of a run, or what `esfast export` made of it: the "
+            "same bits as the run's, on a GPU or a CPU. Fingerprints are compared before and after.",
+            "esfast replay runs/qwen/journal.jsonl --base Qwen/Qwen2.5-0.5B-Instruct --out tuned",
+            "esfast replay qwen.safetensors --base Qwen/Qwen2.5-0.5B-Instruct --out tuned --device cuda:1",
+            "esfast replay runs/qwen/journal.jsonl --base FOLDER --out halfway --until 50   after 50 generations",
+            "esfast replay runs/frozen/journal.jsonl --base FOLDER --out tuned --exclude '*embed*'   as in the run",
+        ),
+    )
+    _add_replay_arguments(replay)
+    replay.set_defaults(run=_command("replay"))
+
+    export = commands.add_parser(
+        "export",
+        help="a run's journal as one small safetensors file",
+        **looks(
+            "Packs the journal of a run into one safetensors file, from which `esfast replay` makes the tuned model: a "
+            "fine-tune of all weights in kilobytes.",
+            "esfast export runs/qwen --out qwen.safetensors",
+            "esfast export runs/qwen/journal.jsonl --out qwen.safetensors",
+        ),
+    )
+    export.add_argument("source", metavar="RUN", help="run folder, or its journal.jsonl")
+    export.add_argument("--out", metavar="FILE", required=True, help="file to write, ending in .safetensors")
+    export.set_defaults(run=_command("export"))
+
+    info = commands.add_parser(
+        "info",
+        help="versions, devices, and which backend runs and why",
+        **looks(
+            "Versions, what was built, and for each device which backend runs there and why the others don't.",
+            "esfast info",
+            "esfast --debug info   with the traceback of an error",
+        ),
+    )
+    info.set_defaults(run=_command("info"))
+
+    commands.add_parser("bench", help="benchmarks: esfast bench NAME; see esfast bench --help", add_help=False)
+    return parser
+
+
+def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--preset", metavar="NAME", help=f"settings of an experiment: {', '.join(PRESETS)}")
+    parser.add_argument("--config", metavar="FILE", help="settings from a YAML file, such as a run's config.yaml; "
+                        "they replace the preset's, and options replace them")  # fmt: skip
+    parser.add_argument("--print-config", action="store_true", help="print all settings as YAML, and train nothing")
+    add_arguments(parser)
+
+
+def _add_eval_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("evaluation")
+    group.add_argument("--model", nargs="+", dest="models", metavar="MODEL",
+                       help="Hugging Face names or folders (default: the embedded small model)")  # fmt: skip
+    group.add_argument("--samples", type=int, default=500, metavar="N", help="held-out problems")
+    group.add_argument("--max-completion-length", type=int, metavar="N",
+                       help="longest response, in tokens (default: the task's)")  # fmt: skip
+    group.add_argument("--batch-size", type=int, metavar="N", help="most prompts generated at once (default: 64)")
+    group.add_argument("--save", metavar="FILE", help="write the responses to a JSONL file")
+    group.add_argument("--json", action="store_true", help="print the result as JSON")
+    add_arguments(parser, ("task", "style", "data", "reward", "dtype", "device"))
+
+
+def _add_replay_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("journal", help="journal.jsonl of a run folder, or an exported .safetensors file")
+    result = parser.add_argument_group("result")
+    result.add_argument("--out", metavar="FOLDER", required=True, help="folder for the tuned model; must not exist")
+    result.add_argument("--until", type=int, metavar="N", help="generations to apply (default: all)")
+    base = parser.add_argument_group("base model, as in the run")
+    base.add_argument("--base", metavar="MODEL", help="Hugging Face name or folder (default: the embedded model)")
+    base.add_argument("--task", default="countdown", help="of the embedded model")
+    base.add_argument("--include", nargs="+", metavar="PATTERN", help="weights that were tuned (default: all)")
+    base.add_argument("--exclude", nargs="+", metavar="PATTERN", help="weights that were not (default: none)")
+    base.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
+                      help="dtype of the weights (default: the checkpoint's)")  # fmt: skip
+    base.add_argument("--device", default="auto", help="cpu, cuda:1, ... (default: what a backend is ready for; "
+                      "under torchrun a GPU for each process)")  # fmt: skip
+
+
+def _command(name: str) -> Callable[[argparse.Namespace], int | None]:
+    """The `run` of the module of that name, which is imported when the command runs."""
+    return lambda args: import_module(f".{name}", __package__).run(args)

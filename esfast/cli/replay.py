@@ -1,0 +1,21 @@
+"""esfast replay."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..journal import replay
+from ..plan import Plan
+from ..run_folder import save_model
+from .models import load
+
+
+def run(args: argparse.Namespace) -> None:
+    if Path(args.out).exists():
+        raise FileExistsError(f"--out: {args.out} exists already; choose another folder, or move it away")
+    args.model = args.base
+    model, tokenizer = load(args)
+    replay(Plan(model, args.include, args.exclude), args.journal, args.until)
+    save_model(Path(args.out), model, tokenizer)
+    print(f"tuned model: {args.out}")

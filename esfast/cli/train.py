@@ -1,0 +1,102 @@
+"""esfast train."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import time
+
+from .. import embedded
+from ..distributed import Team
+from ..run_folder import RunFolder
+from ..run_options import RunOptions, dump, es_config, given, run_options
+from ..trainer import ESTrainer
+from .models import device_of, load, task_of
+
+log = logging.getLogger(__name__)
+
+
+def run(args: argparse.Namespace) -> None:
+    settings = given(args)
+    options = run_options(settings)
+    if options.engine != "vllm" and options.num_engines != 1:
+        raise ValueError("--num-engines is of --engine vllm; without it, use torchrun")
+    if args.print_config:
+        print(dump(options, es_config(_defaults(options, task_of(options)) | settings)), end="")
+        return
+    team = Team.join(device_of(options), 1 if options.engine == "vllm" else options.tensor_parallel_size)
+    if options.engine == "vllm" and team.size > 1:
+        raise ValueError("--engine vllm: one process trains, without torchrun; --num-engines says how many engines")
+    if team.size > 1 and "output_dir" not in settings:
+        raise ValueError("--out: give the run folder: with several processes a restart must find it again")
+    if "output_dir" in settings and team.rank == 0:  # before minutes of loading
+        RunFolder.claim(settings["output_dir"], settings.get("resume", False) or team.restarted)
+    task = task_of(options)
+    config = es_config(_defaults(options, task) | settings)
+    eval_rows = task.eval_rows(config.eval_prompts)
+    if not eval_rows:
+        log.warning("no problems of %s are held out, so nothing is evaluated", options.data or options.task)
+    began = time.perf_counter()
+    if options.model is None:  # one process makes it, the others find it
+        team.tell("embedded model", lambda: str(embedded.cached(task=options.task)).encode())
+    data = {
+        "train_dataset": lambda generation, count: task.train_rows(generation, count, config.seed),
+        "eval_dataset": eval_rows or None,
+        "metrics": {} if task.accuracy is None else {"accuracy": task.accuracy},
+    }
+    if options.engine == "vllm":
+        from ..integrations.fleet import FleetTrainer
+
+        pretraining = 0.0
+        path = options.model if options.model is not None else str(embedded.cached(task=options.task))
+        trainer = FleetTrainer(
+            path,
+            list(task.reward_funcs),
+            config,
+            options.num_engines,
+            options.tensor_parallel_size,
+            options.dtype,
+            **data,
+        )
+    else:
+        model, tokenizer = load(options, team)
+        pretraining = time.perf_counter() - began if options.model is None else 0.0
+        trainer = ESTrainer(model, list(task.reward_funcs), config, processing_class=tokenizer, team=team, **data)
+    trainer.described = dataclasses.asdict(options)
+    if team.rank:
+        trainer.train()
+        return
+    print(f"{trainer.es.plan!r}, {options.model or 'embedded model'} on {task.name} -> {config.output_dir}")
+    try:
+        trainer.train()
+    finally:
+        if trainer.summary:
+            print(_summary(trainer, pretraining))
+
+
+def _defaults(options: RunOptions, task) -> dict:
+    """What the task and the embedded model change of ESConfig's defaults."""
+    return {
+        "output_dir": f"runs/{task.name}-{time.strftime('%Y%m%d-%H%M%S')}",
+        "max_completion_length": task.max_new_tokens,
+        "reward_workers": 1,  # tasks' rewards are functions of a module, and of their arguments alone
+        **task.settings,
+        **(embedded.settings(task.name) if options.model is None else {}),
+    }
+
+
+def _summary(trainer, pretraining: float) -> str:
+    s, seconds = trainer.summary, dict(trainer.summary["seconds"])
+    total = seconds.pop("total")
+    lines = [f"after {s['generations']} generations, on {s['eval_prompts']} held-out prompts:"]
+    for name, before in s["before"].items():
+        if name.endswith("_se"):
+            continue
+        lines.append(f"  {name.removeprefix('eval_'):<10} {before:8.4f} -> {s['after'][name]:.4f}")
+    shares = ", ".join(f"{phase} {t:.1f}" for phase, t in sorted(seconds.items(), key=lambda x: -x[1]) if t >= 0.05)
+    lines.append(
+        f"seconds: {total:.1f} ({shares})" + (f"; making the base model {pretraining:.1f}" * bool(pretraining))
+    )
+    lines.append(f"tuned model: {trainer.folder.model}; curves: {trainer.folder.path / 'curves.png'}")
+    return "\n".join(lines)

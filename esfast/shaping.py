@@ -1,0 +1,28 @@
+"""Fitness shaping: how the rewards of a population become weights of its noise. Pure functions of lists of floats."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+
+def zscore(rewards: Sequence[float]) -> list[float]:
+    """(R - mean) / std with the population's standard deviation, as in the paper; zeros if all rewards are equal."""
+    if min(rewards) == max(rewards):
+        return [0.0] * len(rewards)
+    exponent = math.frexp(max(map(abs, rewards)))[1]
+    rewards = [math.ldexp(r, -exponent) for r in rewards]  # exact; no square overflows, nor do all of them vanish
+    mean = math.fsum(rewards) / len(rewards)  # fsum: the same bits everywhere, whatever the order
+    std = math.sqrt(math.fsum((r - mean) ** 2 for r in rewards) / len(rewards))
+    return [(r - mean) / std for r in rewards]
+
+
+def centered_rank(rewards: Sequence[float]) -> list[float]:
+    """Ranks spread evenly over [-0.5, 0.5] (Salimans et al., arXiv 1703.03864); equal rewards share their mean rank."""
+    ordered = sorted(rewards)
+    first = {r: i for i, r in reversed(list(enumerate(ordered)))}
+    last = {r: i for i, r in enumerate(ordered)}
+    return [(first[r] + last[r]) / 2 / (len(rewards) - 1) - 0.5 for r in rewards]
+
+
+SHAPINGS: dict[str, Callable[[Sequence[float]], list[float]]] = {"zscore": zscore, "centered_rank": centered_rank}
