@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from .encoding import PromptEncoder
 from .interrupts import held
 from .shards import fsdp_modules, reshard
 
@@ -33,6 +34,7 @@ class KLToBase:
 
     def __init__(self, model, tokenizer, max_new_tokens: int):
         self.model, self.tokenizer, self.max_new_tokens = model, tokenizer, max_new_tokens
+        self._encode = PromptEncoder(tokenizer)
         self._gathering = fsdp_modules(model)
         reshard(self._gathering)
         here = (getattr(p, "_local_tensor", p) for p in model.parameters())  # of a DTensor its shard
@@ -88,7 +90,7 @@ class KLToBase:
 
     def _ids(self, prompt: str, completion: str) -> tuple[list[int], int]:
         """Tokens of prompt and response, and how many are the response's."""
-        before = self.tokenizer(prompt)["input_ids"]
+        (before,) = self._encode([prompt])
         after = self.tokenizer(completion, add_special_tokens=False)["input_ids"]
         if len(after) < self.max_new_tokens and self.tokenizer.eos_token_id is not None:
             after = [*after, self.tokenizer.eos_token_id]

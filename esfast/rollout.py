@@ -21,6 +21,7 @@ import torch
 from transformers import GenerationConfig
 
 from .decoding import WAYS, automatic
+from .encoding import PromptEncoder, context_limit
 from .names import DECODINGS
 from .sampling import SeededSampling
 from .shards import in_shards
@@ -124,6 +125,7 @@ class TransformersEngine:
         self.generation_config = GenerationConfig(
             max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=self.pad_token_id, eos_token_id=ends or None
         )
+        self._encoder, self._limit = PromptEncoder(tokenizer), context_limit(model)
         self._encoded: dict[str, list[int]] = {}
         self._in_shards = in_shards(model)
         if self._in_shards and decoding not in ("auto", "plain"):
@@ -229,10 +231,9 @@ class TransformersEngine:
         """Token ids of each prompt. Kept from one call to the next, since all members of a generation share prompts."""
         if not self._encoded.keys() >= set(prompts):
             distinct = list(dict.fromkeys(prompts))
-            encoded = dict(zip(distinct, self.tokenizer(distinct)["input_ids"], strict=True))
-            limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+            encoded = dict(zip(distinct, self._encoder(distinct), strict=True))
             for prompt, ids in encoded.items():
-                self._check(prompt, len(ids), limit)
+                self._check(prompt, len(ids), self._limit)
             self._encoded = encoded  # the last set of prompts only: fresh ones every generation must not pile up
         return [self._encoded[prompt] for prompt in prompts]
 
