@@ -15,7 +15,7 @@ from importlib import import_module
 from pathlib import Path
 
 from ..command_help import looks
-from ..run_folder import write_whole
+from ..files import write_whole
 
 BENCHMARKS = {
     "noise": "speed of add_noise_ against what ES code does today and a memory copy, after a check to the bit",

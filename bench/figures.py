@@ -17,7 +17,7 @@ from statistics import mean, pstdev
 import matplotlib
 from matplotlib.figure import Figure
 
-from ..run_folder import write_whole
+from ..files import write_whole
 from . import training
 
 COLORS = {

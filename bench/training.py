@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
-from ..run_folder import write_whole
+from ..files import write_whole
 from . import BenchmarkError, count, greedy
 from .provenance import git_state
 

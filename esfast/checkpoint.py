@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from .files import TEMPORARY, follow_umask
 from .fingerprint import MASK, window_sums
 from .plan import Entry, Plan
 from .update import Updater
@@ -32,13 +33,14 @@ def save(folder: Path, generation: int, updater: Updater, part: str = "") -> Pat
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = _path(folder, generation, part)
-    temporary = folder / f".{path.name}.tmp"
+    temporary = folder / f".{path.name}{TEMPORARY}"
     metadata = {"generation": str(generation), "fingerprint": _fingerprint(updater.plan.entries, updater.plan.low)}
     try:
         save_file({k: t.contiguous() for k, t in _tensors(updater).items()}, temporary, metadata)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        follow_umask(folder)
     except SafetensorError as error:
         raise OSError(f"checkpoint: {path} could not be written: {error}") from None
     finally:

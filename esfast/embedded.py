@@ -18,7 +18,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from .run_folder import whole_folder
+from .files import whole_folder
 from .tasks import MODULES, base, tags
 
 STEPS = 1600

@@ -15,8 +15,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
+from .files import write_whole
 from .journal import Contents, read
-from .run_folder import write_whole
 from .update import Generation
 
 

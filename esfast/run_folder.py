@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-TEMPORARY = ".tmp"  # how the name of what is being written ends
+from .files import TEMPORARY, whole_folder, write_whole  # noqa: F401
 
 
 class RunFolder:
@@ -97,35 +94,3 @@ def save_model(path: Path, model, tokenizer, card: str = "", weights: dict | Non
         tokenizer.save_pretrained(unfinished)
         if card:
             (unfinished / "README.md").write_text(card, encoding="utf-8")
-
-
-@contextlib.contextmanager
-def whole_folder(path: Path, replace: bool = True) -> Iterator[Path]:
-    """A folder to be filled in the block, which is at `path` after it: whole, or if the block raises not at all.
-
-    An older one there is replaced; with replace=False it is OSError, and the older one stays."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{path.name}-", suffix=TEMPORARY, dir=path.parent))
-    try:
-        yield unfinished
-        unfinished.chmod(0o755)  # mkdtemp's 0700 is not what a shared result wants
-        if replace and path.exists():
-            shutil.rmtree(path)
-        os.replace(unfinished, path)  # a neighbour's rename is atomic
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
-    """Writes the file whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=TEMPORARY, dir=path.parent)
-    try:
-        with open(handle, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-        os.chmod(temporary, 0o644)  # mkstemp's 0600 is not what a shared result wants
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

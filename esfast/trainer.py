@@ -25,6 +25,7 @@ from .clock import Clock, account
 from .config import ESConfig
 from .distributed import Team
 from .es import ES, Member
+from .files import write_whole
 from .journal import read
 from .kl import KLToBase
 from .loggers import Report, require
@@ -34,7 +35,7 @@ from .plan import Plan
 from .rewards import RewardError, RewardFunc, Scorer, combine
 from .rollout import TransformersEngine, as_engine
 from .rows import Rows, check_rows, draw
-from .run_folder import RunFolder, write_whole
+from .run_folder import RunFolder
 from .sampling import response_seeds
 from .shards import in_shards, whole_state_dict
 from .stats import mean, standard_error

@@ -6,7 +6,7 @@ import argparse
 import json
 
 from ..evaluation import against, respond, summarize, table
-from ..run_folder import write_whole
+from ..files import write_whole
 from ..run_options import FIELDS, run_options
 from .models import load, task_of
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from ..files import write_whole
 from ..report import load, page
-from ..run_folder import write_whole
 
 
 def run(args: argparse.Namespace) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from ..files import whole_folder
 from ..plan import Plan
-from ..run_folder import whole_folder
 from ..segments import Entry
 from .vllm_layout import Shape
 
