@@ -1,7 +1,8 @@
-"""Prompts as token ids, and how many of them fit into a model's context."""
+"""Prompts as token ids, which of them a model knows, and how many fit into its context."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 KNOWN_TEXT = "a"
@@ -76,3 +77,12 @@ def _reserved(model, limit: int) -> int:
         if name.endswith("position_embeddings") and getattr(module, "num_embeddings", None) == limit:
             return 0 if module.padding_idx is None else module.padding_idx + 1
     return 0
+
+
+def embedded_tokens(model) -> int:
+    """How many tokens the model has an embedding for; where it doesn't say, more than there are tokens."""
+    try:
+        table = getattr(model.get_input_embeddings(), "weight", None)
+    except (NotImplementedError, AttributeError):
+        table = None
+    return table.shape[0] if getattr(table, "ndim", 0) == 2 else sys.maxsize

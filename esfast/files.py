@@ -29,7 +29,8 @@ def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
     temporary = temporary_beside(path)
     try:
         with open(temporary, "xb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            # half a character, which a completion may hold, has no form in UTF-8: it is shown as \udc00
+            file.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -21,8 +21,9 @@ import torch
 from transformers import GenerationConfig
 
 from .decoding import WAYS, automatic
-from .encoding import PromptEncoder, context_limit
+from .encoding import PromptEncoder, context_limit, embedded_tokens
 from .names import DECODINGS
+from .rows import check_text
 from .sampling import SeededSampling
 from .shards import in_shards
 
@@ -87,7 +88,7 @@ class TransformersEngine:
     a text: a member is judged by its weights, not by sampling settings that a checkpoint happens to carry.
 
     model           any causal LM with `generate`; it generates in eval mode and is left in the mode it was in
-    tokenizer       its tokenizer; without a pad token the eos token pads
+    tokenizer       its tokenizer; without a pad token that the model has an embedding for, the eos token pads, else 0
     max_new_tokens  longest completion, in tokens
     batch_size      most prompts at once; None takes as many as have their keys and values in a quarter of the device's
                     memory. When memory runs out nevertheless it is halved, and stays so; not with a model in shards
@@ -95,7 +96,7 @@ class TransformersEngine:
     decoding        "plain", "static" or "continuous", see esfast.decoding; "auto" takes plain on a CPU, and on a GPU
                     the fastest that works there, and says so where it passes one over
 
-    Raises ValueError if an argument is out of range, or if neither a pad nor an eos token is known.
+    Raises ValueError if an argument is out of range.
     """
 
     def __init__(
@@ -117,11 +118,11 @@ class TransformersEngine:
         self.max_new_tokens, self.batch_size, self.temperature = max_new_tokens, batch_size, temperature
         self.tokens = 0
         ends = _end_tokens(model, tokenizer)
-        self.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [None])[0]
-        if self.pad_token_id is None:
-            raise ValueError(
-                "the tokenizer has neither a pad nor an eos token: set one, for example tokenizer.pad_token = '<|pad|>'"
-            )
+        self._vocabulary = embedded_tokens(model)
+        # Any token that has an embedding can pad: padding is masked. A pad token that was added to the tokenizer alone
+        # has none, and the model would read past the end of its table.
+        pads = (i for i in (tokenizer.pad_token_id, *ends) if i is not None and i < self._vocabulary)
+        self.pad_token_id = next(pads, 0)
         self.generation_config = GenerationConfig(
             max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=self.pad_token_id, eos_token_id=ends or None
         )
@@ -140,8 +141,9 @@ class TransformersEngine:
         With `seeds`, one for each prompt, completions are sampled, each as its seed decides; equal prompts may have
         different ones. Without, they are greedy.
 
-        Raises TypeError for prompts that are not strings, ValueError for one that is empty or that leaves no room for
-        max_new_tokens in the model's context, and torch.OutOfMemoryError if not even a single prompt fits in memory.
+        Raises TypeError for prompts that are not strings, ValueError for one that is empty, that no UTF-8 can hold,
+        that has a token without an embedding, or that leaves no room for max_new_tokens in the model's context, and
+        torch.OutOfMemoryError if not even a single prompt fits in memory.
         """
         if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
             raise TypeError("prompts must be a list of strings; for chat messages, apply the chat template first")
@@ -231,16 +233,24 @@ class TransformersEngine:
         """Token ids of each prompt. Kept from one call to the next, since all members of a generation share prompts."""
         if not self._encoded.keys() >= set(prompts):
             distinct = list(dict.fromkeys(prompts))
+            for prompt in distinct:
+                check_text("prompt", prompt)
             encoded = dict(zip(distinct, self._encoder(distinct), strict=True))
             for prompt, ids in encoded.items():
-                self._check(prompt, len(ids), self._limit)
+                self._check(prompt, ids, self._limit)
             self._encoded = encoded  # the last set of prompts only: fresh ones every generation must not pile up
         return [self._encoded[prompt] for prompt in prompts]
 
-    def _check(self, prompt: str, length: int, limit: int | None) -> None:
-        shown = prompt if len(prompt) <= 80 else f"{prompt[:77]}..."
+    def _check(self, prompt: str, ids: list[int], limit: int | None) -> None:
+        shown, length = prompt if len(prompt) <= 80 else f"{prompt[:77]}...", len(ids)
         if length == 0:
             raise ValueError(f"the prompt {shown!r} has no tokens: a completion needs something to follow")
+        if max(ids) >= self._vocabulary:
+            token = self.tokenizer.convert_ids_to_tokens(max(ids))
+            raise ValueError(
+                f"the prompt {shown!r} has the token {token!r} with the id {max(ids)}, but the model has embeddings "
+                f"for {self._vocabulary}: model.resize_token_embeddings(len(tokenizer)) extends it as the tokenizer was"
+            )
         if limit is not None and length + self.max_new_tokens > limit:
             raise ValueError(
                 f"the prompt {shown!r} has {length} tokens, which with max_new_tokens={self.max_new_tokens} exceeds "

@@ -24,6 +24,20 @@ def check_rows(what: str, rows, required: bool = True) -> None:
             raise ValueError(f"{what}: its rows must have equal columns, got {sorted(rows[0])} and {sorted(row)}")
 
 
+def check_text(what: str, text: str) -> None:
+    """ValueError for half a character: a UTF-16 surrogate without its other half, which no tokenizer and no file takes.
+
+    JSON's "\\ud83d" without what follows it is the usual way to get one."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        near = text[max(0, error.start - 20) : error.start + 20]
+        raise ValueError(
+            f"{what}: {near!r} holds a lone surrogate, half of a character, which UTF-8 has no form for; replace it: "
+            "text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')"
+        ) from None
+
+
 def draw(rows: Rows, generation: int, count: int, seed: int) -> Rows:
     """`count` of the rows, or all if they are fewer, none a second time until all were used: a pure function of seed
     and generation, so that a run can be taken up anywhere."""

@@ -34,7 +34,7 @@ from .movement import Movement
 from .plan import Plan
 from .rewards import RewardError, RewardFunc, Scorer, combine
 from .rollout import TransformersEngine, as_engine
-from .rows import Rows, check_rows, draw
+from .rows import Rows, check_rows, check_text, draw
 from .run_folder import RunFolder
 from .sampling import response_seeds
 from .shards import in_shards, whole_state_dict
@@ -92,6 +92,8 @@ class ESTrainer:
             raise TypeError(f"args: expected an esfast.ESConfig, got {type(args).__name__}")
         self.reward_funcs = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
         self.metrics = dict(metrics or {})
+        for name in self.metrics:
+            check_text("metrics", name)
         for f in [*self.reward_funcs, *self.metrics.values()]:
             if not callable(f):
                 raise TypeError(f"reward_funcs and metrics: expected functions, got {type(f).__name__} {f!r:.60}")

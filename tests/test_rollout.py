@@ -179,11 +179,45 @@ def test_pad_token_absent(tiny):
     assert TransformersEngine(model, tokenizer, 8).generate(PROMPTS) == expected
     tokenizer.eos_token = None
     model.generation_config, config = GenerationConfig(), model.generation_config
-    try:
-        with pytest.raises(ValueError, match="neither a pad nor an eos token"):
-            TransformersEngine(model, tokenizer, 8)
+    try:  # with nothing that ends a text, a token pads that has an embedding: what is masked does not count
+        endless = TransformersEngine(model, tokenizer, 8)
+        assert endless.generate(PROMPTS) == [endless.generate([prompt])[0] for prompt in PROMPTS]
     finally:
         model.generation_config = config
+
+
+@pytest.mark.parametrize("eos", [True, False])
+def test_pad_token_that_the_model_has_no_embedding_for(tiny, eos):
+    """tokenizer.pad_token = "<|pad|>" or add_special_tokens, and no model.resize_token_embeddings."""
+    model, tokenizer = tiny[0], embedded.make_tokenizer()
+    expected = TransformersEngine(model, tokenizer, 8).generate(PROMPTS)
+    tokenizer.add_special_tokens({"pad_token": "<|new pad|>"})
+    assert tokenizer.pad_token_id >= model.get_input_embeddings().weight.shape[0]
+    model.generation_config, config = model.generation_config if eos else GenerationConfig(), model.generation_config
+    try:
+        found = TransformersEngine(model, tokenizer, 8).generate(PROMPTS)
+        assert found == expected
+    finally:
+        model.generation_config = config
+
+
+def test_prompt_with_a_token_that_the_model_has_no_embedding_for(tiny):
+    model, tokenizer = tiny[0], embedded.make_tokenizer()
+    tokenizer.add_tokens(["ponder"])
+    engine = TransformersEngine(model, tokenizer, 8)
+    with pytest.raises(
+        ValueError, match=r"'7 ponder' has the token 'ponder' with the id \d+, .*resize_token_embeddings"
+    ):
+        engine.generate(["7", "7 ponder"])
+    assert engine.generate(["7"])
+
+
+@pytest.mark.parametrize("prompt", ["\ud83d", "7\udc00+1=", "x" * 100 + "\udfff"])
+def test_prompt_with_half_a_character(tiny, prompt):
+    with pytest.raises(ValueError, match=r"prompt: .*\\ud.* holds a lone surrogate.*surrogatepass"):
+        TransformersEngine(*tiny, 8).generate(["7", prompt])
+    repaired = prompt.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    assert TransformersEngine(*tiny, 8).generate([repaired])
 
 
 def test_prompt_beyond_the_context(tiny):

@@ -12,8 +12,10 @@ from transformers import AutoModelForCausalLM
 
 import esfast
 from esfast import embedded
+from esfast.files import write_whole
 from esfast.loggers import Report
 from esfast.movement import Movement
+from esfast.report import load, page
 
 ROWS = [{"prompt": f"{i}\n", "n": i} for i in range(1, 7)]
 
@@ -140,3 +142,23 @@ def test_loggers_that_are_missing_or_unknown(tmp_path, model, monkeypatch):
     with pytest.raises(ValueError, match="report_to: expected 'tensorboard', 'wandb' or 'none', got 'tensorbord'"):
         esfast.ESConfig(report_to="tensorbord")
     assert esfast.ESConfig(report_to="none").report_to is None
+
+
+def test_half_a_character_is_escaped_in_files_and_refused_in_names(tmp_path, model):
+    net, tokenizer = model
+    half, c = "\ud83d", esfast.ESConfig(output_dir=str(tmp_path), generations=1, population_size=2, progress=False)
+
+    def reward(completions, **columns):
+        return [float(len(text)) for text in completions]
+
+    def answer(prompts):
+        return [prompt + half for prompt in prompts]
+
+    with pytest.raises(ValueError, match="metrics: .* holds a lone surrogate"):
+        esfast.ESTrainer(net, reward, c, ROWS, ROWS, tokenizer, {half: reward}, engine=answer)
+    rows = [{**row, "column": half} for row in ROWS]
+    esfast.ESTrainer(net, reward, c, rows, rows, tokenizer, engine=answer).train()
+    sample = json.loads((tmp_path / "samples.jsonl").read_text(encoding="ascii").splitlines()[0])
+    assert sample["completion"] == "1\n" + half
+    write_whole(tmp_path / "report.html", page([load(tmp_path)], samples=5))
+    assert r"1\n\ud83d".replace(r"\n", "\n") in (tmp_path / "report.html").read_text(encoding="utf-8")
