@@ -17,6 +17,7 @@ import torch
 
 from . import checkpoint
 from .distributed import SharedUpdates, Team
+from .finite import check_finite
 from .interrupts import held
 from .journal import Journal, header_of, parse, verify
 from .names import ROUNDINGS
@@ -96,7 +97,8 @@ class ES:
         checkpoints: a folder for `checkpoint()`, and to resume from.
 
     Raises:
-        TypeError, ValueError: an argument outside the above; what Plan refuses. Weights are untouched.
+        TypeError, ValueError: an argument outside the above; what Plan refuses; weights that are NaN or infinite.
+            Weights are untouched.
 
     Attributes: `plan`, `generation` (steps taken so far), `members` (of the current generation); `sigma` and `lr` may
     be changed between generations.
@@ -146,6 +148,7 @@ class ES:
         self.rule.check_names(self.plan.whole_names)
         weights = automatic(self.plan, self.rule) if weights == "auto" else weights
         get_backend(backend, self.plan.device)
+        check_finite(self.plan)
         self.generation = 0
         self.members: list[Member] = []
         self._inside: Member | None = None

@@ -22,6 +22,7 @@ from transformers import GenerationConfig
 
 from .decoding import WAYS, automatic
 from .encoding import PromptEncoder, context_limit, embedded_tokens
+from .models import check_generates
 from .names import DECODINGS
 from .rows import check_text
 from .sampling import SeededSampling
@@ -96,7 +97,7 @@ class TransformersEngine:
     decoding        "plain", "static" or "continuous", see esfast.decoding; "auto" takes plain on a CPU, and on a GPU
                     the fastest that works there, and says so where it passes one over
 
-    Raises ValueError if an argument is out of range.
+    Raises ValueError if an argument is out of range, or if the model is no causal LM.
     """
 
     def __init__(
@@ -114,6 +115,7 @@ class TransformersEngine:
             raise ValueError(f"temperature must be more than 0, got {temperature}")
         if decoding not in DECODINGS:
             raise ValueError(f"decoding must be one of {', '.join(DECODINGS)}, got {decoding!r}")
+        check_generates(model)
         self.model, self.tokenizer = model, tokenizer
         self.max_new_tokens, self.batch_size, self.temperature = max_new_tokens, batch_size, temperature
         self.tokens = 0

@@ -30,6 +30,7 @@ from .journal import read
 from .kl import KLToBase
 from .loggers import Report, require
 from .model_card import model_card
+from .models import load_model, load_tokenizer
 from .movement import Movement
 from .plan import Plan
 from .rewards import RewardError, RewardFunc, Scorer, combine
@@ -115,13 +116,9 @@ class ESTrainer:
                 "a model in shards: expected the model itself, without adapters; see esfast.tensor_parallel"
             )
         if isinstance(model, str):
-            from transformers import AutoModelForCausalLM
-
-            model = AutoModelForCausalLM.from_pretrained(model)
+            model = load_model(model)
         if processing_class is None:
-            from transformers import AutoTokenizer
-
-            processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path)
+            processing_class = load_tokenizer(model.config._name_or_path)
         c = self.args
         include = c.include
         if peft_config is not None:

@@ -18,9 +18,9 @@ def task_of(run: RunOptions):
     if run.model is None:
         run.task, run.style = run.task or "countdown", run.style or embedded.STYLE
     elif run.task is None or run.style is None:
-        from transformers import AutoConfig
+        from ..models import load_config
 
-        made = AutoConfig.from_pretrained(run.model)
+        made = load_config(run.model)
         run.task = run.task or getattr(made, "prompt_task", "countdown")
         run.style = run.style or getattr(made, "prompt_style", "paper")
     return tasks.get(run.task, run.style, run.data, run.train_prompts, run.reward or ())
@@ -40,16 +40,16 @@ def device_of(args: argparse.Namespace) -> str:
 def load(args: argparse.Namespace | RunOptions, team: Team | None = None):
     """Model and tokenizer, on the device; of a model that processes of the team hold together, this one's part."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
     from .. import embedded
+    from ..models import load_model, load_tokenizer
     from ..rollout import is_small
 
     disable_progress_bar()  # the bars of loading and saving would tear that of the training
     path = args.model if args.model is not None else embedded.cached(task=args.task)
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    model = load_model(path, dtype=dtype)
     if team is not None and team.shards > 1:
         from ..tensor_parallel import shard
 
@@ -58,4 +58,4 @@ def load(args: argparse.Namespace | RunOptions, team: Team | None = None):
         model.to(device_of(args))
     if is_small(model):
         torch.set_num_threads(1)  # for perturbing it, too
-    return model, AutoTokenizer.from_pretrained(path)
+    return model, load_tokenizer(path)
