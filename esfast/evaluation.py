@@ -8,7 +8,7 @@ from typing import Any
 from tqdm import tqdm
 
 from . import chat
-from .rewards import combine
+from .rewards import Scorer, combine
 from .rollout import TransformersEngine
 from .rows import Rows
 from .stats import mean, standard_error
@@ -23,9 +23,9 @@ def respond(model, tokenizer, task: Task, rows: Rows, max_new_tokens: int, batch
     prompts, completions, chunk = chat.texts(rows, tokenizer), [], batch_size or CHUNK
     for start in tqdm(range(0, len(prompts), chunk), unit="batch", dynamic_ncols=True, leave=False):
         completions += engine.generate(prompts[start : start + chunk])
-    columns = {key: [row[key] for row in rows] for key in rows[0] if key != "prompt"}
-    columns |= {"prompts": [row["prompt"] for row in rows], "completions": chat.completions(rows, completions)}
-    scores = [list(f(**columns)) for f in task.reward_funcs]
+    functions = [*task.reward_funcs, *([] if task.accuracy is None else [task.accuracy])]
+    values = Scorer(functions).submit(functions, rows, chat.completions(rows, completions)).result()
+    scores = values[: len(task.reward_funcs)]
     responses = [
         {
             "prompt": prompt,
@@ -35,7 +35,7 @@ def respond(model, tokenizer, task: Task, rows: Rows, max_new_tokens: int, batch
         for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
     ]
     if task.accuracy is not None:
-        for response, correct in zip(responses, task.accuracy(**columns), strict=True):
+        for response, correct in zip(responses, values[-1], strict=True):
             response["correct"] = correct
     return responses
 

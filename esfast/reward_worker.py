@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
 import json
 import os
 import pickle
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 
@@ -130,7 +131,7 @@ class Worker:
 
     def _died(self) -> None:
         self._kill()
-        self._fail(f"ended its process with status {self._process.returncode}")
+        self._fail(f"ended its process with status {self._process.returncode}{_reason(self._process.returncode)}")
 
     def _fail(self, error: str) -> None:
         if self.task is not None:
@@ -146,9 +147,11 @@ def serve(descriptor: int, names: Sequence[str]) -> None:
     def answer(work: Callable[[], object]) -> bool:
         try:
             message = json.dumps({"value": work()})
-        except Exception as error:
+        except NotRewards as error:
+            message = json.dumps({"error": str(error)})
+        except BaseException as error:  # sys.exit in a function is an error of the function, too
             frames = "".join(traceback.format_tb(error.__traceback__)[-1:])
-            message = json.dumps({"error": f"raised {type(error).__name__}: {error}\n{frames}".rstrip()})
+            message = json.dumps({"error": f"{raised(error)}\n{frames}".rstrip()})
         connection.send_bytes(message.encode())
         return message.startswith('{"value"')
 
@@ -161,17 +164,66 @@ def serve(descriptor: int, names: Sequence[str]) -> None:
         except (EOFError, ConnectionError):
             return
         for job in jobs:  # each gets arguments of its own, should one of them change its
-            if not answer(lambda job=job: plain(functions[job](**pickle.loads(pickled)))):  # noqa: B023
+            if not answer(lambda job=job: _called(functions[job], pickled)):  # noqa: B023
                 break
 
 
-def plain(values) -> list[float | str | None]:
-    """Numbers as JSON has them (NumPy's and PyTorch's too) and None; of anything else the text that a message shows."""
-    plain = []
-    for value in values:
-        value = value.item() if hasattr(value, "item") else value
-        plain.append(value if value is None or isinstance(value, (int, float)) else repr(value))
-    return plain
+def _called(function: Callable, pickled: bytes) -> list[float | str | None]:
+    arguments = pickle.loads(pickled)
+    count = len(arguments["completions"])  # before the function may change it
+    return numbers(function(**arguments), count)
+
+
+class NotRewards(TypeError):
+    """What a function returned is no sequence of numbers. The message goes on after the function's name."""
+
+
+def numbers(values, count: int) -> list[float | str | None]:
+    """What a reward function returned, as JSON has it: floats (of NumPy's and PyTorch's numbers too, and of True and
+    False), None, and of anything else the text that a message shows. At most `count` + 1 of them, since an iterator may
+    have no end. NotRewards for what has no order, or is one thing."""
+    if isinstance(values, (str, bytes, bytearray, Mapping, Set)) or not isinstance(values, Iterable):
+        raise NotRewards(f"returned {_shown(values)} ({type(values).__name__}): expected a list of {count} numbers")
+    try:
+        return list(map(_number, itertools.islice(values, count + 1)))
+    except TypeError as error:  # an array without dimensions calls itself iterable
+        if getattr(values, "shape", None) != ():
+            raise
+        raise NotRewards(f"returned a single number: expected a list of {count}") from error
+
+
+def _number(value) -> float | str | None:
+    with contextlib.suppress(Exception):  # an array of two, say, is no number
+        value = value.item()
+    if value is None or isinstance(value, (str, bytes, bytearray)):
+        return None if value is None else _shown(value)
+    try:
+        return float(value)
+    except OverflowError:
+        return "a whole number too large for a float"
+    except Exception:  # whatever conversions there are
+        return _shown(value)
+
+
+def _shown(value) -> str:
+    try:
+        return f"{value!r:.60}"
+    except Exception:  # as a repr may
+        return f"a {type(value).__name__}"
+
+
+def raised(error: BaseException) -> str:
+    return f"raised {type(error).__name__}: {error}"
+
+
+def _reason(status: int) -> str:
+    """What is known of a process that a signal ended."""
+    if status >= 0:
+        return ""
+    with contextlib.suppress(ValueError):
+        name = signal.Signals(-status).name
+        return f" ({name}{': out of memory?' if name == 'SIGKILL' else ''})"
+    return ""
 
 
 def _import(name: str) -> Callable:

@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
-import contextlib
+import asyncio
 import functools
 import logging
 import math
 import pickle
-import signal
-import threading
+import re
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import wait
 
-from .reward_worker import Task, Worker, importable, now, plain
-from .rows import Rows
+from .reward_worker import NotRewards, Task, Worker, importable, now, numbers, raised
+from .rows import Rows, check_text, columns
+from .stats import mean, standard_error
+from .time_limit import TooSlow, limited
 
 log = logging.getLogger(__name__)
 
 RewardFunc = Callable[..., Sequence[float]]
 
+LARGEST = 3.4e38  # a reward's size, as float32 has it: what is larger makes sums and squares of rewards infinite
+# What a function's failing looks like. KeyboardInterrupt is Ctrl-C's, and other BaseExceptions are somebody else's.
+FAILURES = (Exception, SystemExit, GeneratorExit, asyncio.CancelledError)
+# Under eval_NAME the metrics file has these of its own; the others are columns beside them.
+RESERVED = ("reward", "reward_se", "length", "kl_to_base", "generation", "seconds")
+
 
 class RewardError(ValueError):
-    """A reward function raised, took too long, or gave something other than one finite number a completion; the
+    """A reward function raised, exited, took too long, or gave something other than one finite number a completion; the
     message begins with its name."""
 
 
@@ -49,8 +56,9 @@ class Scorer:
                 the functions by name and sees neither this process's variables nor its model. Where one of them has no
                 name to import it by (a closure, a lambda, the script that runs), all are called here, with a word
     timeout     seconds that a function may take for one member's completions. A worker that takes longer is killed; in
-                this process, the function is interrupted, which C code that never returns to Python escapes
+                this process, the function is interrupted, see time_limit.limited for what escapes that
 
+    Each call gets arguments of its own: what a function changes in them, no other call sees.
     Workers start when they are first needed, and again after one was killed. They are handed their next member, and it
     is seen that one hangs, in `submit` and in `result`: where scoring takes longer than generating, take more workers.
     """
@@ -70,17 +78,15 @@ class Scorer:
 
     def submit(self, functions: Sequence[RewardFunc], rows: Rows, completions: Sequence[str]) -> Scores:
         """Their rewards, soon."""
-        arguments = {key: [row[key] for row in rows] for key in rows[0] if key != "prompt"}
-        arguments |= {"prompts": [row["prompt"] for row in rows], "completions": list(completions)}
         if self._workers:
             try:
-                pickled = pickle.dumps(arguments)
+                pickled = pickle.dumps(columns(rows, completions))
             except Exception as error:  # pickle has no one kind of its own
                 log.warning("reward functions are called in this process: the rows can't be sent to another: %s", error)
                 self._workers = 0
         if not self._workers:
             try:
-                scores = [self._call(f, arguments) for f in functions]
+                scores = [self._call(f, columns(rows, completions)) for f in functions]
             except RewardError as error:
                 return Scores(functools.partial(_raise, error))
             return Scores(lambda: scores)
@@ -128,27 +134,89 @@ class Scorer:
             check_rewards(function, values, count) for function, values in zip(functions, task.answers, strict=True)
         ]
 
-    def _call(self, function: RewardFunc, arguments: Mapping[str, list]) -> list[float]:
+    def _call(self, function: RewardFunc, arguments: Mapping[str, list]) -> list[float | None]:
+        count = len(arguments["completions"])
         try:
-            with time_limit(self._timeout):
-                values = plain(function(**arguments))
+            values = limited(self._timeout, lambda: numbers(function(**arguments), count))
         except TooSlow:
             raise RewardError(f"reward function {name_of(function)} gave no rewards in {self._timeout:g} s") from None
-        except Exception as error:
-            raise RewardError(f"reward function {name_of(function)} raised {type(error).__name__}: {error}") from error
-        return check_rewards(function, values, len(arguments["completions"]))
+        except NotRewards as error:
+            raise RewardError(f"reward function {name_of(function)} {error}") from None
+        except FAILURES as error:
+            raise RewardError(f"reward function {name_of(function)} {raised(error)}") from error
+        return check_rewards(function, values, count)
 
 
 def name_of(function: RewardFunc) -> str:
-    return getattr(function, "__name__", repr(function))
+    """As messages have it: of a functools.partial the function's, of an object its class's."""
+    function = getattr(function, "func", function)
+    return getattr(function, "__name__", None) or type(function).__name__
+
+
+def check_metrics(metrics: Mapping[str, RewardFunc] | None) -> dict[str, RewardFunc]:
+    """Metrics by name. TypeError or ValueError for what is no such thing, and for a name that can't be logged as
+    eval_NAME."""
+    if metrics is not None and not isinstance(metrics, Mapping):
+        raise TypeError(f"metrics: expected functions by name, as {{'accuracy': f}}, got {type(metrics).__name__}")
+    for name in metrics or ():
+        if isinstance(name, str):
+            check_text("metrics", name)
+        if not isinstance(name, str) or not re.fullmatch(r"[^\W_][\w./-]{0,63}", name):
+            raise ValueError(
+                f"metrics: expected a name of at most 64 letters, digits and . _ - /, a letter first, got {name!r:.80}"
+            )
+        if name in RESERVED:
+            raise ValueError(f"metrics: {name!r} is a name of the trainer's own; choose one other than "
+                             f"{', '.join(RESERVED)}")  # fmt: skip
+    return dict(metrics or {})
+
+
+def judge(
+    scorer: Scorer,
+    reward_funcs: Sequence[RewardFunc],
+    weights: Sequence[float],
+    metrics: Mapping[str, RewardFunc],
+    rows: Rows,
+    completions: Sequence,
+    skip: bool = False,
+) -> tuple[list[list[float | None]], dict[str, float]]:
+    """Scores of an evaluation: a list for each reward function, and the figures to be logged, eval_reward with its
+    standard error and eval_NAME of each metric.
+
+    With `skip` a function that fails is warned about and its figures are left out (of a reward function eval_reward;
+    its list holds None alone); otherwise it is RewardError. A metric that is None for every row is left out, too."""
+
+    def of(scores: Callable[[], list]) -> list:
+        try:
+            return scores()
+        except RewardError as error:
+            if not skip:
+                raise
+            log.warning("the evaluation goes without: %s", error)
+            return []
+
+    pending = [scorer.submit([f], rows, completions) for f in [*reward_funcs, *metrics.values()]]
+    values = [of(lambda p=p: p.result()[0]) for p in pending]
+    scores, named = values[: len(reward_funcs)], zip(metrics, values[len(reward_funcs) :], strict=True)
+    rewards = of(lambda: combine(scores, weights)) if all(scores) else []
+    figures = {"eval_reward": mean(rewards)} if rewards else {}
+    if len(rewards) > 1:
+        figures["eval_reward_se"] = standard_error(rewards)
+    for name, each in named:
+        if said := [value for value in each if value is not None]:
+            figures[f"eval_{name}"] = mean(said)
+    return [s or [None] * len(completions) for s in scores], figures
 
 
 def combine(scores: Sequence[Sequence[float | None]], weights: Sequence[float]) -> list[float]:
     """Each completion's reward: the weighted sum of the functions' (`scores`, a list each). As in TRL, a function that
     returns None has no say in that completion, and a completion on which all do is left out; RewardError if all are."""
     rewards = []
-    for values in zip(*scores, strict=True):
+    for i, values in enumerate(zip(*scores, strict=True)):
         said = [weight * value for weight, value in zip(weights, values, strict=True) if value is not None]
+        if said and not sum(map(abs, said)) <= LARGEST:
+            raise RewardError(f"reward functions: the weighted sum for completion {i} is too large ({said}): rewards, "
+                              f"and their sums with reward_weights, are limited to {LARGEST:g}")  # fmt: skip
         if said:
             rewards.append(math.fsum(said))
     if not rewards:
@@ -157,44 +225,19 @@ def combine(scores: Sequence[Sequence[float | None]], weights: Sequence[float]) 
 
 
 def check_rewards(function: RewardFunc, values: list, count: int) -> list[float | None]:
-    """Raises RewardError unless they are `count` finite numbers, or None for "not mine to say"."""
+    """Raises RewardError unless they are `count` finite numbers, or None where the function abstains."""
     if len(values) != count:
-        raise RewardError(f"reward function {name_of(function)}: expected {count} rewards, got {len(values)}")
+        got = len(values) if len(values) < count else "more"
+        raise RewardError(f"reward function {name_of(function)}: expected {count} rewards, got {got}")
     for i, value in enumerate(values):
-        if value is not None and (not isinstance(value, (int, float)) or not math.isfinite(value)):
-            raise RewardError(
-                f"reward function {name_of(function)}: its reward for completion {i} is {value}, no finite number"
-            )
-    return [None if v is None else float(v) for v in values]
-
-
-class TooSlow(BaseException):
-    """Raised inside a reward function, where `except Exception` shall not catch it."""
-
-
-@contextlib.contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Raises TooSlow in the block after so many seconds. Without effect in other threads than the main one, where
-    there is no SIGALRM, and where somebody else's alarm rings before; one that rings later is set again afterwards."""
-    usable = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
-    theirs, interval = signal.getitimer(signal.ITIMER_REAL) if usable else (0.0, 0.0)
-    if not usable or seconds == math.inf or 0 < theirs <= seconds:
-        yield
-        return
-
-    def late(*received):
-        raise TooSlow
-
-    began = now()
-    before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-        if theirs:  # at once, if it has become due
-            signal.setitimer(signal.ITIMER_REAL, max(1e-6, theirs - (now() - began)), interval)
+        wrong = None
+        if isinstance(value, str) or (value is not None and not math.isfinite(value)):
+            wrong = "no finite number"
+        elif value is not None and abs(value) > LARGEST:
+            wrong = f"too large: rewards are limited to {LARGEST:g}"
+        if wrong:
+            raise RewardError(f"reward function {name_of(function)}: its reward for completion {i} is {value}, {wrong}")
+    return values
 
 
 def _raise(error: Exception):

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+log = logging.getLogger(__name__)
+
 Rows = Sequence[Mapping[str, Any]]
+
+_IMMUTABLE = frozenset({str, int, float, bool, bytes, type(None)})
+_shared: set[str] = set()  # columns of which a warning has been given
 
 
 def check_rows(what: str, rows, required: bool = True) -> None:
@@ -45,3 +52,25 @@ def draw(rows: Rows, generation: int, count: int, seed: int) -> Rows:
     places = range(generation * count, (generation + 1) * count) if count < size else range(size)
     epochs = {p // size: np.random.default_rng((seed, p // size)).permutation(size) for p in places}
     return [rows[int(epochs[p // size][p % size])] for p in places]
+
+
+def columns(rows: Rows, completions: Sequence) -> dict[str, list]:
+    """The keyword arguments of a reward function: `prompts`, `completions` and the rows' other columns, a list each.
+
+    They are the caller's own, down to the last list, to do with as it likes. What can't be copied (a lock, a
+    connection) is passed as it is, with a warning."""
+    lists = {key: [_own(row[key], key) for row in rows] for key in rows[0] if key != "prompt"}
+    return lists | {"prompts": [_own(row["prompt"], "prompt") for row in rows],
+                    "completions": [_own(completion, "completions") for completion in completions]}  # fmt: skip
+
+
+def _own(value, column: str):
+    if type(value) in _IMMUTABLE:
+        return value
+    try:
+        return copy.deepcopy(value)
+    except Exception as error:  # as with pickle, whose protocol this is
+        if column not in _shared:
+            _shared.add(column)
+            log.warning("column %r: its values can't be copied, so reward functions share them: %s", column, error)
+        return value

@@ -33,13 +33,13 @@ from .model_card import model_card
 from .models import load_model, load_tokenizer
 from .movement import Movement
 from .plan import Plan
-from .rewards import RewardError, RewardFunc, Scorer, combine
+from .rewards import RewardError, RewardFunc, Scorer, check_metrics, combine, judge
 from .rollout import TransformersEngine, as_engine
-from .rows import Rows, check_rows, check_text, draw
+from .rows import Rows, check_rows, draw
 from .run_folder import RunFolder
 from .sampling import response_seeds
 from .shards import in_shards, whole_state_dict
-from .stats import mean, standard_error
+from .stats import mean
 from .update import Generation
 
 log = logging.getLogger(__name__)
@@ -92,9 +92,7 @@ class ESTrainer:
         if not isinstance(self.args, ESConfig):
             raise TypeError(f"args: expected an esfast.ESConfig, got {type(args).__name__}")
         self.reward_funcs = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
-        self.metrics = dict(metrics or {})
-        for name in self.metrics:
-            check_text("metrics", name)
+        self.metrics = check_metrics(metrics)
         for f in [*self.reward_funcs, *self.metrics.values()]:
             if not callable(f):
                 raise TypeError(f"reward_funcs and metrics: expected functions, got {type(f).__name__} {f!r:.60}")
@@ -316,18 +314,14 @@ class ESTrainer:
         return found
 
     def _score(self, texts: list[str], responses: list[str], named: dict[str, list]) -> dict[str, float]:
-        functions = [*self.reward_funcs, *self.metrics.values()]
-        rows, count = self.eval_dataset, len(self.reward_funcs)
-        values = self.scorer.submit(functions, rows, chat.completions(rows, responses)).result()
-        named = dict(zip(self.metrics, values[count:], strict=True)) | named
-        rewards = combine(values[:count], self.reward_weights)
-        for text, response, *scores in list(zip(texts, responses, *values[:count], strict=True))[: self.args.samples]:
+        rows, c = self.eval_dataset, self.args
+        scores, figures = judge(self.scorer, self.reward_funcs, self.reward_weights, self.metrics, rows,
+                                chat.completions(rows, responses), skip=c.on_reward_error == "skip")  # fmt: skip
+        for text, response, *each in list(zip(texts, responses, *scores, strict=True))[: c.samples]:
             self.folder.append_samples({"generation": self.es.generation, "prompt": text, "completion": response,
-                                        "rewards": scores})  # fmt: skip
-        error = {"eval_reward_se": standard_error(rewards)} if len(rewards) > 1 else {}
-        return {"eval_reward": mean(rewards), **error,
-                **{f"eval_{name}": mean([x for x in v if x is not None]) for name, v in named.items()},
-                "eval_length": mean(list(map(len, responses)))}  # fmt: skip
+                                        "rewards": each})  # fmt: skip
+        return figures | {f"eval_{name}": mean(values) for name, values in named.items()} | {
+            "eval_length": mean(list(map(len, responses)))}  # fmt: skip
 
     def _log(self, row: dict[str, Any], report: Report) -> None:
         """Metrics go to disk, and the model of the best evaluation so far with them."""

@@ -91,7 +91,7 @@ def _summary(trainer, pretraining: float) -> str:
     total = seconds.pop("total")
     lines = [f"after {s['generations']} generations, on {s['eval_prompts']} held-out prompts:"]
     for name, before in s["before"].items():
-        if name.endswith("_se"):
+        if name.endswith("_se") or name not in s["after"]:
             continue
         lines.append(f"  {name.removeprefix('eval_'):<10} {before:8.4f} -> {s['after'][name]:.4f}")
     shares = ", ".join(f"{phase} {t:.1f}" for phase, t in sorted(seconds.items(), key=lambda x: -x[1]) if t >= 0.05)

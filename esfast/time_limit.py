@@ -1,0 +1,182 @@
+"""A limit on the time of a call that the called code can't switch off."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+Result = TypeVar("Result")
+now = time.monotonic
+
+# What interrupts a call in the main thread. Not SIGALRM: graders set, and switch off, alarms of their own. SIGURG is
+# ignored by default, so one that arrives late does no harm.
+INTERRUPT = getattr(signal, "SIGURG", None)
+AGAIN = 1.0  # seconds until a call that caught TooSlow is interrupted once more
+LONGEST = 1e9  # seconds; longer limits are none
+
+
+class TooSlow(BaseException):
+    """Raised inside a call that takes too long, where `except Exception` does not catch it."""
+
+
+def limited(seconds: float, call: Callable[[], Result]) -> Result:
+    """`call()`, in which TooSlow is raised after `seconds`, and then every second until it ends.
+
+    In the main thread of a POSIX process a signal interrupts whatever looks for signals: Python code, a sleep, a read,
+    a regular expression. In other threads, and on Windows, TooSlow comes when the thread next runs Python code. Nothing
+    interrupts C code that does neither. SIGALRM, its handler and its timer, is afterwards what it was before: an alarm
+    that became due meanwhile, and was switched off, rings at once.
+    """
+    if not 0 <= seconds < LONGEST:
+        with _alarm_kept():
+            return call()
+    stop = _interrupt_after(seconds)
+    try:
+        try:
+            with _alarm_kept():
+                result = call()
+        finally:
+            stop()
+    finally:
+        # TooSlow may have been raised inside the first stop(); the next one is a second away.
+        late = stop()
+    if late:  # the call caught TooSlow: what it returned is what it makes of an interruption
+        raise TooSlow
+    return result
+
+
+def _interrupt_after(seconds: float) -> Callable[[], bool]:
+    """Arranges for TooSlow in this thread; returns a function that calls it off, may be called twice, and says whether
+    TooSlow was raised."""
+    main = threading.current_thread() is threading.main_thread()
+    if main and hasattr(signal, "pthread_kill") and signal.getsignal(INTERRUPT) is not None:
+        return _by_signal(seconds)
+    return _by_exception(seconds)
+
+
+def _by_signal(seconds: float) -> Callable[[], bool]:
+    running, struck = True, False
+
+    def late(*received) -> None:
+        nonlocal struck
+        if running:
+            struck = True
+            raise TooSlow
+
+    before = signal.signal(INTERRUPT, late)
+    thread = threading.get_ident()
+    cancel = _kernel_timer(seconds) or _timer_thread(seconds, lambda: signal.pthread_kill(thread, INTERRUPT))
+
+    def stop() -> bool:
+        nonlocal running
+        running = False
+        cancel()
+        signal.signal(INTERRUPT, before)
+        return struck
+
+    return stop
+
+
+def _by_exception(seconds: float) -> Callable[[], bool]:
+    thread = ctypes.c_ulong(threading.get_ident())
+    struck = False
+
+    def strike() -> None:
+        nonlocal struck
+        struck = True
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(TooSlow))
+
+    cancel = _timer_thread(seconds, strike)
+
+    def stop() -> bool:
+        cancel()
+        if struck:  # and perhaps not delivered yet
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, None)
+        return struck
+
+    return stop
+
+
+def _timer_thread(seconds: float, strike: Callable[[], object]) -> Callable[[], None]:
+    """Calls `strike` from a thread, again and again, until the returned function is called: no strike comes after."""
+    over, lock = threading.Event(), threading.RLock()
+
+    def watch() -> None:
+        wait = seconds
+        while not over.wait(wait):
+            with lock:
+                if not over.is_set():
+                    strike()
+            wait = AGAIN
+
+    def cancel() -> None:
+        with lock:
+            over.set()
+
+    threading.Thread(target=watch, name="esfast time limit", daemon=True).start()
+    return cancel
+
+
+class _Sigevent(ctypes.Structure):
+    _fields_ = [("value", ctypes.c_void_p), ("signal", ctypes.c_int), ("notify", ctypes.c_int),
+                ("thread", ctypes.c_int), ("rest", ctypes.c_byte * 44)]  # fmt: skip
+
+
+class _Timerspec(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_long) for name in ("again", "again_ns", "first", "first_ns")]
+
+
+def _kernel_timer(seconds: float) -> Callable[[], None] | None:
+    """The same with a timer of Linux's, None elsewhere. It needs no thread that waits for the interpreter's lock, which
+    a regular expression holds for as long as it runs."""
+    libc = _libc()
+    if libc is None:
+        return None
+    monotonic, to_thread, timer = 1, 4, ctypes.c_void_p()
+    event = _Sigevent(None, INTERRUPT, to_thread, threading.get_native_id())
+    if libc.timer_create(monotonic, ctypes.byref(event), ctypes.byref(timer)):
+        return None
+    first = max(1, int(seconds * 1e9))  # 0 would mean never
+    spec = _Timerspec(int(AGAIN), 0, *divmod(first, 10**9))
+    libc.timer_settime(timer, 0, ctypes.byref(spec), None)
+    left = [timer]
+
+    def cancel() -> None:
+        while left:
+            libc.timer_delete(left.pop())
+
+    return cancel
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL | None:
+    """The C library with Linux's timers; None where there is none, or where the structures above differ from its."""
+    if sys.platform != "linux" or ctypes.sizeof(ctypes.c_long) != 8:
+        return None
+    libc = ctypes.CDLL(None)
+    return libc if hasattr(libc, "timer_create") else None
+
+
+@contextlib.contextmanager
+def _alarm_kept() -> Iterator[None]:
+    """SIGALRM's handler and timer are after the block what they were before, less the time that has passed."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+    handler, began = signal.getsignal(signal.SIGALRM), now()
+    left, interval = signal.getitimer(signal.ITIMER_REAL)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        if handler is not None:  # None: not one of Python's, which can't be set from here
+            signal.signal(signal.SIGALRM, handler)
+        if left:
+            signal.setitimer(signal.ITIMER_REAL, max(1e-6, left - (now() - began)), interval)

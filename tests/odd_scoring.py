@@ -1,0 +1,49 @@
+"""Reward functions that a worker can import by name and that do what they should not, for test_reward_faults."""
+
+import itertools
+import os
+from decimal import Decimal
+from fractions import Fraction
+
+import numpy as np
+import torch
+
+
+def length(prompts, completions, **columns):
+    return [len(text) for text in completions]
+
+
+def marks(prompts, completions, gold, **columns):
+    """How long each row's gold is, which it then shortens, with all else that it was given."""
+    seen = [float(len(g)) for g in gold]
+    for value in (*prompts, *completions, *gold):
+        if isinstance(value, list):
+            value.pop()
+    prompts.clear()
+    return seen
+
+
+def exits(prompts, completions, how, **columns):
+    if how[0] == "os._exit":
+        os._exit(3)
+    raise {"sys.exit": SystemExit(3), "interrupt": KeyboardInterrupt("no Ctrl-C"), "close": GeneratorExit()}[how[0]]
+
+
+def returns(prompts, completions, how, **columns):
+    return RETURNED[how[0]]
+
+
+RETURNED = {
+    "dict": {"a": 1.0, "b": 2.0}, "set": {1.0, 2.0}, "text": "12", "bytes": b"12", "none": None, "number": 0.5,
+    "0-d array": np.array(1.0), "0-d tensor": torch.tensor(1.0), "rows": np.ones((2, 2)), "nested": [[1.0], [2.0]],
+    "complex": [1j, 0.0], "texts": ["1", "2"], "bytes within": [b"1", b"2"], "huge": [10**400, 1], "vast": [1e308, 1.0],
+    "enormous": [10**5000, 1], "infinite": [float("-inf"), 1.0], "three": [1.0, 2.0, 3.0], "endless": itertools.count(),
+    "objects": [object(), object()], "none is fine": [None, 2], "bools": [True, np.False_], "array": np.array([1, 2]),
+    "float16": np.array([1, 2], dtype=np.float16), "tensor": torch.tensor([1.0, 2.0], requires_grad=True),
+    "bfloat16": torch.tensor([1, 2], dtype=torch.bfloat16), "column": np.array([[1.0], [2.0]]), "tuple": (1, 2),
+    "decimals": [Decimal(1), Fraction(2)], "bfloat16s": list(torch.tensor([1, 2], dtype=torch.bfloat16)),
+}  # fmt: skip
+
+
+def yields(prompts, completions, **columns):
+    yield from (1.0, 2.0)
