@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 from .loggers import LOGGERS, check_report_to
 from .names import DECAY_TO, DECODINGS, ROUNDINGS, WEIGHT_MODES
 from .noise import KINDS, check_int
-from .optimizers import OPTIMIZERS, Optimizer, check_groups, check_optimizer
+from .optimizers import OPTIMIZERS, Group, Optimizer, check_groups
 from .schedules import SCHEDULES, check_schedule
+from .settings import check_number, check_positive, convert, convert_fields
 from .shaping import SHAPINGS
 from .trl_names import accepts_trl_names
 
@@ -23,6 +25,20 @@ def option(default, text: str, choices: Sequence[str] | None = None):
 # All others are part of what a run is: when it is resumed they must be the same.
 _MAY_CHANGE = ("output_dir", "reward_workers", "reward_timeout", "eval_every", "eval_prompts", "on_reward_error",
               "checkpoint_every", "resume", "progress", "samples", "save_best", "report_to", "kl_to_base")  # fmt: skip
+
+# The least that whole numbers may be
+_LEAST = {
+    "generations": 1, "prompts_per_generation": 1, "max_completion_length": 1, "num_generations": 1, "batch_size": 1,
+    "reward_workers": 0, "eval_every": 0, "checkpoint_every": 0, "eval_prompts": 1, "samples": 0,
+}  # fmt: skip
+# Seconds: three years, which every timer of the system takes
+_LONGEST = 1e8
+# By optimizer: settings, and what they are called there
+_NUMBERS = {
+    "sgd": {},
+    "momentum": {"momentum": "beta", "momentum_window": "window"},
+    "adam": {"adam_beta1": "beta1", "adam_beta2": "beta2", "adam_eps": "eps"},
+}
 
 
 @accepts_trl_names
@@ -93,7 +109,7 @@ class ESConfig:
     )
     save_best: bool = option(True, "keep the model of the best evaluation, by its reward, in the run folder's best/")
     samples: int = option(8, "held-out responses of each evaluation that are kept in samples.jsonl")
-    report_to: list[str] | None = option(None, "where metrics go besides metrics.jsonl", tuple(LOGGERS))
+    report_to: list[str] | None = option(None, "where metrics go besides metrics.jsonl", (*LOGGERS, "none"))
     on_reward_error: str = option(
         "stop", "when a reward function fails for a member; skip: it is left out", ("stop", "skip")
     )
@@ -102,46 +118,71 @@ class ESConfig:
     progress: bool = option(True, "show the progress bar")
 
     def __post_init__(self):
-        for name, least in {"seed": 0, "generations": 1, "population_size": 2, "prompts_per_generation": 1,
-                            "max_completion_length": 1, "num_generations": 1, "reward_workers": 0, "eval_every": 0,
-                            "checkpoint_every": 0, "eval_prompts": 1, "samples": 0}.items():  # fmt: skip
-            check_int(f"ESConfig.{name}", getattr(self, name), least, 2**63)
-        if self.batch_size is not None:
-            check_int("ESConfig.batch_size", self.batch_size, 1, 2**63)
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"ESConfig.temperature: expected a number of at least 0, got {self.temperature!r}")
+        self._take_optimizer()
+        self.groups = [str(g) if isinstance(g, Group) else g for g in _listed(self.groups)] or None
+        self.check()
+
+    def check(self) -> None:
+        """Brings every field to its type, and raises TypeError or ValueError for one that is out of range. For those
+        who changed fields since the settings were made."""
+        convert_fields(self)
+        self.report_to = check_report_to(self.report_to) or None
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is not None:
+                check_int(f"ESConfig.{name}", value, least, 2**63)
+        check_int("ESConfig.seed", self.seed, 0, 2**64)
+        check_int("ESConfig.population_size", self.population_size, 2, 2**32)
+        check_int("ESConfig.warmup_generations", self.warmup_generations, 0, self.generations)
+        if self.mirrored and self.population_size % 2:
+            raise ValueError(
+                f"ESConfig.population_size: mirrored sampling needs an even number, got {self.population_size}"
+            )
+        for name in ("temperature", "weight_decay"):
+            check_number(f"ESConfig.{name}", getattr(self, name), 0)
+        for weight in self.reward_weights or ():
+            check_number("ESConfig.reward_weights", weight, -1e300, 1e300)
+        if not 0 < self.reward_timeout <= _LONGEST:
+            raise ValueError(
+                f"ESConfig.reward_timeout: expected seconds, more than 0 and at most {_LONGEST:g}, "
+                f"got {self.reward_timeout!r}"
+            )
         if self.num_generations > 1 and self.temperature == 0:
             raise ValueError(
-                f"ESConfig.num_generations: {self.num_generations} equal responses to a prompt at temperature 0"
+                f"ESConfig.num_generations: {self.num_generations} equal responses to a prompt at temperature 0; "
+                "leave it at 1, or set a temperature (GRPO's is 1.0)"
             )
-        self.report_to = check_report_to(self.report_to) or None
-        for name in ("include", "exclude", "groups"):
-            value = getattr(self, name)
-            setattr(self, name, [value] if isinstance(value, str) else value)
         check_groups(self.groups or ())
-        if not self.reward_timeout > 0:
-            raise ValueError(f"ESConfig.reward_timeout: expected seconds, more than 0, got {self.reward_timeout!r}")
-        check_int("ESConfig.warmup_generations", self.warmup_generations, 0, self.generations)
         for name in ("sigma", "lr"):
+            check_positive(f"ESConfig.{name}", getattr(self, name))
             check_schedule(f"ESConfig.{name}", *(getattr(self, name + s) for s in ("", "_schedule", "_final_fraction")))
-
         self.make_optimizer()
-        if self.on_reward_error not in ("stop", "skip"):
-            raise ValueError(f"ESConfig.on_reward_error: expected 'stop' or 'skip', got {self.on_reward_error!r}")
+
+    def _take_optimizer(self) -> None:
+        """The numbers of an esfast.Momentum or Adam that is given in place of a name."""
+        for name, kind in OPTIMIZERS.items():
+            if type(self.optimizer) is kind:
+                for mine, theirs in _NUMBERS[name].items():
+                    setattr(self, mine, getattr(self.optimizer, theirs))
+                self.optimizer = name
 
     def check_resumes(self, found: Mapping[str, Any]) -> None:
         """ValueError if a run with the settings `found` can't go on with these; what differs is named."""
         may_change = set(_MAY_CHANGE)
         if self.lr_schedule == self.sigma_schedule == "constant" and not self.warmup_generations:
             may_change.add("generations")
-        for name, mine in vars(self).items():
-            if name not in may_change and name in found and found[name] != mine:
-                raise ValueError(f"resume: the run has {name} {found[name]!r}, asked for is {mine!r}")
+        for setting in dataclasses.fields(self):
+            name, mine = setting.name, getattr(self, setting.name)
+            if name in may_change or name not in found:
+                continue
+            theirs = convert(f"config.yaml: {name}", found[name], setting.type)
+            if theirs != mine:
+                raise ValueError(f"resume: the run has {name} {theirs!r}, asked for is {mine!r}")
 
     def make_optimizer(self) -> Optimizer:
-        numbers = {"momentum": (self.momentum, self.momentum_window),
-                   "adam": (self.adam_beta1, self.adam_beta2, self.adam_eps)}  # fmt: skip
-        return type(check_optimizer(self.optimizer))(*numbers.get(self.optimizer, ()))
+        return OPTIMIZERS[self.optimizer](
+            **{its: getattr(self, mine) for mine, its in _NUMBERS[self.optimizer].items()}
+        )
 
     def rates(self, generation: int) -> tuple[float, float]:
         """sigma and lr of a generation (0, 1, ...), from its number alone, so that a run can be taken up anywhere."""
@@ -150,3 +191,7 @@ class ESConfig:
             self.lr, generation, self.generations, self.lr_final_fraction, self.warmup_generations
         )
         return sigma, lr
+
+
+def _listed(value) -> list:
+    return [value] if isinstance(value, (str, Group)) else list(value or ())

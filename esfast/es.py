@@ -24,6 +24,7 @@ from .names import ROUNDINGS
 from .noise import DOMAINS, check_int, check_seed, philox
 from .ops import get_backend
 from .plan import Plan
+from .settings import check_positive as _check_positive
 from .shaping import SHAPINGS, centered_rank, zscore  # noqa: F401
 from .update import Generation, Group, Optimizer, Rule, check_groups, check_optimizer
 from .weights import MODES, InplaceWeights, automatic
@@ -377,16 +378,6 @@ class Population:
         inside = self._es._inside
         if inside is not None and id(inside) in map(id, members):
             self._es._leave()
-
-
-def _check_positive(what: str, value) -> float:
-    try:
-        number = float("nan") if isinstance(value, (bool, str)) else float(value)
-    except (TypeError, ValueError, OverflowError, RuntimeError):
-        number = float("nan")
-    if not 2.0**-150 < number <= float(np.finfo(np.float32).max):  # what is finite and not 0 as a float32
-        raise ValueError(f"{what}: expected a positive finite number, got {value!r}")
-    return number
 
 
 def _check_shaping(shaping) -> Callable[[Sequence[float]], list[float]]:

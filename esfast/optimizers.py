@@ -76,6 +76,10 @@ class Group:
             if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
                 raise ValueError(f"Group.{name} of {self.pattern!r}: expected a positive factor, got {value!r}")
 
+    def __str__(self) -> str:
+        """The text that `parse` makes the same group of."""
+        return f"{self.pattern}:sigma={float(self.sigma)!r},lr={float(self.lr)!r}"
+
     @classmethod
     def parse(cls, text: str) -> Group:
         """`PATTERN:sigma=X,lr=Y`, either of them or both; ValueError for anything else."""

@@ -16,8 +16,10 @@ from typing import Any
 import yaml
 
 from .config import ESConfig, option
+from .noise import check_int
 from .presets import NEEDS_DATA, preset
-from .suggest import unknown
+from .settings import convert_fields, number, whole_number
+from .trl_names import translate
 
 
 @dataclass
@@ -52,6 +54,12 @@ class RunOptions:
         "with --engine vllm: GPUs of each engine"
     )  # fmt: skip
 
+    def __post_init__(self):
+        convert_fields(self)
+        for name in ("train_prompts", "num_engines", "tensor_parallel_size"):
+            if getattr(self, name) is not None:
+                check_int(name, getattr(self, name), 1, 2**31)
+
 
 GROUPS = {  # of options in the help, each by its first one
     "model": "model and task",
@@ -77,10 +85,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path}: no YAML: {error}") from None
     if not isinstance(settings, dict):
         raise ValueError(f"{path}: expected lines of the form NAME: VALUE, got {type(settings).__name__}")
-    for name in settings:
-        if name not in FIELDS:
-            raise ValueError(f"{path}: {unknown('setting', name, FIELDS)}")
-    return settings
+    try:
+        return translate({str(name): value for name, value in settings.items()}, FIELDS, str(path))
+    except TypeError as error:
+        raise ValueError(str(error)) from None
 
 
 def dump(*parts: RunOptions | ESConfig) -> str:
@@ -105,12 +113,25 @@ def add_arguments(parser: argparse.ArgumentParser, only: Collection[str] = tuple
         if f.type == "bool":
             group.add_argument(*names, action=argparse.BooleanOptionalAction, **options)
             continue
-        kind = {"int": int, "float": float}.get(f.type.replace("list[", "").split("]")[0].split(" |")[0], str)
+        kind = f.type.replace("list[", "").split("]")[0].split(" |")[0]
         if f.type.startswith("list["):
             options |= {"nargs": "+", "metavar": name.upper()}
         elif not f.metadata["choices"]:
-            options |= {"metavar": {int: "N", float: "X"}.get(kind, name.upper())}
-        group.add_argument(*names, type=kind, choices=f.metadata["choices"], **options)
+            options |= {"metavar": {"int": "N", "float": "X"}.get(kind, name.upper())}
+        group.add_argument(*names, type=_TYPES.get(kind, str), choices=f.metadata["choices"], **options)
+
+
+def _int(text: str) -> int:
+    return whole_number("", text)
+
+
+def _float(text: str) -> float:
+    return number("", text)
+
+
+# argparse's errors name them
+_int.__name__, _float.__name__ = "int", "float"
+_TYPES = {"int": _int, "float": _float}
 
 
 def given(args: argparse.Namespace) -> dict[str, Any]:

@@ -139,7 +139,7 @@ def test_loggers_that_are_missing_or_unknown(tmp_path, model, monkeypatch):
     with pytest.raises(ImportError, match="report_to: wandb is not installed: pip install wandb"):
         trained(tmp_path / "run", model, report_to=["wandb"])
     assert not (tmp_path / "run").exists()
-    with pytest.raises(ValueError, match="report_to: expected 'tensorboard', 'wandb' or 'none', got 'tensorbord'"):
+    with pytest.raises(ValueError, match="report_to: expected one of 'tensorboard', 'wandb', 'none', got 'tensorbord'"):
         esfast.ESConfig(report_to="tensorbord")
     assert esfast.ESConfig(report_to="none").report_to is None
 

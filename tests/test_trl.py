@@ -1,5 +1,6 @@
 """TRL's conventions: names of settings, chats, reward functions, datasets, adapters."""
 
+import dataclasses
 import inspect
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 import esfast
 from esfast import embedded
+from esfast.trl_names import translate
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 
@@ -29,21 +31,68 @@ def test_names_that_mean_the_same():
     assert (c.lr, c.generations, c.eval_every, c.warmup_generations, c.lr_schedule) == (0.1, 7, 3, 2, "cosine")
 
 
+def test_a_grpo_script_of_a_tutorial_starts_with_one_warning(caplog):
+    c = esfast.ESConfig(
+        output_dir="runs/x", learning_rate=1e-3, adam_beta1=0.9, adam_beta2=0.99, adam_epsilon=1e-7, weight_decay=0.1,
+        warmup_ratio=0.1, lr_scheduler_type="constant_with_warmup", logging_steps=1, bf16=True, fp16=False,
+        per_device_train_batch_size=1, gradient_accumulation_steps=4, gradient_checkpointing=True, num_generations=4,
+        temperature=0.9, max_prompt_length=256, max_completion_length=786, num_train_epochs=1, max_steps=250,
+        save_steps=100, save_strategy="steps", eval_strategy="no", max_grad_norm=0.1, report_to="none", beta=0.0,
+        log_on_each_node=False, use_vllm=False, vllm_gpu_memory_utilization=0.3, run_name="x", top_p=1.0, top_k=None,
+        repetition_penalty=1.0, disable_tqdm=True, remove_unused_columns=False, optim="adamw_8bit", seed=3,
+    )  # fmt: skip
+    (record,) = caplog.records
+    said = record.getMessage().split(": ")[-1].split(", ")
+    assert set(said) == {
+        "logging_steps", "bf16", "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing",
+        "max_prompt_length", "max_grad_norm", "vllm_gpu_memory_utilization", "run_name", "optim",
+    }  # fmt: skip
+    assert (c.generations, c.warmup_generations, c.lr_schedule, c.checkpoint_every) == (250, 25, "constant", 100)
+    assert (c.eval_every, c.progress, c.adam_eps, c.report_to) == (0, False, 1e-7, None)
+
+
+def test_a_learning_rate_for_gradients_is_noticed(caplog):
+    esfast.ESConfig(learning_rate=1e-6)
+    assert "is one for gradients" in caplog.text
+
+
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("settings", "error", "message"),
     [
-        ({"beta": 0.04}, "'beta' is a setting of GRPO's that ES has no use for; leave it out"),
-        ({"per_device_train_batch_size": 8}, "leave it out"),
-        ({"vllm_mode": "colocate"}, "leave it out"),
-        ({"learning_rte": 1.0}, "Did you mean 'learning_rate'?"),
-        ({"siggma": 1.0}, "Did you mean 'sigma'?"),
-        ({"learning_rate": 1.0, "lr": 1.0}, "'learning_rate' is another name of 'lr'; give one of them"),
+        ({"beta": 0.04}, ValueError, "beta=0.04 can't be had: ES has no KL penalty; kl_to_base=True measures"),
+        ({"use_vllm": True}, ValueError, "esfast train --engine vllm"),
+        ({"num_train_epochs": 1}, ValueError, "give generations, or max_steps"),
+        ({"top_p": 0.9}, ValueError, "sampled with a temperature alone"),
+        ({"push_to_hub": True}, ValueError, "upload the folder"),
+        ({"eval_strategy": "epoch"}, ValueError, "ESConfig.eval_strategy: expected 'steps' or 'no', got 'epoch'"),
+        ({"warmup_ratio": 0.1}, ValueError, "a share of the generations: give their number"),
+        ({"learning_rte": 1.0}, TypeError, "Did you mean 'learning_rate'?"),
+        ({"siggma": 1.0}, TypeError, "Did you mean 'sigma'?"),
+        ({"optimiser": "adam"}, TypeError, "Did you mean 'optimizer'?"),
+        ({"learning_rate": 1.0, "lr": 1.0}, TypeError, "'learning_rate' is another name of 'lr'; give one of them"),
     ],
 )
-def test_other_names_are_refused_with_what_to_do(settings, message):
-    with pytest.raises(TypeError) as caught:
+def test_other_names_are_refused_with_what_to_do(settings, error, message):
+    with pytest.raises(error) as caught:
         esfast.ESConfig(**settings)
     assert message in str(caught.value)
+
+
+def test_every_name_that_grpo_config_has_is_known():
+    """Accepted, or refused with a word; none is a TypeError."""
+    trl = pytest.importorskip("trl", reason="needs trl, to compare with what it is today")
+    for field in dataclasses.fields(trl.GRPOConfig):
+        default = None if field.default is dataclasses.MISSING else field.default
+        for value in (default, 0.5, "text", True):
+            try:
+                translate({field.name: value, "max_steps": 10} | {field.name: value}, ESCONFIG)
+            except ValueError as error:
+                assert field.name in str(error) and value is not default, field.name
+            except TypeError as error:
+                assert "expected" in str(error) and value is not default, field.name
+
+
+ESCONFIG = [field.name for field in dataclasses.fields(esfast.ESConfig)]
 
 
 def test_the_quick_start_of_grpo(tmp_path, model):

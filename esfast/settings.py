@@ -1,0 +1,131 @@
+"""Values of settings, from wherever they come (Python, YAML, the command line), as plain Python of their field's type.
+
+YAML takes 1e-3 for text, numbers come out of NumPy and torch, folders are paths, lists are tuples. What is left of it
+in a settings object is what config.yaml can hold and `yaml.safe_load` reads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import math
+import operator
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+_TRUTHS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+_NOTHING = ("none", "null")
+FLOAT32_MAX = (2 - 2.0**-23) * 2.0**127
+
+
+def convert_fields(settings: Any) -> None:
+    """Brings every field of a dataclass of settings to its type; see `convert`. A field with choices is one of them.
+    Fields that `option` did not make, of a subclass, are left alone."""
+    owner = type(settings).__name__
+    for field in (f for f in dataclasses.fields(settings) if "choices" in f.metadata):
+        what, given, choices = f"{owner}.{field.name}", getattr(settings, field.name), field.metadata["choices"]
+        try:
+            value = convert(what, given, field.type)
+        except TypeError:
+            if choices is None:
+                raise
+            # none of them
+            value = repr(given)
+        for item in value if isinstance(value, list) else [value]:
+            if choices is not None and item is not None and item not in choices:
+                raise ValueError(f"{what}: expected one of {', '.join(map(repr, choices))}, got {given!r:.80}")
+        setattr(settings, field.name, value)
+
+
+def convert(what: str, value: Any, kind: str) -> Any:
+    """The value as int, float, bool, str, or as a list of one of them; None where `kind` ends in "| None".
+
+    TypeError, which begins with `what`, if it is something else or would lose by the conversion: 30.0 is an int, 30.5
+    is none; no number is a truth value but 0 and 1, and no truth value is a number.
+    """
+    inner = kind.removesuffix(" | None")
+    value = plain(value)
+    if inner != kind and (value is None or isinstance(value, str) and value.strip().lower() in _NOTHING):
+        return None
+    if not inner.startswith("list["):
+        return _CONVERTERS[inner](what, value)
+    if isinstance(value, Mapping):
+        raise TypeError(f"{what}: expected a list, got {value!r:.80}")
+    item = _CONVERTERS[inner[len("list[") : -1]]
+    return [item(what, v) for v in (value if isinstance(value, list) else [value])]
+
+
+def plain(value: Any) -> Any:
+    """A number of NumPy or torch, an array, an enum, a path, a tuple or a set as what Python and YAML have for it."""
+    if isinstance(value, enum.Enum):
+        value = value.value
+    if isinstance(value, os.PathLike):
+        return os.fsdecode(value)
+    if callable(getattr(value, "tolist", None)):
+        value = value.tolist()
+    if isinstance(value, (set, frozenset)):
+        value = sorted(value, key=str)
+    return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def whole_number(what: str, value: Any) -> int:
+    try:
+        if isinstance(value, str):
+            try:
+                return int(value)
+            except ValueError:
+                value = float(value)
+        if isinstance(value, float) and value.is_integer():
+            return int(value)
+        if not isinstance(value, bool):
+            return operator.index(value)
+    except (TypeError, ValueError):
+        pass
+    raise TypeError(f"{what}: expected an int, got {type(value).__name__} {value!r:.80}")
+
+
+def number(what: str, value: Any) -> float:
+    try:
+        if not isinstance(value, (bool, bytes)) and value is not None:
+            return float(value)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise TypeError(f"{what}: expected a number, got {type(value).__name__} {value!r:.80}")
+
+
+def truth(what: str, value: Any) -> bool:
+    found = _TRUTHS.get(value.strip().lower()) if isinstance(value, str) else None
+    if isinstance(value, (bool, int, float)) and value in (0, 1):
+        found = bool(value)
+    if found is None:
+        raise TypeError(f"{what}: expected true or false, got {type(value).__name__} {value!r:.80}")
+    return found
+
+
+def text(what: str, value: Any) -> str:
+    """A str; an int, too, since YAML reads a folder called 2024 as one."""
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        raise TypeError(f"{what}: expected a text, got {type(value).__name__} {value!r:.80}")
+    return str(value)
+
+
+_CONVERTERS: dict[str, Callable[[str, Any], Any]] = {"int": whole_number, "float": number, "bool": truth, "str": text}
+
+
+def check_number(what: str, value: float, low: float, high: float = math.inf) -> None:
+    """ValueError unless low <= value < high (no infinity, no NaN)."""
+    if not low <= value < high:
+        most = "" if high == math.inf else f" and less than {high:g}"
+        raise ValueError(f"{what}: expected a finite number of at least {low:g}{most}, got {value!r}")
+
+
+def check_positive(what: str, value) -> float:
+    """The value as a float that is positive, finite and not 0 as a float32; ValueError that names `what` otherwise."""
+    try:
+        number = float("nan") if isinstance(value, (bool, str)) else float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        number = float("nan")
+    if not 2.0**-150 < number <= FLOAT32_MAX:
+        raise ValueError(f"{what}: expected a positive finite number, got {value!r}")
+    return number
