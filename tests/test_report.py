@@ -1,6 +1,7 @@
 """`esfast report`: the page in a real browser, at two widths; what it says of runs; bad input."""
 
 import html
+import html.parser
 import json
 import os
 import re
@@ -117,6 +118,117 @@ def test_texts_of_models_are_shown_as_texts(runs):
     assert "answer 0&lt;/pre&gt;" in text and "answer 12&lt;/pre&gt;" in text and "rewards 0.5, none" in text
 
 
+class Page(html.parser.HTMLParser):
+    """Elements with the names of their attributes, in the order of the page, and its texts."""
+
+    def __init__(self, text):
+        super().__init__(convert_charrefs=True)
+        self.elements, self.texts, self.open = [], [], []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, tuple(sorted(name for name, _ in attributes))))
+        self.texts += [value or "" for _, value in attributes]
+        self.open += [tag] if tag not in ("meta", "link") else []
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+    def handle_comment(self, data):
+        raise AssertionError("a comment")
+
+    handle_pi = unknown_decl = handle_comment
+
+
+HOSTILE = [
+    "<script>alert(1)</script>", '" onload="alert(1)', "' onclick='alert(1)", "</pre></td></table><img src=x onerror=y>",
+    "]]></svg><!-- x -->", "</style><style>*{display:none}</style>", "&lt;b&gt; &amp;", "javascript:alert(1)", "\u202eevil",
+    "half \ud800 pair", "nul \x00 and \x1b[31m", "<a href=//evil>", "%s {0} {x} $x \\n", "</title><base href=//evil>",
+]  # fmt: skip
+
+
+def hostile_run(folder, evil):
+    """A run folder that says `evil` wherever it says anything."""
+    run = make_run(folder)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows[0] |= {evil: 1.0, f"eval_{evil}": 0.5, f"seconds_{evil}": 2.0, "eval_reward": evil}
+    rows[4] |= {f"eval_{evil}": 0.7, f"seconds_{evil}": 1.0, "reward_min": evil, "eval_accuracy": evil}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    sample = {"generation": evil, "prompt": evil, "completion": evil, "rewards": [evil, 0.5, None]}
+    (run / "samples.jsonl").write_text(
+        json.dumps(sample) + "\n" + json.dumps(sample | {"generation": 3, "prompt": [evil]}) + "\n"
+    )
+    config = {evil: evil, "task": [evil], "sigma": {evil: evil}, "model": evil}
+    (run / "config.yaml").write_text(json.dumps(config))
+    (run / "summary.json").write_text(json.dumps({evil: evil, "seconds": {evil: 3.0, "generate": evil, "total": 9.0}}))
+    return run
+
+
+@pytest.mark.parametrize("evil", HOSTILE, ids=range(len(HOSTILE)))
+def test_nothing_that_a_run_folder_holds_becomes_markup(tmp_path, evil):
+    name = evil.replace("/", "\N{FRACTION SLASH}").replace("\x00", "").encode("utf-8", "replace").decode()
+    (tmp_path / "plain").mkdir()
+    plain = page([load(hostile_run(tmp_path / "plain" / "run", "word"))] * 2)
+    text = page([load(hostile_run(tmp_path / name, evil))] * 2)
+    mine, ours = Page(text), Page(plain)
+    # marks of blanks apart, it is the same page with other words
+    marks = ("span", ("class",))
+    assert [e for e in mine.elements if e != marks] == [e for e in ours.elements if e != marks]
+    assert mine.open == ours.open == [] and text.encode()
+    if evil.isprintable():
+        assert sum(evil in found for found in mine.texts) >= 8
+        assert text.count(evil) == 0 or html.escape(evil) == evil
+
+
+def test_blanks_of_responses_are_seen(tmp_path):
+    run = make_run(tmp_path / "run")
+    texts = ["", "   ", "\n\n", "yes ", "yes\t\n", " yes", "a  b", "line \nline", "nbsp\u00a0x", "bell\x07"]
+    samples = [{"generation": 0, "prompt": "p", "completion": t, "rewards": [0.0]} for t in texts]
+    (run / "samples.jsonl").write_text("".join(json.dumps(s) + "\n" for s in samples))
+    shown = re.findall(r"<pre>(.*?)</pre>", page([load(run)], samples=20), re.DOTALL)[1::3]
+    plain = [re.sub(r"</?span[^>]*>", "", s) for s in shown]
+    assert plain == ["empty", "␣␣␣", "⏎\n⏎\n", "yes␣", "yes⇥⏎\n", "␣yes", "a  b", "line␣\nline",
+                     "nbsp⟨U+00A0⟩x", "bell⟨U+0007⟩"]  # fmt: skip
+    assert all('class="blank"' in s for s in shown[:6])
+
+
+def test_metrics_of_ones_own_have_a_chart_and_what_nobody_measured_has_none(tmp_path):
+    run = make_run(tmp_path / "run")
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        row.pop("eval_accuracy", None)
+        row.pop("eval_kl_to_base", None)
+    rows[0]["eval_politeness"], rows[4]["eval_politeness"], rows[8]["eval_politeness"] = 0.25, 0.5, float("nan")
+    (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    text = page([load(run)])
+    assert "politeness on held-out prompts" in text and "nan" not in text
+    assert "ccuracy" not in text and "KL divergence" not in text and "figure class" not in text
+
+
+def test_a_report_does_not_write_into_the_run(tmp_path, monkeypatch, capsys):
+    run = make_run(tmp_path / "run")
+    before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in run.iterdir()}
+    for folder, arguments, written in (
+        (tmp_path, ["run"], tmp_path / "report.html"),
+        (run, ["."], tmp_path / "run-report.html"),
+        (run, [".", "--out", "../mine.html"], tmp_path / "mine.html"),
+    ):
+        monkeypatch.chdir(folder)
+        assert cli.main(["report", *arguments]) == 0
+        assert written.exists() and written.name in capsys.readouterr().out
+        written.unlink()
+    assert {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in run.iterdir()} == before
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
 def test_a_run_that_has_just_begun_and_no_run(tmp_path, capsys):
     run = make_run(tmp_path / "young", generations=1)
     (run / "samples.jsonl").unlink()
@@ -144,4 +256,5 @@ def test_a_real_run_is_reported(tmp_path):
     run = load(tmp_path / "run")
     assert len(run.rewards) == 2 and len(run.rewards[0]) == 4 and run.series("update_norm")
     text = page([run])
-    assert "Rewards of the members" in text and "Not measured" in text  # no accuracy
+    assert "Rewards of the members" in text and "Norm of the update" in text
+    assert "ccuracy" not in text, "no card and no column for what was not measured"

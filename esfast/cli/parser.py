@@ -68,7 +68,8 @@ def parser_of_all() -> argparse.ArgumentParser:
     )
     report.add_argument("runs", nargs="+", metavar="RUN", help="run folders; those that differ in their seed alone are "
                         "repeats of one experiment")  # fmt: skip
-    report.add_argument("--out", metavar="FILE", default="report.html", help="file to write")
+    where = "file to write (default: report.html in the current folder; beside it, if that is the run's own)"
+    report.add_argument("--out", metavar="FILE", help=where)
     report.add_argument("--samples", type=int, metavar="N", default=5, help="responses that are shown")
     report.set_defaults(run=_command("report"))
 

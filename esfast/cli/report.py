@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
-from ..files import write_whole
+from ..files import check_writable, write_whole
 from ..report import load, page
 
 
 def run(args: argparse.Namespace) -> None:
-    write_whole(args.out, page([load(folder) for folder in args.runs], args.samples))
-    print(f"report: {args.out}")
+    out = check_writable("--out", args.out if args.out is not None else _place(args.runs))
+    write_whole(out, page([load(folder) for folder in args.runs], args.samples))
+    print(f"report: {out}")
+
+
+def _place(runs: list[str]) -> Path:
+    """report.html in the current folder, or beside it if that is one of the runs: their folders stay as they are."""
+    here = Path.cwd()
+    if any(Path(run).resolve() == here for run in runs):
+        return here.parent / f"{here.name}-report.html"
+    return Path("report.html")

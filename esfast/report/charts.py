@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from .text import escaped
 
 WIDTH, HEIGHT = 480, 280
 LEFT, RIGHT, TOP, BOTTOM = 58, 12, 12, 38
@@ -25,11 +26,11 @@ class Line:
 
 
 def lines(title: str, x_label: str, drawn: Sequence[Line]) -> str:
-    """A chart of lines over common axes; a sentence in its place if there is no finite point."""
-    points = [p for line in drawn for p in line.points if all(map(math.isfinite, p))]
-    bands = [b for line in drawn for b in line.band if all(map(math.isfinite, b))]
+    """A chart of lines over common axes, through their finite points; nothing if there is none."""
+    drawn = [replace(line, points=_finite(line.points), band=_finite(line.band)) for line in drawn]
+    points, bands = [p for line in drawn for p in line.points], [b for line in drawn for b in line.band]
     if not points:
-        return _nothing(title)
+        return ""
     xs = _range([p[0] for p in points])
     ys = _range([p[1] for p in points] + [y for b in bands for y in b[1:]], pad=0.05)
     place = _Scale(xs, ys)
@@ -53,10 +54,10 @@ def lines(title: str, x_label: str, drawn: Sequence[Line]) -> str:
 
 def histograms(title: str, x_label: str, rewards: Sequence[Sequence[float]], colour: str) -> str:
     """How the numbers of each generation are spread: columns are generations (or a few together), cells are darker the
-    larger the share of the numbers that lie in them."""
+    larger the share of the numbers that lie in them; nothing if there are none."""
     everything = [r for generation in rewards for r in generation if math.isfinite(r)]
     if not everything:
-        return _nothing(title)
+        return ""
     low, high = _range(everything)
     columns, cells = min(len(rewards), 60), 24
     place = _Scale((0.5, len(rewards) + 0.5), (low, high))
@@ -80,21 +81,21 @@ def histograms(title: str, x_label: str, rewards: Sequence[Sequence[float]], col
 
 
 def shares(title: str, bars: Sequence[tuple[str, dict[str, float]]]) -> str:
-    """A stacked bar for each (label, seconds by phase)."""
+    """A stacked bar for each (label, seconds by phase) that has some; nothing if none has."""
     bars = [(label, {k: v for k, v in parts.items() if v > 0}) for label, parts in bars]
     bars = [(label, parts) for label, parts in bars if parts]
     if not bars:
-        return _nothing(title)
+        return ""
     phases = sorted({k for _, parts in bars for k in parts}, key=lambda k: -sum(p.get(k, 0) for _, p in bars))
     colours = {phase: COLOURS[i % len(COLOURS)] for i, phase in enumerate(phases)}
     row, body = 46, []
     for i, (label, parts) in enumerate(bars):
         total, x = sum(parts.values()), 8.0
-        body.append(f'<text x="8" y="{i * row + 15}">{html.escape(_short(label))}: {_seconds(total)}</text>')
+        body.append(f'<text x="8" y="{i * row + 15}">{escaped(_short(label))}: {_seconds(total)}</text>')
         for phase in phases:
             width = (WIDTH - 16) * parts.get(phase, 0) / total
             body.append(f'<rect x="{x:.1f}" y="{i * row + 21}" width="{width:.1f}" height="17" fill="{colours[phase]}">'
-                        f"<title>{html.escape(phase)}: {_seconds(parts.get(phase, 0))}</title></rect>")  # fmt: skip
+                        f"<title>{escaped(phase)}: {_seconds(parts.get(phase, 0))}</title></rect>")  # fmt: skip
             x += width
     everything = sum(sum(p.values()) for _, p in bars)
     labels = [(f"{k} {sum(p.get(k, 0) for _, p in bars) / everything:.1%}", colours[k]) for k in phases]
@@ -122,7 +123,7 @@ def _axes(place: _Scale, x_label: str) -> str:
     for x in _ticks(*place.xs):
         at = place(x, place.ys[0])[0]
         parts.append(f'<text x="{at:.1f}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle">{x:.4g}</text>')
-    parts.append(f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 5}" text-anchor="middle">{html.escape(x_label)}</text>')
+    parts.append(f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 5}" text-anchor="middle">{escaped(x_label)}</text>')
     return "".join(parts)
 
 
@@ -143,17 +144,16 @@ def _range(values: Sequence[float], pad: float = 0.0) -> Point:
 
 def _figure(title: str, body: str, labels: Sequence[tuple[str, str]], height: int = HEIGHT) -> str:
     legend = "".join(
-        f'<span><i style="background:{colour}"></i>{html.escape(_short(label))}</span>' for label, colour in labels
+        f'<span><i style="background:{colour}"></i>{escaped(_short(label))}</span>' for label, colour in labels
     )
     return (
-        f'<figure><figcaption>{html.escape(title)}</figcaption><svg viewBox="0 0 {WIDTH} {height}" role="img" '
-        f'aria-label="{html.escape(title)}">{body}</svg><div class="legend">{legend}</div></figure>'
+        f'<figure><figcaption>{escaped(title)}</figcaption><svg viewBox="0 0 {WIDTH} {height}" role="img" '
+        f'aria-label="{escaped(title)}">{body}</svg><div class="legend">{legend}</div></figure>'
     )
 
 
-def _nothing(title: str) -> str:
-    caption = f"<figcaption>{html.escape(title)}</figcaption>"
-    return f'<figure class="nothing">{caption}<p>Not measured in these runs.</p></figure>'
+def _finite(rows: Sequence[tuple[float, ...]]) -> list[tuple[float, ...]]:
+    return [row for row in rows if all(map(math.isfinite, row))]
 
 
 def _join(points: Sequence[Point]) -> str:

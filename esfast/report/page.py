@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import html
 import itertools
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from .charts import COLOURS, Line, histograms, lines, shares
-from .runs import Run
+from .runs import Run, is_number
+from .text import escaped, response
 
 STYLE = """
 :root{color-scheme:light}*{box-sizing:border-box}
@@ -18,17 +18,21 @@ main{max-width:1240px;margin:auto}h1{font-size:1.5rem;margin:.2rem 0 1rem}h2{fon
 .grid-of-charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr));gap:1rem}
 figure,.table{background:#fff;border:1px solid #dde1e6;border-radius:8px;margin:0;padding:.8rem}
 figcaption{font-weight:600;margin-bottom:.3rem}svg{display:block;width:100%;height:auto}
-svg text{font-size:13px;fill:#4a5563}.grid{stroke:#e6e9ed}.nothing p{color:#5b6470}
+svg text{font-size:13px;fill:#4a5563}.grid{stroke:#e6e9ed}
 .legend span{margin-right:1rem;font-size:.85rem;white-space:nowrap;display:inline-block;max-width:100%;overflow:hidden;
 text-overflow:ellipsis}.legend i{display:inline-block;width:.8em;height:.8em;border-radius:2px;margin-right:.35em}
 .table{overflow-x:auto;max-width:100%}table{border-collapse:collapse;width:100%;font-size:.9rem}
 th,td{text-align:left;padding:.3rem .7rem .3rem 0;border-bottom:1px solid #eceff2;vertical-align:top;min-width:5.5rem}
 th{overflow-wrap:normal}td:first-child{min-width:9em}
 td.number,th.number{text-align:right}.differs{background:#fff4d6}
-pre{margin:0;white-space:pre-wrap;font:13px/1.4 ui-monospace,monospace}
+pre{margin:0;white-space:pre-wrap;font:13px/1.4 ui-monospace,monospace}.blank{color:#a3202c;background:#fdeeee}
 .sample{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,300px),1fr));gap:.8rem;background:#fff;
 border:1px solid #dde1e6;border-radius:8px;padding:.8rem;margin-bottom:.7rem}.sample b{font-size:.85rem;color:#4a5563}
 """
+
+
+# Metrics of evaluations that have a chart with a title of its own, or are no chart
+_OWN_CHARTS = ("eval_reward", "eval_reward_se", "eval_accuracy", "eval_kl_to_base", "eval_length")
 
 
 def page(runs: Sequence[Run], samples: int = 5) -> str:
@@ -38,23 +42,26 @@ def page(runs: Sequence[Run], samples: int = 5) -> str:
     for run in runs:
         groups.setdefault(run.experiment, []).append(run)
     experiments = list(groups.values())
+    others = [n for n in dict.fromkeys(name for run in runs for name in run.evaluated) if n not in _OWN_CHARTS]
     charts = [
         _chart("Training reward, mean of the population", experiments, "reward_mean", _population_band),
         _chart("Reward on held-out prompts", experiments, "eval_reward", _error_band),
         _chart("Accuracy on held-out prompts", experiments, "eval_accuracy"),
+        *(_chart(f"{name.removeprefix('eval_')} on held-out prompts", experiments, name) for name in others),
         *(histograms(f"Rewards of the members: {_label(g)}", "generation", _rewards(g), COLOURS[i % len(COLOURS)])
           for i, g in enumerate(experiments)),
         shares("Where the time went", [(run.name, _phases(run)) for run in runs]),
         _chart("Norm of the update", experiments, "update_norm"),
         _chart("Distance from the initial weights", experiments, "distance"),
+        _chart("Drift from exact arithmetic, RMS", experiments, "drift"),
+        _chart("KL divergence from the base model", experiments, "eval_kl_to_base"),
+        _chart("Length of held-out responses, characters", experiments, "eval_length"),
     ]  # fmt: skip
-    optional = (("drift", "Drift from exact arithmetic, RMS"), ("eval_kl_to_base", "KL divergence from the base model"),
-                ("eval_length", "Length of held-out responses, characters"))  # fmt: skip
-    charts += [_chart(title, experiments, name) for name, title in optional if any(r.series(name) for r in runs)]
+    drawn = "".join(charts)
     body = [
-        f"<h1>{html.escape(', '.join(map(_label, experiments)))}</h1>",
+        f"<h1>{escaped(', '.join(map(_label, experiments)))}</h1>",
         f'<div class="table">{_overview(runs)}</div>',
-        f'<h2>Curves</h2><div class="grid-of-charts">{"".join(charts)}</div>',
+        f'<h2>Curves</h2><div class="grid-of-charts">{drawn}</div>' if drawn else "<p>Nothing was measured yet.</p>",
         "<h2>Responses before and after</h2>", *_samples(experiments, samples),
         f'<h2>Settings</h2><div class="table">{_settings(runs)}</div>',
     ]  # fmt: skip
@@ -102,36 +109,38 @@ def _chart(
 
 def _population_band(run: Run) -> list[tuple[float, float, float]]:
     """From the worst to the best member."""
-    return [(r["generation"], r["reward_min"], r["reward_max"]) for r in run.metrics if "reward_min" in r]
+    return run.together("reward_min", "reward_max")
 
 
 def _error_band(run: Run) -> list[tuple[float, float, float]]:
     """Two standard errors to either side."""
-    found = [(r["generation"], r["eval_reward"], r["eval_reward_se"]) for r in run.metrics if "eval_reward_se" in r]
-    return [(g, y - 2 * s, y + 2 * s) for g, y, s in found]
+    return [(g, y - 2 * s, y + 2 * s) for g, y, s in run.together("eval_reward", "eval_reward_se")]
 
 
 def _phases(run: Run) -> dict[str, float]:
-    if run.summary:
-        return {k: v for k, v in run.summary["seconds"].items() if k != "total"}
+    """Seconds by phase: the summary's, or of a run that goes on the sum of its generations'."""
+    done = isinstance(run.summary.get("seconds"), dict)
+    rows, prefix = ([run.summary["seconds"]], "") if done else (run.metrics, "seconds_")
     phases: dict[str, float] = {}
-    for row in run.metrics:  # of a run that goes on
-        for key, value in row.items():
-            if key.startswith("seconds_"):
-                phases[key.removeprefix("seconds_")] = phases.get(key.removeprefix("seconds_"), 0.0) + value
+    for key, value in (item for row in rows for item in row.items()):
+        if key.startswith(prefix) and is_number(value):
+            phases[key.removeprefix(prefix)] = phases.get(key.removeprefix(prefix), 0.0) + value
+    phases.pop("total", None)
     return phases
 
 
 def _overview(runs: Sequence[Run]) -> str:
+    shown = {"held-out reward": "eval_reward", "accuracy": "eval_accuracy"}
+    shown = {head: name for head, name in shown.items() if any(run.series(name) for run in runs)}
     rows = []
     for run in runs:
-        cells = [("", run.name), ("number", str(run.metrics[-1]["generation"]))]
-        for name in ("eval_reward", "eval_accuracy"):
+        cells = [("", run.name), ("number", run.generations)]
+        for name in shown.values():
             series = run.series(name)
             cells.append(("number", f"{series[0][1]:.4g} → {series[-1][1]:.4g}" if series else ""))
         cells.append(("number", f"{sum(_phases(run).values()):.0f}"))
-        rows.append("".join(f'<td class="{kind}">{html.escape(text)}</td>' for kind, text in cells))
-    head = "".join(f'<th class="number">{h}</th>' for h in ("generations", "held-out reward", "accuracy", "seconds"))
+        rows.append("".join(f'<td class="{kind}">{escaped(text)}</td>' for kind, text in cells))
+    head = "".join(f'<th class="number">{h}</th>' for h in ("generations", *shown, "seconds"))
     return f"<table><tr><th>run</th>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
 
 
@@ -141,29 +150,30 @@ def _samples(experiments: Sequence[Sequence[Run]], count: int) -> list[str]:
         run = group[0]
         if not run.samples:
             continue
-        generations = sorted({s["generation"] for s in run.samples})
-        first, last = (
-            [s for s in run.samples if s["generation"] == g][:count] for g in (generations[0], generations[-1])
-        )
-        for before, after in zip(first, last, strict=False):
-            cells = [("prompt", before["prompt"])]
+        evaluations: dict[Any, list[dict[str, Any]]] = {}
+        for sample in run.samples:
+            evaluations.setdefault(sample.get("generation"), []).append(sample)
+        first, *_, last = [*evaluations.values()] * 2
+        for before, after in zip(first[:count], last[:count], strict=False):
+            cells = [("prompt", before.get("prompt", ""))]
             for s in (before, after):
-                cells.append((f"generation {s['generation']}, rewards {_numbers(s['rewards'])}", s["completion"]))
-            columns = (f"<div><b>{html.escape(h)}</b><pre>{html.escape(t)}</pre></div>" for h, t in cells)
+                title = f"generation {s.get('generation')}, rewards {_numbers(s.get('rewards') or ())}"
+                cells.append((title, s.get("completion", "")))
+            columns = (f"<div><b>{escaped(title)}</b><pre>{response(text)}</pre></div>" for title, text in cells)
             parts.append(f'<div class="sample">{"".join(columns)}</div>')
     return parts or ["<p>No samples were kept.</p>"]
 
 
 def _numbers(values: Sequence[Any]) -> str:
-    return ", ".join("none" if v is None else f"{v:.4g}" for v in values)
+    return ", ".join("none" if v is None else f"{v:.4g}" if is_number(v) else str(v) for v in values)
 
 
 def _settings(runs: Sequence[Run]) -> str:
     names = list(dict.fromkeys(name for run in runs for name in run.config))
-    head = "".join(f"<th>{html.escape(run.name)}</th>" for run in runs)
+    head = "".join(f"<th>{escaped(run.name)}</th>" for run in runs)
     rows = []
     for name in names:
         values = [str(run.config.get(name, "")) for run in runs]
         kind = ' class="differs"' if len(set(values)) > 1 else ""
-        rows.append(f"<tr{kind}><td>{name}</td>{''.join(f'<td>{html.escape(v)}</td>' for v in values)}</tr>")
+        rows.append(f"<tr{kind}><td>{escaped(name)}</td>{''.join(f'<td>{escaped(v)}</td>' for v in values)}</tr>")
     return f"<table><tr><th>setting</th>{head}</tr>{''.join(rows)}</table>"

@@ -33,7 +33,26 @@ class Run:
 
     def series(self, name: str) -> list[tuple[float, float]]:
         """(generation, value) of a metric, where it was measured."""
-        return [(r["generation"], r[name]) for r in self.metrics if isinstance(r.get(name), (int, float))]
+        return self.together(name)
+
+    def together(self, *names: str) -> list[tuple[float, ...]]:
+        """(generation, values) where all of these metrics were measured."""
+        rows = [[r.get(name) for name in ("generation", *names)] for r in self.metrics]
+        return [tuple(row) for row in rows if all(map(is_number, row))]
+
+    @property
+    def evaluated(self) -> list[str]:
+        """Names of the metrics of evaluations."""
+        return list(dict.fromkeys(name for r in self.metrics for name in r if name.startswith("eval_")))
+
+    @property
+    def generations(self) -> int | str:
+        return self.metrics[-1].get("generation", "") if self.metrics else 0
+
+
+def is_number(value: Any) -> bool:
+    """Whether it can be drawn: no NaN, no infinity, nor so large that the range of an axis is one."""
+    return isinstance(value, (int, float)) and abs(value) < 1e300
 
 
 def load(path: str | Path) -> Run:
@@ -45,7 +64,7 @@ def load(path: str | Path) -> Run:
     summary = folder.path / "summary.json"
     records = read(folder.journal).records if folder.journal.exists() else []
     return Run(
-        name=str(path).rstrip("/"),
+        name=str(path).rstrip("/") if Path(path).name not in ("", "..") else str(Path(path).resolve()),
         config=yaml.safe_load(config.read_text(encoding="utf-8")) if config.exists() else {},
         metrics=folder.read_metrics(),
         rewards=[[r for r in record.rewards if r is not None] for record in records],
