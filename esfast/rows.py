@@ -13,22 +13,48 @@ log = logging.getLogger(__name__)
 
 Rows = Sequence[Mapping[str, Any]]
 
+TAKEN = ("prompts", "completions")
 _IMMUTABLE = frozenset({str, int, float, bool, bytes, type(None)})
 _shared: set[str] = set()  # columns of which a warning has been given
 
 
 def check_rows(what: str, rows, required: bool = True) -> None:
+    """TypeError or ValueError, with the number of the row (from 0), for what can't be trained or evaluated on."""
     if rows is None and not required:
         return
-    if rows is None or not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__"):
+    if rows is None or not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__") or isinstance(rows, Mapping):
         raise TypeError(f'{what}: expected rows with a "prompt" column, for example a list of dicts, got {rows!r:.60}')
     if len(rows) == 0:
         raise ValueError(f"{what}: expected at least one row")
-    for row in [rows[i] for i in range(len(rows))]:
+    for i in range(len(rows)):
+        row = rows[i]
         if not isinstance(row, Mapping) or "prompt" not in row:
-            raise ValueError(f'{what}: its rows must be dicts with a "prompt", got {row!r:.80}')
-        if row.keys() != rows[0].keys():
-            raise ValueError(f"{what}: its rows must have equal columns, got {sorted(rows[0])} and {sorted(row)}")
+            raise ValueError(f'{what}: its rows must be dicts with a "prompt", row {i} is {row!r:.80}')
+        if i == 0:
+            names = row.keys()
+            taken = [name for name in names if not isinstance(name, str) or name in TAKEN]
+            if taken:
+                raise ValueError(
+                    f"{what}: a column can't be called {taken[0]!r}: reward functions get the columns by name, and "
+                    "`prompts` and `completions` beside them"
+                )
+        if row.keys() != names:
+            raise ValueError(
+                f"{what}: its rows must have equal columns, row 0 has {sorted(names)}, row {i} {sorted(map(str, row))}"
+            )
+        try:
+            check_prompt(row["prompt"])
+        except TypeError as error:
+            raise TypeError(f"{what}: row {i}: {error}") from None
+
+
+def check_prompt(prompt):
+    """The prompt, if it is a text or a chat; otherwise TypeError."""
+    if isinstance(prompt, str):
+        return prompt
+    if not isinstance(prompt, (list, tuple)) or not prompt or not all(isinstance(m, Mapping) for m in prompt):
+        raise TypeError(f"prompt: expected a text, or a chat (a list of messages, dicts), got {prompt!r:.60}")
+    return prompt
 
 
 def check_text(what: str, text: str) -> None:

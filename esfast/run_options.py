@@ -35,7 +35,7 @@ class RunOptions:
         None, "prompts of the task (default: those that the model was made with; else paper)", ("paper", "compact")
     )
     data: str | None = option(
-        None, "file of problems, .jsonl or .json, or dataset:NAME, instead of the task's generator"
+        None, "file of problems (.jsonl, .json, .csv, .parquet, ...) or dataset:NAME, instead of the task's generator"
     )
     train_prompts: int | None = option(None, "train on so many fixed problems (default: fresh ones every generation)")
     reward: list[str] | None = option(None, "reward functions MODULE:FUNCTION instead of the task's")

@@ -74,8 +74,14 @@ ANSWERS = [
     ("1+2=3", [1, 2, 3], 3, False),
     ("1+2=3", [1, 2], 3, False),
     ("1.0+2", [1, 0, 2], 3, False),
-    ("1+2\n", [1, 2], 3, False),
-    ("1\t+2", [1, 2], 3, False),
+    ("1+2\n", [1, 2], 3, True),  # white space around an answer doesn't count
+    ("\n  (1+2)*3\n", [1, 2, 3], 9, True),
+    ("\t1+2\r\n", [1, 2], 3, True),
+    ("\u00a01+2\u2028", [1, 2], 3, True),
+    (" " * 2000 + "1+2", [1, 2], 3, True),
+    (" \n ", [1], 1, False),
+    ("1\t+2", [1, 2], 3, False),  # inside it, spaces alone are allowed
+    ("1\n+2", [1, 2], 3, False),
     ("1e1", [1, 1], 10, False),
     ("1_0", [10], 10, False),
     ("5%3", [3, 5], 2, False),
@@ -242,6 +248,8 @@ def test_malformed_problems_are_refused():
         countdown.score("x", [1.5], 1)
     with pytest.raises(ValueError, match="finite"):
         countdown.score("x", [1], float("nan"))
+    with pytest.raises(TypeError, match="'numbers' .or 'nums'. and 'target'"):
+        countdown.reward([""], ["x"], target=[1])
 
 
 def test_reward_takes_columns_as_trl_passes_them():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 
+from ..rows import check_prompt
 from . import data
 from .base import Recipe, Task, distinct, require_text, styled, texts, thousands_of
 
@@ -63,8 +64,8 @@ def problems(count: int, seed: int | str, split: str = "train", style: str = "pa
 
 def row(record: dict, style: str = "paper") -> dict:
     """The row {prompt, target} of a record of a data file, which has a `prompt` and a `target`."""
-    text, target = data.fields(record, "prompt", "target")
-    return {"prompt": text, "target": str(target)}
+    prompt, target = data.fields(record, "prompt", "target")
+    return {"prompt": check_prompt(prompt), "target": data.text("target", target)}
 
 
 def examples(seed: int, thousands: int) -> list[tuple[str, str]]:

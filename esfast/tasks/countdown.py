@@ -1,10 +1,10 @@
 """Countdown: reach a target with every given number used exactly once, by + - * / and parentheses.
 
-The grading is that of arXiv 2509.24372: reward = 0.1 * format + answer. A completion is what the model wrote after a
-prompt that ends in an opened `<think>`. Model output is parsed, never evaluated as code.
+The grading is that of arXiv 2509.24372: reward = 0.1 * format + answer, and as in its authors' grader of today white
+space around the answer doesn't count. A completion is what the model wrote after a prompt that ends in an opened
+`<think>`. Model output is parsed, never evaluated as code.
 """
 
-import math
 import operator
 import random
 import re
@@ -20,6 +20,7 @@ LONGEST_EXPRESSION = 1000  # characters; no honest answer comes near it, and it 
 
 _ARITHMETIC = re.compile(r"[0-9+\-*/() ]+")
 _TOKEN = re.compile(r"[0-9]+|[-+*/()]")
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _BINARY = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 _PRECEDENCE = {"(": 0, "+": 1, "-": 1, "*": 2, "/": 2, "unary +": 3, "unary -": 3}
 
@@ -46,13 +47,15 @@ def score(completion: str, numbers: Sequence[int], target: float) -> float:
 
 def answer_score(completion: str, numbers: Sequence[int], target: float) -> float:
     """1.0 if the last answer is an expression of exactly the given numbers, equal to the target within 1e-5, else 0.0.
+    White space around the expression doesn't count; inside it there may be spaces.
 
-    Raises ValueError or TypeError if the problem itself (not the completion) is malformed: numbers must be whole and
-    target finite.
+    Numbers and target may be texts, as some data has them: "24", "[1, 2, 3]". Raises ValueError if the problem itself
+    (not the completion) is malformed: numbers must be whole and not negative, and the target finite.
     """
     require_text(completion)
-    given, wanted = sorted(_whole(n) for n in numbers), _exact(target)
+    given, wanted = sorted(_whole_numbers(numbers)), _exact("target", target)
     answer = last_answer(completion)
+    answer = None if answer is None else answer.strip()
     if answer is None or len(answer) > LONGEST_EXPRESSION or not _ARITHMETIC.fullmatch(answer):
         return 0.0
     used = re.findall("[0-9]+", answer)
@@ -70,14 +73,21 @@ def is_correct(completion: str, numbers: Sequence[int], target: float) -> bool:
     return answer_score(completion, numbers, target) == 1.0
 
 
-def reward(prompts, completions, numbers, target, **kwargs) -> list[float]:
-    """`score` of each response, as a reward function of TRL's GRPOTrainer: every column is a list of equal length."""
-    return [score(*row) for row in zip(texts(completions), numbers, target, strict=True)]
+def reward(prompts, completions, numbers=None, target=None, nums=None, **kwargs) -> list[float]:
+    """`score` of each response, as a reward function of TRL's GRPOTrainer: every column is a list of equal length.
+    `nums` is another name of `numbers`."""
+    return [score(*row) for row in _problems(completions, numbers if nums is None else nums, target)]
 
 
-def accuracy(prompts, completions, numbers, target, **kwargs) -> list[float]:
+def accuracy(prompts, completions, numbers=None, target=None, nums=None, **kwargs) -> list[float]:
     """`answer_score` of each response; arguments as in `reward`."""
-    return [answer_score(*row) for row in zip(texts(completions), numbers, target, strict=True)]
+    return [answer_score(*row) for row in _problems(completions, numbers if nums is None else nums, target)]
+
+
+def _problems(completions, numbers, target) -> Iterable[tuple]:
+    if numbers is None or target is None:
+        raise TypeError("Countdown: expected the columns 'numbers' (or 'nums') and 'target'")
+    return zip(texts(completions), numbers, target, strict=True)
 
 
 def evaluate(expression: str) -> Fraction:
@@ -182,10 +192,12 @@ def problems(
 
 
 def row(record: dict, style: str = "paper") -> dict:
-    """The row {prompt, numbers, target} of a record of a data file, which has `numbers` and `target`."""
-    numbers, target = data.fields(record, "numbers", "target")
-    _identity(numbers, target)  # refuses numbers that aren't whole, targets that aren't finite
-    return {"prompt": prompt(numbers, target, style), "numbers": list(numbers), "target": target}
+    """The row {prompt, numbers, target} of a record of a data file, which has `numbers` (or `nums`) and `target`."""
+    numbers, target = data.fields(record, ("numbers", "nums"), "target")
+    numbers, target = _whole_numbers(numbers), _plain(_exact("target", target))
+    if not numbers:
+        raise ValueError("numbers: expected at least one")
+    return {"prompt": prompt(numbers, target, style), "numbers": numbers, "target": target}
 
 
 def worked_example(row: dict, rng: random.Random) -> str:
@@ -229,19 +241,38 @@ def _random_expression(numbers: Sequence[int], rng: random.Random) -> tuple[str,
 
 
 def _identity(numbers: Sequence[int], target: float) -> tuple[tuple[int, ...], float]:
-    value = _exact(target)
-    return tuple(sorted(_whole(n) for n in numbers)), int(value) if value.denominator == 1 else float(value)
+    return tuple(sorted(_whole_numbers(numbers))), _plain(_exact("target", target))
 
 
-def _whole(number: int) -> int:
-    if int(number) != number:
-        raise ValueError(f"Countdown numbers must be whole, got {number!r}")
-    return int(number)
+def _plain(value: Fraction) -> float:
+    return int(value) if value.denominator == 1 else float(value)
 
 
-def _exact(target: float) -> Fraction:
-    if isinstance(target, Fraction):
-        return target
-    if not math.isfinite(target):
-        raise ValueError(f"target must be a finite number, got {target!r}")
-    return Fraction(target)
+def _whole_numbers(numbers) -> list[int]:
+    """From a list, an array, or a text such as "[1, 2, 3]" or "1 2 3"."""
+    if isinstance(numbers, str):
+        numbers = [part for part in re.split(r"[,;\s]+", numbers.strip().strip("[]()")) if part]
+    numbers = numbers.tolist() if hasattr(numbers, "tolist") else numbers
+    if not isinstance(numbers, (list, tuple)):
+        raise ValueError(f"numbers: expected a list, got {numbers!r:.60}")
+    values = [_exact("numbers", number) for number in numbers]
+    for number, value in zip(numbers, values, strict=True):
+        if value.denominator != 1 or value < 0:
+            raise ValueError(f"numbers: Countdown numbers must be whole and not negative, got {number!r:.60}")
+    return [int(value) for value in values]
+
+
+def _exact(what: str, number) -> Fraction:
+    """The value of a number, or of a text that is one. ValueError for NaN, infinities, -0.0, bools, and all else."""
+    plain = number.item() if hasattr(number, "item") else number
+    if isinstance(plain, str) and _NUMBER.fullmatch(plain.strip()):
+        plain = float(plain) if set(plain) & set(".eE") else int(plain)
+    try:
+        if isinstance(plain, (str, bool)):
+            raise TypeError
+        value = Fraction(plain)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"{what}: expected a finite number, got {number!r:.60}") from None
+    if value == 0 and str(number).strip().startswith("-"):
+        raise ValueError(f"{what}: expected a number with a sign that counts, got {number!r:.60}")
+    return value

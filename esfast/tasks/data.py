@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import functools
-import json
+import math
 from collections.abc import Callable, Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 from ..rows import draw
 from .base import split_of
+from .records import DATASETS, read
+
+__all__ = ["DATASETS", "Source", "fields", "read", "source", "split", "text"]
 
 Source = tuple[Callable[[int, int, int], Sequence[dict]], Callable[[int], Sequence[dict]]]
-DATASETS = "dataset:"  # names for datasets.load_dataset begin so
 
 
 def source(
@@ -44,68 +47,50 @@ def source(
     return train_rows, lambda count: problems(count, "evaluation", "test", style)
 
 
-def read(path: str | Path) -> list[dict]:
-    """The records of a JSON file (a list of objects), a JSONL file (an object a line), or of whatever else the
-    `datasets` package loads: any other file, or `dataset:NAME`, whose split "train" is taken.
-
-    Raises FileNotFoundError, ValueError that names the line that can't be read, ImportError without `datasets`.
-    """
-    name = str(path)
-    if name.startswith(DATASETS) or not name.endswith((".json", ".jsonl")):
-        return _load_dataset(name)
-    text, records, number = Path(path).read_text(encoding="utf-8"), [], 0
-    try:
-        if name.endswith(".json"):
-            records = json.loads(text)
-        else:
-            for number, line in enumerate(text.splitlines()):  # noqa: B007  (named in the error)
-                records += [json.loads(line)] if line.strip() else []
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: line {number + error.lineno} is no JSON ({error.msg})") from None
-    if not isinstance(records, list) or not all(isinstance(r, dict) for r in records):
-        raise ValueError(f"{path}: expected {'a list of objects' if name.endswith('.json') else 'an object a line'}")
-    if not records:
-        raise ValueError(f"{path}: expected at least one record")
-    return records
-
-
 def split(
     records: Sequence[Mapping], row: Callable[[dict], dict], identity: Callable[[dict], Any], what: str | Path
 ) -> tuple[list[dict], list[dict]]:
     """Rows to train on and rows to be judged on. A column "split" of the file's own decides, "train" or "test" (also
     "validation"); otherwise a hash of the problem, by which a quarter is held out."""
     rows: dict[str, list[dict]] = {"train": [], "test": []}
+    first: dict | None = None
     for number, record in enumerate(records, start=1):
         try:
             made = row(dict(record))
-            name = {"validation": "test"}.get(record["split"], record["split"]) if "split" in record else None
-            rows[split_of(identity(made)) if name is None else name].append(made)
-        except (ValueError, TypeError, KeyError) as error:
-            word = f"split {error}: expected train, test or validation" if isinstance(error, KeyError) else error
-            raise ValueError(f"{what}: record {number}: {word}") from None
+            first = first or made
+            if made.keys() != first.keys():
+                raise ValueError(f"expected the columns of record 1, {', '.join(first)}, got {', '.join(made)}")
+            name = record.get("split")
+            if name not in (None, "train", "test", "validation"):
+                raise ValueError(f"split {name!r:.60}: expected train, test or validation")
+            held_out = split_of(identity(made)) == "test" if name is None else name != "train"
+            rows["test" if held_out else "train"].append(made)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{what}: record {number}: {error}") from None
     if not rows["train"]:
         raise ValueError(f'{what}: all {len(records)} records are held out; add more, or a column "split"')
     return rows["train"], rows["test"]
 
 
-def fields(record: Mapping, *names: str) -> list:
-    """The values of a record under these names; ValueError says which one is missing."""
-    for name in names:
-        if name not in record:
-            raise ValueError(f"expected {' and '.join(map(repr, names))}, got only {', '.join(map(repr, record))}")
-    return [record[name] for name in names]
+def fields(record: Mapping, *names: str | tuple[str, ...]) -> list:
+    """The values of a record under these names, of which a tuple holds several for one field, the first that is there
+    counts. ValueError says which one is missing."""
+    choices = [(name,) if isinstance(name, str) else name for name in names]
+    found = [[record[name] for name in alike if name in record] for alike in choices]
+    if not all(found):
+        wanted = " and ".join(" (or ".join(map(repr, alike)) + ")" * (len(alike) - 1) for alike in choices)
+        raise ValueError(f"expected {wanted}, got only {', '.join(map(repr, record)) or 'an empty record'}")
+    return [values[0] for values in found]
 
 
-def _load_dataset(name: str) -> list[dict]:
-    if not name.startswith(DATASETS) and not Path(name).exists():
-        raise FileNotFoundError(f"no file {name}; for a dataset of the Hugging Face hub write {DATASETS}NAME")
-    try:
-        import datasets
-    except ImportError:
-        raise ImportError(
-            f"{name}: anything but .json and .jsonl files needs the datasets package: pip install 'esfast[datasets]'"
-        ) from None
-    if name.startswith(DATASETS):
-        return list(datasets.load_dataset(name.removeprefix(DATASETS), split="train"))
-    kind = {"txt": "text", "pq": "parquet", "tsv": "csv"}.get(Path(name).suffix[1:], Path(name).suffix[1:])
-    return list(datasets.load_dataset(kind, data_files=name, split="train"))
+def text(what: str, value) -> str:
+    """A field that is a text, or a number that is written as one. ValueError for everything else (None and NaN, too),
+    and for nothing but blanks."""
+    value = value.item() if hasattr(value, "item") else value
+    if isinstance(value, float) and math.isfinite(value):
+        return format(Decimal(repr(value)), "f")  # 1e-07 is a product in LaTeX
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{what}: expected a text, got {value!r:.60}")
+    return value

@@ -7,20 +7,21 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from ..rows import check_prompt
 from . import data
 from .base import Task
 
 
 def row(record: dict, style: str = "paper") -> dict:
     """The record itself, less its column "split"; its `prompt` goes to the model."""
-    data.fields(record, "prompt")
+    check_prompt(data.fields(record, "prompt")[0])
     return {key: value for key, value in record.items() if key != "split"}
 
 
 def reward_function(name: str) -> Callable[..., list[float]]:
     """The function that `module:function` names; modules are also looked for in the current folder.
 
-    Raises ValueError if that is no such name, ImportError or AttributeError with what is missing."""
+    Raises ValueError if that is no such name, ImportError with what is missing, or with what the module raised."""
     module, _, function = name.partition(":")
     if not module or not function.isidentifier():
         raise ValueError(f"reward: expected MODULE:FUNCTION, for example rewards:brevity, got {name!r}")
@@ -30,6 +31,8 @@ def reward_function(name: str) -> Callable[..., list[float]]:
         found = importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise ImportError(f"reward: no module {error.name!r} here or among the installed packages") from None
+    except (Exception, SystemExit) as error:  # it is the user's, and may do anything
+        raise ImportError(f"reward: importing {module} raised {type(error).__name__}: {error}") from error
     if not callable(getattr(found, function, None)):
         raise ValueError(f"reward: {module} has no function {function!r}")
     return getattr(found, function)

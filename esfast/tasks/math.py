@@ -24,21 +24,49 @@ TIMEOUT = 2  # seconds that math-verify may take to read an answer, and as many 
 BOXED_OTHERWISE = 0.4  # share of the examples for the embedded model that are boxed where nothing demands it
 BOX = "\\boxed{"
 READ = 20_000  # characters from the end of a response: an answer stands there, and it bounds the work on a hostile one
-_BRACE = re.compile(r"\\boxed\{|\\.|[{}]", re.DOTALL)  # escaped braces are no braces
+# A box that a brace opens, a box without one (\boxed 2, \boxed\frac12), and braces. Escaped braces are no braces.
+_TOKEN = re.compile(r"(\\(?:boxed|fbox)\s*\{)|\\(?:boxed|fbox)(?![A-Za-z{])|\\.|[{}]", re.DOTALL)
+_BARE = re.compile(
+    r"[ \t]*(?=[-+]?[\d.(\\]|[A-Za-z](?![A-Za-z]))(.+)"
+)  # what such a box may hold, the rest of the line
+_BOXED = re.compile(r"\s*\\(?:boxed|fbox)\s*\{(.*)\}\s*", re.DOTALL)
+NESTED = 3  # boxes that hold a box and nothing else
+_MATH_ENDS = re.compile(r"\$|\\\)|\\\]")
+_MARKED = re.compile(r".*####", re.DOTALL)  # GSM8K's answers stand behind this mark
+_QUOTED = re.compile(r"\$\$(.+)\$\$|\$([^$]+)\$|\\\((.+)\\\)|\\\[(.+)\\\]", re.DOTALL)
+_AMOUNT = re.compile(r"([-+]?)\\?\$?\s*(\d{1,3}(?:,\d{3})+|\d+)(\.\d+)?\s*\.?")
 
 
 def last_box(completion: str) -> str | None:
-    """What stands in the \\boxed{...} that is closed last, None if there is none in the last READ characters."""
+    """What stands in the \\boxed{...} or \\fbox{...} that is closed last, None if there is none in the last READ
+    characters. \\boxed 2 counts, too, up to where the formula ends, or the word."""
     require_text(completion)
     text, answer = completion[-READ:], None
     opened: list[int | None] = []  # where a box begins; None for other braces
-    for token in _BRACE.finditer(text):
+    for token in _TOKEN.finditer(text):
         if token[0] == "}" and opened:
             start = opened.pop()
             answer = answer if start is None else text[start : token.start()]
-        elif token[0] == "{" or token[0] == BOX:
-            opened.append(token.end() if token[0] == BOX else None)
+        elif token[0] == "{" or token[1]:
+            opened.append(token.end() if token[1] else None)
+        elif token[0] in ("\\boxed", "\\fbox"):
+            bare = _bare_box(text[token.end() : token.end() + LONGEST_ANSWER])
+            answer = answer if bare is None else bare
+    for _ in range(NESTED):
+        inner = _BOXED.fullmatch(answer or "")
+        answer = inner[1] if inner and _balanced(inner[1]) else answer
     return answer
+
+
+def _bare_box(text: str) -> str | None:
+    found = _BARE.match(text)
+    if found is None:
+        return None
+    formula = _MATH_ENDS.search(found[1])
+    if formula is None and found[1][0] not in "+-.\\0123456789":
+        return None
+    content = found[1][: formula.start()] if formula else found[1].split(maxsplit=1)[0]
+    return content.strip().rstrip(".,;:") or None
 
 
 def score(completion: str, answer: str) -> float:
@@ -49,7 +77,7 @@ def score(completion: str, answer: str) -> float:
 def answer_score(completion: str, answer: str) -> float:
     """1.0 if the last box holds what math-verify takes for the same as `answer` (LaTeX), else 0.0."""
     given = last_box(completion)
-    return 0.0 if given is None or len(given) > LONGEST_ANSWER else _equal(given, str(answer))
+    return 0.0 if given is None or len(given) > LONGEST_ANSWER else _equal(given, gold(answer))
 
 
 @functools.lru_cache(maxsize=65536)
@@ -124,15 +152,53 @@ def _value(numbers: list[int], symbols: list[str]) -> int:
 
 
 def row(record: dict, style: str = "paper") -> dict:
-    """The row {prompt, answer} of a record of a data file, which has a `problem` and an `answer`, or a `solution` whose
-    last \\boxed{} holds the answer, as in MATH."""
-    problem = data.fields(record, "problem")[0]
-    answer = record.get("answer")
-    if answer is None:
-        answer = last_box(data.fields(record, "solution")[0])
-        if answer is None:
-            raise ValueError("its solution holds no \\boxed{}, and it has no answer")
-    return {"prompt": prompt(problem, style), "answer": str(answer)}
+    """The row {prompt, answer} of a record of a data file, which has a `problem` (or `question`) and an `answer`, or a
+    `solution` whose last \\boxed{} holds the answer, as in MATH. ValueError if nothing could match the answer."""
+    problem = data.text("problem", data.fields(record, ("problem", "question"))[0])
+    data.fields(record, ("answer", "solution"))
+    answer, solution = record.get("answer"), record.get("solution")
+    if answer is None or (isinstance(answer, float) and answer != answer) or not str(answer).strip():
+        if not isinstance(solution, str) or (last_box(solution) is None and not _MARKED.match(solution)):
+            raise ValueError(
+                f"expected an 'answer', or a 'solution' with a \\boxed{{}}, got {answer!r:.40} and {solution!r:.40}"
+            )
+        answer = solution
+    return {"prompt": prompt(problem, style), "answer": gold(answer)}
+
+
+def gold(answer: str | float) -> str:
+    """The right answer as LaTeX, from what data has for it: the answer itself, in $...$ or a box, a solution that holds
+    one, or GSM8K's "... #### 42". ValueError for what no response could match."""
+    return _gold(data.text("answer", answer))
+
+
+@functools.lru_cache(maxsize=65536)
+def _gold(answer: str) -> str:
+    text, box = answer, last_box(answer)
+    if _MARKED.match(text):
+        text = _MARKED.sub("", text, count=1)
+    elif box is not None:
+        text = box
+    text = text.strip()
+    quoted = _QUOTED.fullmatch(text)
+    text = next(filter(None, quoted.groups())).strip() if quoted else text
+    amount = _AMOUNT.fullmatch(text)
+    text = amount[1] + amount[2].replace(",", "") + (amount[3] or "") if amount else text
+    if not text or text.lower() in ("nan", "null") or len(text) > LONGEST_ANSWER or not _balanced(text):
+        raise ValueError(
+            f"answer: expected LaTeX of at most {LONGEST_ANSWER} characters, with braces in pairs, got {answer!r:.60}"
+        )
+    return text
+
+
+def _balanced(text: str) -> bool:
+    depth = 0
+    for token in _TOKEN.finditer(text):
+        depth += token[0].endswith("{") and not token[0].startswith("\\{")
+        depth -= token[0] == "}"
+        if depth < 0:
+            return False
+    return depth == 0
 
 
 def examples(seed: int, thousands: int) -> list[tuple[str, str]]:

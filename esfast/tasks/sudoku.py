@@ -57,7 +57,7 @@ def solutions(puzzle: str) -> list[str]:
 def check_puzzle(puzzle: str) -> str:
     """The puzzle without white space, and with dots where it has 0 or _. ValueError if it isn't one."""
     if not isinstance(puzzle, str):
-        raise TypeError(f"puzzle: expected a text of 16 digits and dots, got {type(puzzle).__name__}")
+        raise TypeError(f"puzzle: expected a text of 16 digits and dots, got {puzzle!r:.60}")
     read = "".join(puzzle.split()).translate(str.maketrans("0_", ".."))
     if len(read) != 16 or set(read) - set("1234.") or "." not in read:
         raise ValueError(f"puzzle: expected 16 cells, digits 1 to 4 and at least one dot, 0 or _, got {puzzle!r:.60}")

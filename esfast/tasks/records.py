@@ -1,0 +1,269 @@
+"""Records of data files: JSON, lines of JSON, tables, texts, Parquet and Arrow, packed or not."""
+
+from __future__ import annotations
+
+import bz2
+import codecs
+import csv
+import gzip
+import io
+import json
+import lzma
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+DATASETS = "dataset:"  # names for datasets.load_dataset begin so
+DELIMITERS = ",;\t|"
+# Longer ones first: UTF-32's begins with UTF-16's.
+BYTE_ORDER_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
+}  # fmt: skip
+UNPACK: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.decompress, ".bz2": bz2.decompress, ".xz": lzma.decompress}
+
+
+def read(path: str | Path) -> list[dict]:
+    """The records of a file, a dict each, by how its name ends, upper or lower case:
+
+        .jsonl .ndjson   an object a line
+        .json            a list of objects, an object of columns (lists of equal length), or lines as in .jsonl
+        .csv .tsv        a header and a record a row; every cell is a text, and stays one
+        .txt             a prompt a line
+        .parquet .arrow  (.pq, .feather) need the optional package datasets, which brings pyarrow
+        ....gz           any of the text files, packed; also .bz2 and .xz
+
+    or of a folder that datasets.save_to_disk wrote (of several splits, each record gets its column "split"), or of
+    `dataset:NAME`, whose split "train" is loaded from the Hugging Face hub. Texts are UTF-8, or have a byte order mark.
+    Lines end with \\n or \\r\\n alone: U+2028, form feeds and their like stay inside a text.
+
+    Raises FileNotFoundError; ValueError that names the file, and the line where there is one; ImportError without
+    `datasets`.
+    """
+    name = str(path)
+    if name.startswith(DATASETS):
+        return list(_datasets(name).load_dataset(name.removeprefix(DATASETS), split="train"))
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no file {name}; for a dataset of the Hugging Face hub write {DATASETS}NAME")
+    records = list(_of(path))
+    if not records:
+        raise ValueError(f"{path}: expected at least one record")
+    return records
+
+
+def _of(path: Path) -> Iterator[dict]:
+    if path.is_dir():
+        return _saved(path)
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    unpack = UNPACK.get(suffixes[-1]) if suffixes else None
+    kind = "".join(suffixes[-2:-1] if unpack else suffixes[-1:])
+    if kind in TABLES and not unpack:
+        return _rows_of(path, TABLES[kind])
+    if kind not in TEXTS:
+        raise ValueError(
+            f"{path}: expected a file that ends in {', '.join([*TEXTS, *TABLES])}, a text file packed as "
+            f"{', '.join(UNPACK)}, a folder of datasets.save_to_disk, or {DATASETS}NAME"
+        )
+    raw = path.read_bytes()
+    if unpack:
+        try:
+            raw = unpack(raw)
+        except Exception as error:  # each packer has errors of its own
+            raise ValueError(f"{path}: can't be unpacked ({error})") from None
+    return TEXTS[kind](path, _text(path, raw))
+
+
+def _text(path: Path, raw: bytes) -> str:
+    encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if raw.startswith(mark)), "utf-8")
+    if encoding.startswith("utf-8") and b"\0" in raw:
+        line = raw.count(b"\n", 0, raw.index(b"\0")) + 1
+        raise ValueError(f"{path}: line {line} holds a NUL character: UTF-16 without a byte order mark, or no text")
+    try:
+        return raw.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{path}: line {line} is no {encoding.removesuffix('-sig').upper()} ({error.reason} "
+            f"0x{raw[error.start]:02x}); convert the file, as by iconv -f LATIN1 -t UTF-8"
+        ) from None
+
+
+def _numbered(text: str) -> Iterator[tuple[int, str]]:
+    """Lines that are not blank, with their numbers from 1."""
+    for number, line in enumerate(text.split("\n"), start=1):
+        line = line.removesuffix("\r")
+        if line.strip():
+            yield number, line
+
+
+def _prompts(path: Path, text: str) -> Iterator[dict]:
+    return ({"prompt": line} for _, line in _numbered(text))
+
+
+# JSON
+
+
+class _NoJSON(ValueError):
+    """What Python's json takes, and we don't; `token` is where it stands, if that can be told."""
+
+    def __init__(self, message: str, token: str = ""):
+        super().__init__(message)
+        self.token = token
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise _NoJSON(f"the key {twice!r} stands twice in one object")
+    return record
+
+
+def _constant(name: str) -> float:
+    raise _NoJSON(f"{name} is no number of JSON's; write null, or leave the record out", name)
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    if value in (float("inf"), float("-inf")):
+        raise _NoJSON(f"{text} is beyond the range of numbers", text)
+    return value
+
+
+# Not strict: control characters inside a text, tabs above all, do no harm.
+_JSON = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant, parse_float=_float, strict=False)
+
+
+def _parse(path: Path, text: str, first_line: int = 1):
+    """The value of a JSON text that begins in that line of the file."""
+    try:
+        return _JSON.decode(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: line {first_line + error.lineno - 1} is no JSON ({error.msg})") from error
+    except _NoJSON as error:
+        outside = re.compile(r'"(?:[^"\\]|\\.)*"|(' + re.escape(error.token) + ")", re.DOTALL)
+        at = next(
+            (m.start() for m in outside.finditer(text) if m[1]), 0 if first_line > 1 or "\n" not in text else None
+        )
+        where = "" if at is None else f" line {first_line + text.count(chr(10), 0, at)}:"
+        raise ValueError(f"{path}:{where} {error}") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets without end
+        raise ValueError(f"{path}: line {first_line} can't be read ({error})") from None
+
+
+def _lines(path: Path, text: str) -> Iterator[dict]:
+    if text.lstrip("\ufeff \t\r\n").startswith("["):  # a list under another name
+        yield from _document(path, text)
+        return
+    for number, line in _numbered(text):
+        record = _parse(path, line.lstrip("\ufeff"), number)  # files that were joined bring their marks along
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}: line {number}: expected an object, got {line.strip():.60}")
+        yield record
+
+
+def _document(path: Path, text: str) -> Iterator[dict]:
+    try:
+        found = _parse(path, text)
+    except ValueError as error:
+        if getattr(error.__cause__, "msg", None) != "Extra data" or text.lstrip().startswith("["):
+            raise
+        yield from _lines(path, text)  # an object a line, under another name
+        return
+    if isinstance(found, dict) and found and all(isinstance(column, list) for column in found.values()):
+        sizes = {name: len(column) for name, column in found.items()}
+        if len(set(sizes.values())) > 1:
+            raise ValueError(f"{path}: expected columns of equal length, got {sizes}")
+        found = [dict(zip(found, values, strict=True)) for values in zip(*found.values(), strict=True)]
+    found = [found] if isinstance(found, dict) else found
+    if not isinstance(found, list):
+        raise ValueError(f"{path}: expected a list of objects, got {text.strip():.60}")
+    for number, record in enumerate(found, start=1):
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}: record {number}: expected an object, got {record!r:.60}")
+    yield from found
+
+
+# Tables
+
+
+def _table(path: Path, text: str) -> Iterator[dict]:
+    header = re.sub(r'"[^"]*"', "", text.partition("\n")[0])
+    delimiter = "\t" if ".tsv" in path.name.lower() else max(DELIMITERS, key=header.count)
+    before = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        names = next(reader, [])
+        # What pandas writes before the first column is the number of the row.
+        start = 1 if names[:1] == [""] and len(names) > 1 else 0
+        names = [name.strip() for name in names[start:]]
+        if "" in names or len(set(names)) < len(names):
+            raise ValueError(f"{path}: line 1: expected a header of different names, got {names}")
+        for cells in reader:
+            if cells and len(cells) != start + len(names):
+                raise ValueError(
+                    f"{path}: line {reader.line_num}: expected {start + len(names)} cells as in the header, "
+                    f"got {len(cells)}; a cell with {delimiter!r} or a new line in it needs quotes"
+                )
+            if cells:
+                yield dict(zip(names, cells[start:], strict=True))
+    except csv.Error as error:
+        raise ValueError(f"{path}: line {reader.line_num} is no CSV ({error})") from None
+    finally:
+        csv.field_size_limit(before)
+
+
+def _parquet(path: Path):
+    from pyarrow import parquet
+
+    return parquet.read_table(path)
+
+
+def _arrow(path: Path):
+    import pyarrow
+
+    with pyarrow.OSFile(str(path)) as file:
+        try:
+            return pyarrow.ipc.open_file(file).read_all()
+        except pyarrow.ArrowInvalid:  # a stream, as the datasets package writes
+            file.seek(0)
+            return pyarrow.ipc.open_stream(file).read_all()
+
+
+def _rows_of(path: Path, load: Callable) -> Iterator[dict]:
+    try:
+        rows = load(path).to_pylist()
+    except ImportError:
+        raise ImportError(f"{path}: needs pyarrow, of the datasets package: pip install 'esfast[datasets]'") from None
+    except Exception as error:  # whatever pyarrow makes of a damaged file
+        raise ValueError(f"{path}: can't be read ({error})") from None
+    return iter(rows)
+
+
+def _saved(folder: Path) -> Iterator[dict]:
+    if not any((folder / name).exists() for name in ("dataset_dict.json", "state.json")):
+        raise ValueError(f"{folder}: is a folder, and none that datasets.save_to_disk wrote; name a file")
+    try:
+        found = _datasets(folder).load_from_disk(str(folder))
+    except (ValueError, OSError, KeyError) as error:
+        raise ValueError(f"{folder}: can't be read ({error})") from None
+    if not isinstance(found, dict):
+        return iter(found)
+    if len(found) == 1:
+        return iter(next(iter(found.values())))
+    return ({"split": name} | row for name, rows in found.items() for row in rows)
+
+
+def _datasets(name: str | Path):
+    try:
+        import datasets
+    except ImportError:
+        raise ImportError(f"{name}: needs the datasets package: pip install 'esfast[datasets]'") from None
+    return datasets
+
+
+TEXTS = {".jsonl": _lines, ".ndjson": _lines, ".json": _document, ".csv": _table, ".tsv": _table, ".txt": _prompts}
+TABLES = {".parquet": _parquet, ".pq": _parquet, ".arrow": _arrow, ".feather": _arrow}
