@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 
 VLLM := .venv-vllm
 
-.PHONY: train test test-vllm lint bench clean
+.PHONY: train test test-vllm lint bench examples clean
 
 train: $(VENV)/installed
 	$(BIN)/esfast train $(ARGS)
@@ -21,7 +21,10 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 bench: $(VENV)/installed
-	$(BIN)/esfast bench noise $(ARGS)
+	$(BIN)/pytest bench/micro $(ARGS)
+
+examples: $(VENV)/installed
+	for script in examples/*.py; do echo "== $$script"; $(BIN)/python $$script --quick $(ARGS) || exit 1; done
 
 $(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

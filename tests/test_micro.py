@@ -1,0 +1,52 @@
+"""bench/micro under pytest-benchmark, on few weights: every group has its rows, and a slow-down is caught."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("pytest_benchmark", reason="the microbenchmarks need it: pip install pytest-benchmark")
+MICRO = Path(__file__).parent.parent / "bench" / "micro"
+
+
+def micro(folder, *options, **environment):
+    command = [sys.executable, "-m", "pytest", "-q", str(MICRO), "--numel", "1e5", "-p", "no:cacheprovider",
+               "--benchmark-storage", str(folder / "saved"), *options]  # fmt: skip
+    env = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, env=env)
+
+
+def test_each_operation_stands_beside_today_s_way_and_a_copy(tmp_path):
+    done = micro(tmp_path, "-k", "float32", "--benchmark-json", str(tmp_path / "result.json"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((tmp_path / "result.json").read_text())["benchmarks"]
+    groups = {}
+    for row in rows:
+        groups.setdefault(row["group"], []).append(row["extra_info"])
+    assert len({group.partition(", cpu")[0] for group in groups}) == 8
+    for group, infos in groups.items():
+        assert {"cpu", "today", "copy"} <= {info["backend"] for info in infos}, group
+        assert all(info["GB/s"] > 0 for info in infos)
+
+
+def test_a_slow_down_fails_the_comparison(tmp_path):
+    """Against itself it passes by far; with a wait planted into add_noise_ it is told as slower."""
+    chosen = "-k", "cpu-cpu-float32-gaussian-perturb"
+    (tmp_path / "slow.py").write_text(
+        "import time, esfast.ops\n"
+        "real = esfast.ops.add_noise_\n"
+        "def add_noise_(*args, **options):\n"
+        "    time.sleep(0.1)\n"
+        "    return real(*args, **options)\n"
+        "esfast.ops.add_noise_ = add_noise_\n"
+    )
+    compare = "--benchmark-compare", "--benchmark-compare-fail=min:400%"
+    saved = micro(tmp_path, *chosen, "--benchmark-save", "before")
+    assert saved.returncode == 0, saved.stdout + saved.stderr
+    same = micro(tmp_path, *chosen, *compare)
+    assert same.returncode == 0, same.stdout + same.stderr
+    slow = micro(tmp_path, *chosen, *compare, "-p", "slow", PYTHONPATH=str(tmp_path))
+    assert slow.returncode != 0 and "Performance has regressed" in slow.stdout + slow.stderr, slow.stdout + slow.stderr
