@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from . import checkpoint
+from .buffers import Buffers
 from .distributed import SharedUpdates, Team
 from .finite import check_finite
 from .interrupts import held
@@ -67,7 +68,8 @@ class ES:
                 member.reward = evaluate(model)
             es.step()
 
-    Between populations the weights belong to ES: change them only through it.
+    Between populations the weights belong to ES: change them only through it (RuntimeError where others are found).
+    Buffers, such as BatchNorm's statistics, are put back after each member; see esfast.buffers.
 
     Args:
         model: an nn.Module, a Plan, or an iterable of (name, tensor); its weights are changed in place.
@@ -153,6 +155,7 @@ class ES:
         self.generation = 0
         self.members: list[Member] = []
         self._inside: Member | None = None
+        self._buffers = Buffers(self.plan)
         self.team = team if team is not None else Team()
         self._run = self.team.run()
         if self.plan.sharded and self.team.size > 1 and self.team.shards == 1:
@@ -218,6 +221,7 @@ class ES:
         """
         if self._inside is not None:
             raise RuntimeError(f"population(): member {self._inside.index} is still in place; leave its loop first")
+        self._check_own("population()")
         self.members, self._mine = [self._member(i) for i in range(self.population_size)], []
         self._asked += 1
         self.team.at_work = True
@@ -234,7 +238,8 @@ class ES:
             set_aside: members whose reward is None are left out, and the update is that of the others, at least two.
 
         Raises:
-            RuntimeError: no population was evaluated, or it is called from inside a member's body.
+            RuntimeError: no population was evaluated, it is called from inside a member's body, or somebody else
+                changed the weights since ES last wrote them.
             ValueError: a reward is missing or not finite (the member is named), or the shaping function returns
                 nonsense. Weights are untouched.
         """
@@ -242,6 +247,7 @@ class ES:
             raise RuntimeError(f"step(): member {self._inside.index} is still in place; leave its loop first")
         if not self.members:
             raise RuntimeError("step(): no population to learn from; iterate over population() first")
+        self._check_own("step()")
         self._exchange(set_aside)
         scored = [m for m in self.members if m.reward is not None] if set_aside else self.members
         rewards = {m.index: _check_reward(m) for m in scored}
@@ -313,6 +319,10 @@ class ES:
         return self._journal.seconds if self._journal is not None else 0.0
 
     def _enter(self, member: Member) -> None:
+        if self._inside is None:
+            self._buffers.note()
+        else:
+            self._buffers.put_back()
         self._inside = member
         sigma = _check_positive("sigma", self.sigma)
         _check_positive("sigma, times the largest factor of a group,", sigma * self.rule.largest("sigma"))
@@ -321,12 +331,23 @@ class ES:
 
     def _leave(self) -> None:
         try:
-            self._weights.restore()
+            self._restore()
         except KeyboardInterrupt:  # pressed in the very moment of restoring: finish that, then obey
-            self._weights.restore()
+            self._restore()
             raise
         finally:
             self._inside = None
+
+    def _restore(self) -> None:
+        self._weights.restore()
+        self._buffers.put_back()
+
+    def _check_own(self, what: str) -> None:
+        if self._weights.changed_elsewhere():
+            raise RuntimeError(
+                f"{what}: the weights were changed since ES last wrote them, by something else (load_state_dict?); ES "
+                "would undo that. Make a new ES of the model as it is"
+            )
 
 
 class Population:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterable, Iterator
 
 import torch
 
+from .buffers import Buffers
 from .ops import add_noise_
 from .plan import Plan
 
@@ -21,7 +23,8 @@ def perturbed(
     backend: str = "auto",
 ) -> Iterator[Plan]:
     """Inside the block the weights are round(weights + sigma * noise(seed)); after it, however it is left, they are the
-    same bits as before. Blocks may be nested.
+    same bits as before, and so are the buffers of a module (see esfast.buffers). Blocks may be nested. What is loaded
+    into the model inside a block is gone after it.
 
         with esfast.perturbed(model, seed, sigma):
             reward = evaluate(model)
@@ -30,8 +33,9 @@ def perturbed(
         model: an nn.Module, a Plan, or an iterable of (name, tensor).
         seed: 0 <= seed < 2**64.
         sigma: factor of the noise, in units of the weights; with -sigma it is the mirrored member.
-        base: a copy of the weights (`plan.clone()`), which members are written from and restored to. Without one each
-            block makes a copy of its own: one more pass over the weights, and memory to fetch.
+        base: a copy of the weights (`plan.clone()`), which members are written from and restored to; make a new one
+            after other weights were loaded into the model. Without one each block makes a copy of its own: one more
+            pass over the weights, and memory to fetch.
         noise, backend: as in `add_noise_`.
 
     Yields the Plan. Raises TypeError or ValueError for what Plan and `add_noise_` refuse, before any weight changes.
@@ -40,12 +44,28 @@ def perturbed(
     truth = plan.clone() if base is None else base
     options = {"base": truth, "noise": noise, "backend": backend}
     plan.table(truth)  # a base that does not fit must not be restored from
-    try:
-        add_noise_(plan, [seed], [sigma], **options)
-        yield plan
-    finally:
+    with unchanged_buffers(plan):
         try:
-            add_noise_(plan, [], [], **options)
-        except KeyboardInterrupt:  # pressed in the very moment of restoring: finish that, then obey
-            add_noise_(plan, [], [], **options)
-            raise
+            add_noise_(plan, [seed], [sigma], **options)
+            yield plan
+        finally:
+            try:
+                add_noise_(plan, [], [], **options)
+            except KeyboardInterrupt:  # pressed in the very moment of restoring: finish that, then obey
+                add_noise_(plan, [], [], **options)
+                raise
+
+
+_IDLE: weakref.WeakKeyDictionary[Plan, Buffers] = weakref.WeakKeyDictionary()  # copies are kept for a plan's next block
+
+
+@contextlib.contextmanager
+def unchanged_buffers(plan: Plan) -> Iterator[None]:
+    """After the block the buffers of the plan's module are as before it."""
+    buffers = _IDLE.pop(plan, None) or Buffers(plan)  # of nested blocks each has its own
+    buffers.note()
+    try:
+        yield
+    finally:
+        buffers.put_back()
+        _IDLE[plan] = buffers

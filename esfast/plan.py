@@ -52,8 +52,11 @@ class Plan:
             with the same 32-bit id, slices outside their whole, patterns that match nothing, nothing left.
 
     Attributes: `names` (list of str), `tensors` (list), `numel` (weights in all), `nbytes`, `device`: of a DTensor what
-    lies on this rank; `flat_numel`, elements of a flat buffer that holds a number for each weight.
+    lies on this rank; `flat_numel`, elements of a flat buffer that holds a number for each weight; `module`, the
+    nn.Module that it was made of, or None.
     """
+
+    module: torch.nn.Module | None = None
 
     def __init__(
         self,
@@ -61,6 +64,7 @@ class Plan:
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
     ):
+        self.module = source if isinstance(source, torch.nn.Module) else None
         self._gathering = shards.fsdp_modules(source)
         self._reshard()
         given = select(entries(source), include, exclude)

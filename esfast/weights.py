@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import torch
 
+from .changes import same_bits, versions
 from .interrupts import held
 from .names import WEIGHT_MODES
 from .ops import add_noise_
@@ -44,7 +45,28 @@ class Cost(NamedTuple):
     update: int  # read and written by an update of however many members, after which the weights are restored
 
 
-class BaseWeights:
+class _Stored:
+    """What modes with a copy share: they see that somebody else wrote the live weights, which the copy would undo."""
+
+    def changed_elsewhere(self) -> bool:
+        """Whether the live weights are others than those that this mode wrote last, no member being in place.
+
+        Seen are writes that PyTorch counts (esfast.changes), and not those to DTensors. Without any it takes
+        microseconds; after one, the weights are compared with the copy, and what has the same bits counts as its own.
+        """
+        tensors = self.plan.tensors
+        if self.plan.sharded or (now := versions(tensors)) == self._seen:
+            return False
+        if not all(same_bits(t, self._stored(i)) for i, t in enumerate(tensors)):
+            return True
+        self._seen = now
+        return False
+
+    def _note(self) -> None:
+        self._seen = versions(self.plan.tensors)
+
+
+class BaseWeights(_Stored):
     """Members are written from a copy that is only read, so nothing is ever subtracted and restoring is a copy.
 
     The base is the truth: whatever interrupts a member, `restore` gives back the bits.
@@ -56,6 +78,7 @@ class BaseWeights:
         self.updater = Updater(self.truth, rule, backend)
         self._parts = rule.split(plan, self.base)
         self._options = {"noise": rule.noise, "backend": backend}
+        self._note()
 
     @staticmethod
     def cost(dtype: torch.dtype) -> Cost:
@@ -76,6 +99,21 @@ class BaseWeights:
 
     def restore(self) -> None:
         add_noise_(self.plan, [], [], base=self.truth, **self._options)
+        self._note()
+
+    def adopt(self) -> None:
+        """The live weights were written by somebody else, and are the truth from now on."""
+        for mine, live in zip(self.truth.tensors, self.plan.tensors, strict=True):
+            mine.copy_(live.detach())
+        if self.truth.low is not None:
+            self.truth.low.zero_()
+        self._note()
+
+    def _stored(self, i: int) -> torch.Tensor:
+        """What the live tensor i is when no member is in place."""
+        copy = self.plan.part([i]).clone()
+        add_noise_(copy, [], [], base=self.truth.part([i]), **self._options)
+        return copy.tensors[0]
 
     def update(self, record: Generation) -> None:
         self.updater(record)
@@ -118,6 +156,10 @@ class _MovingWeights:
     def settle(self) -> None:
         """The live weights, which are the truth, were changed."""
 
+    def changed_elsewhere(self) -> bool:
+        """Never: whatever the live weights are, they are the truth."""
+        return False
+
     def _move(self, target: list[tuple[int, float]], rounding: str = "nearest") -> None:
         terms = [(s, -c) for s, c in self._applied] + target
         with held():  # what is applied and what is noted down must not part
@@ -158,6 +200,11 @@ class InplaceWeights(_MovingWeights):
         if self._exact is not None:
             self._exact(record)
 
+    def adopt(self) -> None:
+        """The live weights were written by somebody else: drift is counted from here."""
+        for (_, live, _), exact in zip(self._watched, self._exact.plan.tensors if self._exact else (), strict=True):
+            exact.copy_(live)
+
     def drift(self) -> float | None:
         """RMS distance of the watched weights, while no member is in place, from what float32 arithmetic that restores
         exactly would hold. None if no tensor is contiguous and whole."""
@@ -168,7 +215,7 @@ class InplaceWeights(_MovingWeights):
         return float(torch.cat(apart).square().mean().sqrt())
 
 
-class HostWeights(_MovingWeights):
+class HostWeights(_Stored, _MovingWeights):
     """Members move in place, from one to the next in one pass, and the weights come back from a copy in host memory
     when the population is left. A member carries the rounding of the moves before it, so in a team its reward may
     depend, in the last bits, on who scored which members; the step that given rewards lead to does not."""
@@ -193,10 +240,17 @@ class HostWeights(_MovingWeights):
             for t, mine in zip(self.plan.tensors, self._host, strict=True):
                 t.detach().copy_(mine)  # complete before the next kernel
             self._applied = []
+        self._note()
 
     def settle(self) -> None:
         for t, mine in zip(self.plan.tensors, self._host, strict=True):
             mine.copy_(t.detach())
+        self._note()
+
+    adopt = settle
+
+    def _stored(self, i: int) -> torch.Tensor:
+        return self._host[i].to(self.plan.device)
 
 
 def sample(plan: Plan) -> list[tuple[str, torch.Tensor, Slice]]:

@@ -121,11 +121,12 @@ class ZOTrainer(MeZOMixin, Trainer):
 
 def trainer(path, model, steps, lr=3e-3, data=8, **options):
     rows = [{k: v[i % 8] for k, v in batch().items()} for i in range(data)]
-    arguments = TrainingArguments(
-        path, max_steps=steps, learning_rate=lr, lr_scheduler_type="constant", per_device_train_batch_size=8,
-        use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no", logging_steps=10, **options,
+    settings = dict(
+        max_steps=steps, learning_rate=lr, lr_scheduler_type="constant", per_device_train_batch_size=8, use_cpu=True,
+        report_to=[], disable_tqdm=True, save_strategy="no", logging_steps=10,
     )  # fmt: skip
-    return ZOTrainer(model, arguments, train_dataset=rows)
+    arguments = TrainingArguments(path, **{**settings, **options})
+    return ZOTrainer(model, arguments, train_dataset=rows, eval_dataset=rows)
 
 
 def test_the_trainer_takes_mezo_s_steps(tmp_path, same_bits):
@@ -155,6 +156,107 @@ def test_gradient_accumulation_and_decay(tmp_path):
     trained = trainer(tmp_path, model, 20, data=16, gradient_accumulation_steps=2, weight_decay=0.01)
     trained.train()
     assert trained.zo_parameters.updates == 20 and loss(model, data) < before - 0.05
+
+
+def values(model):
+    return [p.detach().clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("weights", ["base", "master", "host", "inplace"])
+def test_a_resumed_run_is_an_unbroken_one(tmp_path, same_bits, weights, monkeypatch):
+    """In the process that trained on, where the base of before would undo what the checkpoint brought."""
+    monkeypatch.setattr(ZOTrainer, "zo_weights", weights)
+    trained = trainer(tmp_path, opt(), 4, save_strategy="steps", save_steps=2)
+    trained.train()
+    unbroken = values(trained.model)
+    trained.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    if weights == "inplace":
+        torch.testing.assert_close(values(trained.model), unbroken)
+    else:
+        assert same_bits(values(trained.model), unbroken)
+
+
+def test_train_called_again_starts_from_the_weights_of_then(tmp_path):
+    """Also from those that PyTorch counts no write of."""
+    trained = trainer(tmp_path, opt(), 2)
+    trained.train()
+    start = opt(seed=1)
+    for mine, new in zip(trained.model.parameters(), start.parameters(), strict=True):
+        mine.data.copy_(new)
+    trained.train()
+    fresh = trainer(tmp_path, start, 2)
+    fresh.train()
+    # nearly: the order of the rows in a batch differs, and with it the loss's last bits
+    torch.testing.assert_close(values(trained.model), values(fresh.model), rtol=0, atol=1e-4)
+
+
+def test_each_trial_of_a_search_trains_its_own_model(tmp_path, same_bits):
+    made = []
+
+    def init(trial=None):
+        made.append(opt(seed=len(made)))
+        return made[-1]
+
+    given = trainer(tmp_path, opt(), 2)
+    searching = ZOTrainer(args=given.args, train_dataset=given.train_dataset, model_init=init)
+    for _ in range(2):
+        searching.train()
+        assert not same_bits(values(made[-1]), values(opt(seed=len(made) - 1)))
+
+
+def test_the_best_model_is_loaded_and_stays(tmp_path, same_bits):
+    every_step = {"save_steps": 1, "eval_steps": 1, "save_strategy": "steps", "eval_strategy": "steps"}
+    trained = trainer(
+        tmp_path,
+        opt(),
+        3,
+        load_best_model_at_end=True,
+        metric_for_best_model="worse",
+        greater_is_better=False,
+        **every_step,
+    )
+    seen, evaluate = [], trained.evaluate
+
+    def worse(*args, **kwargs):
+        seen.append(values(trained.model))
+        return evaluate(*args, **kwargs) | {"eval_worse": float(len(seen))}
+
+    trained.evaluate = worse
+    trained.train()
+    assert len(seen) == 3 and same_bits(values(trained.model), seen[0])
+    trained.zo_perturb_parameters(1)
+    trained.zo_perturb_parameters(1, -1)
+    assert same_bits(values(trained.model), seen[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("weights", ["base", "master", "host", "inplace"])
+def test_weights_loaded_between_two_steps_are_followed(weights, dtype, same_bits):
+    def model(seed):
+        torch.manual_seed(seed)
+        return torch.nn.Linear(9, 5).to(dtype)
+
+    mine, other = model(0), model(1)
+    zo, fresh = ZOParameters(mine, weights=weights), ZOParameters(other, weights=weights)
+    zo_update(zo, 1, 0.5, 0.1)
+    mine.load_state_dict(other.state_dict())
+    for parameters in (zo, fresh):
+        zo_perturb_parameters(parameters, 5)
+    assert same_bits(list(mine.parameters()), list(other.parameters()))
+    for parameters in (zo, fresh):
+        zo_perturb_parameters(parameters, 5, -1)
+    mine.load_state_dict(other.state_dict())
+    for parameters in (zo, fresh):
+        zo_update(parameters, 2, 0.5, 0.1)
+    assert same_bits(list(mine.parameters()), list(other.parameters()))
+    mine.weight.data.mul_(2)  # which PyTorch does not count as a write
+    zo.refresh()
+    before = values(mine)
+    zo_perturb_parameters(zo, 5)
+    with pytest.raises(RuntimeError, match="noise of seed 5 is still in place"):
+        zo.refresh()
+    zo_perturb_parameters(zo, 5, -1)
+    assert same_bits(values(mine), before) or weights == "inplace"
 
 
 def test_loops_of_their_own(tmp_path, same_bits):

@@ -79,6 +79,10 @@ class FleetWeights:
 
     def restore(self) -> None: ...
 
+    def changed_elsewhere(self) -> bool:
+        """Not from here: an engine refuses an update when its own weights were changed."""
+        return False
+
 
 class FleetES(ES):
     modes = {name: type(f"Fleet_{name}", (FleetWeights,), {"mode": name}) for name in ("base", "master", "host")}

@@ -23,6 +23,9 @@ NOT_DECAYED = ("bias", "layer_norm", "layernorm")  # as in MeZO: weights with th
 class ZOParameters:
     """The weights that MeZO changes, and how they are perturbed.
 
+    Weights that others write between two steps (a checkpoint that is loaded, an averaging callback) are followed: the
+    next step starts from them. Writes through `.data` can't be seen, and need a call of `refresh`.
+
     Args:
         model: an nn.Module (those of its parameters that require grad), a Plan, or an iterable of (name, tensor).
         zo_eps: size of the perturbation. > 0.
@@ -61,6 +64,13 @@ class ZOParameters:
             if group
         ]
 
+    def refresh(self) -> None:
+        """The weights as they are now, with no noise in place, are those to go on from."""
+        for offsets, _ in self.groups:
+            if offsets.terms:
+                raise RuntimeError(f"refresh: the noise of seed {next(iter(offsets.terms))} is still in place")
+            offsets.mode.adopt()
+
 
 def zo_perturb_parameters(parameters: ZOParameters, random_seed: int, scaling_factor: float = 1) -> None:
     """Adds scaling_factor * zo_eps * noise(random_seed) to the weights, in one pass.
@@ -90,6 +100,7 @@ def zo_update(
         if offsets.terms:
             raise RuntimeError(f"zo_update: the noise of seed {next(iter(offsets.terms))} is still in place")
     for offsets, decay in parameters.groups:
+        offsets.follow()
         offsets.mode.update(
             Generation(parameters.updates, seeds, coeffs, [], parameters.zo_eps, learning_rate, learning_rate * decay)
         )
@@ -171,6 +182,11 @@ class MeZOMixin:
         return losses[0]
 
     # ---- what transformers.Trainer calls ---------------------------------------------------------------------------
+
+    def train(self, *args, **kwargs):
+        """Starts from the weights, the model and the arguments of now, whatever an earlier call left."""
+        self._zo, self._zo_pending = None, []
+        return super().train(*args, **kwargs)
 
     def create_optimizer(self, model=None) -> ZOOptimizer:
         if self.optimizer is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from ..interrupts import held
 
 
@@ -14,14 +16,17 @@ class Offsets:
 
     mode: one of esfast.weights, which says where the base is. Several seeds at once need a mode with a base on the
         device (base, master).
+    on_change: called before noise is added to clean weights that somebody else has written; default: they become the
+        base.
     """
 
-    def __init__(self, mode):
-        self.mode = mode
+    def __init__(self, mode, on_change: Callable[[], None] | None = None):
+        self.mode, self._on_change = mode, on_change if on_change is not None else mode.adopt
         self.terms: dict[int, float] = {}  # coefficient by seed, in the order of their first call
 
     def add(self, seed: int, coeff: float) -> None:
         """Adds coeff * noise(seed). ValueError or TypeError for what `add_noise_` refuses; weights are untouched."""
+        self.follow()
         terms = {**self.terms, seed: self.terms.get(seed, 0.0) + coeff}
         terms = {s: c for s, c in terms.items() if c != 0}
         with held():  # what is applied and what is noted down must not part
@@ -32,6 +37,11 @@ class Offsets:
             else:
                 self.mode.restore()
             self.terms = terms
+
+    def follow(self) -> None:
+        """If nothing is in place, sees to it that the base is what the weights are."""
+        if not self.terms and self.mode.changed_elsewhere():
+            self._on_change()
 
     def clear(self) -> None:
         """Takes all of it away."""

@@ -55,7 +55,7 @@ class WorkerWeights:
         """After the weights were written by somebody else: updates start from them."""
         self.offsets = self.mode = None  # its memory first
         self.mode = MODES[self.mode_name](self.plan, self.rule)
-        self.offsets = Offsets(self.mode)
+        self.offsets = Offsets(self.mode, self._refuse_changed)
         self.records: list[Generation] = []
         self.base = self._fingerprint(self.plan.names)
 
@@ -64,10 +64,17 @@ class WorkerWeights:
             raise RuntimeError(
                 f"update: the noise of seed {next(iter(self.offsets.terms))} is still in place; restore first"
             )
+        self.offsets.follow()
         if record.generation != len(self.records):
             raise ValueError(f"update: expected generation {len(self.records)}, got {record.generation}")
         self.mode.update(record)
         self.records.append(record)
+
+    def _refuse_changed(self) -> None:
+        raise RuntimeError(
+            "the engine's weights were changed by something other than esfast (reload_weights?), which no record of "
+            "updates leads to; esfast_begin() makes updates start from them"
+        )
 
     def fingerprint(self) -> str:
         """Of the whole model's weights as they are now, the same as `Plan(hf_model).fingerprint()`."""
