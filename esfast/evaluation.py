@@ -21,6 +21,7 @@ def respond(model, tokenizer, task: Task, rows: Rows, max_new_tokens: int, batch
     """A dict for each row: its prompt, the completion, `reward` and, where the task knows, `correct` (0.0 or 1.0)."""
     engine = TransformersEngine(model, tokenizer, max_new_tokens, batch_size)
     prompts, completions, chunk = chat.texts(rows, tokenizer), [], batch_size or CHUNK
+    engine.check(prompts)
     for start in tqdm(range(0, len(prompts), chunk), unit="batch", dynamic_ncols=True, leave=False):
         completions += engine.generate(prompts[start : start + chunk])
     functions = [*task.reward_funcs, *([] if task.accuracy is None else [task.accuracy])]

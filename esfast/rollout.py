@@ -34,7 +34,9 @@ WEIGHTS_FOR_THREADS = 10_000_000
 
 
 class Engine(Protocol):
-    """What the trainer needs; `tokens`, how many it has generated so far, may be absent, and is then not reported."""
+    """What the trainer needs. Two may be absent: `tokens`, how many it has generated so far, which is then not
+    reported, and `check(prompts)`, which raises what `generate(prompts)` would raise because of a prompt, at the cost
+    of no more than tokenizing them. With it, prompts of fixed data are looked at before a run begins."""
 
     tokens: int
 
@@ -78,7 +80,10 @@ def as_engine(engine) -> Engine:
         )
     if hasattr(engine, "close") and callable(getattr(engine, "generate", None)):
         return engine
-    return CallableEngine(getattr(engine, "generate", engine))
+    wrapped = CallableEngine(getattr(engine, "generate", engine))
+    if callable(getattr(engine, "check", None)):
+        wrapped.check = engine.check
+    return wrapped
 
 
 class TransformersEngine:
@@ -172,6 +177,10 @@ class TransformersEngine:
                 done += len(batch)
         return completions
 
+    def check(self, prompts: Sequence[str]) -> None:
+        """Raises ValueError for the first prompt of which `generate` would."""
+        self._checked(prompts)
+
     def close(self) -> None:
         """Frees caches and captured graphs; the engine may be used again, and makes them anew."""
         if self._way is not None:
@@ -234,14 +243,17 @@ class TransformersEngine:
     def _encode(self, prompts: Sequence[str]) -> list[list[int]]:
         """Token ids of each prompt. Kept from one call to the next, since all members of a generation share prompts."""
         if not self._encoded.keys() >= set(prompts):
-            distinct = list(dict.fromkeys(prompts))
-            for prompt in distinct:
-                check_text("prompt", prompt)
-            encoded = dict(zip(distinct, self._encoder(distinct), strict=True))
-            for prompt, ids in encoded.items():
-                self._check(prompt, ids, self._limit)
-            self._encoded = encoded  # the last set of prompts only: fresh ones every generation must not pile up
+            self._encoded = self._checked(prompts)  # the last set of prompts only: fresh ones must not pile up
         return [self._encoded[prompt] for prompt in prompts]
+
+    def _checked(self, prompts: Sequence[str]) -> dict[str, list[int]]:
+        distinct = list(dict.fromkeys(prompts))
+        for prompt in distinct:
+            check_text("prompt", prompt)
+        encoded = dict(zip(distinct, self._encoder(distinct), strict=True))
+        for prompt, ids in encoded.items():
+            self._check(prompt, ids, self._limit)
+        return encoded
 
     def _check(self, prompt: str, ids: list[int], limit: int | None) -> None:
         shown, length = prompt if len(prompt) <= 80 else f"{prompt[:77]}...", len(ids)
@@ -255,8 +267,9 @@ class TransformersEngine:
             )
         if limit is not None and length + self.max_new_tokens > limit:
             raise ValueError(
-                f"the prompt {shown!r} has {length} tokens, which with max_new_tokens={self.max_new_tokens} exceeds "
-                f"the model's context of {limit}: shorten the prompt or lower max_new_tokens"
+                f"the prompt {shown!r} has {length} tokens, which with {self.max_new_tokens} for the completion "
+                f"exceeds the model's context of {limit}: shorten the prompt, or lower max_completion_length "
+                "(--max-completion-length; of an engine made by hand, max_new_tokens)"
             )
 
 

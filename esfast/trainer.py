@@ -7,6 +7,7 @@ prompts, completions and the rows' other columns as keyword lists.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 import math
@@ -33,6 +34,7 @@ from .model_card import model_card
 from .models import load_model, load_tokenizer
 from .movement import Movement
 from .plan import Plan
+from .prompts import check_prompts
 from .rewards import RewardError, RewardFunc, Scorer, check_metrics, combine, judge
 from .rollout import TransformersEngine, as_engine
 from .rows import Rows, check_rows, draw
@@ -105,7 +107,9 @@ class ESTrainer:
                 f"got {self.reward_weights}"
             )
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
-        if not callable(train_dataset):
+        if callable(train_dataset):  # a batch that was looked at is the one that is trained on
+            self._fresh_rows = functools.lru_cache(1)(train_dataset)
+        else:
             check_rows("train_dataset", train_dataset)
         check_rows("eval_dataset", eval_dataset, required=False)
         self.team = team if team is not None else Team()
@@ -126,6 +130,9 @@ class ESTrainer:
             model, processing_class, c.max_completion_length, c.batch_size, c.temperature or 1.0, c.decoding
         )  # fmt: skip
         leads = self.team.rank == 0
+        for what, rows in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+            if rows is not None and not callable(rows):
+                check_prompts(what, rows, self._texts, self.engine, c.progress and self.team.rank == 0)
         self._evaluates = self.team.rank < self.team.shards  # process 0, with those that hold its model's other shards
         kl = c.kl_to_base and self._evaluates
         self.kl = KLToBase(model, processing_class, c.max_completion_length) if kl else None
@@ -165,6 +172,7 @@ class ESTrainer:
         before: dict[str, float] = {}
         after: dict[str, float] = {}
         try:
+            self._check_first_batch()
             if self._evaluates:
                 before = after = self._open_folder(report)
             while self.es.generation < c.generations:
@@ -241,7 +249,7 @@ class ESTrainer:
         self.clock.lap("other")
         before, tokens, journal = dict(self.clock.seconds), self._tokens(), self.es.journal_seconds
         rows = [row for row in self._train_rows(generation) for _ in range(c.num_generations)]
-        texts = chat.texts(rows, self.processing_class)
+        texts = self._texts(rows)
         seeds = None  # greedy
         if c.temperature > 0:  # the same for every member: they differ by their weights alone
             seeds = response_seeds(c.seed, generation, len(rows) // c.num_generations, c.num_generations)
@@ -287,10 +295,19 @@ class ESTrainer:
                 self.clock.lap("generate")
                 yield member, responses
 
+    def _texts(self, rows: Rows) -> list[str]:
+        return chat.texts(rows, self.processing_class)
+
+    def _check_first_batch(self) -> None:
+        """Of fresh rows; those of a fixed dataset were all looked at before."""
+        if callable(self.train_dataset) and self.es.generation < self.args.generations:
+            rows = self._train_rows(self.es.generation)
+            check_prompts("train_dataset", rows, self._texts, self.engine, self.args.progress)
+
     def _train_rows(self, generation: int) -> Rows:
         count = self.args.prompts_per_generation
         if callable(self.train_dataset):
-            rows = self.train_dataset(generation, count)
+            rows = self._fresh_rows(generation, count)
             check_rows(f"train_dataset({generation}, {count})", rows)
             return rows
         return draw(self.train_dataset, generation, count, self.args.seed)
@@ -304,7 +321,7 @@ class ESTrainer:
     def _evaluate(self) -> dict[str, float]:
         if self.eval_dataset is None:
             return {}
-        texts = chat.texts(self.eval_dataset, self.processing_class)
+        texts = self._texts(self.eval_dataset)
         with self.team.working():
             responses = self._generate(texts)
             # needs the model, so it can't be scored elsewhere

@@ -223,7 +223,9 @@ def test_prompt_with_half_a_character(tiny, prompt):
 def test_prompt_beyond_the_context(tiny):
     engine = TransformersEngine(*tiny, 48)
     assert len(engine.generate(["x" * 2000])) == 1
-    with pytest.raises(ValueError, match=r"'xxx.*2001 tokens.*max_new_tokens=48.*context of 2048"):
+    with pytest.raises(
+        ValueError, match=r"'xxx.*2001 tokens.* 48 for the completion.*context of 2048.*--max-completion-length"
+    ):
         engine.generate(["short", "x" * 2001])
 
 

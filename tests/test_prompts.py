@@ -1,0 +1,157 @@
+"""Prompts that no model can take are told with their rows before anything is generated, and what to change."""
+
+import logging
+
+import pytest
+import torch
+
+import esfast
+from esfast import embedded
+from esfast.prompts import check_prompts
+from esfast.rollout import TransformersEngine, as_engine
+
+TEMPLATE = "{% for m in messages %}{% if m.role == 'bad' %}{{ raise_exception('no such role') }}{% endif %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    tokenizer = embedded.make_tokenizer()
+    return embedded.make_model(tokenizer).eval(), tokenizer
+
+
+def limit(model):
+    return model[0].config.max_position_embeddings
+
+
+def trainer(tmp_path, model, train, evaluated=None, engine=None, **changes):
+    settings = {"generations": 2, "population_size": 2, "prompts_per_generation": 2, "max_completion_length": 4}
+    config = esfast.ESConfig(output_dir=str(tmp_path / "run"), progress=False, **settings | changes)
+    return esfast.ESTrainer(model[0], rewarded, config, train, evaluated, model[1], engine=engine)
+
+
+def rewarded(prompts, completions, **columns):
+    return [float(len(text)) for text in completions]
+
+
+def long(model):
+    return "x" * (limit(model) - 3)
+
+
+@pytest.mark.parametrize("which", ["train_dataset", "eval_dataset"])
+def test_a_prompt_that_is_too_long_is_told_with_its_row_and_the_setting(tmp_path, model, which):
+    good = [{"prompt": f"{i}+1="} for i in range(20)]
+    rows = [dict(row) for row in good]
+    for i in (7, 9, 15):
+        rows[i]["prompt"] = long(model)
+    train, evaluated = (rows, good) if which == "train_dataset" else (good, rows)
+    with pytest.raises(ValueError) as caught:
+        trainer(tmp_path, model, train, evaluated)
+    for part in (f"{which}: row 7: the prompt 'xxx", f"exceeds the model's context of {limit(model)}",
+                 "lower max_completion_length (--max-completion-length", "(and 2 more rows: 9, 15)"):  # fmt: skip
+        assert part in str(caught.value)
+    assert not (tmp_path / "run").exists()
+    trainer(tmp_path, model, train, evaluated, max_completion_length=3)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "error", "message"),
+    [
+        ("", ValueError, "row 2: the prompt '' has no tokens"),
+        ("a\ud83d", ValueError, "row 2: prompt: .* lone surrogate"),
+        (None, TypeError, "row 2: prompt: expected a text, or a chat .* got None"),
+        (3, TypeError, "row 2: prompt: expected a text, or a chat .* got 3"),
+        (float("nan"), TypeError, "row 2: prompt: expected a text"),
+        (b"abc", TypeError, "row 2: prompt: expected a text"),
+        ([], TypeError, "row 2: prompt: expected a text"),
+        (["a"], TypeError, "row 2: prompt: expected a text"),
+        ([{"role": "user", "content": "x"}], ValueError, "row 2: prompt: .* needs a tokenizer with a chat template"),
+    ],
+)
+def test_other_prompts_that_no_model_takes(tmp_path, model, prompt, error, message):
+    rows = [{"prompt": "1+1="}, {"prompt": "2+2="}, {"prompt": prompt}]
+    for train, evaluated in ((rows, None), (rows[:2], rows)):
+        with pytest.raises(error, match=message):
+            trainer(tmp_path, model, train, evaluated)
+    with pytest.raises(error, match=message.removeprefix("row 2: ")):
+        trainer(tmp_path, model, lambda generation, count: rows[1:]).train()
+
+
+def test_chats_are_looked_at_as_they_are_rendered(tmp_path, model):
+    tokenizer = embedded.make_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+
+    def rows(role, content):
+        return [{"prompt": [{"role": "user", "content": "a"}]}, {"prompt": [{"role": role, "content": content}]}]
+
+    with pytest.raises(ValueError, match="train_dataset: row 1: .*no such role"):
+        trainer(tmp_path, (model[0], tokenizer), rows("bad", "x"))
+    with pytest.raises(ValueError, match="train_dataset: row 1: .* exceeds the model's context"):
+        trainer(tmp_path, (model[0], tokenizer), rows("user", long(model)))
+
+
+def test_the_first_batch_of_fresh_prompts_is_looked_at_and_is_the_one_that_is_used(tmp_path, model):
+    asked, generated = [], []
+
+    def fresh(generation, count):
+        asked.append(generation)
+        return [{"prompt": f"{len(asked)}"}, {"prompt": "1"}]
+
+    class Engine:
+        def generate(self, prompts):
+            generated.append(prompts[0])
+            return ["a"] * len(prompts)
+
+        def check(self, prompts):
+            if "9" in prompts:
+                raise ValueError("nine")
+
+    trainer(tmp_path, model, fresh, engine=Engine()).train()
+    assert asked == [0, 1] and generated == ["1", "1", "2", "2"]
+    with pytest.raises(ValueError, match="train_dataset: row 0: nine"):
+        trainer(tmp_path / "b", model, lambda *_: [{"prompt": "9"}], [{"prompt": "1"}], Engine()).train()
+    assert len(generated) == 4, "not even an evaluation"
+    with pytest.raises(ValueError, match="eval_dataset: row 1: nine"):
+        trainer(tmp_path / "c", model, fresh, [{"prompt": "1"}, {"prompt": "9"}], Engine())
+
+
+def test_all_rows_are_looked_at_in_few_calls(model, monkeypatch):
+    sizes = []
+    engine = TransformersEngine(*model, 4)
+    monkeypatch.setattr(
+        engine, "_encoder", lambda prompts, inner=engine._encoder: sizes.append(len(prompts)) or inner(prompts)
+    )
+    rows = [{"prompt": str(i)} for i in range(2500)]
+    check_prompts("data", rows, lambda batch: [row["prompt"] for row in batch], engine)
+    assert sizes == [1000, 1000, 500] and not engine._encoded, "nothing piles up"
+    rows[2400]["prompt"] = long(model) + "xx"
+    with pytest.raises(ValueError, match="data: row 2400: the prompt 'xxx"):
+        check_prompts("data", rows, lambda batch: [row["prompt"] for row in batch], engine)
+
+
+def test_engines_without_a_check_are_asked_nothing():
+    check_prompts("data", [{"prompt": ""}], lambda rows: [""], as_engine(lambda prompts: prompts))
+    with pytest.raises(ValueError, match="lone surrogate"):
+        check_prompts("data", [{"prompt": "\ud83d"}], lambda rows: ["\ud83d"], as_engine(lambda prompts: prompts))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "a", "prompts": "b"}, "a column can't be called 'prompts'"),
+        ({"prompt": "a", "completions": "b"}, "a column can't be called 'completions'"),
+        ({"prompt": "a", 3: "b"}, "a column can't be called 3"),
+    ],
+)
+def test_columns_that_reward_functions_could_not_get(tmp_path, model, row, message):
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, model, [row])
+
+
+def test_an_evaluation_by_hand_looks_first(model, caplog):
+    from esfast.evaluation import respond
+    from esfast.tasks import Task
+
+    task = Task("t", (rewarded,), lambda *a: [], lambda count: [], None, 4)
+    with caplog.at_level(logging.WARNING), pytest.raises(ValueError, match="exceeds the model's context"):
+        respond(*model, task, [{"prompt": "1"}] * 70 + [{"prompt": long(model)}], 4, 8)
