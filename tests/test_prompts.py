@@ -1,12 +1,13 @@
 """Prompts that no model can take are told with their rows before anything is generated, and what to change."""
 
+import json
 import logging
 
 import pytest
 import torch
 
 import esfast
-from esfast import embedded
+from esfast import cli, embedded
 from esfast.prompts import check_prompts
 from esfast.rollout import TransformersEngine, as_engine
 
@@ -155,3 +156,17 @@ def test_an_evaluation_by_hand_looks_first(model, caplog):
     task = Task("t", (rewarded,), lambda *a: [], lambda count: [], None, 4)
     with caplog.at_level(logging.WARNING), pytest.raises(ValueError, match="exceeds the model's context"):
         respond(*model, task, [{"prompt": "1"}] * 70 + [{"prompt": long(model)}], 4, 8)
+
+
+def test_a_file_s_prompts_are_looked_at_before_the_command_line_s_run_begins(tmp_path, model, capsys):
+    for part in model:
+        part.save_pretrained(tmp_path / "model")
+    prompts = [*"abcdefgh", long(model)]
+    lines = [json.dumps({"prompt": p, "split": "train"}) for p in prompts] + ['{"prompt": "x", "split": "test"}']
+    (tmp_path / "p.jsonl").write_text("\n".join(lines))
+    arguments = ["train", "--model", str(tmp_path / "model"), "--task", f"file:{tmp_path / 'p.jsonl'}", "--reward",
+                 "odd_scoring:length", "--out", str(tmp_path / "run"), "--prompts-per-generation", "2", "--generations",
+                 "1", "--population-size", "2"]  # fmt: skip
+    assert cli.main([*arguments, "--max-completion-length", "4"]) == 1
+    assert "train_dataset: row 8: the prompt 'xxx" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    assert cli.main([*arguments, "--max-completion-length", "2"]) == 0

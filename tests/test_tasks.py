@@ -7,6 +7,7 @@ import time
 import pytest
 
 from esfast import tasks
+from esfast.rows import draw
 from esfast.tasks import conciseness, data, file, math, sudoku
 
 SOLVED = "1234341221434321"
@@ -204,6 +205,9 @@ def test_a_fixed_training_set_is_drawn_from_again_and_again():
     drawn = [row["prompt"] for generation in range(5) for row in task.train_rows(generation, 4, 7)]
     assert len(set(drawn)) == 10 and len(set(drawn[:10])) == 10
     assert len(task.train_rows(0, 200, 7)) == 10
+    assert [draw(task.train_dataset(7), g, 4, 7) for g in range(5)] == [task.train_rows(g, 4, 7) for g in range(5)]
+    fresh = tasks.get("countdown", style="compact").train_dataset(7)
+    assert fresh(3, 5) == tasks.get("countdown", style="compact").train_rows(3, 5, 7)
 
 
 def test_a_task_of_a_file_and_a_reward_function(tmp_path, monkeypatch):

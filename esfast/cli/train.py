@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
     if options.model is None:  # one process makes it, the others find it
         team.tell("embedded model", lambda: str(embedded.cached(task=options.task)).encode())
     data = {
-        "train_dataset": lambda generation, count: task.train_rows(generation, count, config.seed),
+        "train_dataset": task.train_dataset(config.seed),
         "eval_dataset": eval_rows or None,
         "metrics": {} if task.accuracy is None else {"accuracy": task.accuracy},
     }

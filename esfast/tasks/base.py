@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..rows import draw
+
 HELD_OUT = 0.25  # share of all problems that belongs to the split "test"
 
 
@@ -20,6 +22,16 @@ class Recipe:
 
     examples: Callable[[int, int], list[tuple[str, str]]]
     settings: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class FixedRows:
+    """The `train_rows` of a Task that trains on the same rows in every generation: `all(seed)`."""
+
+    all: Callable[[int], Sequence[dict]]
+
+    def __call__(self, generation: int, count: int, seed: int) -> Sequence[dict]:
+        return draw(self.all(seed), generation, count, seed)
 
 
 @dataclass(frozen=True)
@@ -41,6 +53,13 @@ class Task:
     accuracy: Callable[..., list[float]] | None
     max_new_tokens: int
     settings: dict[str, Any] = field(default_factory=dict)
+
+    def train_dataset(self, seed: int) -> Sequence[dict] | Callable[[int, int], Sequence[dict]]:
+        """What ESTrainer takes: all rows where they are fixed, which it can look at before it begins, and otherwise a
+        function (generation, count) of fresh ones. With the same seed it draws what train_rows gives."""
+        if isinstance(self.train_rows, FixedRows):
+            return self.train_rows.all(seed)
+        return lambda generation, count: self.train_rows(generation, count, seed)
 
 
 def split_of(identity) -> str:

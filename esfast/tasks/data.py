@@ -9,8 +9,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from ..rows import draw
-from .base import split_of
+from .base import FixedRows, split_of
 from .records import DATASETS, read
 
 __all__ = ["DATASETS", "Source", "fields", "read", "source", "split", "text"]
@@ -37,13 +36,15 @@ def source(
     if data is not None:
         train, test = split(read(data), lambda record: row(record, style), identity, data)
         train = train[:train_prompts]
-        return (lambda generation, count, seed: draw(train, generation, count, seed)), lambda count: test[:count]
+        return FixedRows(lambda seed: train), lambda count: test[:count]
     problems(1, 0, "train", style)  # an unknown style is refused here rather than at the first generation
+    train_rows: Callable[[int, int, int], Sequence[dict]]
     if train_prompts is None:
         train_rows = lambda generation, count, seed: problems(count, f"{seed}/{generation}", "train", style)  # noqa: E731
     else:
-        fixed = functools.lru_cache(lambda seed: problems(train_prompts, f"{seed}/fixed", "train", style))
-        train_rows = lambda generation, count, seed: draw(fixed(seed), generation, count, seed)  # noqa: E731
+        train_rows = FixedRows(
+            functools.lru_cache(lambda seed: problems(train_prompts, f"{seed}/fixed", "train", style))
+        )
     return train_rows, lambda count: problems(count, "evaluation", "test", style)
 
 
