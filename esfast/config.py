@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from .chat import check_options
 from .loggers import LOGGERS, check_report_to
 from .names import DECAY_TO, DECODINGS, ROUNDINGS, WEIGHT_MODES
 from .noise import KINDS, check_int
@@ -99,6 +100,9 @@ class ESConfig:
         DECODINGS,
     )
     batch_size: int | None = option(None, "most prompts generated at once (default: what fits a quarter of the memory)")
+    chat_template_kwargs: dict | None = option(
+        None, "variables of the tokenizer's chat template, such as enable_thinking; as JSON on the command line"
+    )  # fmt: skip
     reward_weights: list[float] | None = option(None, "a factor for each reward function (default: 1)")
     reward_workers: int = option(0, "processes that score while the next member generates; 0: none, but in this one")
     reward_timeout: float = option(300.0, "seconds that a reward function may take for one member's completions")
@@ -138,6 +142,7 @@ class ESConfig:
             raise ValueError(
                 f"ESConfig.population_size: mirrored sampling needs an even number, got {self.population_size}"
             )
+        check_options("ESConfig.chat_template_kwargs", self.chat_template_kwargs or {})
         for name in ("temperature", "weight_decay"):
             check_number(f"ESConfig.{name}", getattr(self, name), 0)
         for weight in self.reward_weights or ():

@@ -25,7 +25,7 @@ def respond(model, tokenizer, task: Task, rows: Rows, max_new_tokens: int, batch
     for start in tqdm(range(0, len(prompts), chunk), unit="batch", dynamic_ncols=True, leave=False):
         completions += engine.generate(prompts[start : start + chunk])
     functions = [*task.reward_funcs, *([] if task.accuracy is None else [task.accuracy])]
-    values = Scorer(functions).submit(functions, rows, chat.completions(rows, completions)).result()
+    values = Scorer(functions).submit(functions, *chat.answered(rows, completions)).result()
     scores = values[: len(task.reward_funcs)]
     responses = [
         {

@@ -117,7 +117,7 @@ def add_arguments(parser: argparse.ArgumentParser, only: Collection[str] = tuple
         if f.type.startswith("list["):
             options |= {"nargs": "+", "metavar": name.upper()}
         elif not f.metadata["choices"]:
-            options |= {"metavar": {"int": "N", "float": "X"}.get(kind, name.upper())}
+            options |= {"metavar": {"int": "N", "float": "X", "dict": "JSON"}.get(kind, name.upper())}
         group.add_argument(*names, type=_TYPES.get(kind, str), choices=f.metadata["choices"], **options)
 
 

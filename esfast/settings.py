@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import json
 import math
 import operator
 import os
@@ -39,7 +40,7 @@ def convert_fields(settings: Any) -> None:
 
 
 def convert(what: str, value: Any, kind: str) -> Any:
-    """The value as int, float, bool, str, or as a list of one of them; None where `kind` ends in "| None".
+    """The value as int, float, bool, str, dict, or as a list of one of them; None where `kind` ends in "| None".
 
     TypeError, which begins with `what`, if it is something else or would lose by the conversion: 30.0 is an int, 30.5
     is none; no number is a truth value but 0 and 1, and no truth value is a number.
@@ -110,7 +111,25 @@ def text(what: str, value: Any) -> str:
     return str(value)
 
 
-_CONVERTERS: dict[str, Callable[[str, Any], Any]] = {"int": whole_number, "float": number, "bool": truth, "str": text}
+def mapping(what: str, value: Any) -> dict[str, Any]:
+    """A dict with names as its keys, or the JSON text of one, as TRL takes it, too."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            pass
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+        raise TypeError(f"{what}: expected a dict, or JSON such as '{{\"name\": true}}', got {value!r:.80}")
+    return {name: plain(v) for name, v in value.items()}
+
+
+_CONVERTERS: dict[str, Callable[[str, Any], Any]] = {
+    "int": whole_number,
+    "float": number,
+    "bool": truth,
+    "str": text,
+    "dict": mapping,
+}
 
 
 def check_number(what: str, value: float, low: float, high: float = math.inf) -> None:

@@ -258,8 +258,8 @@ class ESTrainer:
         scores = []  # workers score a member while the next one generates
         for member, responses in self._answers(texts, seeds):
             if self.team.leads:  # one of the processes that hold a model together
-                completions = chat.completions(rows, responses)
-                scores.append((member, self.scorer.submit(self.reward_funcs, rows, completions)))
+                answered = chat.answered(rows, responses)
+                scores.append((member, self.scorer.submit(self.reward_funcs, *answered)))
             self.clock.lap("score")
         self.clock.lap("perturb")
         for member, rewards in scores:
@@ -296,7 +296,7 @@ class ESTrainer:
                 yield member, responses
 
     def _texts(self, rows: Rows) -> list[str]:
-        return chat.texts(rows, self.processing_class)
+        return chat.texts(rows, self.processing_class, self.args.chat_template_kwargs)
 
     def _check_first_batch(self) -> None:
         """Of fresh rows; those of a fixed dataset were all looked at before."""
@@ -331,9 +331,9 @@ class ESTrainer:
         return found
 
     def _score(self, texts: list[str], responses: list[str], named: dict[str, list]) -> dict[str, float]:
-        rows, c = self.eval_dataset, self.args
-        scores, figures = judge(self.scorer, self.reward_funcs, self.reward_weights, self.metrics, rows,
-                                chat.completions(rows, responses), skip=c.on_reward_error == "skip")  # fmt: skip
+        c, answered = self.args, chat.answered(self.eval_dataset, responses)
+        scores, figures = judge(self.scorer, self.reward_funcs, self.reward_weights, self.metrics, *answered,
+                                skip=c.on_reward_error == "skip")  # fmt: skip
         for text, response, *each in list(zip(texts, responses, *scores, strict=True))[: c.samples]:
             self.folder.append_samples({"generation": self.es.generation, "prompt": text, "completion": response,
                                         "rewards": each})  # fmt: skip

@@ -70,7 +70,6 @@ REFUSED: dict[str, tuple[tuple, str]] = {
         "every response is scored; a reward function may return None for those that it shall not judge",
     ),
     "label_smoothing_factor": ((0,), "there is no loss of labels"),
-    "chat_template_kwargs": (({},), "put them into the rows, as TRL takes them there, too"),
 }
 
 

@@ -11,7 +11,7 @@ from esfast import cli, embedded
 from esfast.prompts import check_prompts
 from esfast.rollout import TransformersEngine, as_engine
 
-TEMPLATE = "{% for m in messages %}{% if m.role == 'bad' %}{{ raise_exception('no such role') }}{% endif %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+TEMPLATE = "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no such role') }}{% endif %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def test_chats_are_looked_at_as_they_are_rendered(tmp_path, model):
         return [{"prompt": [{"role": "user", "content": "a"}]}, {"prompt": [{"role": role, "content": content}]}]
 
     with pytest.raises(ValueError, match="train_dataset: row 1: .*no such role"):
-        trainer(tmp_path, (model[0], tokenizer), rows("bad", "x"))
+        trainer(tmp_path, (model[0], tokenizer), rows("tool", "x"))
     with pytest.raises(ValueError, match="train_dataset: row 1: .* exceeds the model's context"):
         trainer(tmp_path, (model[0], tokenizer), rows("user", long(model)))
 
