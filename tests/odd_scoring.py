@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import signal
 from decimal import Decimal
 from fractions import Fraction
 
@@ -26,6 +27,8 @@ def marks(prompts, completions, gold, **columns):
 def exits(prompts, completions, how, **columns):
     if how[0] == "os._exit":
         os._exit(3)
+    if how[0] == "SIGKILL":
+        os.kill(os.getpid(), signal.SIGKILL)
     raise {"sys.exit": SystemExit(3), "interrupt": KeyboardInterrupt("no Ctrl-C"), "close": GeneratorExit()}[how[0]]
 
 

@@ -71,6 +71,14 @@ def test_ways_to_write_the_same(tmp_path, name, content):
     assert read(file(tmp_path, name, content)) == ROWS
 
 
+def test_an_object_of_splits(tmp_path):
+    splits = {"train": [{"prompt": "a"}, {"prompt": "b"}], "validation": [{"prompt": "c"}]}
+    found = read(file(tmp_path, "a.json", json.dumps(splits)))
+    assert found == [{"split": name, **record} for name, records in splits.items() for record in records]
+    with pytest.raises(ValueError, match="a.json: test: record 1: expected an object, got 3"):
+        read(file(tmp_path, "a.json", '{"train": [{"prompt": "a"}], "test": [3]}'))
+
+
 def test_values_of_json_stay_what_they_are(tmp_path):
     record = {"prompt": [{"role": "user", "content": "x"}], "deep": {"a": [None, True, 1.5, "1e5"]}, "huge": 10**400}
     assert read(file(tmp_path, "a.jsonl", json.dumps(record))) == [record]
@@ -94,7 +102,7 @@ BAD_JSON = [
     ("a.jsonl", '{"n": 1}\n{"n": 1} {"n": 2}', "line 2 is no JSON .Extra data"),
     ("a.jsonl", '{"n": 1}\n"text"', 'line 2: expected an object, got "text"'),
     ("a.jsonl", '{"n": 1}\n[{"n": 1}]', "line 2: expected an object, got"),
-    ("a.json", '"text"', 'expected a list of objects, got "text"'),
+    ("a.json", '"text"', "expected a list of objects, got 'text'"),
     ("a.json", '[{"n": 1}, [2]]', r"record 2: expected an object, got \[2\]"),
     ("a.json", '{"prompt": ["a", "b"], "n": [1]}', "expected columns of equal length, got"),
     ("a.jsonl", '{"n": ' + "9" * 5000 + "}", "line 1 can't be read .Exceeds the limit"),

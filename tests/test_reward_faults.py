@@ -66,6 +66,7 @@ def test_what_cannot_be_copied_is_shared_with_one_warning(caplog):
         (1, "interrupt", "raised KeyboardInterrupt: no Ctrl-C"),
         (1, "close", "raised GeneratorExit: "),
         (1, "os._exit", "ended its process with status 3"),
+        (1, "SIGKILL", "ended its process with status -9 (SIGKILL: out of memory?)"),
     ],
 )
 def test_a_function_that_exits_is_named(scorers, workers, how, message):

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from decimal import Decimal
 
 import numpy as np
 import pytest
@@ -24,6 +25,8 @@ from esfast.tasks import conciseness, countdown, file, math, sudoku
         ({"numbers": ["1", " 2 ", "3.0", 4.0], "target": 3}, [1, 2, 3, 4], 3),
         ({"numbers": "[1, 2, 3]", "target": 3}, [1, 2, 3], 3),
         ({"numbers": "(1, 2)", "target": 3}, [1, 2], 3),
+        ({"numbers": '["1", "2"]', "target": 3}, [1, 2], 3),
+        ({"numbers": None, "nums": [1, 2], "target": 3}, [1, 2], 3),
         ({"numbers": "44 19  35", "target": 3}, [44, 19, 35], 3),
         ({"numbers": (1, 2), "target": np.float32(3)}, [1, 2], 3),
         ({"numbers": np.array([1, 2]), "target": np.int64(3)}, [1, 2], 3),
@@ -33,7 +36,8 @@ def test_countdown_records_are_read_as_they_come(record, numbers, target):
     row = countdown.row(record, "compact")
     assert row == {"prompt": f"{' '.join(map(str, numbers))}={target}\n<think>", "numbers": numbers, "target": target}
     assert type(row["target"]) is type(target) and all(type(n) is int for n in row["numbers"])
-    sample = {("numbers" if "numbers" in record else "nums"): [record.get("numbers", record.get("nums"))]}
+    name = "nums" if record.get("numbers") is None else "numbers"
+    sample = {name: [record[name]]}
     assert countdown.reward([""], ["x"], target=[record["target"]], **sample) == [0.0]
 
 
@@ -84,6 +88,7 @@ BOXES = [
     (r"$\boxed x$", "x"),
     (r"$\boxed\frac12$ of it", r"\frac12"),
     (r"\(\boxed -3\)", "-3"),
+    (r"so \boxed\text{two words} it is", r"\text{two words}"),
     (r"\boxed 2, as was to be shown", "2"),
     (r"\boxed 1.5.", "1.5"),
     (r"\boxed{\text{Tuesday}}", r"\text{Tuesday}"),
@@ -131,6 +136,9 @@ GOLDS = [
     ({"answer": "so\n#### 1,234,567"}, "1234567"),
     ({"answer": "so\n#### $1,200"}, "1200"),
     ({"answer": "so\n#### -5"}, "-5"),
+    ({"answer": "so\n#### -$1,005"}, "-1005"),
+    ({"answer": "so\n#### $-5"}, "-5"),
+    ({"answer": Decimal("1.50")}, "1.50"),
     ({"answer": "so\n#### 1,000.50"}, "1000.50"),
     ({"answer": "so #### 3 #### 4"}, "4"),
     ({"answer": "$1,234.50"}, "1234.50"),

@@ -251,7 +251,7 @@ def _plain(value: Fraction) -> float:
 def _whole_numbers(numbers) -> list[int]:
     """From a list, an array, or a text such as "[1, 2, 3]" or "1 2 3"."""
     if isinstance(numbers, str):
-        numbers = [part for part in re.split(r"[,;\s]+", numbers.strip().strip("[]()")) if part]
+        numbers = [part for part in re.split(r"[,;\s\"']+", numbers.strip().strip("[]()")) if part]
     numbers = numbers.tolist() if hasattr(numbers, "tolist") else numbers
     if not isinstance(numbers, (list, tuple)):
         raise ValueError(f"numbers: expected a list, got {numbers!r:.60}")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .base import FixedRows, split_of
-from .records import DATASETS, read
+from .records import DATASETS, SPLITS, read
 
 __all__ = ["DATASETS", "Source", "fields", "read", "source", "split", "text"]
 
@@ -62,7 +62,7 @@ def split(
             if made.keys() != first.keys():
                 raise ValueError(f"expected the columns of record 1, {', '.join(first)}, got {', '.join(made)}")
             name = record.get("split")
-            if name not in (None, "train", "test", "validation"):
+            if name is not None and name not in SPLITS:
                 raise ValueError(f"split {name!r:.60}: expected train, test or validation")
             held_out = split_of(identity(made)) == "test" if name is None else name != "train"
             rows["test" if held_out else "train"].append(made)
@@ -74,22 +74,22 @@ def split(
 
 
 def fields(record: Mapping, *names: str | tuple[str, ...]) -> list:
-    """The values of a record under these names, of which a tuple holds several for one field, the first that is there
-    counts. ValueError says which one is missing."""
+    """The values of a record under these names, of which a tuple holds several for one field; the first that is there
+    and not None counts. ValueError says which one is missing."""
     choices = [(name,) if isinstance(name, str) else name for name in names]
     found = [[record[name] for name in alike if name in record] for alike in choices]
     if not all(found):
         wanted = " and ".join(" (or ".join(map(repr, alike)) + ")" * (len(alike) - 1) for alike in choices)
         raise ValueError(f"expected {wanted}, got only {', '.join(map(repr, record)) or 'an empty record'}")
-    return [values[0] for values in found]
+    return [next((value for value in values if value is not None), None) for values in found]
 
 
 def text(what: str, value) -> str:
     """A field that is a text, or a number that is written as one. ValueError for everything else (None and NaN, too),
     and for nothing but blanks."""
     value = value.item() if hasattr(value, "item") else value
-    if isinstance(value, float) and math.isfinite(value):
-        return format(Decimal(repr(value)), "f")  # 1e-07 is a product in LaTeX
+    if isinstance(value, (float, Decimal)) and math.isfinite(value):
+        return format(Decimal(str(value)), "f")  # 1e-07 is a product in LaTeX
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str) or not value.strip():

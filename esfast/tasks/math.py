@@ -31,10 +31,11 @@ _BARE = re.compile(
 )  # what such a box may hold, the rest of the line
 _BOXED = re.compile(r"\s*\\(?:boxed|fbox)\s*\{(.*)\}\s*", re.DOTALL)
 NESTED = 3  # boxes that hold a box and nothing else
+_WORD = re.compile(r"(?:\{(?:[^{}]|\{[^{}]*\})*\}|\S)*")  # to the first white space that no braces enclose
 _MATH_ENDS = re.compile(r"\$|\\\)|\\\]")
 _MARKED = re.compile(r".*####", re.DOTALL)  # GSM8K's answers stand behind this mark
 _QUOTED = re.compile(r"\$\$(.+)\$\$|\$([^$]+)\$|\\\((.+)\\\)|\\\[(.+)\\\]", re.DOTALL)
-_AMOUNT = re.compile(r"([-+]?)\\?\$?\s*(\d{1,3}(?:,\d{3})+|\d+)(\.\d+)?\s*\.?")
+_AMOUNT = re.compile(r"(?:\\?\$)?\s*([-+]?)\s*(?:\\?\$)?\s*(\d{1,3}(?:,\d{3})+|\d+)(\.\d+)?\s*\.?")
 
 
 def last_box(completion: str) -> str | None:
@@ -65,7 +66,7 @@ def _bare_box(text: str) -> str | None:
     formula = _MATH_ENDS.search(found[1])
     if formula is None and found[1][0] not in "+-.\\0123456789":
         return None
-    content = found[1][: formula.start()] if formula else found[1].split(maxsplit=1)[0]
+    content = found[1][: formula.start()] if formula else _WORD.match(found[1])[0]
     return content.strip().rstrip(".,;:") or None
 
 

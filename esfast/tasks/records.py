@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 DATASETS = "dataset:"  # names for datasets.load_dataset begin so
+SPLITS = ("train", "test", "validation")
 DELIMITERS = ",;\t|"
 # Longer ones first: UTF-32's begins with UTF-16's.
 BYTE_ORDER_MARKS = {
@@ -28,7 +29,8 @@ def read(path: str | Path) -> list[dict]:
     """The records of a file, a dict each, by how its name ends, upper or lower case:
 
         .jsonl .ndjson   an object a line
-        .json            a list of objects, an object of columns (lists of equal length), or lines as in .jsonl
+        .json            a list of objects, an object of columns (lists of equal length) or of splits (lists of objects
+                         named train, test, validation), or lines as in .jsonl
         .csv .tsv        a header and a record a row; every cell is a text, and stays one
         .txt             a prompt a line
         .parquet .arrow  (.pq, .feather) need the optional package datasets, which brings pyarrow
@@ -173,18 +175,23 @@ def _document(path: Path, text: str) -> Iterator[dict]:
             raise
         yield from _lines(path, text)  # an object a line, under another name
         return
+    if isinstance(found, dict) and found and found.keys() <= set(SPLITS):
+        found = [{"split": name, **record} for name in found for record in _objects(path, f"{name}: ", found[name])]
     if isinstance(found, dict) and found and all(isinstance(column, list) for column in found.values()):
         sizes = {name: len(column) for name, column in found.items()}
         if len(set(sizes.values())) > 1:
             raise ValueError(f"{path}: expected columns of equal length, got {sizes}")
         found = [dict(zip(found, values, strict=True)) for values in zip(*found.values(), strict=True)]
-    found = [found] if isinstance(found, dict) else found
-    if not isinstance(found, list):
-        raise ValueError(f"{path}: expected a list of objects, got {text.strip():.60}")
-    for number, record in enumerate(found, start=1):
+    yield from _objects(path, "", [found] if isinstance(found, dict) else found)
+
+
+def _objects(path: Path, where: str, records) -> list[dict]:
+    if not isinstance(records, list):
+        raise ValueError(f"{path}: {where}expected a list of objects, got {records!r:.60}")
+    for number, record in enumerate(records, start=1):
         if not isinstance(record, dict):
-            raise ValueError(f"{path}: record {number}: expected an object, got {record!r:.60}")
-    yield from found
+            raise ValueError(f"{path}: {where}record {number}: expected an object, got {record!r:.60}")
+    return records
 
 
 # Tables
