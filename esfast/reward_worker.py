@@ -213,7 +213,11 @@ def _shown(value) -> str:
 
 
 def raised(error: BaseException) -> str:
-    return f"raised {type(error).__name__}: {error}"
+    try:
+        words = str(error)
+    except Exception:  # the exception is the user's, too
+        words = "(its message can't be made)"
+    return f"raised {type(error).__name__}: {words:.1000}"
 
 
 def _reason(status: int) -> str:

@@ -94,7 +94,7 @@ def test_a_function_that_hangs_in_this_process_is_interrupted(scorer):
     )
     alone.start()
     alone.join()
-    assert caught == [[[3.0, 5.0]]], "no alarm can be set in other threads"
+    assert caught == [[[3.0, 5.0]]], "in other threads, too"
 
 
 @pytest.mark.parametrize(("theirs", "first"), [(0.4, "ours"), (0.1, "theirs")])

@@ -194,6 +194,11 @@ def test_golds_match_what_they_mean():
     ]:  # fmt: skip
         assert math.score(rf"\boxed{{{response}}}", answer) == 1.1, answer
     assert math.score(r"It is $\boxed 72$.", "72") == 1.1 and math.score(r"\fbox{72}", 72) == 1.1
+    for answer in ("$", "$$", r"\text{}", r"\$", "'"):
+        with pytest.raises(ValueError, match="answer: expected LaTeX"):
+            math.row({"problem": "p", "answer": answer})
+    for answer in (r"\emptyset", r"\pi", r"\infty", "?", "()", "两"):
+        assert math.row({"problem": "p", "answer": answer})["answer"] == answer
     with pytest.raises(ValueError, match="answer: expected a text, got None"):
         math.reward([""], [r"\boxed{1}"], answer=[None])
 

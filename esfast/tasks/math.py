@@ -34,6 +34,7 @@ NESTED = 3  # boxes that hold a box and nothing else
 _WORD = re.compile(r"(?:\{(?:[^{}]|\{[^{}]*\})*\}|\S)*")  # to the first white space that no braces enclose
 _MATH_ENDS = re.compile(r"\$|\\\)|\\\]")
 _MARKED = re.compile(r".*####", re.DOTALL)  # GSM8K's answers stand behind this mark
+_COMMAND = re.compile(r"\\[A-Za-z]+")
 _QUOTED = re.compile(r"\$\$(.+)\$\$|\$([^$]+)\$|\\\((.+)\\\)|\\\[(.+)\\\]", re.DOTALL)
 _AMOUNT = re.compile(r"(?:\\?\$)?\s*([-+]?)\s*(?:\\?\$)?\s*(\d{1,3}(?:,\d{3})+|\d+)(\.\d+)?\s*\.?")
 
@@ -185,11 +186,23 @@ def _gold(answer: str) -> str:
     text = next(filter(None, quoted.groups())).strip() if quoted else text
     amount = _AMOUNT.fullmatch(text)
     text = amount[1] + amount[2].replace(",", "") + (amount[3] or "") if amount else text
-    if not text or text.lower() in ("nan", "null") or len(text) > LONGEST_ANSWER or not _balanced(text):
+    wrong = not text or text.lower() in ("nan", "null") or len(text) > LONGEST_ANSWER or not _balanced(text)
+    if wrong or _matches_nothing(text):
         raise ValueError(
             f"answer: expected LaTeX of at most {LONGEST_ANSWER} characters, with braces in pairs, got {answer!r:.60}"
         )
     return text
+
+
+def _matches_nothing(text: str) -> bool:
+    """Whether not even the text itself counts as the same, as of \\text{} or a lone $. math-verify takes milliseconds:
+    it is asked only where there is neither a letter nor a digit but in commands, and where it is installed."""
+    if re.search(r"\w", _COMMAND.sub("", text)):
+        return False
+    try:
+        return not _equal(text, text)
+    except ImportError:
+        return False
 
 
 def _balanced(text: str) -> bool:
