@@ -3,10 +3,15 @@ esfast._cuda: the CUDA kernels if there is an nvcc, else a module that says why 
 
 Only the toolchain is asked what it can do, never the machine: a wheel built here runs on any processor of the
 architecture, and CUDA kernels are compiled without looking for a GPU. torch is not imported.
+
+ESFAST_CUDA_ARCHS, for example "90" or "80 90", names the GPU architectures that are compiled for, where not all are
+wanted: sm_90 alone takes a quarter of the time. What was built of the same sources in the same way is not built again.
 """
 
+import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -16,7 +21,6 @@ import pybind11
 from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
-from setuptools.modified import newer_group
 
 # -ffp-contract=off keeps mul and add apart: the noise is defined to the bit (csrc/noise.h).
 # -Wno-maybe-uninitialized: g++ 12 warns of its own AVX-512 header.
@@ -27,8 +31,9 @@ INSTRUCTION_SETS = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"],
 }
 # GPUs that get machine code, if this nvcc knows them. The last of them also gets PTX, for what comes after.
+# ESFAST_CUDA_ARCHS takes the place of these.
 ARCHITECTURES = ("80", "89", "90", "100")
-NVCC_FLAGS = ["-O3", "-std=c++17", "-fmad=false", "-Xfatbin", "-compress-all", "-cudart", "static", "--threads", "2",
+NVCC_FLAGS = ["-O3", "-std=c++17", "-fmad=false", "-Xfatbin", "-compress-all", "-cudart", "static", "--threads", "0",
               "-Xcompiler", "-fPIC,-fvisibility=hidden"]  # fmt: skip
 CUDA_SOURCES = [os.path.join("csrc", name) for name in ("cuda_module.cpp", "cuda_kernel.cu")]
 CUDA_HEADERS = [
@@ -51,30 +56,34 @@ class Build(build_ext):
         return True
 
     def build_extension(self, ext):
+        """Builds unless the module is there, made of the same sources in the same way. Times of files are not looked
+        at: where a tree is copied they change and the contents don't."""
+        target, made_of = self.get_ext_fullpath(ext.name), os.path.join(self.build_temp, f"{ext.name}.made_of")
+        wanted = made_of_what(ext, self.debug)
+        if not self.force and os.path.exists(target) and read(made_of) == wanted:
+            return
+        if os.path.exists(target):
+            os.remove(target)
         if ext.name == "esfast._cuda":
-            self.build_cuda(ext)
+            complete = self.build_cuda(ext)
         else:
-            self.build_cpu(ext)
+            complete = self.build_cpu(ext)
+        if complete:
+            os.makedirs(self.build_temp, exist_ok=True)
+            with open(made_of, "w") as file:
+                file.write(wanted)
 
     def build_cuda(self, ext):
-        target = self.get_ext_fullpath(ext.name)
-        made_by = os.path.join(self.build_temp, "made_by_nvcc")  # as new as the module, if it has kernels
-        if (
-            not self.force
-            and os.path.exists(made_by)
-            and not newer_group([*CUDA_SOURCES, *CUDA_HEADERS, "setup.py"], target)
-        ):
-            return
-        absent = build_with_nvcc(target)
+        """Whether another build could not make more of it."""
+        absent = build_with_nvcc(self.get_ext_fullpath(ext.name))
         if absent is None:
-            os.makedirs(self.build_temp, exist_ok=True)
-            open(made_by, "w").close()
-            return
+            return True
         print(f"esfast: the CUDA kernels are not built: {absent}")
         ext.define_macros += [("ESFAST_CUDA_ABSENT", '"' + absent.replace("\\", "/").replace('"', "'") + '"')]
         ext.sources = CUDA_SOURCES[:1]
         ext.extra_compile_args += ["-std=c++17", "-fvisibility=hidden"]
         super().build_extension(ext)
+        return find_nvcc() is None
 
     def build_cpu(self, ext):
         sets = {}
@@ -92,11 +101,47 @@ class Build(build_ext):
         ext.extra_compile_args += COMMON + openmp
         ext.extra_link_args += openmp
         super().build_extension(ext)
+        return True
+
+
+def made_of_what(ext, debug):
+    """A text that changes with the sources, the compilers and the settings."""
+    sources = sorted({*ext.sources, *ext.depends, "setup.py"})
+    digest = hashlib.sha256()
+    for source in sources:
+        with open(source, "rb") as file:
+            digest.update(file.read())
+    asked = {name: os.environ.get(name, "") for name in ("CC", "CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS")}
+    nvcc = find_nvcc() if ext.name == "esfast._cuda" else None
+    return repr((digest.hexdigest(), asked, debug, nvcc, architectures() if nvcc else None, pybind11.__version__))
+
+
+def read(path):
+    """The file's text, None where there is no such file."""
+    try:
+        with open(path) as file:
+            return file.read()
+    except FileNotFoundError:
+        return None
 
 
 def find_nvcc():
     folders = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
+    folders.append("/usr/local/cuda")  # where the toolkit's installer puts it, on no PATH
     return shutil.which("nvcc") or next(filter(None, (shutil.which("nvcc", path=f"{f}/bin") for f in folders)), None)
+
+
+def architectures():
+    """Those that kernels are compiled for."""
+    asked = re.split(r"[\s,;]+", os.environ.get("ESFAST_CUDA_ARCHS", "").strip())
+    if asked == [""]:
+        return ARCHITECTURES
+    for name in asked:
+        if not re.fullmatch(r"\d{2,3}", name):
+            raise SystemExit(
+                f"ESFAST_CUDA_ARCHS: expected architectures such as '90' or '80 90', got {' '.join(asked)!r}"
+            )
+    return tuple(asked)
 
 
 def build_with_nvcc(target):
@@ -106,9 +151,10 @@ def build_with_nvcc(target):
         return "no nvcc was found when esfast was built"
     try:
         known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
-        archs = [a for a in ARCHITECTURES if f"compute_{a}" in known]
-        if not archs:
-            return f"{nvcc} knows none of sm_{', sm_'.join(ARCHITECTURES)}"
+        wanted = architectures()
+        archs = [a for a in wanted if f"compute_{a}" in known]
+        if not archs or (wanted is not ARCHITECTURES and archs != list(wanted)):
+            return f"{nvcc} does not know sm_{', sm_'.join(a for a in wanted if a not in archs)}"
         codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
         codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
         names = " ".join(f"sm_{a}" for a in archs) + f" and PTX of compute_{archs[-1]}"

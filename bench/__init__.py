@@ -78,11 +78,28 @@ def main(argv: list[str] | None = None) -> int:
 
     from .provenance import provenance
 
-    where_from = provenance(args.name, argv[1:])  # now: what runs is what lies on disk as it starts
     try:
-        result = {"benchmark": args.name, "provenance": where_from, **module.run(args)}
-        if args.json and args.json != "-":
-            write_whole(args.json, json.dumps(result, indent=1, allow_nan=False) + "\n")
+        where_from = provenance(args.name, argv[1:])  # now: what runs is what lies on disk as it starts
+    except BenchmarkError as error:
+        print(f"esfast bench {args.name}: error: {error}", file=sys.stderr)
+        return 2
+    files = [path for path in args.json if path != "-"]
+
+    def save(found: dict, complete: bool = False) -> dict:
+        """Writes what is found so far; a benchmark that takes minutes calls it after every row."""
+        result = {
+            "benchmark": args.name,
+            "provenance": where_from,
+            **({} if complete else {"unfinished": True}),
+            **found,
+        }
+        for path in files:
+            write_whole(path, json.dumps(result, indent=1, allow_nan=False) + "\n")
+        return result
+
+    args.save = save
+    try:
+        result = save(module.run(args), complete=True)
         if args.plots:
             from .figures import draw
 
@@ -93,10 +110,13 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"esfast bench {args.name}: interrupted", file=sys.stderr)
         return 130
-    if args.json == "-":
+    shown = sys.stdout
+    if "-" in args.json:
         print(json.dumps(result, indent=1, allow_nan=False))
-    print(text_table(*module.table(result)), file=sys.stderr if args.json == "-" else sys.stdout)
-    return int(any(row.get("pass") is False for row in result["rows"]))
+        shown = sys.stderr
+    print(text_table(*module.table(result)), file=shown)
+    failed = any(row.get("pass") is False for row in result["rows"])
+    return int(failed or any(row.get("failed") for row in result.get("left_out", [])))
 
 
 def parser_of(argv: list[str]) -> argparse.ArgumentParser:
@@ -117,7 +137,8 @@ def parser_of(argv: list[str]) -> argparse.ArgumentParser:
         if argv[:1] == [name]:
             import_module(f".{name}", __name__).add_arguments(command)
         result = command.add_argument_group("result")
-        result.add_argument("--json", metavar="FILE", help="write the result there; - for stdout, and nothing else")
+        result.add_argument("--json", metavar="FILE", nargs="+", default=[],
+                            help="write the result there, to each; - for stdout, and nothing else")  # fmt: skip
         result.add_argument("--plots", metavar="FOLDER", help="draw its figures there, where it has any")
     return parser
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import re
 import shlex
 import subprocess
 from importlib import metadata
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 
 from .. import NOISE_VERSION, __version__
+from . import BenchmarkError
 
 # What decides a figure. Results and README are written after measuring, and would make every figure's tree dirty.
 SOURCES = ("esfast", "csrc", "kernels", "bench/*.py", "setup.py", "pyproject.toml")
@@ -60,6 +62,8 @@ def caption(result: dict) -> str:
         versions += [f"{name} {version}" for name, version in named.items() if version]
     versions += [v["compiler"]] * bool(v["compiler"])
     commit = f"commit {p['commit'][:10]}{' with changes' * bool(p['dirty'])}" if p["commit"] else "commit unknown"
+    if result.get("unfinished"):
+        commit += ", stopped before its end"
     parts = [", ".join(filter(None, machine)), ", ".join(versions), commit, p["date"][:10], f"`{p['command']}`"]
     return "; ".join(parts) + "."
 
@@ -107,7 +111,15 @@ def driver_version() -> str | None:
 
 
 def git_state() -> tuple[str | None, bool | None]:
-    """Commit of the checkout that this code runs from, and whether its sources were changed since."""
+    """Commit of the checkout that this code runs from, and whether its sources were changed since. Where the checkout
+    was copied without its history, ESFAST_COMMIT says it: a commit, and "+" behind it if there are changes."""
+    told = os.environ.get("ESFAST_COMMIT", "").strip()
+    if told:
+        if not re.fullmatch(r"[0-9a-f]{7,40}\+?", told):
+            raise BenchmarkError(
+                f"ESFAST_COMMIT: expected a commit's hex digits, and + if there are changes, got {told!r}"
+            )
+        return told.rstrip("+"), told.endswith("+")
     here = Path(__file__).resolve()
     try:
         if here.parent.name != "bench" or not _git(here.parent, "ls-files", here.name):
@@ -141,10 +153,10 @@ def _version(distribution: str) -> str | None:
 
 def _without_files(argv: list[str]) -> list[str]:
     """The arguments less those that say where to write, which change no figure."""
-    kept, rest = [], iter(argv)
-    for argument in rest:
-        if argument in ("--json", "--keep", "--plots"):
-            next(rest, None)
-        elif not argument.startswith(("--json=", "--keep=", "--plots=")):
+    kept, writes = [], False
+    for argument in argv:
+        if argument.startswith("--"):
+            writes = argument.partition("=")[0] in ("--json", "--keep", "--plots")
+        if not writes:
             kept.append(argument)
     return kept

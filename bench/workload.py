@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -58,37 +59,56 @@ def verify(backend: str, dtype: torch.dtype, kind: str, members: int, device: st
     Raises BenchmarkError at the first weight that differs in a bit.
     """
     for count in sorted({1, members}):
-        seeds, coeffs = population(count)
         for from_base in (True, False):
-            results = []
-            for each in (backend, "reference"):
-                plan = odd_plan(dtype, device)
-                base = plan.clone() if from_base else None
-                if base is not None:
-                    for p in plan.tensors:
-                        p.fill_(math.nan)  # what is written from a base must not depend on what was there
-                add_noise_(plan, seeds, coeffs, base=base, noise=kind, backend=each)
-                results.append(plan)
+            found = _on_odd_sizes(backend, dtype, kind, count, from_base, device)
             what = f"{count} member{'s' * (count > 1)} {'from a base' if from_base else 'in place'}"
-            require_equal(*results, f"backend {backend!r}, {kind}, {what}")
+            expected = _reference_on_odd_sizes(dtype, kind, count, from_base)
+            require_equal(found, expected, f"backend {backend!r}, {kind}, {what}")
 
 
-def verify_ends(plan: Plan, base: Plan, seed: int, kind: str, backend: str) -> None:
-    """The very call that is timed, checked on both ends of every tensor; `plan` is left perturbed."""
-    add_noise_(plan, [seed], [SIGMA], base=base, noise=kind, backend=backend)
-    found, expected = [], []
-    for name, mine, theirs in zip(plan.names, plan.tensors, base.tensors, strict=True):
-        n = mine.numel()
+def _on_odd_sizes(backend: str, dtype: torch.dtype, kind: str, count: int, from_base: bool, device: str) -> Plan:
+    plan = odd_plan(dtype, device)
+    base = plan.clone() if from_base else None
+    if base is not None:
+        for p in plan.tensors:
+            p.fill_(math.nan)  # what is written from a base must not depend on what was there
+    add_noise_(plan, *population(count), base=base, noise=kind, backend=backend)
+    return plan
+
+
+@functools.cache  # all backends and devices are held to one
+def _reference_on_odd_sizes(dtype: torch.dtype, kind: str, count: int, from_base: bool) -> Plan:
+    return _on_odd_sizes("reference", dtype, kind, count, from_base, "cpu")
+
+
+def _ends(plan: Plan) -> list[tuple[str, torch.Tensor, Slice]]:
+    """The first and last weights of every tensor."""
+    parts = []
+    for name, tensor in zip(plan.names, plan.tensors, strict=True):
+        n = tensor.numel()
         for start, stop in [(0, n)] if n <= 122 else [(0, 61), (n - 61, n)]:
-            found.append((name, mine.view(-1)[start:stop], Slice((n,), (start,))))
-            expected.append((name, theirs.view(-1)[start:stop].clone(), Slice((n,), (start,))))
-    expected = Plan(expected)
+            parts.append((name, tensor.view(-1)[start:stop], Slice((n,), (start,))))
+    return parts
+
+
+def expected_ends(base: Plan, seed: int, kind: str) -> Plan:
+    """What the reference makes of both ends of every tensor."""
+    expected = Plan([(name, part.to("cpu", copy=True), window) for name, part, window in _ends(base)])
     add_noise_(expected, [seed], [SIGMA], noise=kind, backend="reference")
-    require_equal(Plan(found), expected, f"backend {backend!r}, {kind}, on the weights to be timed")
+    return expected
+
+
+def verify_ends(plan: Plan, base: Plan, seed: int, kind: str, backend: str, expected: Plan | None = None) -> None:
+    """The very call that is timed, checked on both ends of every tensor; `plan` is left perturbed. `expected`: of
+    `expected_ends`, where several backends are checked."""
+    add_noise_(plan, [seed], [SIGMA], base=base, noise=kind, backend=backend)
+    what = f"backend {backend!r}, {kind}, on the weights to be timed"
+    require_equal(Plan(_ends(plan)), expected or expected_ends(base, seed, kind), what)
 
 
 def require_equal(found: Plan, expected: Plan, what: str) -> None:
     for name, a, b in zip(found.names, found.tensors, expected.tensors, strict=True):
+        a, b = a.cpu(), b.cpu()
         bits = torch.int32 if a.element_size() == 4 else torch.int16
         differ = (a.reshape(-1).view(bits) != b.reshape(-1).view(bits)).nonzero().view(-1)
         if len(differ):

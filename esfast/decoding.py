@@ -14,6 +14,7 @@ import torch
 import transformers
 from transformers import GenerationConfig, LogitsProcessorList, StaticCache
 
+from .grouped_attention import attention_kept, grouped
 from .sampling import SeededSampling
 
 Tokens = list[list[int]]
@@ -41,7 +42,7 @@ class Plain:
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in filled], device=self.model.device)
         options = {} if sampling is None else {"logits_processor": LogitsProcessorList([sampling.after(width, count)])}
         # no_grad rather than inference_mode: a tensor that the model caches during the call stays an ordinary one.
-        with torch.no_grad():
+        with torch.no_grad(), self._attention():
             output = self.model.generate(input_ids=ids, attention_mask=mask, generation_config=self.config,
                                          **self._cache(count, width), **options)  # fmt: skip
         new = output[: len(rows), width:]
@@ -51,6 +52,9 @@ class Plain:
 
     def _cache(self, count: int, width: int) -> dict:
         return {}
+
+    def _attention(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext()
 
     def close(self) -> None:
         pass
@@ -79,6 +83,9 @@ class Static(Plain):
         else:
             self._made[2].reset()
         return {CACHE: self._made[2]}
+
+    def _attention(self) -> contextlib.AbstractContextManager:
+        return grouped(self.model)  # a static cache always comes with a mask
 
     def close(self) -> None:
         self._made = None
@@ -110,7 +117,8 @@ class Continuous:
             generation_config=self.config, continuous_batching_config=self._options, persistent_manager=True
         )
         texts: dict[str, list[int]] = {}
-        with torch.no_grad(), session as manager:
+        # Transformers before 5.24 leaves its paged attention behind where a session can't begin.
+        with torch.no_grad(), attention_kept(self.model), session as manager:
             # Paused, it takes all requests at once, and composes the same batches in every run.
             with getattr(manager, "pause", contextlib.nullcontext)():
                 names = manager.add_requests(rows, max_new_tokens=self.config.max_new_tokens)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 
+import numpy as np
 import torch
 import triton
+import triton.language as tl
 
 from .kernels.add_noise import ADAM_TILE, INTERPRETED, OPTIONS, TILE, add_noise_kernel
 from .noise import DOMAINS
@@ -96,7 +99,11 @@ def _milliseconds(call) -> float:
 def missing(device: torch.device) -> str | None:
     """Why Triton kernels can't run on tensors of this device, or None."""
     if INTERPRETED.value:
-        return None if device.type == "cpu" else "TRITON_INTERPRET=1 interprets kernels on CPU tensors only"
+        return (
+            _interpreter_fails()
+            if device.type == "cpu"
+            else "TRITON_INTERPRET=1 interprets kernels on CPU tensors only"
+        )
     if device.type != "cuda":
         return f"it needs tensors on a GPU, and these are on {device} (TRITON_INTERPRET=1 interprets it there, slowly)"
     try:
@@ -104,3 +111,24 @@ def missing(device: torch.device) -> str | None:
     except Exception as error:  # whatever the loading of the driver raises
         return f"Triton finds no usable GPU driver ({error})"
     return None
+
+
+@triton.jit
+def _count(out, number):
+    for i in range(number):
+        tl.store(out + i, i)
+
+
+@functools.cache
+def _interpreter_fails() -> str | None:
+    """Why the interpreter can't run a loop here, or None. That of Triton before 3.9 counts by int() of an array of one
+    element, which NumPy 2.5 refuses."""
+    out = torch.zeros(2, dtype=torch.int32)
+    try:
+        _count[(1,)](out, 2)
+    except Exception as error:
+        return (
+            f"the interpreter of Triton {triton.__version__} does not work with NumPy {np.__version__} "
+            f"({error}); take Triton 3.9 or newer, or NumPy below 2.5"
+        )
+    return None if out.tolist() == [0, 1] else f"the interpreter of Triton {triton.__version__} can't count here"

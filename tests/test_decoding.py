@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import inspect
 import re
 from pathlib import Path
 
@@ -30,7 +31,11 @@ def one_thread(same_threads):
 @pytest.fixture(autouse=True)
 def small_pages(monkeypatch):
     """A paged cache of 64 blocks: left to itself it takes most of the memory."""
-    small = functools.partial(decoding.Continuous, page_size=16, num_blocks=64, max_batch_tokens=256)
+    settings = decoding._continuous_options()
+    size = (
+        {"page_size" if "page_size" in inspect.signature(settings).parameters else "block_size": 16} if settings else {}
+    )
+    small = functools.partial(decoding.Continuous, **size, num_blocks=64, max_batch_tokens=256)
     monkeypatch.setitem(decoding.WAYS, "continuous", small)
 
 
@@ -169,6 +174,22 @@ def test_auto_on_a_gpu_goes_on_with_a_way_that_works(tiny, engine, monkeypatch, 
     assert e.generate(PROMPTS) == engine(decoding="plain").generate(PROMPTS)
     assert "continuous decoding doesn't work here, going on with static: no pages" in caplog.text
     assert isinstance(e._way, decoding.Static)
+
+
+@needs_continuous
+def test_a_session_that_cannot_begin_leaves_the_attention_as_it_was(tiny, engine, monkeypatch):
+    model = tiny[0]
+    before = model.config._attn_implementation
+
+    def cannot(**options):
+        model.set_attn_implementation("eager")
+        raise RuntimeError("no pages")
+        yield
+
+    monkeypatch.setattr(model, "continuous_batching_context_manager", contextlib.contextmanager(cannot))
+    with pytest.raises(RuntimeError, match="no pages"):
+        engine(decoding="continuous").generate(["a"])
+    assert model.config._attn_implementation == before
 
 
 @needs_continuous

@@ -22,9 +22,13 @@ triton = pytest.importorskip("triton", reason="Triton is not installed: its kern
 from esfast import triton_backend  # noqa: E402
 from esfast.tiles import tile_table  # noqa: E402
 
-pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") != "1", reason="a GPU is here: kernels are compiled, not interpreted"
-)
+CANNOT = triton_backend.missing(torch.device("cpu")) if os.environ.get("TRITON_INTERPRET") == "1" else None
+pytestmark = [
+    pytest.mark.skipif(
+        os.environ.get("TRITON_INTERPRET") != "1", reason="a GPU is here: kernels are compiled, not interpreted"
+    ),
+    pytest.mark.skipif(CANNOT is not None, reason=str(CANNOT)),
+]
 EXACT_FMA = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KERNELS = Path(triton_backend.add_noise_kernel.fn.__code__.co_filename).parent
@@ -195,6 +199,18 @@ class TestMutants:
         old, new = SWAPS[swap]
         assert BODY.count(old) == 1, old
         assert not torch.equal(numbers_of(mutated(tmp_path, BODY.replace(old, new)), 0), unmutated)
+
+
+def test_an_interpreter_that_cannot_count_is_named(monkeypatch):
+    def fails(*_):
+        raise TypeError("only 0-dimensional arrays can be converted to Python scalars")
+
+    probe = triton_backend._interpreter_fails.__wrapped__
+    assert EXACT_FMA <= (probe() is None), "Triton 3.9 works with every NumPy"
+    for broken, said in ((fails, "does not work with NumPy .*only 0-dimensional.*take Triton 3.9"),
+                         (lambda *_: None, "can't count here")):  # fmt: skip
+        monkeypatch.setattr(triton_backend, "_count", {(1,): broken})
+        assert re.search(said, probe())
 
 
 def test_without_a_gpu_the_error_says_what_is_missing():

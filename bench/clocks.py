@@ -1,0 +1,83 @@
+"""Clocks, power and throttling of the GPU while something is measured: what its figures depend on besides the code.
+
+nvidia-smi tells them five times a second, from a process of its own, so that asking does not leave the GPU idle.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import threading
+import time
+from collections import deque
+from statistics import median
+
+QUERY = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu", "clocks_event_reasons.active")
+PERIOD_MS = 200
+# Bits of nvidia-smi's mask. An idle GPU (1), or clocks that an application asked for (2), are no throttling.
+REASONS = {
+    0x4: "power cap", 0x8: "hardware slowdown", 0x10: "sync boost", 0x20: "software thermal slowdown",
+    0x40: "hardware thermal slowdown", 0x80: "power brake",
+}  # fmt: skip
+
+
+class Clocks:
+    """Samples while it is open: `with Clocks() as clocks: ...; clocks.between(began, ended)`."""
+
+    def __init__(self, device: str = "cuda"):
+        self.absent: str | None = None if device == "cuda" else "measured on a CPU"
+        self._samples: deque[tuple[float, list[float], int]] = deque(maxlen=100_000)
+        self._process: subprocess.Popen | None = None
+
+    def __enter__(self) -> Clocks:
+        if self.absent is None:
+            command = ["nvidia-smi", "--id=0", f"--query-gpu={','.join(QUERY)}", "--format=csv,noheader,nounits",
+                       f"--loop-ms={PERIOD_MS}"]  # fmt: skip
+            try:
+                self._process = subprocess.Popen(
+                    command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1
+                )
+            except OSError as error:
+                self.absent = f"nvidia-smi can't be run: {error.strerror}"
+            else:
+                threading.Thread(target=self._read, args=(self._process,), daemon=True).start()
+        return self
+
+    def __exit__(self, *exc) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+    def _read(self, process: subprocess.Popen) -> None:
+        for line in process.stdout:
+            try:
+                *numbers, mask = line.strip().split(", ")
+                sample = time.time(), [float(n) for n in numbers], int(mask, 16)
+            except ValueError:
+                self.absent = f"nvidia-smi says: {line.strip()}"
+                continue
+            self._samples.append(sample)
+
+    def between(self, began: float, ended: float) -> dict:
+        """Of the time from began to ended, as time.time() has them: medians, the lowest SM clock, why the clocks were
+        lowered. Of a time too short for a sample, the nearest one. Without samples None, and the reason."""
+        samples = list(self._samples)
+        inside = [s for s in samples if began <= s[0] <= ended]
+        inside = inside or sorted(samples, key=lambda s: abs(s[0] - ended))[:1]
+        if not inside:
+            return {"clocks": None, "clocks_absent": self.absent or "nvidia-smi gave no sample yet"}
+        sm, memory, power, temperature = zip(*(numbers for _, numbers, _ in inside), strict=True)
+        reasons = {text for *_, mask in inside for bit, text in REASONS.items() if mask & bit}
+        return {"clocks": {
+            "sm_mhz": median(sm), "sm_mhz_min": min(sm), "memory_mhz": median(memory), "power_w": median(power),
+            "power_w_max": max(power), "temperature_c": max(temperature), "throttled": sorted(reasons),
+            "samples": len(inside),
+        }}  # fmt: skip
+
+
+def text(row: dict) -> str:
+    """A cell of a table: the median SM clock in MHz, and why it was lowered."""
+    clocks = row.get("clocks")
+    if not clocks:
+        return "?"
+    lowered = ", ".join(clocks["throttled"])
+    return f"{clocks['sm_mhz']:.0f}" + (f" ({lowered})" if lowered else "")

@@ -1,0 +1,71 @@
+"""Work in a process of its own, told of event by event: what fails there (no memory, a CUDA error, a signal) ends that
+process and not the benchmark, whose other rows stand.
+
+The module that does the work has `events(job)`, which yields dicts that JSON knows. After a CUDA error nothing more can
+be done with a GPU in the same process, so the work goes on in a new one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+
+from ..child import child
+
+
+def isolated(module: str, job: dict) -> Iterator[dict]:
+    """What `events(job)` of esfast.bench's `module` yields in a new process. Where that process fails a last
+    {"died": reason} follows. Left early, it ends the process."""
+    reading, writing = os.pipe()
+    code = f"from esfast.bench.isolated import serve; serve({module!r}, {writing})"
+    with subprocess.Popen(child(code), stdin=subprocess.PIPE, pass_fds=[writing]) as process:
+        os.close(writing)
+        told = False
+        try:
+            with open(reading, encoding="utf-8") as lines:
+                try:
+                    process.stdin.write(json.dumps(job).encode())
+                    process.stdin.close()
+                except BrokenPipeError:  # it died before; its exit status says how
+                    pass
+                for line in lines:
+                    event = json.loads(line)
+                    told = "died" in event
+                    yield event
+        except BaseException:
+            process.kill()
+            raise
+        status = process.wait()
+    if status and not told:
+        yield {"died": f"its process was ended by {signal.Signals(-status).name}" if status < 0
+               else f"its process ended with status {status}"}  # fmt: skip
+
+
+def serve(module: str, descriptor: int) -> None:
+    """The process: reads the job from stdin, and writes a line of JSON for each event."""
+    with open(descriptor, "w", encoding="utf-8") as out:
+
+        def tell(event: dict) -> None:
+            out.write(json.dumps(event) + "\n")
+            out.flush()
+
+        try:
+            for event in importlib.import_module(f".{module}", __package__).events(json.load(sys.stdin)):
+                tell(event)
+        except Exception as error:
+            tell({"died": reason_of(error)})
+            sys.exit(1)
+
+
+def reason_of(error: BaseException) -> str:
+    """One line: the kind of the error, unless its message is made to be shown alone, and what it says first."""
+    from . import BenchmarkError
+
+    text = next(iter(str(error).strip().splitlines()), "")
+    known = isinstance(error, BenchmarkError) or "out of memory" in text or not text
+    return text or type(error).__name__ if known else f"{type(error).__name__}: {text}"

@@ -1,0 +1,77 @@
+"""setup.py: which architectures it asks nvcc for, and when it does not build again."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NVCC = """#!/bin/sh
+if [ "$1" = --list-gpu-arch ]; then printf 'compute_%s\\n' 80 89 90 100; exit; fi
+echo "$@" >>LOG
+while [ "$1" != -o ]; do shift; done
+echo made >"$2"
+"""
+# setup.py without the C++ extension, which takes a minute
+CODE = """
+import setuptools, sys
+sys.argv = ['setup.py', 'build_ext', '--build-lib', 'lib', '--parallel', '2']
+original = setuptools.setup
+setuptools.setup = lambda ext_modules, **rest: original(ext_modules=ext_modules[1:], **rest)
+exec(open('setup.py').read())
+"""
+
+
+@pytest.fixture
+def build(tmp_path, monkeypatch):
+    """build(archs): the commands that nvcc was given in one more build in the same folder, and what was printed."""
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    shutil.copy(ROOT / "setup.py", tmp_path)
+    log, nvcc = tmp_path / "log", tmp_path / "cuda" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(NVCC.replace("LOG", str(log)))
+    nvcc.chmod(0o755)
+    path = os.pathsep.join(p for p in os.environ["PATH"].split(os.pathsep) if not (Path(p) / "nvcc").exists())
+
+    def run(archs=None, status=0):
+        log.write_text("")
+        environment = {**os.environ, "PATH": path, "CUDA_HOME": str(tmp_path / "cuda")}
+        environment.pop("ESFAST_CUDA_ARCHS", None)
+        environment |= {} if archs is None else {"ESFAST_CUDA_ARCHS": archs}
+        done = subprocess.run(
+            [sys.executable, "-c", CODE], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert (done.returncode == 0) == (status == 0), done.stderr
+        return log.read_text().splitlines(), done.stdout + done.stderr
+
+    run.folder = tmp_path
+    return run
+
+
+def codes(command):
+    return re.findall(r",code=(\w+)", command)
+
+
+def test_architectures_by_environment_and_nothing_built_twice(build):
+    (command,), _ = build("90")
+    assert codes(command) == ["sm_90", "compute_90"] and "sm_90 and PTX of compute_90" in command
+    for source in (build.folder / "csrc").iterdir():  # as where a tree is copied
+        os.utime(source)
+    assert build("90")[0] == []
+    (build.folder / "csrc" / "noise.h").write_text("// other\n")
+    assert len(build("90")[0]) == 1
+    (command,), _ = build("80, 90")
+    assert codes(command) == ["sm_80", "sm_90", "compute_90"]
+    (command,), _ = build()
+    assert codes(command) == ["sm_80", "sm_89", "sm_90", "sm_100", "compute_100"]
+
+
+def test_architectures_that_are_none(build):
+    commands, said = build("sm_90", status=1)
+    assert commands == [] and "ESFAST_CUDA_ARCHS: expected architectures such as '90'" in said
+    commands, said = build("90 777")
+    assert commands == [] and "does not know sm_777" in said
