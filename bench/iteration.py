@@ -16,9 +16,11 @@ rounds, where weights are float32, both engines must give the same texts.
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 
@@ -31,14 +33,20 @@ from ..config import ESConfig
 from ..rollout import TransformersEngine, is_small
 from ..tasks import countdown
 from ..trainer import ESTrainer
-from . import BenchmarkError, count, today
+from . import BenchmarkError, clocks, count, today
+from .clocks import Clocks
+from .isolated import isolated, reason_of
 from .models import MODELS
 from .noise import note
 
 Table = tuple[list[str], list[list[str]]]
 # model: dtype, members, prompts, tokens of a prompt (None: the task's), new tokens
 CPU = {"embedded": ("float32", 30, 64, None, 16), "Qwen2.5-0.5B": ("bfloat16", 4, 2, 32, 16)}
-GPU = {name: ("bfloat16", 4, 200, 128, 256) for name in ("Qwen2.5-0.5B", "Qwen2.5-1.5B", "Qwen2.5-7B")}
+# What says most comes first; longer texts if time is left.
+GPU = [
+    *((name, ("bfloat16", 4, 64, 128, 64)) for name in ("Qwen2.5-1.5B", "Qwen2.5-7B")),
+    *((name, ("bfloat16", 4, 200, 128, 256)) for name in ("Qwen2.5-1.5B", "Qwen2.5-7B", "Qwen2.5-0.5B")),
+]
 TINY = ("bfloat16", 2, 2, 8, 4)
 # The most that the overhead ratio, and the least that the gain over the plain loop may be, for a row to pass.
 LIMITS = {("cpu", "embedded"): (1.05, 1.0), ("cpu", "Qwen2.5-0.5B"): (None, 2.5), ("cuda", "Qwen2.5-0.5B"): (None, 3.0),
@@ -62,30 +70,60 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict:
-    began, rows, left_out = now(), [], []
     if args.device == "cuda" and not torch.cuda.is_available():
         raise BenchmarkError("--device cuda: PyTorch finds no CUDA device here")
-    defaults = CPU if args.device == "cpu" else GPU
-    models = args.models or list(defaults)
-    for i, name in enumerate(models):
-        left = began + args.seconds - now()
-        if left < 0:
-            note(f"{name}: left out, no time is left")
-            left_out.append({"model": name, "reason": f"after {args.seconds:g} s"})
-            continue
-        dtype, *numbers = defaults.get(name, TINY)
-        given = (args.members, args.prompts, args.prompt_tokens, args.new_tokens)
-        numbers = [g if g is not None else n for g, n in zip(given, numbers, strict=True)]
-        note(f"{name}, {dtype}")
-        try:
-            with Work(name, dtype, args.device, args.decoding, *numbers) as work:
-                rows.append(work.measure(args.repeats, now() + left / (len(models) - i)))
-        except torch.OutOfMemoryError as error:
-            left_out.append({"model": name, "reason": str(error).partition("\n")[0]})
-        gc.collect()
-        if args.device == "cuda":
-            torch.cuda.empty_cache()
+    rows, left_out, deadline = [], [], now() + args.seconds
+    given = (args.members, args.prompts, args.prompt_tokens, args.new_tokens)
+    jobs = [
+        {"name": name, "dtype": dtype, "device": args.device, "decoding": args.decoding, "repeats": args.repeats,
+         **dict(zip(("members", "prompts", "prompt_tokens", "new_tokens"),
+                    (g if g is not None else n for g, n in zip(given, numbers, strict=True)), strict=True))}
+        for name, (dtype, *numbers) in _cases(args)
+    ]  # fmt: skip
+    # on a GPU each in a process of its own: what fails there takes no other model's figures along
+    work = functools.partial(isolated, "iteration") if args.device == "cuda" else events
+    with Clocks(args.device) as sampled:
+        for i, job in enumerate(jobs):
+            what = {"model": job["name"], "prompts": job["prompts"], "new_tokens": job["new_tokens"]}
+            job["seconds"] = (deadline - now()) / (len(jobs) - i)
+            note(f"{job['name']}, {job['dtype']}, {job['prompts']} prompts, {job['new_tokens']} new tokens")
+            if job["seconds"] < 0:
+                left_out.append(what | {"reason": f"no time was left of {args.seconds:g} s"})
+                continue
+            began = time.time()
+            for event in work(job):
+                if "row" in event:
+                    rows.append(event["row"] | sampled.between(began, time.time()))
+                else:
+                    reason = event["died"]
+                    left_out.append(what | {"reason": reason, "failed": "out of memory" not in reason})
+                    note(f"left out: {reason}")
+            args.save({"rows": rows, "left_out": left_out})
     return {"rows": rows, "left_out": left_out}
+
+
+def _cases(args: argparse.Namespace) -> list[tuple[str, tuple]]:
+    """(model, what it is measured with)."""
+    known = list(CPU.items()) if args.device == "cpu" else GPU
+    names = args.models or list(dict.fromkeys(name for name, _ in known))
+    return [case for case in known if case[0] in names] + [
+        (name, TINY) for name in names if name not in dict(known)]  # fmt: skip
+
+
+def events(job: dict) -> Iterator[dict]:
+    """{"row": ...}, or {"died": reason}, of one model."""
+    job = dict(job)
+    repeats, deadline = job.pop("repeats"), now() + job.pop("seconds")
+    try:
+        with Work(**job) as work:
+            row = work.measure(repeats, deadline)
+    except (RuntimeError, ValueError) as error:
+        yield {"died": reason_of(error)}
+    else:
+        yield {"row": row}
+    gc.collect()
+    if job["device"] == "cuda":
+        torch.cuda.empty_cache()
 
 
 class Work:
@@ -153,6 +191,7 @@ class Work:
             "seconds_by_phase": {p: median(r[f"seconds_{p}"] for r in phases) for p in PHASES},
             "tokens_per_second": self.tokens / figures["esfast"],
             "tokens_per_second_frozen": self.tokens / figures["frozen"],
+            "peak_gpu_bytes": torch.cuda.max_memory_allocated() if self.device == "cuda" else None,
             "pass": (most is None or ratio <= most) and (least is None or gain >= least),
         }  # fmt: skip
 
@@ -224,6 +263,8 @@ def table(result: dict) -> Table:
     headers = ["model", "dtype", "members, prompts, new tokens", "plain loop, s", "esfast, s", "times as fast",
                "frozen weights, s", "overhead ratio", "tokens/s", "of frozen's", "perturb", "score, wait",
                "update, journal"]  # fmt: skip
+    on_gpu = any(r["device"] == "cuda" for r in result["rows"])
+    headers += ["SM clock, MHz"] * on_gpu
     lines = []
     for r in result["rows"]:
         s, p = r["seconds"], r["seconds_by_phase"]
@@ -233,5 +274,9 @@ def table(result: dict) -> Table:
             r["model"], r["dtype"], f"{r['members']}, {r['prompts']}, {r['new_tokens']}", f"{s['plain']:.3g}",
             f"{s['esfast']:.3g}", f"{r['times_as_fast']:.2f}", f"{s['frozen']:.3g}", f"{r['overhead_ratio']:.3f}",
             f"{r['tokens_per_second']:.0f}", f"{r['tokens_per_second'] / r['tokens_per_second_frozen']:.1%}", *share,
+            *[clocks.text(r)] * on_gpu,
         ])  # fmt: skip
+    for r in result.get("left_out", []):
+        sizes = f"{r['prompts']} prompts, {r['new_tokens']} new tokens; " if "prompts" in r else ""
+        lines.append([r["model"], f"left out: {sizes}{r['reason']}", *[""] * (len(headers) - 2)])
     return headers, lines

@@ -10,6 +10,14 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def as_in_a_run(poisoned_memory):
+    """Deterministic mode, by which the other tests find memory that nobody wrote, changes what inductor compiles."""
+    torch.use_deterministic_algorithms(False)
+
+
 PROMPTS = ["1 2 3=6\n<think>", "a", "12 34 56 78=90\n<think>", "1 2 3=7\n<think>", "no tags here", "a"]
 
 
