@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -25,9 +25,10 @@ KEPT = 2  # the newest, and one to fall back on
 _NAME = re.compile(r"generation-(\d{8})(|-\d+of\d+)\.safetensors")
 
 
-def save(folder: Path, generation: int, updater: Updater, part: str = "") -> Path:
+def save(folder: Path, generation: int, updater: Updater, part: str = "", run: str = "") -> Path:
     """Writes the state after so many generations, whole or not at all, and removes all but the KEPT newest and those of
     other ways to cut the model. `part` is of the file's name: each process saves what it holds of a model in shards.
+    `run` says of which run it is, and of which generations (History.identities).
 
     OSError if it can't be written; earlier checkpoints are still there.
     """
@@ -35,6 +36,7 @@ def save(folder: Path, generation: int, updater: Updater, part: str = "") -> Pat
     path = _path(folder, generation, part)
     temporary = folder / f".{path.name}{TEMPORARY}"
     metadata = {"generation": str(generation), "fingerprint": _fingerprint(updater.plan.entries, updater.plan.low)}
+    metadata |= {"run": run} if run else {}
     try:
         save_file({k: t.contiguous() for k, t in _tensors(updater).items()}, temporary, metadata)
         with open(temporary, "rb+") as file:
@@ -46,9 +48,10 @@ def save(folder: Path, generation: int, updater: Updater, part: str = "") -> Pat
     finally:
         temporary.unlink(missing_ok=True)
     there = _list(folder)
-    newest = sorted(g for g, other in there if other == part)[-KEPT:]
+    # A later one is of another run, and not for this one to remove.
+    newest = sorted(g for g, other in there if other == part and g <= generation)[-KEPT:]
     for old, other in there:
-        if other == part and old not in newest or other.partition("of")[2] != part.partition("of")[2]:
+        if other == part and old < newest[0] or other.partition("of")[2] != part.partition("of")[2]:
             _path(folder, old, other).unlink(missing_ok=True)
     return path
 
@@ -63,24 +66,37 @@ def _list(folder: Path) -> list[tuple[int, str]]:
     return [(int(m[1]), m[2]) for m in names if m]
 
 
-def load_newest(folder: Path, until: int, updater: Updater, part: str = "") -> int:
+def load_newest(
+    folder: Path,
+    until: int,
+    updater: Updater,
+    part: str = "",
+    identities: Sequence[str] = (),
+    checks: Mapping[int, str] | None = None,
+) -> int:
     """Brings the weights to the newest usable checkpoint of at most `until` generations; returns its generation, 0 if
-    there is none. One that is damaged is left out with a word, and no weight is changed by it. Processes that hold a
-    model together need not find the same one: what it lacks is replayed."""
+    there is none. One that is damaged or of another run is left out with a word, and no weight is changed by it.
+    Processes that hold a model together need not find the same one: what it lacks is replayed.
+
+    identities  of the run after 0, 1, ... generations
+    checks      the journal's fingerprints by generation, which stand in for the identity that older checkpoints lack
+    """
     for generation in sorted((g for g, other in _list(folder) if g <= until and other == part), reverse=True):
         path = _path(folder, generation, part)
         try:
-            _load(path, updater)
+            _load(path, updater, identities[generation], (checks or {}).get(generation))
             return generation
         except (SafetensorError, ValueError, OSError) as error:
             log.warning("checkpoint: %s is not usable (%s): going back further", path, error)
     return 0
 
 
-def _load(path: Path, updater: Updater) -> None:
+def _load(path: Path, updater: Updater, identity: str, check: str | None) -> None:
     targets = _tensors(updater)
     with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
+        if metadata.get("run", identity) != identity:
+            raise ValueError("it is of another run")
         if set(file.keys()) != set(targets):
             raise ValueError("it holds other tensors than this run has")
         for name, target in targets.items():
@@ -89,6 +105,8 @@ def _load(path: Path, updater: Updater) -> None:
                 raise ValueError(f"its {name} has the shape {shape}, expected {tuple(target.shape)}")
         if _fingerprint_of(file, updater.plan) != metadata.get("fingerprint"):
             raise ValueError("its fingerprint does not fit")
+        if "run" not in metadata and metadata["fingerprint"] != check:
+            raise ValueError("it does not say of which run it is, and the journal does not vouch for its weights")
         for name, target in targets.items():  # a tensor at a time: no second copy in memory
             target.copy_(file.get_tensor(name))
 

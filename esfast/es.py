@@ -6,7 +6,6 @@ the shaped rewards of N members theta + sigma eps_n, and 1/sigma is absorbed int
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from . import checkpoint
 from .buffers import Buffers
 from .distributed import SharedUpdates, Team
 from .finite import check_finite
+from .history import History
 from .interrupts import held
-from .journal import Journal, header_of, parse, verify
+from .journal import header_of
 from .names import ROUNDINGS
 from .noise import DOMAINS, check_int, check_seed, philox
 from .ops import get_backend
@@ -29,8 +28,6 @@ from .settings import check_positive as _check_positive
 from .shaping import SHAPINGS, centered_rank, zscore  # noqa: F401
 from .update import Generation, Group, Optimizer, Rule, check_groups, check_optimizer
 from .weights import MODES, InplaceWeights, automatic
-
-log = logging.getLogger(__name__)
 
 
 def member_seed(seed: int, generation: int, index: int) -> int:
@@ -102,6 +99,7 @@ class ES:
     Raises:
         TypeError, ValueError: an argument outside the above; what Plan refuses; weights that are NaN or infinite.
             Weights are untouched.
+        FileExistsError: there is a journal already and no `resume`, or another process trains with it (InUse).
 
     Attributes: `plan`, `generation` (steps taken so far), `members` (of the current generation); `sigma` and `lr` may
     be changed between generations.
@@ -167,49 +165,11 @@ class ES:
         header = header_of(self.rule, self.seed, weights, self.plan) if journal is not None else None
         self._weights = self.modes[weights](self.plan, self.rule, backend)
         self._asked, self._mine = 0, []
-        self._checkpoints = Path(checkpoints) if checkpoints is not None else None
-        self._journal: Journal | None = None
-        self._vouched = -1
-        if journal is not None:
-            self._begin(Path(journal), header, resume)
+        self._history = History(self.team, self._run, checkpoints)
+        if header is not None:
+            self.generation = self._history.begin(Path(journal), header, resume, self._weights)
         if self.team.size > 1:  # not before: what a process replays depends on the checkpoints that it finds
             self._weights.updater = SharedUpdates(self._weights.updater, self.team, self._run)
-
-    def _begin(self, path: Path, header: dict, resume: bool) -> None:
-        self.team.agree(f"{self._run}: fingerprint of the base weights", header["base"])
-        there = self.team.gather(f"{self._run}: journal", "yes" if path.exists() else "no")
-        if resume and there[:1] == ["no"] and "yes" in there:
-            raise FileNotFoundError(
-                f"resume: {path} is on the machine of process {there.index('yes')}, not on that of process 0, which "
-                "goes on with it: start the machines in the order of before, or keep the run folder where all see it"
-            )
-        goes_on = (
-            self.team.tell(f"{self._run}: resume", lambda: b"yes" if resume and path.exists() else b"no") == b"yes"
-        )
-        if not goes_on:
-            if self.team.rank == 0 and self.team.restarted:
-                log.warning("started again, but there is no journal %s: beginning anew", path)
-            self._journal = Journal.create(path, header) if self.team.rank == 0 else None
-            return
-        if header["weights"] == "inplace":
-            raise ValueError(
-                'resume: a run with weights="inplace" can\'t be resumed: no journal holds its rounding errors'
-            )
-        if self.team.rank == 0:
-            self._journal, _ = Journal.take_up(path, header)
-        _, records, checks = parse(self.team.tell(f"{self._run}: journal", path.read_bytes), path)
-        updater, start = self._weights.updater, 0
-        if self._checkpoints is not None:
-            start = checkpoint.load_newest(self._checkpoints, len(records), updater, self.team.part)
-        log.warning("resuming after generation %d: %d of them from a checkpoint, %d from the journal",
-                    len(records), start, len(records) - start)  # fmt: skip
-        for record in records[:start]:
-            updater.recall(record)
-        for record in records[start:]:
-            updater(record)
-        self._weights.settle()
-        verify(self.plan, len(records), checks)
-        self.generation, self._vouched = len(records), max(checks, default=-1)
 
     def population(self) -> Population:
         """The members of this generation: iterate over it, directly or in a `with` block.
@@ -266,8 +226,7 @@ class ES:
             self.generation, seeds, coeffs, [rewards.get(m.index) for m in self.members], sigma, lr, decay
         )
         with held():  # all of it or nothing: a step half taken would be taken again
-            if self._journal is not None:
-                self._journal.append(record)  # on disk first: a journal that can't be written changes no weight
+            self._history.append(record)  # on disk first: a journal that can't be written changes no weight
             self._weights.update(record)
             self.generation += 1
             self.members = []
@@ -294,9 +253,7 @@ class ES:
         with self.team.working():
             found = self.plan.fingerprint()
         self.team.agree(f"{self._run}: fingerprint after generation {self.generation}", found)
-        if self._journal is not None and self._vouched < self.generation:
-            self._journal.check(self.generation, found)
-            self._vouched = self.generation
+        self._history.check(self.generation, found)
 
     def checkpoint(self) -> None:
         """Saves the full state in `checkpoints`, to resume from, and vouches for it. OSError if it can't be written.
@@ -305,7 +262,7 @@ class ES:
         Without a team nothing is saved of one: it resumes from the journal alone.
         """
         if self.team.rank < self.team.shards and (self.team.shards > 1 or not self.plan.sharded):
-            checkpoint.save(self._checkpoints, self.generation, self._weights.updater, self.team.part)
+            self._history.save(self.generation, self._weights.updater)
         self.vouch()
 
     def drift(self) -> float | None:
@@ -316,7 +273,7 @@ class ES:
     @property
     def journal_seconds(self) -> float:
         """Spent so far until its lines were on disk."""
-        return self._journal.seconds if self._journal is not None else 0.0
+        return self._history.seconds
 
     def _enter(self, member: Member) -> None:
         if self._inside is None:

@@ -1,24 +1,114 @@
-"""Ctrl-C between two halves of what belongs together."""
+"""Ctrl-C, SIGTERM and SIGHUP: how they stop a run, and how they wait for what must not be left half done."""
+
+from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
+from types import FrameType
+
+# A terminal, Slurm and torchrun each may send the same signal to a process once more; within so many seconds it is one.
+REPEATED = 1.0
+_STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked the process to stop. `signum` says which; the status of a command that it ends is 128 + signum."""
+
+    def __init__(self, signum: int, text: str = ""):
+        super().__init__(text or signal.Signals(signum).name)
+        self.signum = signum
+
+
+def signal_of(interrupt: BaseException) -> signal.Signals:
+    """The signal behind a KeyboardInterrupt."""
+    return signal.Signals(getattr(interrupt, "signum", signal.SIGINT))
+
+
+class Stops:
+    """The signals that stop a block, as `stoppable` handles them."""
+
+    def __init__(self):
+        self.signum: int | None = None
+        self._since = 0.0
+
+    def check(self) -> None:
+        """Raises Interrupted if a signal came and its exception was swallowed, by a bare `except` of a reward function
+        for instance."""
+        if self.signum is not None:
+            raise Interrupted(self.signum)
+
+    def settle(self, seconds: float = 0.2) -> None:
+        """To be called on an error: waits whether a signal follows, and raises Interrupted if so. A scheduler's signal
+        may reach a worker process before this one, which then looks like a failure of the worker."""
+        self.check()
+        time.sleep(seconds)
+
+    def _stop(self, signum: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.signum is None:
+            self.signum, self._since = signum, now
+            raise Interrupted(signum)
+        if now - self._since < REPEATED:
+            return
+        if signum == signal.SIGINT:
+            raise Interrupted(signum)
+        signal.signal(signum, signal.SIG_DFL)
+        os.kill(os.getpid(), signum)
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[Stops]:
+    """A block that SIGTERM and SIGHUP interrupt as Ctrl-C does: with an exception, wherever it is. A second one, a
+    moment later, ends the process at once.
+
+    Handlers that somebody else installed stay, and so does what is ignored (nohup). Where Python handles no signals,
+    in other threads than the main one, nothing changes.
+    """
+    stops = Stops()
+    mine = []
+    if threading.current_thread() is threading.main_thread():
+        default = (signal.SIG_DFL, signal.default_int_handler)
+        mine = [(signum, old) for signum in _STOPS if (old := signal.getsignal(signum)) in default]
+    for signum, _ in mine:
+        signal.signal(signum, stops._stop)
+    try:
+        yield stops
+    finally:
+        for signum, old in mine:
+            signal.signal(signum, old)
 
 
 @contextlib.contextmanager
 def held() -> Iterator[None]:
-    """SIGINT waits until the block is done, and is then obeyed. In other threads than the main one, which SIGINT never
-    interrupts, and where Python does not handle it, nothing changes."""
-    handler = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(handler):
-        yield
-        return
+    """Defers Ctrl-C, SIGTERM and SIGHUP until the block ends. Does nothing outside the main thread, nor for signals
+    that Python does not handle."""
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():
+        handlers = {s: handler for s in _STOPS if callable(handler := signal.getsignal(s))}
     waiting: list[tuple] = []
-    signal.signal(signal.SIGINT, lambda *received: waiting.append(received))
+    for signum in handlers:
+        signal.signal(signum, lambda *received: waiting.append(received))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, handler)
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
         if waiting:
-            handler(*waiting[0])
+            handlers[waiting[0][0]](*waiting[0])
+
+
+@contextlib.contextmanager
+def kept_handlers() -> Iterator[None]:
+    """A block after which the handlers are those of before: for libraries that install their own."""
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {s: handler for s in _STOPS if (handler := signal.getsignal(s)) is not None}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

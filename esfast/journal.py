@@ -1,7 +1,8 @@
 """The record of a run: from the base weights and a few kilobytes of seeds and coefficients, the tuned weights again.
 
 A journal is a text file of JSON lines, appended to and flushed to disk before the weights change. The first line says
-what the numbers mean; every line ends with the CRC-32 of what stands before it in the line.
+what the numbers mean; every line ends with the CRC-32 of what stands before it in the line. Generations are numbered
+from 0 here, as their noise is; metrics.jsonl counts those that are done, from 1: its line 1 is of the journal's 0.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
+from .lock import Lock
 from .noise import NOISE_VERSION, check_int
 from .ops import add_noise_
 from .plan import Plan
@@ -43,30 +45,51 @@ def header_of(rule: Rule, seed: int, weights: str, plan: Plan) -> dict:
 
 
 class Journal:
-    """An append-only file of generations. `Journal.create` begins one, `take_up` goes on with one."""
+    """An append-only file of generations. `Journal.create` begins one, `take_up` goes on with one.
 
-    def __init__(self, path: Path):
+    It holds the run's Lock, and appends only where it left off: if the file was deleted, or somebody else wrote to it,
+    that is an error.
+    """
+
+    def __init__(self, path: Path, whole: bytes = b""):
         self.path = path
         self.seconds = 0.0  # spent in `append`
+        self._lock = Lock.take(path, shared=True)
+        self._end, self._last = len(whole), _last_line(whole)
 
     @classmethod
     def create(cls, path: str | Path, header: dict) -> Journal:
-        """Begins a journal. FileExistsError if there is one already: a run's record is never overwritten."""
+        """Begins a journal, also in the place of a file whose header was never complete.
+
+        FileExistsError if there is one already: a run's record is never overwritten. InUse if another process owns it.
+        """
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            raise FileExistsError(f"journal: {path} exists already; give the run another folder, or move it away")
         journal = cls(path)
-        journal._write(header)
+        if path.exists() and is_blank(path.read_bytes()):
+            log.warning("journal: %s has no complete first line, so nothing was done: beginning anew", path)
+            path.unlink()
+        try:
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        except FileExistsError:
+            raise FileExistsError(
+                f"journal: {path} exists already; give the run another folder, or move it away"
+            ) from None
+        try:
+            journal._write(header)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
         return journal
 
     @classmethod
     def take_up(cls, path: str | Path, header: dict) -> tuple[Journal, Contents]:
         """Goes on with the journal of a run of this header. A torn last line is taken off the file.
 
-        ValueError: it is damaged, or of another run; what differs is named, with both values.
+        ValueError: it is damaged, or of another run; what differs is named, with both values. InUse as in `create`.
         """
-        whole = Path(path).read_bytes()
+        path = Path(path)
+        lock = Lock.take(path, shared=True)
+        whole = path.read_bytes()
         contents = parse(whole, path)
         for key in header | contents.header:
             mine, found = header.get(key), contents.header.get(key)
@@ -74,10 +97,13 @@ class Journal:
                 what = "fingerprint of the base weights" if key == "base" else key
                 raise ValueError(f"journal: {path} is of a run with {what} {found!r}, this one has {mine!r}")
         if torn := _torn(whole):
+            whole = whole[: len(whole) - len(torn)]
             with open(path, "r+b") as file:
-                file.truncate(len(whole) - len(torn))
+                file.truncate(len(whole))
                 os.fsync(file.fileno())
-        return cls(Path(path)), contents
+        journal = cls(path, whole)
+        del lock
+        return journal, contents
 
     def check(self, generation: int, fingerprint: str) -> None:
         """Notes down the fingerprint of the weights after so many generations: a replay will compare."""
@@ -94,8 +120,23 @@ class Journal:
     def _write(self, fields: dict) -> None:
         text = json.dumps(fields, separators=(",", ":"))
         line = f"{text} {zlib.crc32(text.encode()):08x}\n".encode()
-        with open(self.path, "ab", buffering=0) as file:
+        if not self._lock.held:  # a trainer lets go of it when it has trained
+            self._lock = Lock.take(self.path, shared=True)
+        try:
+            file = open(self.path, "r+b", buffering=0)  # noqa: SIM115, which is closed below
+        except FileNotFoundError:
+            raise FileNotFoundError(
+                f"journal: {self.path} was deleted or moved away while the run went on, so no more can be recorded: "
+                "put it back and resume, or begin a new run"
+            ) from None
+        with file:
             end = file.seek(0, os.SEEK_END)
+            file.seek(max(0, end - len(self._last)))
+            if end != self._end or file.read() != self._last:
+                raise RuntimeError(
+                    f"journal: {self.path} was changed while the run went on: it has {end} bytes, not the {self._end} that "
+                    "were left there; does another process write to it? What it holds can be resumed if it is whole"
+                )
             try:
                 if file.write(line) < len(line):
                     raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} (a part of a line)", str(self.path))
@@ -103,6 +144,7 @@ class Journal:
             except BaseException:
                 file.truncate(end)  # no half lines, and no line whose step was not taken: it may be taken again
                 raise
+        self._end, self._last = end + len(line), line
 
 
 def read(path: str | Path) -> Contents:
@@ -141,6 +183,23 @@ def parse(data: bytes, path: str | Path) -> Contents:
         line["seeds"] = [int(s, 16) for s in line["seeds"]]
         found.records.append(Generation(**line))
     return found
+
+
+def peek(path: str | Path) -> Contents | None:
+    """What a journal holds, None if there is none or its header was never complete. ValueError as in `read`."""
+    path = Path(path)
+    data = path.read_bytes() if path.exists() else b""
+    return None if is_blank(data) else parse(data, path)
+
+
+def is_blank(data: bytes) -> bool:
+    """Whether it is a journal that was cut off before its header was complete: nothing was done."""
+    begins = b'{"esfast_journal"'
+    return _torn(data) == data and begins.startswith(data.strip(b"\0")[: len(begins)])
+
+
+def _last_line(data: bytes) -> bytes:
+    return data[data.rfind(b"\n", 0, max(0, len(data) - 1)) + 1 :]
 
 
 def _torn(data: bytes) -> bytes:
