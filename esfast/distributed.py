@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from .interrupts import Interrupted, signal_of
 from .noise import check_int
 from .update import Adam, Generation, Updater
 
@@ -180,16 +181,17 @@ class Team:
                 while time.monotonic() < until:
                     self.check()
                     time.sleep(BEAT / 10)
-            kind = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-            text = f"{kind}: process {self.rank} was interrupted" if kind == "interrupted" else (
-                f"failed: process {self.rank} stopped with {type(error).__name__}: {error}")  # fmt: skip
+            text = f"failed: process {self.rank} stopped with {type(error).__name__}: {error}"
+            if isinstance(error, KeyboardInterrupt):
+                signum = signal_of(error)
+                text = f"interrupted {int(signum)}: process {self.rank} was interrupted by {signum.name}"
             try:
                 self._store.compare_set("stop", "", text)  # the first reason is the one
             except dist.DistError:
                 pass
 
     def check(self) -> None:
-        """Stopped, or KeyboardInterrupt, if another process stopped."""
+        """Stopped, or Interrupted (a KeyboardInterrupt), if another process stopped."""
         if self._lost is not None:
             self._noticed.set()
             raise Stopped(self._lost)
@@ -197,8 +199,9 @@ class Team:
             reason = self._store.get("stop").decode() if self._store.check(["stop"]) else ""
         except dist.DistError as error:
             raise Stopped(f"the process that keeps the store is gone (rank 0, or torchrun): {error}") from None
-        if reason.startswith("interrupted"):
-            raise KeyboardInterrupt(reason)
+        if reason.startswith("interrupted "):
+            signum, _, text = reason.removeprefix("interrupted ").partition(": ")
+            raise Interrupted(int(signum), text)
         if reason:
             raise Stopped(reason.removeprefix("failed: "))
 

@@ -134,8 +134,8 @@ class Journal:
             file.seek(max(0, end - len(self._last)))
             if end != self._end or file.read() != self._last:
                 raise RuntimeError(
-                    f"journal: {self.path} was changed while the run went on: it has {end} bytes, not the {self._end} that "
-                    "were left there; does another process write to it? What it holds can be resumed if it is whole"
+                    f"journal: {self.path} was changed while the run went on: it has {end} bytes, not the {self._end} "
+                    "that were left there; does another process write to it? If what it holds is whole, resume"
                 )
             try:
                 if file.write(line) < len(line):

@@ -11,7 +11,8 @@ from .config import ESConfig
 
 
 def model_card(model, config: ESConfig, generations: int, before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    """Markdown with the metadata that the Hugging Face hub reads. `before` and `after` are rows of metrics."""
+    """Markdown with the metadata that the Hugging Face hub reads. `before` and `after` are rows of metrics; the latter
+    may be of an earlier generation than the model."""
     from . import __version__
 
     origin = getattr(model.config, "_name_or_path", "") or "a model without a name"
@@ -19,12 +20,12 @@ def model_card(model, config: ESConfig, generations: int, before: Mapping[str, A
                               "tags": ["esfast", "evolution-strategies"]}  # fmt: skip
     if "/" in origin and not origin.startswith(("/", ".")):
         header["base_model"] = origin
-    rows = [
-        f"| {name.removeprefix('eval_')} | {before[name]:.4g} | {after[name]:.4g} |"
-        for name in before
-        if name.startswith("eval_") and not name.endswith("_se") and name in after
-    ]
-    table = ["", "| on held-out prompts | before | after |", "|---|--:|--:|", *rows, ""] if rows else [""]
+    measured = [n for n in {**before, **after} if n.startswith("eval_") and not n.endswith("_se")]
+    rows = [f"| {n.removeprefix('eval_')} | {_value(before, n)} | {_value(after, n)} |" for n in measured]
+    when = "after" if after.get("generation") == generations else f"after generation {after.get('generation')}"
+    table = [""]
+    if any(name in after for name in measured):
+        table = ["", f"| on held-out prompts | before | {when} |", "|---|--:|--:|", *rows, ""]
     settings = "\n".join(
         f"    {field}: {getattr(config, field)}"
         for field in ("seed", "population_size", "sigma", "lr", "noise", "mirrored", "shaping", "optimizer", "weights",
@@ -36,3 +37,7 @@ def model_card(model, config: ESConfig, generations: int, before: Mapping[str, A
         "gradients, rewards only (arXiv 2509.24372).", *table, "Settings:", "", settings, "",
         "The run's journal, seeds and coefficients alone, leads from the base weights to these, to the bit.", "",
     ])  # fmt: skip
+
+
+def _value(row: Mapping[str, Any], name: str) -> str:
+    return f"{row[name]:.4g}" if name in row else "not known"

@@ -6,18 +6,16 @@ prompts, completions and the rows' other columns as keyword lists.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
 import logging
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-import numpy as np
 import torch
-import yaml
 from tqdm import tqdm
 
 from . import chat
@@ -26,27 +24,24 @@ from .clock import Clock, account
 from .config import ESConfig
 from .distributed import Team
 from .es import ES, Member
-from .files import write_whole
-from .journal import read
+from .identity import check as check_identity
+from .identity import identity as identity_of
+from .interrupts import Stops, signal_of, stoppable
 from .kl import KLToBase
-from .loggers import Report, require
-from .model_card import model_card
+from .loggers import require
 from .models import load_model, load_tokenizer
 from .movement import Movement
 from .plan import Plan
 from .prompts import check_prompts
+from .recorder import RunRecorder, of_rewards
 from .rewards import RewardError, RewardFunc, Scorer, check_metrics, combine, judge
 from .rollout import TransformersEngine, as_engine
 from .rows import Rows, check_rows, draw
 from .run_folder import RunFolder
 from .sampling import response_seeds
-from .shards import in_shards, whole_state_dict
 from .stats import mean
-from .update import Generation
 
 log = logging.getLogger(__name__)
-
-HIDDEN = ("eval_reward", "eval_reward_se", "eval_length")  # of evaluations, from the progress bar
 
 
 class ESTrainer:
@@ -69,10 +64,16 @@ class ESTrainer:
             TransformersEngine.
         team: the processes that train together (Team.join()), each with a model of its own or a part of one, see
             esfast.tensor_parallel; default: this one alone.
+        identity: names of further settings, with JSON values, that must be the same when the run is resumed: for a
+            function as train_dataset, what it draws from (optional).
 
     Raises:
-        TypeError, ValueError: arguments outside the above, before anything is written.
-        FileExistsError: the run folder holds a run already.
+        TypeError, ValueError: arguments outside the above, or other ones than the run has that is resumed, before
+            anything is written.
+        FileExistsError: the run folder holds a run already, or another process or trainer is at work there.
+        FileNotFoundError: the run to resume has no journal, but other files.
+
+    A trainer owns its run folder until it has trained, or is deleted.
     """
 
     es_class = ES
@@ -89,6 +90,7 @@ class ESTrainer:
         engine=None,
         peft_config=None,
         team: Team | None = None,
+        identity: Mapping[str, Any] | None = None,
     ):
         self.args = args if args is not None else ESConfig()
         if not isinstance(self.args, ESConfig):
@@ -129,7 +131,6 @@ class ESTrainer:
         self.engine = as_engine(engine) if engine is not None else TransformersEngine(
             model, processing_class, c.max_completion_length, c.batch_size, c.temperature or 1.0, c.decoding
         )  # fmt: skip
-        leads = self.team.rank == 0
         for what, rows in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             if rows is not None and not callable(rows):
                 check_prompts(what, rows, self._texts, self.engine, c.progress and self.team.rank == 0)
@@ -139,105 +140,144 @@ class ESTrainer:
         workers = c.reward_workers if self.team.leads else 0
         self.scorer = Scorer([*self.reward_funcs, *self.metrics.values()], workers, c.reward_timeout)
         require(c.report_to)
-        resume = c.resume or self.team.restarted
-        self.folder = RunFolder.claim(c.output_dir, resume or not leads)
-        if resume and leads:
-            if self.folder.config.exists():
-                c.check_resumes(yaml.safe_load(self.folder.config.read_text(encoding="utf-8")))
-            self.folder.tidy()
-        plan = model if isinstance(model, Plan) else Plan(model, include, c.exclude)
-        self.movement = Movement(plan)
-        self.es = self.es_class(
-                     plan, c.sigma, c.lr, c.population_size, c.seed, c.mirrored, c.noise, c.shaping, c.weights,
-                     journal=self.folder.journal, rounding=c.rounding, weight_decay=c.weight_decay, decay_to=c.decay_to,
-                     optimizer=c.make_optimizer(), perturb_rounding=c.perturb_rounding, team=self.team, resume=resume,
-                     checkpoints=self.folder.checkpoints, groups=c.groups or ())  # fmt: skip
-        self.movement.norms()  # of a resumed run, the next update's norm is that of the next update
-        self.clock = Clock(self.es.plan.device)
+        self.identity = identity_of(model, self.reward_funcs, train_dataset, identity)
         self.described: dict[str, Any] = {}  # what else goes into config.yaml, from the command line
         self.summary: dict[str, Any] = {}
-        self._trained_tokens, self._told, self._best, self._run = 0, 0, -math.inf, self.team.run()
+        self.folder = RunFolder(c.output_dir)
+        try:
+            self._begin(model if isinstance(model, Plan) else Plan(model, include, c.exclude))
+        except BaseException as error:
+            self.folder.release()
+            self.team.fail(error)
+            raise
+
+    def _begin(self, plan: Plan) -> None:
+        """Takes the run folder, and makes ES: a resumed run's is brought to where its journal ends."""
+        c, resume = self.args, self.args.resume or self.team.restarted
+        if self.team.rank == 0:
+            self.folder = RunFolder.claim(c.output_dir, resume)
+            if self.folder.begun():
+                c.check_resumes(self.folder.read_config())
+                check_identity(self.folder.read_identity(), self.identity)
+            self.folder.prepare()
+        self.movement = Movement(plan)
+        self.es = self.es_class(
+            plan, c.sigma, c.lr, c.population_size, c.seed, c.mirrored, c.noise, c.shaping, c.weights,
+            journal=self.folder.journal, rounding=c.rounding, weight_decay=c.weight_decay, decay_to=c.decay_to,
+            optimizer=c.make_optimizer(), perturb_rounding=c.perturb_rounding, team=self.team, resume=resume,
+            checkpoints=self.folder.checkpoints, groups=c.groups or (),
+        )  # fmt: skip
+        self.movement.norms()  # of a resumed run, the next update's norm is that of the next update
+        self.clock = Clock(self.es.plan.device)
+        self.recorder = RunRecorder(self.folder, c, self.model, self.processing_class, self.team)
+        self._told, self._run, self._stops = 0, self.team.run(), Stops()
 
     def train(self) -> dict[str, Any]:
-        """Runs all generations and saves; returns the summary. On Ctrl-C the last completed generation is saved.
+        """Runs all generations and saves; returns the summary. A run that has them all is left as it is.
 
-        In a team, process 0 alone writes, evaluates and shows progress; whatever stops one process stops all. Of a
-        model in shards nothing is saved on Ctrl-C, since that takes all of its processes: the journal holds the run.
+        Ctrl-C, SIGTERM and SIGHUP stop it where it is: the last completed generation is saved, and KeyboardInterrupt
+        raised. Signal handlers that the caller installed stay; one that raises KeyboardInterrupt or SystemExit does the
+        same. In a team, process 0 alone writes, evaluates and shows progress; whatever stops one process stops all. Of
+        a model in shards nothing is saved then, since that takes all of its processes: the journal holds the run.
         """
-        c, leads = self.args, self.team.rank == 0
-        self.clock = Clock(self.es.plan.device)
-        bar = tqdm(total=c.generations, initial=self.es.generation, unit="gen", disable=not (c.progress and leads),
-                   dynamic_ncols=True, smoothing=0.1)  # fmt: skip
-        report = Report(c.report_to if leads else None, self.folder.path, dataclasses.asdict(c))
-        before: dict[str, float] = {}
-        after: dict[str, float] = {}
         try:
-            self._check_first_batch()
-            if self._evaluates:
-                before = after = self._open_folder(report)
-            while self.es.generation < c.generations:
-                row = self._generation()
-                last = self.es.generation == c.generations
-                if self._evaluates:
-                    if last or (c.eval_every and self.es.generation % c.eval_every == 0):
-                        after = self._evaluate()
-                        row.update(after)
-                    self._log(row, report)
-                if c.checkpoint_every and self.es.generation % c.checkpoint_every == 0 and not last:
-                    self.es.checkpoint()
-                    self.clock.lap("save")
-                shown = {"reward": f"{row['reward_mean']:.3f}", "best": f"{row['reward_max']:.3f}"}
-                shown |= {
-                    k.removeprefix("eval_"): f"{v:.3f}"
-                    for k, v in after.items()
-                    if k not in ("eval_reward", "eval_reward_se", "eval_length")
-                }
-                bar.set_postfix(shown, refresh=False)
-                bar.update()
-            self.es.vouch()
-            if self._evaluates:
-                self._finish(before, after)
-            self.team.close()
-        except KeyboardInterrupt as interrupt:
-            self.team.fail(interrupt)
-            if leads and self.team.shards == 1:
-                log.warning("interrupted: saving the model after generation %d", self.es.generation)
-                self._finish(before, after)
-            elif leads:
-                log.warning("interrupted after generation %d: resume to go on", self.es.generation)
-            raise
-        except BaseException as error:
-            if leads and self.folder.journal.exists():
-                log.warning("stopped after generation %d; what was done is in the journal: resume to go on",
-                            self.es.generation)  # fmt: skip
+            with stoppable() as self._stops:
+                try:
+                    self._train()
+                except (KeyboardInterrupt, SystemExit) as interrupt:
+                    self.team.fail(interrupt)
+                    self._save_interrupted(interrupt)
+                    raise
+        except Exception as error:
+            self._say_how_to_go_on("stopped")
             self.team.fail(error)
             raise
         finally:
-            bar.close()
-            report.close()
+            self.recorder.close()
             self.scorer.close()
             self.engine.close()
+            self.folder.release()
         return self.summary
 
-    def _open_folder(self, report: Report) -> dict[str, float]:
-        """Writes what a new run begins with, or sees to it that an old one's metrics are complete; returns the
-        evaluation of before."""
-        if self.team.rank == 0:
-            settings = self.described | dataclasses.asdict(self.args)
-            write_whole(self.folder.config, yaml.safe_dump(settings, sort_keys=False))
-        first, self._best = self._tell(self._before)
-        if first is None:
-            first = {"generation": 0, **self._evaluate()}
-            self._log(first, report)
-        return {k: v for k, v in first.items() if k.startswith("eval_")}
+    def _train(self) -> None:
+        try:
+            if self.team.rank == 0:
+                self.folder.own()
+            if not self._is_finished():
+                self._generations()
+            self.team.close()
+        except Exception:
+            self._stops.settle()
+            raise
 
-    def _before(self) -> tuple[dict[str, Any] | None, float]:
-        """The first line of an old run's metrics, None of a new one, and its best evaluation; completes them."""
-        rows = self.folder.read_metrics() if self.folder.metrics.exists() else []
-        if rows:
-            for record in read(self.folder.journal).records[rows[-1]["generation"] :]:  # it died before it wrote them
-                self.folder.append_metrics(_of_rewards(record))
-        return next(iter(rows), None), max((r["eval_reward"] for r in rows if "eval_reward" in r), default=-math.inf)
+    def _is_finished(self) -> bool:
+        """Whether a resumed run has nothing left to do, and was left as it is."""
+        finished = self.recorder.finished
+        told = self.team.tell(f"{self._run}: finished", lambda: json.dumps(
+            finished(self.es.generation, self.eval_dataset is not None)).encode())  # fmt: skip
+        self.summary = json.loads(told)
+        if self.summary and self.team.rank == 0:
+            log.warning("the run in %s is finished, all of its %d generations: nothing is done; more generations "
+                        "would go on with it", self.folder.path, self.es.generation)  # fmt: skip
+        return bool(self.summary)
+
+    def _generations(self) -> None:
+        c, recorder, leads = self.args, self.recorder, self.team.rank == 0
+        self.clock = recorder.clock = Clock(self.es.plan.device)
+        self._check_first_batch()
+        if self._evaluates:
+            self._open()
+        with tqdm(total=c.generations, initial=self.es.generation, unit="gen", disable=not (c.progress and leads),
+                  dynamic_ncols=True, smoothing=0.1) as bar:  # fmt: skip
+            while self.es.generation < c.generations:
+                row = self._generation()
+                if self._evaluates:
+                    row |= self._evaluate() if self._evaluation_is_due() else {}
+                    recorder.log(row)
+                last = self.es.generation == c.generations
+                if c.checkpoint_every and self.es.generation % c.checkpoint_every == 0 and not last:
+                    self.es.checkpoint()
+                    self.clock.lap("save")
+                bar.set_postfix(recorder.progress(row), refresh=False)
+                bar.update()
+        self.es.vouch()
+        if self._evaluates:
+            self.summary = recorder.finish(self.es.generation, len(self.eval_dataset or ()))
+
+    def _open(self) -> None:
+        """Opens the run folder, and evaluates what should be and is not: the base model, or the last generation of a
+        run that was killed on the way to that."""
+        settings = self.described | dataclasses.asdict(self.args)
+        state = self._tell(lambda: self.recorder.open(settings, self.identity, self.es.generation))
+        self.recorder.best = state["best"]
+        if self.es.generation == 0:
+            self.recorder.log({"generation": 0, **self._evaluate()})
+        elif self.eval_dataset is not None and self._evaluation_is_due() and not state["evaluated"]:
+            self.recorder.amend(self._evaluate(), self.es.generation)
+
+    def _evaluation_is_due(self) -> bool:
+        done, every = self.es.generation, self.args.eval_every
+        return done >= self.args.generations or bool(every) and done % every == 0
+
+    def _save_interrupted(self, interrupt: BaseException) -> None:
+        by = f"interrupted by {signal_of(interrupt).name}" if isinstance(interrupt, KeyboardInterrupt) else "stopped"
+        if self.team.rank == 0 and self.team.shards == 1 and self.recorder.rows and self.es.generation:
+            log.warning("%s: saving the model after generation %d", by, self.es.generation)
+            try:
+                self.summary = self.recorder.finish(self.es.generation, len(self.eval_dataset or ()))
+            except Exception as error:  # engines that the same signal ended, a full disk
+                log.warning("the model could not be saved: %s: %s", type(error).__name__, error)
+        self._say_how_to_go_on(by)
+
+    def _say_how_to_go_on(self, stopped: str) -> None:
+        if self.team.rank:
+            return
+        then = "nothing is lost, start it again"
+        if self.es.generation:
+            then = "what was done is in the journal: resume to go on (--resume, or ESConfig(resume=True))"
+        if not self.folder.journal.exists():
+            then = "its journal is gone"
+        log.warning("%s after generation %d: %s", stopped, self.es.generation, then)
 
     def _tell(self, value: Callable[[], Any]) -> Any:
         """What `value()` is in process 0, in all that hold its model's shards."""
@@ -256,11 +296,13 @@ class ESTrainer:
         self.es.sigma, self.es.lr = self.args.rates(generation)
         self.clock.lap("other")
         scores = []  # workers score a member while the next one generates
-        for member, responses in self._answers(texts, seeds):
-            if self.team.leads:  # one of the processes that hold a model together
-                answered = chat.answered(rows, responses)
-                scores.append((member, self.scorer.submit(self.reward_funcs, *answered)))
-            self.clock.lap("score")
+        with contextlib.closing(self._answers(texts, seeds)) as answers:
+            for member, responses in answers:
+                if self.team.leads:  # one of the processes that hold a model together
+                    answered = chat.answered(rows, responses)
+                    scores.append((member, self.scorer.submit(self.reward_funcs, *answered)))
+                self._stops.check()
+                self.clock.lap("score")
         self.clock.lap("perturb")
         for member, rewards in scores:
             member.reward = self._reward(member, rewards)
@@ -271,9 +313,8 @@ class ESTrainer:
         drift = self.es.drift()
         self.clock.lap("other")
         seconds, tokens = self.clock.since(before), self._tokens() - tokens
-        self._trained_tokens += tokens
         return ({} if drift is None else {"drift": drift}) | self.movement.norms() | {
-            **_of_rewards(record), "seconds": sum(seconds.values()), **{f"seconds_{k}": v for k, v in seconds.items()},
+            **of_rewards(record), "seconds": sum(seconds.values()), **{f"seconds_{k}": v for k, v in seconds.items()},
             **account(seconds, tokens),
         }  # fmt: skip
 
@@ -321,14 +362,16 @@ class ESTrainer:
     def _evaluate(self) -> dict[str, float]:
         if self.eval_dataset is None:
             return {}
+        began = self.clock.seconds.get("evaluate", 0.0)
         texts = self._texts(self.eval_dataset)
         with self.team.working():
             responses = self._generate(texts)
             # needs the model, so it can't be scored elsewhere
             named = {} if self.kl is None else {"kl_to_base": self.kl(texts, responses)}
             found = self._tell(lambda: self._score(texts, responses, named))
+        self._stops.check()
         self.clock.lap("evaluate")
-        return found
+        return found | {"evaluate_seconds": self.clock.seconds["evaluate"] - began}
 
     def _score(self, texts: list[str], responses: list[str], named: dict[str, list]) -> dict[str, float]:
         c, answered = self.args, chat.answered(self.eval_dataset, responses)
@@ -339,48 +382,3 @@ class ESTrainer:
                                         "rewards": each})  # fmt: skip
         return figures | {f"eval_{name}": mean(values) for name, values in named.items()} | {
             "eval_length": mean(list(map(len, responses)))}  # fmt: skip
-
-    def _log(self, row: dict[str, Any], report: Report) -> None:
-        """Metrics go to disk, and the model of the best evaluation so far with them."""
-        reward = row.get("eval_reward", -math.inf)
-        if reward > self._best:
-            self._best = reward
-            if self.args.save_best and row["generation"]:
-                self._save_model(self.folder.best.name, row)
-        if self.team.rank == 0:
-            self.folder.append_metrics(row)
-            report.log(row)
-
-    def _save_model(self, name: str, after: dict[str, Any]) -> None:
-        with self.team.working():
-            weights = whole_state_dict(self.model, keep=self.team.rank == 0) if in_shards(self.model) else None
-        if self.team.rank == 0:
-            self.folder.save_model(self.model, self.processing_class, self._card(after), name, weights)
-        self.clock.lap("save")
-
-    def _card(self, after: dict[str, Any]) -> str:
-        return model_card(self.model, self.args, self.es.generation, self.folder.read_metrics()[0], after)
-
-    def _finish(self, before: dict[str, float], after: dict[str, float]) -> None:
-        self._save_model(self.folder.model.name, after)
-        if self.team.rank:
-            return
-        self.folder.draw_curves()
-        self.clock.lap("save")
-        seconds = {phase: round(s, 3) for phase, s in self.clock.seconds.items()}
-        self.summary = {
-            "generations": self.es.generation, "seed": self.args.seed, "eval_prompts": len(self.eval_dataset or ()),
-            "before": before, "after": after, **account(self.clock.seconds, self._trained_tokens),
-            "seconds": seconds | {"total": round(sum(seconds.values()), 3)},
-        }  # fmt: skip
-        write_whole(self.folder.path / "summary.json", json.dumps(self.summary, indent=2) + "\n")
-
-
-def _of_rewards(record: Generation) -> dict[str, Any]:
-    """What a generation's line of metrics says that its record in the journal knows."""
-    rewards = np.array([r for r in record.rewards if r is not None])
-    return {
-        "generation": record.generation + 1, "reward_mean": float(rewards.mean()), "reward_max": float(rewards.max()),
-        "reward_min": float(rewards.min()), "reward_std": float(rewards.std()), "sigma": record.sigma, "lr": record.lr,
-        **({"set_aside": n} if (n := record.rewards.count(None)) else {}),
-    }  # fmt: skip

@@ -56,7 +56,8 @@ def test_run_folder_is_complete_and_the_saved_model_loads(tmp_path, model):
     trainer, summary = train(tmp_path / "run", model)
     folder = tmp_path / "run"
     assert {p.name for p in folder.iterdir()} == {
-        "config.yaml", "metrics.jsonl", "journal.jsonl", "summary.json", "curves.png", "model", "samples.jsonl",
+        "config.yaml", "identity.json", "metrics.jsonl", "journal.jsonl", "summary.json", "curves.png", "model",
+        "samples.jsonl",
     } | ({"best"} if (folder / "best").exists() else set())  # fmt: skip
     assert esfast.ESConfig(**yaml.safe_load((folder / "config.yaml").read_text())) == trainer.args
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -148,7 +149,7 @@ def test_interrupt_saves_the_last_completed_generation(tmp_path, model):
 
 
 def test_a_model_that_cannot_be_saved_leaves_no_half_folder(tmp_path, model):
-    folder = RunFolder.claim(tmp_path / "run")
+    folder = RunFolder(tmp_path / "run")
     folder.save_model(*model)
 
     class Broken:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import logging
 import sys
 
+from ..interrupts import signal_of
 from .parser import parser_of_all
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command; returns the exit status: 0 done, 1 failed, 2 unusable arguments, 130 interrupted."""
+    """Runs one command; returns the exit status: 0 done, 1 failed, 2 unusable arguments, 128 + N ended by signal N."""
     argv = sys.argv[1:] if argv is None else argv
     logging.basicConfig(format="esfast: %(message)s", level=logging.WARNING)
     if argv[:1] == ["bench"]:  # benchmarks have parsers of their own
@@ -23,9 +24,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parser_of_all().parse_args(argv)
     try:
         return args.run(args) or 0
-    except KeyboardInterrupt:
-        print("esfast: interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as interrupt:
+        signum = signal_of(interrupt)
+        print(f"esfast: interrupted by {signum.name}", file=sys.stderr)
+        return 128 + signum
     except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
         if args.debug:
             raise

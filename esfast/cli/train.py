@@ -90,10 +90,12 @@ def _summary(trainer, pretraining: float) -> str:
     s, seconds = trainer.summary, dict(trainer.summary["seconds"])
     total = seconds.pop("total")
     lines = [f"after {s['generations']} generations, on {s['eval_prompts']} held-out prompts:"]
-    for name, before in s["before"].items():
-        if name.endswith("_se") or name not in s["after"]:
-            continue
-        lines.append(f"  {name.removeprefix('eval_'):<10} {before:8.4f} -> {s['after'][name]:.4f}")
+    for name in s["before"] | s["after"]:
+        if not name.endswith("_se"):
+            before, after = (f"{s[when][name]:.4f}" if name in s[when] else "?" for when in ("before", "after"))
+            lines.append(f"  {name.removeprefix('eval_'):<10} {before:>8} -> {after}")
+    if s["after"] and s["after_generation"] != s["generations"]:
+        lines.append(f"  (the last evaluation was after generation {s['after_generation']})")
     shares = ", ".join(f"{phase} {t:.1f}" for phase, t in sorted(seconds.items(), key=lambda x: -x[1]) if t >= 0.05)
     lines.append(
         f"seconds: {total:.1f} ({shares})" + (f"; making the base model {pretraining:.1f}" * bool(pretraining))

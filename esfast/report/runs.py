@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..journal import read
-from ..run_folder import RunFolder
+from ..run_folder import RunFolder, read_lines
 
 _OF_A_REPEAT = ("seed", "output_dir", "progress", "resume")  # settings in which repeats of an experiment differ
 
@@ -60,18 +57,12 @@ def load(path: str | Path) -> Run:
     folder = RunFolder(Path(path))
     if not folder.metrics.exists():
         raise FileNotFoundError(f"report: {path} is no run folder (it has no {folder.metrics.name})")
-    config = folder.path / "config.yaml"
-    summary = folder.path / "summary.json"
     records = read(folder.journal).records if folder.journal.exists() else []
     return Run(
         name=str(path).rstrip("/") if Path(path).name not in ("", "..") else str(Path(path).resolve()),
-        config=yaml.safe_load(config.read_text(encoding="utf-8")) if config.exists() else {},
+        config=folder.read_config(),
         metrics=folder.read_metrics(),
         rewards=[[r for r in record.rewards if r is not None] for record in records],
-        samples=_lines(folder.samples),
-        summary=json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else {},
+        samples=read_lines(folder.samples),
+        summary=folder.read_summary(),
     )
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
