@@ -147,12 +147,16 @@ def test_the_journal_is_with_process_0_or_there_is_a_word(tmp_path, caplog):
             begin(0, folder, store, restarted)
             other.result(timeout=10)
             assert ("beginning anew" in caplog.text) == restarted
-        (tmp_path / "again0").rename(tmp_path / "again1")  # as if machines had changed places
+        # as if machines had changed places
+        es = esfast.ES([("a", torch.zeros(3))], population_size=2, journal=tmp_path / "moved1" / "journal.jsonl")
+        for member in es.population():
+            member.reward = float(member.index)
+        es.step()
         store = torch.distributed.HashStore()
-        other = pool.submit(begin, 1, "again", store)
+        other = pool.submit(begin, 1, "moved", store)
         with pytest.raises(FileNotFoundError, match="is on the machine of process 1, not on that of process 0"):
-            begin(0, "again", store)
-        torch.distributed.PrefixStore("again", store).set("stop", "failed: enough")
+            begin(0, "moved", store)
+        torch.distributed.PrefixStore("moved", store).set("stop", "failed: enough")
         with pytest.raises(distributed.Stopped):
             other.result(timeout=10)
 
