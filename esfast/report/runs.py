@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..journal import read
+from ..journal import peek
 from ..run_folder import RunFolder, read_lines
 
 _OF_A_REPEAT = ("seed", "output_dir", "progress", "resume")  # settings in which repeats of an experiment differ
@@ -57,12 +57,12 @@ def load(path: str | Path) -> Run:
     folder = RunFolder(Path(path))
     if not folder.metrics.exists():
         raise FileNotFoundError(f"report: {path} is no run folder (it has no {folder.metrics.name})")
-    records = read(folder.journal).records if folder.journal.exists() else []
+    found = peek(folder.journal)
     return Run(
         name=str(path).rstrip("/") if Path(path).name not in ("", "..") else str(Path(path).resolve()),
         config=folder.read_config(),
         metrics=folder.read_metrics(),
-        rewards=[[r for r in record.rewards if r is not None] for record in records],
+        rewards=[[r for r in record.rewards if r is not None] for record in (found.records if found else ())],
         samples=read_lines(folder.samples),
         summary=folder.read_summary(),
     )
