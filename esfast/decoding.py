@@ -15,7 +15,7 @@ import transformers
 from transformers import GenerationConfig, LogitsProcessorList, StaticCache
 
 from .grouped_attention import attention_kept, grouped
-from .sampling import SeededSampling
+from .sampling import FiniteLogits, SeededSampling
 
 Tokens = list[list[int]]
 
@@ -40,11 +40,13 @@ class Plain:
         filled = rows + [rows[-1]] * (count - len(rows))
         ids = torch.tensor([[pad] * (width - len(row)) + row for row in filled], device=self.model.device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in filled], device=self.model.device)
-        options = {} if sampling is None else {"logits_processor": LogitsProcessorList([sampling.after(width, count)])}
+        finite = FiniteLogits()
+        processors = LogitsProcessorList([finite] if sampling is None else [finite, sampling.after(width, count)])
         # no_grad rather than inference_mode: a tensor that the model caches during the call stays an ordinary one.
         with torch.no_grad(), self._attention():
             output = self.model.generate(input_ids=ids, attention_mask=mask, generation_config=self.config,
-                                         **self._cache(count, width), **options)  # fmt: skip
+                                         logits_processor=processors, **self._cache(count, width))  # fmt: skip
+        finite.check()
         new = output[: len(rows), width:]
         ended = torch.isin(new, self._ends).cumsum(1)
         lengths = (ended == 0).sum(1) + ended.gt(0).any(1)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
@@ -24,8 +23,9 @@ from .decoding import WAYS, automatic
 from .encoding import PromptEncoder, context_limit, embedded_tokens
 from .models import check_generates
 from .names import DECODINGS
+from .probe import ANY, Traits, probe_texts, traits_of
 from .rows import check_text
-from .sampling import SeededSampling
+from .sampling import LogitsError, SeededSampling
 from .shards import in_shards
 
 log = logging.getLogger(__name__)
@@ -96,13 +96,16 @@ class TransformersEngine:
     model           any causal LM with `generate`; it generates in eval mode and is left in the mode it was in
     tokenizer       its tokenizer; without a pad token that the model has an embedding for, the eos token pads, else 0
     max_new_tokens  longest completion, in tokens
-    batch_size      most prompts at once; None takes as many as have their keys and values in a quarter of the device's
-                    memory. When memory runs out nevertheless it is halved, and stays so; not with a model in shards
+    batch_size      most prompts at once; None takes as many as have their caches in a quarter of the memory. When that
+                    runs out nevertheless it is halved, and stays so; not with a model in shards
     temperature     of completions that are asked for with seeds
     decoding        "plain", "static" or "continuous", see esfast.decoding; "auto" takes plain on a CPU, and on a GPU
                     the fastest that works there, and says so where it passes one over
 
-    Raises ValueError if an argument is out of range, or if the model is no causal LM.
+    A few tokens are generated at once, to measure what a batch may hold (esfast.probe): prompts of one length where the
+    model reads padding as text.
+
+    Raises ValueError if an argument is out of range, or if the model is no causal LM or can't generate a text.
     """
 
     def __init__(
@@ -138,9 +141,17 @@ class TransformersEngine:
         self._in_shards = in_shards(model)
         if self._in_shards and decoding not in ("auto", "plain"):
             raise ValueError(f"decoding: a model in shards generates plainly, got {decoding!r}")
-        self._ways = ["plain"] if self._in_shards else list(automatic(model)) if decoding == "auto" else [decoding]
-        self._way = None if len(self._ways) > 1 else WAYS[self._ways[0]](model, self.generation_config)
         self._one_thread = is_small(model)
+        # All processes of a model in shards generate together, and so measure it when they do.
+        self._traits = None if self._in_shards else self._measure()
+        padded = self._traits is not None and self._traits.together == ANY
+        if decoding == "static" and not padded:
+            raise ValueError(
+                f"decoding: a {type(model).__name__} reads padding as text, which decoding='static' fills prompts up "
+                "with; take 'plain'"
+            )
+        self._ways = [decoding] if decoding != "auto" else list(automatic(model)) if padded else ["plain"]
+        self._way = None if len(self._ways) > 1 else WAYS[self._ways[0]](model, self.generation_config)
 
     def generate(self, prompts: Sequence[str], seeds: Sequence[int] | None = None) -> list[str]:
         """The completion of each prompt, in the order given, without the prompt and without special tokens.
@@ -149,7 +160,8 @@ class TransformersEngine:
         different ones. Without, they are greedy.
 
         Raises TypeError for prompts that are not strings, ValueError for one that is empty, that no UTF-8 can hold,
-        that has a token without an embedding, or that leaves no room for max_new_tokens in the model's context, and
+        that has a token without an embedding, or that leaves no room for max_new_tokens in the model's context,
+        esfast.sampling.LogitsError (a ValueError) where the model's logits are NaN or infinite, and
         torch.OutOfMemoryError if not even a single prompt fits in memory.
         """
         if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
@@ -160,13 +172,15 @@ class TransformersEngine:
         # Longest first: if memory is short it shows in the first mini-batch, before work is done that would be lost.
         order = sorted(range(len(prompts)), key=lambda i: -len(encoded[i]))
         completions = [""] * len(prompts)
+        self._traits = self._traits or self._measure()
         longest = max(map(len, encoded), default=0) + self.max_new_tokens
-        fitting = min(batch_that_fits(self.model, longest), len(order))
+        fitting = self._traits.batch_that_fits(longest, self.model.device)
         with self._own_settings():
             done = 0
             while done < len(order):
                 most = min(self.batch_size or fitting, len(order))
                 batch = order[done : done + most]
+                batch = batch[: self._traits.batchable([len(encoded[i]) for i in batch])]
                 texts = self._try_batch([encoded[i] for i in batch], most, seeds and [seeds[i] for i in batch])
                 if texts is None:
                     self.batch_size = len(batch) // 2
@@ -191,6 +205,8 @@ class TransformersEngine:
         sampling = None
         if seeds is not None:
             sampling = SeededSampling(seeds, self.temperature, self.max_new_tokens, self.model.device)
+        if self._traits is not None and self._traits.carried is not None:
+            self._traits.carried.forget()
         try:
             new = self._decode(rows, most, sampling)
         except torch.OutOfMemoryError:
@@ -211,7 +227,7 @@ class TransformersEngine:
             try:
                 way = WAYS[name](self.model, self.generation_config)
                 new = way(rows, most, sampling)
-            except torch.OutOfMemoryError:
+            except (torch.OutOfMemoryError, LogitsError):
                 self._ways.insert(0, name)
                 raise
             except Exception as error:
@@ -222,6 +238,11 @@ class TransformersEngine:
                 self._way = way
                 return new
         return self._way(rows, most, sampling)
+
+    def _measure(self) -> Traits:
+        texts = probe_texts(self._encoder, self._vocabulary, self._limit)
+        with self._own_settings():
+            return traits_of(self.model, self.generation_config, texts)
 
     @contextlib.contextmanager
     def _own_settings(self) -> Iterator[None]:
@@ -277,23 +298,6 @@ def is_small(model) -> bool:
     """Whether the model is on a CPU and so small that one thread does all the fastest: more wait for each other, the
     embedded model's by half again of the time it needs, and many times over if another process wants a core."""
     return model.device.type == "cpu" and sum(p.numel() for p in model.parameters()) < WEIGHTS_FOR_THREADS
-
-
-def batch_that_fits(model, tokens: int) -> int:
-    """How many sequences of `tokens` tokens keep their keys and values in a quarter of the device's memory, at least 1.
-
-    Of all memory, not of what is free just now: a batch's size can show in the last bits of what it computes, and the
-    same run on the same machine shall give the same completions.
-    """
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    per_sequence = 2 * config.num_hidden_layers * heads * width * tokens * model.dtype.itemsize
-    if model.device.type == "cuda":
-        memory = torch.cuda.get_device_properties(model.device).total_memory
-    else:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return max(1, memory // 4 // per_sequence)
 
 
 def _end_tokens(model, tokenizer) -> list[int]:

@@ -16,6 +16,30 @@ from transformers import LogitsProcessor
 from .noise import DOMAINS, philox
 
 
+class LogitsError(ValueError):
+    """A model's logits are NaN or infinite, so that it says nothing of the next token."""
+
+
+class FiniteLogits(LogitsProcessor):
+    """Leaves scores as they are, and remembers whether all were numbers, without waiting for the device.
+
+    The greatest of a row tells: it is NaN if one is NaN, and infinite if one is inf or all are -inf.
+    """
+
+    def __init__(self):
+        self._fine: torch.Tensor | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        fine = scores.amax(-1).isfinite().all()
+        self._fine = fine if self._fine is None else self._fine & fine
+        return scores
+
+    def check(self) -> None:
+        """LogitsError unless all scores so far were numbers."""
+        if self._fine is not None and not self._fine:
+            raise LogitsError("the model's logits are NaN or infinite")
+
+
 def response_seeds(seed: int, generation: int, prompts: int, responses: int) -> list[int]:
     """The 64-bit seeds of `responses` answers to each of `prompts` prompts, in the order prompt by prompt."""
     blocks = np.arange(prompts, dtype=np.uint64) | np.uint64(generation << 32)
@@ -56,5 +80,6 @@ class SeededSampling(LogitsProcessor):
         point = torch.minimum(
             self._numbers[:, step : step + 1] * total, torch.nextafter(total, torch.zeros_like(total))
         )
-        token = torch.searchsorted(sums, point, right=True)  # the first whose sum exceeds it: it has a probability
+        # the first whose sum exceeds it: it has a probability; of sums that are NaN none does, see FiniteLogits
+        token = torch.searchsorted(sums, point, right=True).clamp(max=scores.shape[-1] - 1)
         return torch.full_like(scores, -torch.inf).scatter_(-1, token, 0)

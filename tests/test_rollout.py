@@ -5,7 +5,8 @@ import torch
 from transformers import GenerationConfig
 
 from esfast import embedded
-from esfast.rollout import TransformersEngine, batch_that_fits
+from esfast.probe import ROWS_UNKNOWN, Traits
+from esfast.rollout import TransformersEngine
 from esfast.tasks import countdown
 
 PROMPTS = ["1 2 3=6\n<think>", "a", "12 34 56 78=90\n<think>", "\u00e9", "1 2 3=7\n<think>", "no tags here", "a"]
@@ -266,8 +267,10 @@ def test_mini_batches_are_sized_for_the_memory(tiny, monkeypatch):
         TransformersEngine, "_try_batch", lambda s, rows, *rest: sizes.append(len(rows)) or original(s, rows, *rest)
     )
     monkeypatch.setattr("os.sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": 4 * 3 * per_token * longest}.__getitem__)
-    assert batch_that_fits(model, longest) == 3
-    TransformersEngine(model, tokenizer, 12).generate(PROMPTS)
+    engine = TransformersEngine(model, tokenizer, 12)
+    assert engine._traits.batch_that_fits(longest, model.device) == 3
+    engine.generate(PROMPTS)
     assert sizes[0] == 3 and sum(sizes) == len(PROMPTS)
     monkeypatch.setattr("os.sysconf", lambda name: 1)
-    assert batch_that_fits(model, longest) == 1
+    assert engine._traits.batch_that_fits(longest, model.device) == 1
+    assert Traits().batch_that_fits(longest, model.device) == ROWS_UNKNOWN
