@@ -38,7 +38,7 @@ from .rewards import RewardError, RewardFunc, Scorer, check_metrics, combine, ju
 from .rollout import TransformersEngine, as_engine
 from .rows import Rows, check_rows, draw
 from .run_folder import RunFolder
-from .sampling import response_seeds
+from .sampling import LogitsError, response_seeds
 from .stats import mean
 
 log = logging.getLogger(__name__)
@@ -322,17 +322,26 @@ class ESTrainer:
         try:
             return mean(combine(rewards.result(), self.reward_weights))
         except RewardError as error:
-            if self.args.on_reward_error == "stop":
-                raise
-            log.warning("member %d of generation %d is set aside: %s", member.index, self.es.generation, error)
+            self._set_aside(member, error)
             return None
+
+    def _set_aside(self, member: Member, error: Exception) -> None:
+        """Leaves the member without a reward, or raises the error, as on_reward_error says."""
+        if self.args.on_reward_error == "stop":
+            raise error
+        log.warning("member %d of generation %d is set aside: %s", member.index, self.es.generation, error)
 
     def _answers(self, texts: list[str], seeds: Sequence[int] | None) -> Iterator[tuple[Member, list[str]]]:
         """This process's members of the population, each with its responses."""
         with self.es.population() as members:
             for member in members:
                 self.clock.lap("perturb")
-                responses = self._generate(texts, seeds)
+                whose = f"member {member.index} of generation {self.es.generation} (sigma {self.es.sigma:g})"
+                try:
+                    responses = self._generate(texts, seeds, whose)
+                except LogitsError as error:
+                    self._set_aside(member, error)
+                    continue
                 self.clock.lap("generate")
                 yield member, responses
 
@@ -353,8 +362,13 @@ class ESTrainer:
             return rows
         return draw(self.train_dataset, generation, count, self.args.seed)
 
-    def _generate(self, texts: list[str], seeds: Sequence[int] | None = None) -> list[str]:
-        return self.engine.generate(texts) if seeds is None else self.engine.generate(texts, seeds)
+    def _generate(self, texts: list[str], seeds: Sequence[int] | None, whose: str) -> list[str]:
+        try:
+            return self.engine.generate(texts) if seeds is None else self.engine.generate(texts, seeds)
+        except LogitsError:
+            raise LogitsError(
+                f"{whose} gives logits that are not numbers (NaN or infinite): lower sigma, or lr"
+            ) from None
 
     def _tokens(self) -> int:
         return getattr(self.engine, "tokens", 0)
@@ -365,7 +379,7 @@ class ESTrainer:
         began = self.clock.seconds.get("evaluate", 0.0)
         texts = self._texts(self.eval_dataset)
         with self.team.working():
-            responses = self._generate(texts)
+            responses = self._generate(texts, None, f"the model after generation {self.es.generation}")
             # needs the model, so it can't be scored elsewhere
             named = {} if self.kl is None else {"kl_to_base": self.kl(texts, responses)}
             found = self._tell(lambda: self._score(texts, responses, named))
