@@ -149,7 +149,7 @@ class ES:
         self.rule.check_names(self.plan.whole_names)
         weights = automatic(self.plan, self.rule) if weights == "auto" else weights
         get_backend(backend, self.plan.device)
-        check_finite(self.plan)
+        check_finite((e.name, e.tensor) for e in self.plan.entries)
         self.generation = 0
         self.members: list[Member] = []
         self._inside: Member | None = None

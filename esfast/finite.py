@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
-
-from .plan import Plan
 
 SHOWN = 3  # names in a message
 
 
-def check_finite(plan: Plan) -> None:
+def check_finite(named: Iterable[tuple[str, torch.Tensor]]) -> None:
     """ValueError, which names them, if there are weights that are NaN or infinite. It reads all weights once."""
-    names = [e.name for e in plan.entries if not _is_finite(e.tensor)]
+    named = list(named)
+    names = [name for name, tensor in named if tensor.numel() and not _is_finite(tensor)]
     if names:
         raise ValueError(
-            f"{len(names)} of {len(plan)} tensors hold NaN or infinite weights: {some(names)}. No update mends them: "
+            f"{len(names)} of {len(named)} tensors hold NaN or infinite weights: {some(names)}. No update mends them: "
             "take an undamaged checkpoint, or leave them out (exclude=) if they are meant to be so"
         )
 

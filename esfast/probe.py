@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from transformers import GenerationConfig, PretrainedConfig
 
+from .finite import check_finite
 from .sampling import LogitsError
 
 log = logging.getLogger(__name__)
@@ -123,6 +124,7 @@ def traits_of(model, config: GenerationConfig, texts: list[list[int]]) -> Traits
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
+        check_finite(model.named_parameters())
         raise ValueError(f"model: this {kind} can't generate a text: {type(error).__name__}: {error!s:.300}") from error
     _KNOWN[model] = place, traits
     if traits.together == EQUAL_LENGTHS:

@@ -211,8 +211,11 @@ def test_a_base_model_whose_logits_are_no_numbers_is_refused():
     model = made("llama")
     with torch.no_grad():
         model.lm_head.weight[0, 0] = float("nan")
+        with pytest.raises(ValueError, match="1 of .* tensors hold NaN or infinite weights: 'lm_head.weight'"):
+            TransformersEngine(model, TOKENIZER, 4)
+        model.lm_head.weight.fill_(60000)
     with pytest.raises(ValueError, match="LlamaForCausalLM can't generate a text: LogitsError"):
-        TransformersEngine(model, TOKENIZER, 4)
+        TransformersEngine(model.half(), TOKENIZER, 4)
 
 
 def test_logits_that_a_model_rules_out_are_fine():
