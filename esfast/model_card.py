@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from .adapters import is_peft
 from .config import ESConfig
 
 
@@ -16,7 +17,8 @@ def model_card(model, config: ESConfig, generations: int, before: Mapping[str, A
     from . import __version__
 
     origin = getattr(model.config, "_name_or_path", "") or "a model without a name"
-    header: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation",
+    library = "peft" if is_peft(model) else "transformers"
+    header: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation",
                               "tags": ["esfast", "evolution-strategies"]}  # fmt: skip
     if "/" in origin and not origin.startswith(("/", ".")):
         header["base_model"] = origin

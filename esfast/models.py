@@ -12,15 +12,19 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
+from . import adapters
 from .finite import some
 
 
 def load_model(path: str | os.PathLike, **options) -> torch.nn.Module:
-    """The causal LM of a Hugging Face name or folder; `options` go to from_pretrained (dtype=).
+    """The causal LM of a Hugging Face name or folder; `options` go to from_pretrained (dtype=). The folder of a PEFT
+    adapter gives its base model with the adapter in it, ready to be tuned.
 
     Raises OSError if there is none or files of it are, ValueError for a model that is no causal LM, that needs code of
     its own, or whose file of weights is damaged, incomplete, or not this model's. Nothing is unpickled but tensors.
     """
+    if (base := adapters.base_of(path)) is not None:
+        return adapters.attach(load_model(base, **options), path)
     check_kind(path, load_config(path))
     model, report = _loaded(
         "model",
@@ -38,11 +42,13 @@ def load_model(path: str | os.PathLike, **options) -> torch.nn.Module:
 
 def load_config(path: str | os.PathLike):
     """A model's configuration; errors as in `load_model`."""
-    return _loaded("model", path, AutoConfig.from_pretrained)
+    return _loaded("model", adapters.base_of(path) or path, AutoConfig.from_pretrained)
 
 
 def load_tokenizer(path: str | os.PathLike):
-    """A model's tokenizer; errors as in `load_model`."""
+    """A model's tokenizer; errors as in `load_model`. The folder of an adapter may leave it to the base model's."""
+    if not os.path.exists(os.path.join(path, "tokenizer_config.json")):
+        path = adapters.base_of(path) or path
     tokenizer = _loaded("the tokenizer of", path, AutoTokenizer.from_pretrained)
     # Without files some classes come up with special tokens alone.
     if not tokenizer("a", add_special_tokens=False)["input_ids"]:

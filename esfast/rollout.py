@@ -247,19 +247,15 @@ class TransformersEngine:
     @contextlib.contextmanager
     def _own_settings(self) -> Iterator[None]:
         """The model in eval mode, with the engine's generation config and number of threads."""
-        was_training, own_config, threads = self.model.training, self.model.generation_config, torch.get_num_threads()
-        self.model.eval()
-        # Passing a config is not enough: generate fills what it leaves open from the model's (a repetition penalty).
-        self.model.generation_config = self.generation_config
+        threads = torch.get_num_threads()
         if self._one_thread:
             torch.set_num_threads(1)
         try:
-            yield
+            with generating(self.model, self.generation_config):
+                yield
         finally:
             if self._one_thread:
                 torch.set_num_threads(threads)
-            self.model.generation_config = own_config
-            self.model.train(was_training)
 
     def _encode(self, prompts: Sequence[str]) -> list[list[int]]:
         """Token ids of each prompt. Kept from one call to the next, since all members of a generation share prompts."""
@@ -292,6 +288,28 @@ class TransformersEngine:
                 f"exceeds the model's context of {limit}: shorten the prompt, or lower max_completion_length "
                 "(--max-completion-length; of an engine made by hand, max_new_tokens)"
             )
+
+
+@contextlib.contextmanager
+def generating(model, config: GenerationConfig) -> Iterator[None]:
+    """The model in eval mode and with this generation config; as it was after the block.
+
+    To give generate a config is not enough: it fills what that leaves open from the model's (a repetition penalty). In
+    a model that wraps another, as PEFT's do, each has one, and the wrapper's generate hands its own on.
+    """
+    was_training, modules = model.training, list(model.modules())
+    configured = {m: m.generation_config for m in modules if "generation_config" in vars(m)}
+    model.eval()
+    for module in (model, *configured):
+        module.generation_config = config
+    try:
+        yield
+    finally:
+        for module in modules:
+            vars(module).pop("generation_config", None)
+        for module, own in configured.items():
+            module.generation_config = own
+        model.train(was_training)
 
 
 def is_small(model) -> bool:

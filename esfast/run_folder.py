@@ -31,6 +31,7 @@ class RunFolder:
         self.config, self.checkpoints = path / "config.yaml", path / "checkpoints"
         self.identity, self.summary, self.curves = path / "identity.json", path / "summary.json", path / "curves.png"
         self._lock: Lock | None = None
+        self.adapter = path / "adapter"
 
     @classmethod
     def claim(cls, path: str | Path, resume: bool = False) -> RunFolder:
@@ -108,11 +109,12 @@ class RunFolder:
             log.warning("%s: a run was started here and did nothing: beginning anew", self.path)
             for path in (self.journal, self.metrics, self.samples, self.identity):
                 path.unlink(missing_ok=True)
+            shutil.rmtree(self.adapter, ignore_errors=True)
         rest = (self.metrics, self.samples, self.checkpoints, self.best, self.model, self.summary, self.curves)
         if left := [p for p in rest if p.exists()]:
             earlier = next(p for n in range(1, 10**6) if not (p := self.path / f"earlier-{n}").exists())
             earlier.mkdir()
-            for path in left:
+            for path in [*left, *([self.adapter] if self.adapter.exists() else [])]:
                 path.rename(earlier / path.name)
             log.warning("%s: %s of an earlier run moved to %s", self.path, ", ".join(p.name for p in left), earlier)
 
@@ -191,6 +193,9 @@ def save_model(path: Path, model, tokenizer, card: str = "", weights: dict | Non
         except SafetensorError as error:
             raise OSError(f"{path} could not be written: {error}") from None
         tokenizer.save_pretrained(unfinished)
+        settings = getattr(model, "generation_config", None)
+        if settings is not None and not (unfinished / "generation_config.json").exists():  # PEFT leaves it out
+            settings.save_pretrained(unfinished)
         if card:
             (unfinished / "README.md").write_text(card, encoding="utf-8")
 

@@ -18,8 +18,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from . import chat
-from .adapters import ADAPTERS, with_adapters
+from . import adapters, chat
 from .clock import Clock, account
 from .config import ESConfig
 from .distributed import Team
@@ -48,7 +47,7 @@ class ESTrainer:
     """Fine-tunes all weights of a causal language model by evolution strategies.
 
     Args:
-        model: a Hugging Face causal LM, or the name or folder of one. It is tuned in place.
+        model: a Hugging Face causal LM, or the name or folder of one or of a PEFT adapter. It is tuned in place.
         reward_funcs: one function or several, whose rewards are added: f(prompts=, completions=, **columns) -> list of
             floats, one a completion (a list of str), higher is better. A member's reward is the mean over the prompts.
             As in TRL: a chat (a list of messages) as prompt has its completion as a list of one message; None for a
@@ -59,7 +58,8 @@ class ESTrainer:
         eval_dataset: rows that are never trained on (optional).
         processing_class: the tokenizer; by default the model's own.
         metrics: further functions of the reward functions' form, evaluated on eval_dataset and logged under their name.
-        peft_config: a PEFT configuration: its adapters are put into the model, and they alone are tuned (optional).
+        peft_config: a PEFT configuration (optional): its adapters are put into the model. Of a PeftModel, made so or
+            given as `model`, what requires a gradient is tuned, if args.include does not choose.
         engine: what generates, a function from prompts to completions or an esfast.rollout.Engine; default
             TransformersEngine.
         team: the processes that train together (Team.join()), each with a model of its own or a part of one, see
@@ -115,7 +115,7 @@ class ESTrainer:
             check_rows("train_dataset", train_dataset)
         check_rows("eval_dataset", eval_dataset, required=False)
         self.team = team if team is not None else Team()
-        if self.team.shards > 1 and (isinstance(model, str) or peft_config is not None):
+        if self.team.shards > 1 and (isinstance(model, str) or peft_config is not None or adapters.is_peft(model)):
             raise ValueError(
                 "a model in shards: expected the model itself, without adapters; see esfast.tensor_parallel"
             )
@@ -124,10 +124,13 @@ class ESTrainer:
         if processing_class is None:
             processing_class = load_tokenizer(model.config._name_or_path)
         c = self.args
-        include = c.include
         if peft_config is not None:
-            model, include = with_adapters(model, peft_config), include or [ADAPTERS]
+            model = adapters.wrap(model, peft_config, c.seed)
+        adapters.check(model)
+        include = c.include or adapters.patterns(model)
         self.model, self.processing_class = model, processing_class
+        if engine is None:
+            adapters.check_generates(model)
         self.engine = as_engine(engine) if engine is not None else TransformersEngine(
             model, processing_class, c.max_completion_length, c.batch_size, c.temperature or 1.0, c.decoding
         )  # fmt: skip
@@ -135,8 +138,6 @@ class ESTrainer:
             if rows is not None and not callable(rows):
                 check_prompts(what, rows, self._texts, self.engine, c.progress and self.team.rank == 0)
         self._evaluates = self.team.rank < self.team.shards  # process 0, with those that hold its model's other shards
-        kl = c.kl_to_base and self._evaluates
-        self.kl = KLToBase(model, processing_class, c.max_completion_length) if kl else None
         workers = c.reward_workers if self.team.leads else 0
         self.scorer = Scorer([*self.reward_funcs, *self.metrics.values()], workers, c.reward_timeout)
         require(c.report_to)
@@ -154,12 +155,16 @@ class ESTrainer:
     def _begin(self, plan: Plan) -> None:
         """Takes the run folder, and makes ES: a resumed run's is brought to where its journal ends."""
         c, resume = self.args, self.args.resume or self.team.restarted
+        adapters.check_saved(self.model, plan.whole_names)
         if self.team.rank == 0:
             self.folder = RunFolder.claim(c.output_dir, resume)
             if self.folder.begun():
                 c.check_resumes(self.folder.read_config())
                 check_identity(self.folder.read_identity(), self.identity)
             self.folder.prepare()
+        adapters.begin(self.model, self.folder.adapter, resume and self.folder.begun(), self.team.rank == 0)
+        kl = c.kl_to_base and self._evaluates
+        self.kl = KLToBase(self.model, self.processing_class, c.max_completion_length) if kl else None
         self.movement = Movement(plan)
         self.es = self.es_class(
             plan, c.sigma, c.lr, c.population_size, c.seed, c.mirrored, c.noise, c.shaping, c.weights,

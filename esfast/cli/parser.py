@@ -145,8 +145,11 @@ def _add_replay_arguments(parser: argparse.ArgumentParser) -> None:
     result.add_argument("--until", type=int, metavar="N", help="generations to apply (default: all)")
     base = parser.add_argument_group("base model, as in the run")
     base.add_argument("--base", metavar="MODEL", help="Hugging Face name or folder (default: the embedded model)")
+    base.add_argument("--adapter", metavar="FOLDER", help="PEFT adapter that the run began with (default: the folder "
+                      "adapter beside the journal, if it is there)")  # fmt: skip
     base.add_argument("--task", default="countdown", help="of the embedded model")
-    base.add_argument("--include", nargs="+", metavar="PATTERN", help="weights that were tuned (default: all)")
+    base.add_argument("--include", nargs="+", metavar="PATTERN", help="weights that were tuned (default: all; of an "
+                      "adapter, those that it trains)")  # fmt: skip
     base.add_argument("--exclude", nargs="+", metavar="PATTERN", help="weights that were not (default: none)")
     base.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
                       help="dtype of the weights (default: the checkpoint's)")  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from .. import adapters
 from ..journal import replay
 from ..plan import Plan
 from ..run_folder import save_model
@@ -16,6 +17,9 @@ def run(args: argparse.Namespace) -> None:
         raise FileExistsError(f"--out: {args.out} exists already; choose another folder, or move it away")
     args.model = args.base
     model, tokenizer = load(args)
-    replay(Plan(model, args.include, args.exclude), args.journal, args.until)
+    adapter = Path(args.adapter) if args.adapter else Path(args.journal).parent / "adapter"
+    if args.adapter or adapter.is_dir():
+        model = adapters.attach(model, adapter)
+    replay(Plan(model, args.include or adapters.patterns(model), args.exclude), args.journal, args.until)
     save_model(Path(args.out), model, tokenizer)
     print(f"tuned model: {args.out}")
