@@ -112,3 +112,13 @@ def kept_handlers() -> Iterator[None]:
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
+
+
+def came_by_signal(interrupt: KeyboardInterrupt) -> bool:
+    """Whether a signal raised it, and not the code that it came out of. Certain in a `stoppable` block and outside the
+    main thread; where somebody else handles SIGINT, it is taken for one."""
+    if isinstance(interrupt, Interrupted):
+        return True
+    if threading.current_thread() is not threading.main_thread():
+        return False
+    return not isinstance(getattr(signal.getsignal(signal.SIGINT), "__self__", None), Stops)

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import wait
 
+from .interrupts import came_by_signal
 from .reward_worker import NotRewards, Task, Worker, importable, now, numbers, raised
 from .rows import Rows, check_text, columns
 from .stats import mean, standard_error
@@ -22,8 +23,9 @@ log = logging.getLogger(__name__)
 RewardFunc = Callable[..., Sequence[float]]
 
 LARGEST = 3.4e38  # a reward's size, as float32 has it: what is larger makes sums and squares of rewards infinite
-# What a function's failing looks like. KeyboardInterrupt is Ctrl-C's, and other BaseExceptions are somebody else's.
-FAILURES = (Exception, SystemExit, GeneratorExit, asyncio.CancelledError)
+# What a function's failing looks like. A KeyboardInterrupt is its own only if no signal raised it; other BaseExceptions
+# are somebody else's, a test's time limit for example.
+FAILURES = (Exception, SystemExit, GeneratorExit, asyncio.CancelledError, KeyboardInterrupt)
 # Under eval_NAME the metrics file has these of its own; the others are columns beside them.
 RESERVED = ("reward", "reward_se", "length", "kl_to_base", "generation", "seconds")
 
@@ -143,6 +145,8 @@ class Scorer:
         except NotRewards as error:
             raise RewardError(f"reward function {name_of(function)} {error}") from None
         except FAILURES as error:
+            if isinstance(error, KeyboardInterrupt) and came_by_signal(error):
+                raise
             raise RewardError(f"reward function {name_of(function)} {raised(error)}") from error
         return check_rewards(function, values, count)
 

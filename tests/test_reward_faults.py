@@ -280,6 +280,22 @@ def test_each_member_is_scored_with_the_rows_as_they_are(tmp_path):
     assert made.folder.read_metrics()[-1]["reward_max"] == 5.0
 
 
+def test_a_keyboard_interrupt_of_a_function_s_own_is_no_ctrl_c(tmp_path):
+    def own(completions, **columns):
+        raise KeyboardInterrupt("of a grader")
+
+    def pressed(completions, **columns):
+        signal.raise_signal(signal.SIGINT)
+        return [0.0] * len(completions)
+
+    with pytest.raises(RewardError, match="^reward function own raised KeyboardInterrupt: of a grader"):
+        trainer(tmp_path / "own", own).train()
+    with pytest.raises(KeyboardInterrupt):
+        trainer(tmp_path / "pressed", pressed).train()
+    with pytest.raises(KeyboardInterrupt):  # who handles Ctrl-C here can't be told
+        Scorer([own]).submit([own], asked("x"), TEXTS).result()
+
+
 def test_a_metric_called_reward_is_refused_at_the_door(tmp_path):
     with pytest.raises(ValueError, match="metrics: 'reward' is a name of the trainer's own"):
         trainer(tmp_path, odd.length, {"reward": odd.length})
