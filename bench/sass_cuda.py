@@ -13,6 +13,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from . import BenchmarkError, sass
+from .disassembly import Disassembly, tool
 
 # SASS instructions per weight (update: per weight and member) that a kernel may take on sm_90.
 BUDGETS = {
@@ -36,19 +37,19 @@ def missing() -> str | None:
     return extension.ABSENT or None
 
 
-def machine_code(arch: int) -> dict[str, sass.Disassembly]:
+def machine_code(arch: int) -> dict[str, Disassembly]:
     """The functions that the build has for one compute capability."""
     extension = Path(importlib.import_module("esfast._cuda").__file__)
     with tempfile.TemporaryDirectory() as folder:
-        sass.tool(folder, "cuobjdump", "--extract-elf", f"sm_{arch}", extension)
+        tool(folder, "cuobjdump", "--extract-elf", f"sm_{arch}", extension)
         cubins = sorted(Path(folder).glob(f"*sm_{arch}*.cubin"))
         if not cubins:
             raise BenchmarkError(f"esfast._cuda has no machine code for sm_{arch}")
-        code = "".join(sass.tool(folder, "nvdisasm", "-c", cubin) for cubin in cubins)
-        usage = "".join(sass.tool(folder, "cuobjdump", "--dump-resource-usage", cubin) for cubin in cubins)
+        code = "".join(tool(folder, "nvdisasm", "-c", cubin) for cubin in cubins)
+        usage = "".join(tool(folder, "cuobjdump", "--dump-resource-usage", cubin) for cubin in cubins)
     parts = re.split(r"^\s*\.section\s+\.text\.([^,\s]+),.*$", code, flags=re.MULTILINE)
     return {
-        name: sass.Disassembly(text, re.search(rf"{re.escape(name)}:\s*(.*)", usage)[1])
+        name: Disassembly(text, re.search(rf"{re.escape(name)}:\s*(.*)", usage)[1])
         for name, text in zip(parts[1::2], parts[2::2], strict=True)
     }
 

@@ -1,0 +1,156 @@
+"""Machine code as NVIDIA's tools print it: instructions in blocks, and the paths that a launch takes through them."""
+
+from __future__ import annotations
+
+import heapq
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Set
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from . import BenchmarkError
+
+_INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;")
+_LABEL = re.compile(r"^(\.L_x_\d+):")
+# On sm_80 a jump may be written as a call that never returns.
+_JUMP = re.compile(r"\b(?:BRA|EXIT)\b|\bCALL\.REL\.NOINC `\(\.L_x")
+
+
+@dataclass
+class Disassembly:
+    sass: str
+    resources: str
+
+
+def disassemble(cubin: bytes) -> Disassembly:
+    """Machine code and resource usage by nvdisasm and cuobjdump, which come with Triton."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        return Disassembly(
+            tool(folder, "nvdisasm", "-c", path), tool(folder, "cuobjdump", "--dump-resource-usage", path)
+        )
+
+
+def tool(folder: str, name: str, *arguments) -> str:
+    import triton
+
+    found = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    if not found.exists():
+        raise BenchmarkError(f"{name} is not where Triton keeps it ({found}); this Triton comes without NVIDIA's tools")
+    tool = Path(folder) / name
+    if not tool.exists():  # in the package it may lack the permission to run
+        shutil.copy(found, tool)
+        tool.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{folder}:{os.environ.get('PATH', '')}"}
+    done = subprocess.run([tool, *map(str, arguments)], capture_output=True, text=True, env=environment, cwd=folder)
+    if done.returncode:
+        raise BenchmarkError(f"{name} failed: {done.stderr.strip() or done.stdout.strip()}")
+    return done.stdout
+
+
+@dataclass
+class Block:
+    """Instructions without a jump into or out of their midst."""
+
+    label: str | None
+    instructions: list[str] = field(default_factory=list)
+    following: list[int] = field(default_factory=list)
+
+    @property
+    def cost(self) -> int:
+        return sum(not re.match(r"(@!?U?P\d\s+)?NOP", i) for i in self.instructions)
+
+    def uses(self, *what: str) -> bool:
+        return any(w in i for i in self.instructions for w in what)
+
+
+def control_flow(sass: str) -> list[Block]:
+    blocks = [Block(None)]
+    for line in sass.splitlines():
+        if label := _LABEL.match(line):
+            blocks.append(Block(label[1]))
+        elif found := _INSTRUCTION.match(line):
+            blocks[-1].instructions.append(found[2])
+            if _JUMP.search(found[2]):
+                blocks.append(Block(None))
+    places = {b.label: i for i, b in enumerate(blocks) if b.label}
+    for i, block in enumerate(blocks):
+        last = block.instructions[-1] if block.instructions else ""
+        target = re.search(r"\b(?:BRA|CALL\.REL\.NOINC)\b.*`\((\.L_x_\d+)\)", last)
+        if target:
+            block.following.append(places[target[1]])
+        unconditional = re.match(r"(BRA(?!\.U )|EXIT)\b", last) is not None
+        if not unconditional and i + 1 < len(blocks):
+            block.following.append(i + 1)
+    return blocks
+
+
+def way_through(blocks: list[Block], loop: bool = True) -> tuple[list[int], list[int]]:
+    """Blocks of a perturbation and of one turn of the loop over members. Without `loop`: of a kernel for one member."""
+    _, path, turn = min(_passes(blocks)) if loop else (*_straight(blocks), [])
+    return path, turn
+
+
+def _passes(blocks: list[Block]) -> list[tuple[int, list[int], list[int]]]:
+    """For each loop: price and blocks of the cheapest path through the kernel that turns in it once, and the turn."""
+    found = []
+    loops = [(to, i) for i, b in enumerate(blocks) for to in b.following if to <= i]
+    for head, tail in loops:
+        if sum(b.cost for b in blocks[head : tail + 1]) < 10:
+            continue  # the endless BRA behind a kernel's end
+        turn = _cheapest(blocks, [head], tail)
+        behind = [n for b in turn for n in blocks[b].following if n not in turn]
+        ways = [_cheapest(blocks, [0], head), turn, _cheapest(blocks, behind, None, set(turn))]
+        if all(ways):
+            path = ways[0][:-1] + ways[1] + ways[2]
+            found.append((sum(_price(blocks[b]) for b in path), path, ways[1]))
+    if not found:
+        raise BenchmarkError("the machine code has no loop over members that this reader understands")
+    return found
+
+
+def _straight(blocks: list[Block]) -> tuple[int, list[int]]:
+    """Price and blocks of the cheapest path through a kernel without a loop that stores 128 bits at once."""
+    found = []
+    for i, block in enumerate(blocks):
+        ways = _cheapest(blocks, [0], i), _cheapest(blocks, [i], None)
+        if block.uses("STG.E.128") and all(ways):
+            path = ways[0][:-1] + ways[1]
+            found.append((sum(_price(blocks[b]) for b in path), path))
+    if not found:
+        raise BenchmarkError("the machine code has no 128-bit store that this reader finds a way to")
+    return min(found)
+
+
+def _cheapest(blocks: list[Block], starts: list[int], goal: int | None, avoid: Set[int] = frozenset()) -> list[int]:
+    """Blocks of the cheapest path to `goal` (None: to the kernel's end); empty if there is none."""
+    queue = [(_price(blocks[s]), s, (s,)) for s in starts if s not in avoid]
+    heapq.heapify(queue)
+    seen = set(avoid)
+    while queue:
+        price, i, path = heapq.heappop(queue)
+        if i in seen:
+            continue
+        seen.add(i)
+        ends = bool(blocks[i].instructions) and re.match(r"(@!?U?P\d\s+)?EXIT", blocks[i].instructions[-1])
+        if i == goal or (goal is None and ends):
+            return list(path)
+        for n in blocks[i].following:
+            if n not in seen:
+                heapq.heappush(queue, (price + _price(blocks[n]), n, (*path, n)))
+    return []
+
+
+def _price(block: Block) -> int:
+    """Instructions, and a fine for access to single elements, which serves tiles that are not whole or not aligned."""
+    return block.cost + 1_000_000 * (block.uses(".U16", "STS", "LDS") or _single_float(block))
+
+
+def _single_float(block: Block) -> bool:
+    loads, stores = (sum(f"{kind}.E " in i for i in block.instructions) for kind in ("LDG", "STG"))
+    return loads > 3 or stores > 0
