@@ -1,0 +1,157 @@
+"""Calls of add_noise_ that the machine makes beside the cpu backend, and how their results are compared."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import itertools
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import esfast
+from esfast.ops import AdamStep, Call, check_members
+from esfast.segments import BFLOAT16, FLOAT16, FLOAT32, SPLIT
+
+from . import backends
+from .backends import ADAM, ADD, ONE
+
+KINDS = ("gaussian", "rademacher")
+# Formats of what is read and of what is written: all that the kernels have.
+PAIRS = {
+    "float32": (FLOAT32, FLOAT32), "bfloat16": (BFLOAT16, BFLOAT16), "float16": (FLOAT16, FLOAT16),
+    "split": (SPLIT, SPLIT), "split to bfloat16": (SPLIT, BFLOAT16), "float32 to bfloat16": (FLOAT32, BFLOAT16),
+    "float32 to float16": (FLOAT32, FLOAT16),
+}  # fmt: skip
+DTYPES = {FLOAT32: torch.float32, BFLOAT16: torch.bfloat16, FLOAT16: torch.float16, SPLIT: torch.bfloat16}
+SEEDS = [2**64 - 1 - 12345 * j for j in range(80)]
+COEFFS = [0.01 * (-1) ** j / (j + 1) for j in range(64)]
+
+needs_nvcc = pytest.mark.skipif(backends.why_no_nvcc() is not None, reason=str(backends.why_no_nvcc()))
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed: its kernels can't be compiled"
+)
+
+
+@functools.cache
+def cuda_text() -> str:
+    """PTX of all CUDA kernels."""
+    with tempfile.TemporaryDirectory() as folder:
+        return backends.nvcc_to_ptx(backends.ROOT / "csrc" / "cuda_kernel.cu", Path(folder) / "all.ptx")
+
+
+@functools.cache
+def triton_compiler() -> backends.TritonCompiler:
+    """It ends with this process, when its stdin does."""
+    return backends.TritonCompiler()
+
+
+# ---- weights --------------------------------------------------------------------------------------------------------
+
+
+def entries(dtype: torch.dtype) -> list[tuple]:
+    """Whole tiles and tails, odd starts, rows of slices that are aligned and not, numbers beyond 2^34, a scalar, a column,
+    and weights of any bits: subnormals, zeros of both signs, infinities and NaNs with payloads."""
+    generator = torch.Generator().manual_seed(1)
+    matrix = torch.randn(4, 8400, generator=generator).to(dtype)
+    flat = torch.randn(16_000, generator=generator).to(dtype)
+    return [
+        ("whole", torch.randn(16384, generator=generator).to(dtype)),
+        ("odd start", flat[7:8436]),
+        ("slice", matrix[:2, 30:243], esfast.Slice((1000, 50_000), (3, 700))),
+        ("shard", matrix[2:4, 104:4200], esfast.Slice((2, 16384), (0, 4096))),
+        ("far", flat[8440:13_000], esfast.Slice((2**40,), (2**34 - 100,))),
+        ("scalar", torch.tensor(3.0).to(dtype)),
+        ("column", matrix[:4, 8300:8301]),
+        ("any bits", any_bits(dtype, 8192, generator)),
+    ]
+
+
+def few_entries(dtype: torch.dtype) -> list[tuple]:
+    """What is enough for a fault to show: whole tiles at an even and at an odd address, a tail, numbers beyond 2^34."""
+    generator = torch.Generator().manual_seed(2)
+    flat = torch.randn(12_000, generator=generator).to(dtype)
+    return [
+        ("whole", torch.randn(8192, generator=generator).to(dtype)),
+        ("odd address", flat[1:8193]),
+        ("tail", flat[8200:9001]),
+        ("far", flat[9008:9500], esfast.Slice((2**40,), (2**34 - 100,))),
+    ]
+
+
+def any_bits(dtype: torch.dtype, count: int, generator: torch.Generator) -> torch.Tensor:
+    whole = torch.randint(-(2**31), 2**31, (count,), generator=generator).to(torch.int32)
+    special = torch.tensor([0, -(2**31), 1, 0x7F800000, -0x800000, 0x7F800001, 0x7FFFFFFF, -1, 0x00800000, 0x38800000])
+    whole[: len(special)] = special.to(torch.int32)
+    return whole.view(torch.float32) if dtype is torch.float32 else (whole >> 16).to(torch.int16).view(dtype)
+
+
+class Side:
+    """A plan whose weights have the format dst, what it may read, and moments of its own."""
+
+    def __init__(self, src: int, dst: int, weights: Callable[[torch.dtype], list[tuple]]):
+        plan = esfast.Plan(weights(DTYPES[dst]))
+        self.anchor, self.base = plan.clone(), esfast.Plan(weights(DTYPES[dst]))
+        self.plan = plan.master() if src == dst == SPLIT else plan
+        if src != dst:
+            wide = [(e.name, e.tensor.float(), e.window) for e in plan.entries]
+            self.base = plan.master() if src == SPLIT else esfast.Plan(wide)
+        self.moments = torch.zeros(2, plan.flat_numel)
+
+    def add_noise(self, backend, kind: str, rule: int, step: int, *, members, in_place, stochastic, decay) -> None:
+        """Changes the plan by the backend, or for None by the cpu backend."""
+        seeds, coeffs = SEEDS[step : step + members], COEFFS[:members]
+        adam = AdamStep.at(step + 1, self.moments, 0.1, 0.9, 0.99, 1e-8) if rule == ADAM else None
+        base, anchor = None if in_place else self.base, self.anchor if decay == 2 else None
+        fraction = 0.1 if decay else 0.0
+        if backend:
+            arrays = check_members(seeds, coeffs)
+            return backend.run(Call(self.plan, *arrays, base, kind, stochastic, np.float32(fraction), anchor, adam))
+        esfast.add_noise_(
+            self.plan, seeds, coeffs, base=base, noise=kind, rounding="stochastic" if stochastic else "nearest",
+            backend="cpu", decay=fraction, anchor=anchor, adam=adam,
+        )  # fmt: skip
+
+
+# ---- calls ----------------------------------------------------------------------------------------------------------
+
+
+def one_call(members: int = 1, in_place: bool = True, stochastic: bool = False, decay: int = 0) -> dict:
+    """`decay`: 0 for none, 1 towards zero, 2 towards an anchor."""
+    return {"members": members, "in_place": in_place, "stochastic": stochastic, "decay": decay}
+
+
+def calls_of(src: int, dst: int, rule: int) -> list[dict]:
+    """The calls that a kernel is tested with."""
+    in_place = src == dst
+    if rule == ONE:
+        # the plan of a split master has no other one of its kind to read from
+        return [one_call(in_place=i) for i in ([False, True] if in_place and dst != SPLIT else [in_place])]
+    counts = {ADD: (2, 7, 3), ADAM: (3, 2, 1)}[rule]
+    roundings = (False, True) if dst in (BFLOAT16, FLOAT16) else (False,)
+    found = [one_call(counts[d], in_place, s, d) for s, d in itertools.product(roundings, (0, 1, 2))]
+    return found + ([one_call(0, in_place, decay=1)] if rule == ADD else [])
+
+
+def agree(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """To the bit, but for NaNs: a NaN weight stays some NaN."""
+    integers = {2: torch.int16, 4: torch.int32}[a.element_size()]
+    same = a.contiguous().view(integers) == b.contiguous().view(integers)
+    return bool((same | (a.isnan() & b.isnan())).all())
+
+
+def hold(backend, pair: str, kind: str, rule: int, calls: list[dict], weights=entries) -> None:
+    """Makes the calls by the backend and by the cpu backend, one after another, and compares all that they wrote."""
+    ours, theirs = Side(*PAIRS[pair], weights), Side(*PAIRS[pair], weights)
+    for step, options in enumerate(calls):
+        ours.add_noise(backend, kind, rule, step, **options)
+        theirs.add_noise(None, kind, rule, step, **options)
+        for name, a, b in zip(ours.plan.names, ours.plan.tensors, theirs.plan.tensors, strict=True):
+            assert agree(a.detach(), b.detach()), (name, options)
+        if ours.plan.low is not None:
+            assert torch.equal(ours.plan.low, theirs.plan.low), ("low halves", options)
+        assert agree(ours.moments, theirs.moments), ("moments", options)
