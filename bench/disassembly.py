@@ -15,6 +15,8 @@ from pathlib import Path
 from . import BenchmarkError
 
 _INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;")
+# The upper 64 bits of an instruction, on a line of their own.
+_UPPER = re.compile(r"^\s+/\* 0x([0-9a-f]{16}) \*/\s*$")
 _LABEL = re.compile(r"^(\.L_x_\d+):")
 # On sm_80 a jump may be written as a call that never returns.
 _JUMP = re.compile(r"\b(?:BRA|EXIT)\b|\bCALL\.REL\.NOINC `\(\.L_x")
@@ -32,7 +34,7 @@ def disassemble(cubin: bytes) -> Disassembly:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
         return Disassembly(
-            tool(folder, "nvdisasm", "-c", path), tool(folder, "cuobjdump", "--dump-resource-usage", path)
+            tool(folder, "nvdisasm", "-c", "-hex", path), tool(folder, "cuobjdump", "--dump-resource-usage", path)
         )
 
 
@@ -55,10 +57,12 @@ def tool(folder: str, name: str, *arguments) -> str:
 
 @dataclass
 class Block:
-    """Instructions without a jump into or out of their midst."""
+    """Instructions without a jump into or out of their midst. `codes`: the control code of each, 21 bits by which the
+    compiler tells the scheduler when to issue it (bench/scheduler.py)."""
 
     label: str | None
     instructions: list[str] = field(default_factory=list)
+    codes: list[int] = field(default_factory=list)
     following: list[int] = field(default_factory=list)
 
     @property
@@ -75,9 +79,11 @@ def control_flow(sass: str) -> list[Block]:
         if label := _LABEL.match(line):
             blocks.append(Block(label[1]))
         elif found := _INSTRUCTION.match(line):
-            blocks[-1].instructions.append(found[2])
-            if _JUMP.search(found[2]):
+            if blocks[-1].instructions and _JUMP.search(blocks[-1].instructions[-1]):
                 blocks.append(Block(None))
+            blocks[-1].instructions.append(found[2])
+        elif upper := _UPPER.match(line):
+            blocks[-1].codes.append(int(upper[1], 16) >> 41)
     places = {b.label: i for i, b in enumerate(blocks) if b.label}
     for i, block in enumerate(blocks):
         last = block.instructions[-1] if block.instructions else ""

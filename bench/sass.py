@@ -62,9 +62,18 @@ def table(result: dict) -> tuple[list[str], list[list[str]]]:
 
 
 def compile_kernel(
-    kind: int, formats: tuple[int, int], target=None, tile: int | None = None, stochastic=False, decay=0, adam=False
+    kind: int,
+    formats: tuple[int, int],
+    target=None,
+    tile: int | None = None,
+    stochastic=False,
+    decay=0,
+    adam=False,
+    members: int | None = None,
+    options: dict | None = None,
 ):
-    """The compiled Triton kernel, for a GPUTarget (default sm_90). Needs no GPU."""
+    """The compiled Triton kernel, for a GPUTarget (default sm_90). Needs no GPU. `members`: compiled in as a constant,
+    as Triton does with an argument of 1. `options`: of the compiler, beside those that ship."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -75,13 +84,15 @@ def compile_kernel(
     types = ["*i64", "*i64", "*i64", "*fp32", "i32", *["i64"] * 3, *["fp32"] * 5, *["constexpr"] * 7]
     constants = {"KIND": kind, "SRC": formats[0], "DST": formats[1], "TILE": tile or k.TILE,
                  "STOCHASTIC": stochastic, "DECAY": decay, "ADAM": adam}  # fmt: skip
+    if members is not None:
+        types[names.index("members")], constants["members"] = "constexpr", members
     source = ASTSource(
         fn=k.add_noise_kernel,
         signature=dict(zip(names, types, strict=True)),
         constexprs=constants,
         attrs={(i,): [["tt.divisibility", 16]] for i in (0, 1, 2, 3, 5, 6, 7)},  # torch allocates at multiples of 512
     )
-    return triton.compile(source, target=target or GPUTarget("cuda", 90, 32), options=k.OPTIONS)
+    return triton.compile(source, target=target or GPUTarget("cuda", 90, 32), options=k.OPTIONS | (options or {}))
 
 
 def _rows(noise: str, kind: int, dtype: str, arch: int) -> list[dict]:
@@ -131,16 +142,21 @@ def measure(code: Disassembly, loop: bool = True) -> Figures:
     blocks = control_flow(code.sass)
     path, turn = way_through(blocks, loop)
     used = [i for b in dict.fromkeys(path) for i in blocks[b].instructions]
-    resources = {k: int(v) for k, v in re.findall(r"(REG|STACK):(\d+)", code.resources)}
+    used_resources = resources(code)
     return Figures(
         path=sum(blocks[b].cost for b in path),
         loop=sum(blocks[b].cost for b in turn),
-        spill_bytes=resources["STACK"],
-        registers=resources["REG"],
+        spill_bytes=used_resources["STACK"],
+        registers=used_resources["REG"],
         load_bits=_widest(used, "LDG"),
         store_bits=_widest(used, "STG"),
         memory=_memory(used),
     )
+
+
+def resources(code: Disassembly) -> dict[str, int]:
+    """Registers (REG) and bytes of spilled ones (STACK) of a thread."""
+    return {k: int(v) for k, v in re.findall(r"(REG|STACK):(\d+)", code.resources)}
 
 
 def _widest(instructions: list[str], kind: str) -> int:

@@ -45,7 +45,7 @@ def machine_code(arch: int) -> dict[str, Disassembly]:
         cubins = sorted(Path(folder).glob(f"*sm_{arch}*.cubin"))
         if not cubins:
             raise BenchmarkError(f"esfast._cuda has no machine code for sm_{arch}")
-        code = "".join(tool(folder, "nvdisasm", "-c", cubin) for cubin in cubins)
+        code = "".join(tool(folder, "nvdisasm", "-c", "-hex", cubin) for cubin in cubins)
         usage = "".join(tool(folder, "cuobjdump", "--dump-resource-usage", cubin) for cubin in cubins)
     parts = re.split(r"^\s*\.section\s+\.text\.([^,\s]+),.*$", code, flags=re.MULTILINE)
     return {
@@ -54,16 +54,27 @@ def machine_code(arch: int) -> dict[str, Disassembly]:
     }
 
 
-def rows(arch: int, dtypes: Collection[str] = tuple(sass.DTYPES)) -> list[dict]:
-    """Rows as those of sass.run."""
+def weights_per_thread(noise: str, kernel: str) -> int:
+    """csrc/cuda_kernel.cuh's Layout."""
+    return 64 if (noise, kernel) == ("rademacher", "update") else 32
+
+
+def kernels(arch: int, dtypes: Collection[str] = tuple(sass.DTYPES)) -> list[tuple[str, str, str, Disassembly]]:
+    """Kernel ("perturb", "update"), noise, dtype and code of those whose weights are read and written in one dtype."""
     found = []
     for function, code in machine_code(arch).items():
         name = _KERNEL.search(function)
-        if not name or name[1].lower() not in dtypes:
-            continue
-        dtype, noise, kernel = name[1].lower(), _KINDS[name[2]], _RULES[name[3]]
+        if name and name[1].lower() in dtypes:
+            found.append((_RULES[name[3]], _KINDS[name[2]], name[1].lower(), code))
+    return sorted(found, key=lambda k: (k[1], list(sass.DTYPES).index(k[2]), k[0]))
+
+
+def rows(arch: int, dtypes: Collection[str] = tuple(sass.DTYPES)) -> list[dict]:
+    """Rows as those of sass.run."""
+    found = []
+    for kernel, noise, dtype, code in kernels(arch, dtypes):
         figures = sass.measure(code, loop=kernel == "update")
-        per_thread = 64 if (noise, kernel) == ("rademacher", "update") else 32  # csrc/cuda_kernel.cuh's Layout
+        per_thread = weights_per_thread(noise, kernel)
         count = figures.loop if kernel == "update" else figures.path
         found.append(sass.row("cuda", kernel, noise, dtype, arch, count / per_thread, per_thread, figures, BUDGETS))
-    return sorted(found, key=lambda r: (r["noise"], list(sass.DTYPES).index(r["dtype"]), r["kernel"]))
+    return found

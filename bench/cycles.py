@@ -1,0 +1,163 @@
+"""`esfast bench cycles`: how long the GPU kernels should take, simulated from their machine code, without a GPU.
+
+bench/scheduler.py says what is modelled and what is left out. Clocks are what these GPUs hold under load (1.755 GHz)
+and their highest (1.98 GHz); bandwidths are what a copy from device to device was measured to move. A perturbation is
+in place, an update has 30 members. `--measured` puts what `esfast bench gpu` measured beside the predictions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import BenchmarkError, sass, scheduler
+from .disassembly import Disassembly, control_flow, disassemble, way_through
+from .models import MODELS, numel, parameters
+from .scheduler import SCHEDULERS, SMS, Instruction
+
+MODEL = "Qwen2.5-7B"
+MEMBERS = 30
+CLOCKS = (1.755e9, 1.98e9)  # Hz
+COPY = {"H100": 3.0e12, "H200": 4.3e12}  # bytes per second, read and written
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+NOT_YET = "not yet measured"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a warp executes for `weights` weights in each of its lanes, and the blocks that an SM holds at once."""
+
+    backend: str
+    kernel: str
+    noise: str
+    dtype: str
+    trace: list[Instruction]
+    weights: int
+    warps: int  # of a block, for one scheduler
+    resident: int
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dtypes", nargs="+", choices=sass.DTYPES, default=["bfloat16"], help="of the weights")
+    parser.add_argument(
+        "--measured", type=Path, nargs="+", default=[], metavar="FILE", help="results of `bench gpu` on these GPUs"
+    )
+
+
+def run(args: argparse.Namespace) -> dict:
+    try:
+        import triton
+    except ImportError as error:
+        raise BenchmarkError(f"Triton, which brings the disassembler, is not installed ({error})") from error
+    from . import sass_cuda
+
+    cuda_missing = sass_cuda.missing()
+    launches = [] if cuda_missing else cuda_launches(args.dtypes)
+    launches += [launch for noise in sass.KINDS for dtype in args.dtypes for launch in triton_launches(noise, dtype)]
+    measured = [json.loads(path.read_text(encoding="utf-8")) for path in args.measured]
+    rows = [predict(launch, gpu, clock) for launch in launches for gpu in COPY for clock in CLOCKS]
+    for row in rows:
+        row["measured_ms"] = find_measured(row, measured)
+    return {"triton": triton.__version__, "cuda": cuda_missing or "built", "model": MODEL, "rows": rows}
+
+
+# ---- what is launched -----------------------------------------------------------------------------------------------
+
+
+def trace_of(code: Disassembly, loop: bool, members: int, data_loads: int) -> list[Instruction]:
+    """Instructions of a warp that holds a whole tile; with `loop`, of so many turns of the loop over members."""
+    blocks = control_flow(code.sass)
+    path, turn = way_through(blocks, loop)
+    if turn:
+        begin = path.index(turn[0])
+        path = path[:begin] + turn * members + path[begin + len(turn) :]
+    ops = [
+        scheduler.instruction(text, control)
+        for b in path
+        for text, control in zip(blocks[b].instructions, blocks[b].codes, strict=True)
+    ]
+    return scheduler.with_transfers([op for op in ops if op.name != "NOP"], data_loads)
+
+
+def cuda_launches(dtypes: list[str]) -> list[Launch]:
+    from . import sass_cuda
+
+    found = []
+    for kernel, noise, dtype, code in sass_cuda.kernels(90, dtypes):
+        weights = sass_cuda.weights_per_thread(noise, kernel)
+        threads = importlib.import_module("esfast._cuda").TILE // weights
+        found.append(_launch("cuda", kernel, noise, dtype, code, weights, threads, kernel == "update"))
+    return found
+
+
+def triton_launches(noise: str, dtype: str) -> list[Launch]:
+    from ..kernels.add_noise import NUM_WARPS, TILE
+
+    threads = 32 * NUM_WARPS
+    found = []
+    for kernel, members in (("perturb", 1), ("update", None)):  # one member is compiled as a constant, as at a launch
+        compiled = sass.compile_kernel(sass.KINDS[noise], (sass.DTYPES[dtype],) * 2, members=members)
+        code = disassemble(compiled.asm["cubin"])
+        found.append(_launch("triton", kernel, noise, dtype, code, TILE // threads, threads, kernel == "update"))
+    return found
+
+
+def _launch(backend, kernel, noise, dtype, code: Disassembly, weights: int, threads: int, loop: bool) -> Launch:
+    trace = trace_of(code, loop, MEMBERS, weights * ITEMSIZE[dtype] // 16)
+    resident = scheduler.resident_blocks(sass.resources(code)["REG"], threads)
+    return Launch(backend, kernel, noise, dtype, trace, weights, threads // 32 // SCHEDULERS, resident)
+
+
+# ---- predictions ----------------------------------------------------------------------------------------------------
+
+
+def predict(launch: Launch, gpu: str, clock: float) -> dict:
+    """A row: cycles per weight (update: and member) and scheduler, and the time for all weights of MODEL."""
+    bytes_per_cycle = COPY[gpu] / (SMS * SCHEDULERS) / clock
+    members = MEMBERS if launch.kernel == "update" else 1
+    found = scheduler.simulate(
+        launch.trace, launch.warps, launch.resident, bytes_per_cycle, rounds=3 if members > 1 else 6
+    )
+    cycles = found.pop("cycles_per_block") / (launch.warps * launch.weights)  # per weight of each of 32 lanes
+    seconds = numel(parameters(MODELS[MODEL])) * cycles / (32 * SMS * SCHEDULERS * clock)
+    roof = 2 * ITEMSIZE[launch.dtype] * numel(parameters(MODELS[MODEL])) / COPY[gpu]
+    return {
+        "backend": launch.backend, "kernel": launch.kernel, "noise": launch.noise, "dtype": launch.dtype, "gpu": gpu,
+        "clock_ghz": clock / 1e9, "warps_per_scheduler": launch.warps * launch.resident,
+        "cycles": round(cycles / members, 3),
+        **{f"{name}_share": round(share, 3) for name, share in found.items()},
+        "ms": round(1e3 * seconds, 3), "roof_ms": round(1e3 * roof, 3), "of_copy": round(roof / seconds, 3),
+    }  # fmt: skip
+
+
+def find_measured(row: dict, results: list[dict]) -> float | None:
+    """Milliseconds that `bench gpu` measured on that GPU."""
+    wanted = {"model": MODEL, "op": row["kernel"], **{k: row[k] for k in ("backend", "noise", "dtype")}}
+    for result in results:
+        if row["gpu"] not in (result["provenance"]["hardware"]["gpu"] or ""):
+            continue
+        for r in result["rows"]:
+            if all(r.get(k) == v for k, v in wanted.items()) and r.get("members", 1) in (1, MEMBERS):
+                return r["ms_median"]
+    return None
+
+
+def table(result: dict) -> tuple[list[str], list[list[str]]]:
+    """A line for each kernel and GPU: both clocks side by side."""
+    headers = ["backend", "kernel", "noise", "dtype", "GPU", "warps a scheduler", "cycles per weight", "issue", "ALU",
+               "FMA", "load/store", "predicted at 1.755 GHz, ms", "at 1.98 GHz, ms", "of copy's speed", "a copy, ms",
+               "measured, ms"]  # fmt: skip
+    lines, rows = [], result["rows"]
+    for slow, fast in zip(rows[::2], rows[1::2], strict=True):
+        shares = ("issue", "alu", "fma", "memory_pipe")
+        measured = NOT_YET if slow["measured_ms"] is None else f"{slow['measured_ms']:.2f}"
+        lines.append([
+            slow["backend"], slow["kernel"], slow["noise"], slow["dtype"], slow["gpu"],
+            str(slow["warps_per_scheduler"]), f"{slow['cycles']:.1f}",
+            *(f"{slow[f'{s}_share']:.0%}" for s in shares), f"{slow['ms']:.2f}",
+            f"{fast['ms']:.2f}", f"{slow['of_copy']:.0%} to {fast['of_copy']:.0%}", f"{slow['roof_ms']:.2f}", measured,
+        ])  # fmt: skip
+    return headers, lines
