@@ -15,7 +15,7 @@ from importlib import import_module
 from pathlib import Path
 
 from ..command_help import looks
-from ..files import write_whole
+from ..files import check_writable, write_whole
 
 BENCHMARKS = {
     "noise": "speed of add_noise_ against what ES code does today and a memory copy, after a check to the bit",
@@ -107,6 +107,10 @@ def main(argv: list[str] | None = None) -> int:
 
     args.save = save
     try:
+        for path in files:
+            check_writable("--json", path)
+        if args.plots:
+            check_writable("--plots", args.plots, folder=True)
         result = save(module.run(args), complete=True)
         if args.plots:
             from .figures import draw

@@ -18,7 +18,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from .files import whole_folder
+from .files import check_writable, whole_folder
 from .tasks import MODULES, base, tags
 
 STEPS = 1600
@@ -40,6 +40,7 @@ def cached(seed: int = 0, progress: bool = True, task: str = "countdown") -> Pat
     root = Path(os.environ.get("ESFAST_CACHE") or Path.home() / ".cache" / "esfast").expanduser()
     folder = root / f"embedded-{task}-{digest}-transformers{transformers.__version__}-seed{seed}"
     if not folder.exists():
+        check_writable("the folder of the embedded model (set ESFAST_CACHE to another one)", folder, folder=True)
         try:
             build(folder, seed, progress=progress, task=task)
         except OSError:

@@ -17,8 +17,17 @@ from .tasks import Task
 CHUNK = 64  # prompts between two steps of the progress bar
 
 
-def respond(model, tokenizer, task: Task, rows: Rows, max_new_tokens: int, batch_size: int | None) -> list[dict]:
+def respond(
+    model,
+    tokenizer,
+    task: Task,
+    rows: Rows,
+    max_new_tokens: int,
+    batch_size: int | None,
+    reward_weights: Sequence[float] | None = None,
+) -> list[dict]:
     """A dict for each row: its prompt, the completion, `reward` and, where the task knows, `correct` (0.0 or 1.0)."""
+    weights = reward_weights or [1.0] * len(task.reward_funcs)
     engine = TransformersEngine(model, tokenizer, max_new_tokens, batch_size)
     prompts, completions, chunk = chat.texts(rows, tokenizer), [], batch_size or CHUNK
     engine.check(prompts)
@@ -31,7 +40,7 @@ def respond(model, tokenizer, task: Task, rows: Rows, max_new_tokens: int, batch
         {
             "prompt": prompt,
             "completion": completion,
-            "reward": combine([[s[i]] for s in scores], [1.0] * len(scores))[0],
+            "reward": combine([[s[i]] for s in scores], weights)[0],
         }
         for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
     ]

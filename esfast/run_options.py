@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +62,13 @@ class RunOptions:
                 check_int(name, getattr(self, name), 1, 2**31)
 
 
+# What `esfast train` changes of ESConfig's defaults; a text where it depends on the task.
+TRAIN_DEFAULTS: dict[str, Any] = {
+    "output_dir": "runs/TASK-DATE-TIME",
+    "max_completion_length": "the task's",
+    "reward_workers": 1,  # tasks' rewards are functions of a module, and of their arguments alone
+}
+
 GROUPS = {  # of options in the help, each by its first one
     "model": "model and task",
     "output_dir": "run",
@@ -96,6 +104,22 @@ def dump(*parts: RunOptions | ESConfig) -> str:
     return yaml.safe_dump({k: v for part in parts for k, v in dataclasses.asdict(part).items()}, sort_keys=False)
 
 
+def as_flag(name: str) -> str:
+    """The option of a setting."""
+    return "--out" if name == "output_dir" else "--" + name.replace("_", "-")
+
+
+def in_flags(message: str) -> str:
+    """An error's message with the options' names for the settings that it speaks of."""
+    message = re.sub(r"\b(?:ESConfig|RunOptions)\.(\w+)", lambda m: as_flag(m[1]) if m[1] in FIELDS else m[0], message)
+    message = re.sub(r"\Aresume: the run has (\w+) ", lambda m: f"{as_flag(m[1])}: the run has ", message)
+    message = re.sub(r"\A(\w+):", lambda m: f"{as_flag(m[1])}:" if m[1] in FIELDS else m[0], message)
+    long = {**{name: name for name in FIELDS if "_" in name}, "max_new_tokens": "max_completion_length"}
+    names = "|".join(sorted(long, key=len, reverse=True))
+    # not of a path or of a text in quotes
+    return re.sub(rf"(?<![\w/.'\"-])(?:{names})(?![\w/'\"-])(?!\.\w)", lambda m: as_flag(long[m[0]]), message)
+
+
 def add_arguments(parser: argparse.ArgumentParser, only: Collection[str] = tuple(FIELDS)) -> None:
     """An option for each field. One that isn't given leaves no trace: that is not the same as the default, since
     presets, tasks and the embedded model have defaults of their own."""
@@ -105,10 +129,11 @@ def add_arguments(parser: argparse.ArgumentParser, only: Collection[str] = tuple
             group = parser.add_argument_group(GROUPS[name])
         if name not in only:
             continue
-        names = ["--out", "--output-dir"] if name == "output_dir" else ["--" + name.replace("_", "-")]
+        names = ["--out", "--output-dir"] if name == "output_dir" else [as_flag(name)]
         text = f.metadata["help"]
-        if f.default is not None and "default:" not in text:
-            text += f" (default: {'yes' if f.default is True else 'no' if f.default is False else f.default})"
+        default = TRAIN_DEFAULTS.get(name, f.default)
+        if default is not None and "default:" not in text:
+            text += f" (default: {'yes' if default is True else 'no' if default is False else default})"
         options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
         if f.type == "bool":
             group.add_argument(*names, action=argparse.BooleanOptionalAction, **options)

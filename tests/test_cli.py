@@ -17,7 +17,7 @@ from esfast.bench import BENCHMARKS, parser_of
 from esfast.cli.models import task_of
 from esfast.cli.parser import parser_of_all
 from esfast.presets import PRESETS
-from esfast.run_options import FIELDS, RunOptions
+from esfast.run_options import FIELDS, TRAIN_DEFAULTS, RunOptions
 
 FEW = ["--generations", "2", "--population-size", "4", "--prompts-per-generation", "4", "--eval-prompts", "6",
        "--max-completion-length", "4", "--no-progress"]  # fmt: skip
@@ -65,8 +65,9 @@ def test_every_setting_is_an_option_with_its_default(capsys):
     text = " ".join(capsys.readouterr().out.split())
     for name, field in FIELDS.items():
         assert "--" + name.replace("_", "-") in text
-        if isinstance(field.default, (int, float, str)) and not isinstance(field.default, bool):
-            assert f"default: {field.default})" in text or f"{field.default}:" in text, name
+        default = TRAIN_DEFAULTS.get(name, field.default)
+        if isinstance(default, (int, float, str)) and not isinstance(default, bool):
+            assert f"default: {default})" in text or f"{default}:" in text, name
 
 
 def helps():
@@ -209,8 +210,8 @@ def test_a_task_of_ones_own_from_the_command_line(tiny, tmp_path, monkeypatch, c
         (["train", "--config", "none.yaml"], 1, "none.yaml"),
         (["train", "--task", "file:none.jsonl", "--reward", "math:gcd"], 1, "none.jsonl"),
         (["train", "--model", "no/such/folder/here"], 1, "no/such/folder/here"),
-        (["train", "--sigma", "0"], 1, "sigma: expected a positive finite number, got 0.0"),
-        (["train", "--population-size", "1"], 1, "population_size: expected 2 <="),
+        (["train", "--sigma", "0"], 1, "--sigma: expected a positive finite number, got 0.0"),
+        (["train", "--population-size", "1"], 1, "--population-size: expected 2 <="),
         (["train", "--mirrored", "--population-size", "7"], 1, "mirrored sampling needs an even number, got 7"),
         (["train", "--device", "warp"], 1, "warp"),
         (["eval", "--samples", "0"], 1, "samples"),

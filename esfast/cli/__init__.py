@@ -10,6 +10,7 @@ import logging
 import sys
 
 from ..interrupts import signal_of
+from ..run_options import in_flags
 from .parser import parser_of_all
 
 
@@ -31,5 +32,5 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
         if args.debug:
             raise
-        print(f"esfast: error: {error}", file=sys.stderr)
+        print(f"esfast: error: {in_flags(str(error))}", file=sys.stderr)
         return 1

@@ -4,28 +4,39 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
+from typing import Any
 
+from .. import chat
+from ..encoding import PromptEncoder, context_limit
 from ..evaluation import against, respond, summarize, table
-from ..files import write_whole
+from ..files import check_writable, write_whole
 from ..run_options import FIELDS, run_options
+from .earlier_run import asked_of, model_in, run_of
 from .models import load, task_of
+
+log = logging.getLogger(__name__)
 
 
 def run(args: argparse.Namespace) -> None:
     if args.samples < 1:
-        raise ValueError(f"samples: expected at least 1, got {args.samples}")
-    settings = {name: getattr(args, name) for name in FIELDS if hasattr(args, name)}
+        raise ValueError(f"--samples: expected at least 1, got {args.samples}")
+    if args.save:
+        check_writable("--save", args.save)
+    settings = _settings(args)
     results, everything, first = [], [], None
     for path in args.models or [None]:
-        options = run_options({**settings, "model": path})
+        options = run_options({**settings, "model": path and model_in(path)})
         task = task_of(options)
         settings |= {"task": options.task, "style": options.style}  # the first model's, so that all are asked the same
         rows = task.eval_rows(args.samples)
         if not rows:
             raise ValueError(f"no problems of {options.data or options.task} are held out")
         model, tokenizer = load(options)
-        length = args.max_completion_length or task.max_new_tokens
-        responses = respond(model, tokenizer, task, rows, length, args.batch_size)
+        length = args.max_completion_length
+        if length is None:
+            length = _that_fits(model, tokenizer, rows, settings.get("max_completion_length") or task.max_new_tokens)
+        responses = respond(model, tokenizer, task, rows, length, args.batch_size, settings.get("reward_weights"))
         results.append(summarize(path or "embedded", task, responses))
         if first is None:
             first = responses
@@ -39,3 +50,27 @@ def run(args: argparse.Namespace) -> None:
         print(json.dumps(results[0] if len(results) == 1 else results))
     else:
         print(table(results))
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Those that were given; the others are those of the first run of which a model is asked."""
+    given = {name: getattr(args, name) for name in FIELDS if hasattr(args, name)}
+    runs = [run for path in args.models or () if (run := run_of(path)) is not None]
+    settings = asked_of(runs[0], given) if runs else given
+    others = [run for run in runs[1:] if asked_of(run, given).get("task") != settings.get("task")]
+    if others:
+        log.warning("all are asked what %s was trained on, which is not what %s was", runs[0], others[0])
+    return settings
+
+
+def _that_fits(model, tokenizer, rows, length: int) -> int:
+    """The length, or what the model's context leaves beside the longest prompt, with a warning."""
+    limit = context_limit(model)
+    longest = max(map(len, PromptEncoder(tokenizer)(chat.texts(rows, tokenizer))))
+    if limit is None or longest + length <= limit or longest >= limit:
+        return length
+    log.warning(
+        "responses may have %d tokens, not %d: the model's context is %d, the longest prompt has %d "
+        "(--max-completion-length sets it)", limit - longest, length, limit, longest,
+    )  # fmt: skip
+    return limit - longest

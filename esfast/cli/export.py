@@ -6,12 +6,14 @@ import argparse
 from pathlib import Path
 
 from ..export import pack
+from ..files import check_writable
 from ..journal import read
 
 
 def run(args: argparse.Namespace) -> None:
     if not args.out.endswith(".safetensors"):
         raise ValueError(f"--out: expected a name that ends in .safetensors, got {args.out}")
+    check_writable("--out", args.out)
     journal = Path(args.source) / "journal.jsonl" if Path(args.source).is_dir() else Path(args.source)
     size, generations = pack(journal, args.out), len(read(journal).records)
     print(f"{args.out}: {size / 1e3:.1f} kB, {generations} generations, {size / max(generations, 1):.0f} bytes each")

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from .. import adapters
+from ..files import check_writable
 from ..journal import replay
 from ..plan import Plan
 from ..run_folder import save_model
@@ -15,6 +16,7 @@ from .models import load
 def run(args: argparse.Namespace) -> None:
     if Path(args.out).exists():
         raise FileExistsError(f"--out: {args.out} exists already; choose another folder, or move it away")
+    check_writable("--out", args.out, folder=True)
     args.model = args.base
     model, tokenizer = load(args)
     adapter = Path(args.adapter) if args.adapter else Path(args.journal).parent / "adapter"

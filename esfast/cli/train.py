@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
+import secrets
 import time
 
 from .. import embedded
 from ..distributed import Team
+from ..files import check_writable
 from ..run_folder import RunFolder
-from ..run_options import RunOptions, dump, es_config, given, run_options
+from ..run_options import TRAIN_DEFAULTS, RunOptions, dump, es_config, given, run_options
 from ..trainer import ESTrainer
+from .earlier_run import resumed
 from .models import device_of, load, task_of
 
 log = logging.getLogger(__name__)
@@ -19,6 +22,8 @@ log = logging.getLogger(__name__)
 
 def run(args: argparse.Namespace) -> None:
     settings = given(args)
+    if settings.get("resume") and "output_dir" in settings:
+        settings = resumed(settings)
     options = run_options(settings)
     if options.engine != "vllm" and options.num_engines != 1:
         raise ValueError("--num-engines is of --engine vllm; without it, use torchrun")
@@ -30,7 +35,9 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("--engine vllm: one process trains, without torchrun; --num-engines says how many engines")
     if team.size > 1 and "output_dir" not in settings:
         raise ValueError("--out: give the run folder: with several processes a restart must find it again")
-    if "output_dir" in settings and team.rank == 0:  # before minutes of loading
+    if team.rank == 0:  # before minutes of loading
+        check_writable("--out", settings.get("output_dir", "runs"), folder=True)
+    if "output_dir" in settings and team.rank == 0:
         RunFolder.claim(settings["output_dir"], settings.get("resume", False) or team.restarted)
     task = task_of(options)
     config = es_config(_defaults(options, task) | settings)
@@ -77,10 +84,10 @@ def run(args: argparse.Namespace) -> None:
 
 def _defaults(options: RunOptions, task) -> dict:
     """What the task and the embedded model change of ESConfig's defaults."""
-    return {
-        "output_dir": f"runs/{task.name}-{time.strftime('%Y%m%d-%H%M%S')}",
+    return TRAIN_DEFAULTS | {
+        # random digits: two runs that start in one second are two runs
+        "output_dir": f"runs/{task.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}",
         "max_completion_length": task.max_new_tokens,
-        "reward_workers": 1,  # tasks' rewards are functions of a module, and of their arguments alone
         **task.settings,
         **(embedded.settings(task.name) if options.model is None else {}),
     }
