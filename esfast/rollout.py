@@ -108,6 +108,9 @@ class TransformersEngine:
     Raises ValueError if an argument is out of range, or if the model is no causal LM or can't generate a text.
     """
 
+    # What the user of this engine calls its max_new_tokens, for errors.
+    length_setting = "max_new_tokens"
+
     def __init__(
         self,
         model,
@@ -285,8 +288,7 @@ class TransformersEngine:
         if limit is not None and length + self.max_new_tokens > limit:
             raise ValueError(
                 f"the prompt {shown!r} has {length} tokens, which with {self.max_new_tokens} for the completion "
-                f"exceeds the model's context of {limit}: shorten the prompt, or lower max_completion_length "
-                "(--max-completion-length; of an engine made by hand, max_new_tokens)"
+                f"exceeds the model's context of {limit}: shorten the prompt, or lower {self.length_setting}"
             )
 
 

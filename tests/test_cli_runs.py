@@ -12,6 +12,7 @@ from esfast import cli, embedded
 from esfast.cli.train import _defaults
 from esfast.run_options import FIELDS, RunOptions, in_flags
 
+LONGEST_TOKEN = len("</answer>")
 REWARDS = "def brevity(prompts, completions, **columns):\n    return [-float(len(c)) for c in completions]\n"
 WORDS = "def words(prompts, completions, **columns):\n    return [float(c.count(' ')) for c in completions]\n"
 
@@ -110,7 +111,7 @@ def test_a_run_of_python_is_not_taken_for_one_of_the_embedded_model(project, tin
     assert cli.main(["eval", "--model", "mine", "--task", "countdown", "--samples", "2"]) == 0
 
 
-@pytest.mark.parametrize("model", ["run", "run/model", "run/best", "./run/", "run/model/"])
+@pytest.mark.parametrize("model", ["run", "run/best", "./run/model/"])
 def test_a_model_is_asked_what_its_run_was_trained_on(project, model, capsys):
     if "best" in model and not (project / "run" / "best").exists():
         (project / "run" / "model").rename(project / "run" / "best")
@@ -129,7 +130,7 @@ def test_options_override_what_the_run_says(project, tiny, capsys):
     assert cli.main(["eval", "--model", "run", "--samples", "3", "--max-completion-length", "2", "--reward",
                      "run_rewards:brevity", "--json"]) == 0  # fmt: skip
     result = json.loads(capsys.readouterr().out)
-    assert result["mean_length"] <= 2 and result["reward"] == -result["mean_length"]
+    assert result["mean_length"] <= 2 * LONGEST_TOKEN and result["reward"] == -result["mean_length"]
     assert cli.main(["eval", "--model", "run/model", "--task", "countdown", "--samples", "2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["task"] == "countdown"
     # one model of a run and its base: both are asked what the run was trained on
@@ -154,7 +155,7 @@ def test_responses_stay_within_the_context(project, tiny, tmp_path, capsys, capl
     task = ["--task", "file:p.jsonl", "--reward", "run_rewards:words", "--samples", "4", "--json"]
     assert cli.main(["eval", "--model", str(tmp_path / "short"), *task]) == 0
     assert "responses may have 10 tokens, not 1024: the model's context is 16, the longest prompt has 6" in caplog.text
-    assert json.loads(capsys.readouterr().out)["mean_length"] <= 10
+    assert json.loads(capsys.readouterr().out)["mean_length"] <= 10 * LONGEST_TOKEN
     assert cli.main(["eval", "--model", str(tmp_path / "short"), *task, "--max-completion-length", "20"]) == 1
     said = capsys.readouterr().err
     assert "--max-completion-length" in said and "max_new_tokens" not in said

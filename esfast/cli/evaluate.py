@@ -11,9 +11,10 @@ from .. import chat
 from ..encoding import PromptEncoder, context_limit
 from ..evaluation import against, respond, summarize, table
 from ..files import check_writable, write_whole
-from ..run_options import FIELDS, run_options
+from ..run_options import run_options
 from .earlier_run import asked_of, model_in, run_of
 from .models import load, task_of
+from .parser import EVAL_SETTINGS
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """Those that were given; the others are those of the first run of which a model is asked."""
-    given = {name: getattr(args, name) for name in FIELDS if hasattr(args, name)}
+    given = {name: getattr(args, name) for name in EVAL_SETTINGS if hasattr(args, name)}
     runs = [run for path in args.models or () if (run := run_of(path)) is not None]
     settings = asked_of(runs[0], given) if runs else given
     others = [run for run in runs[1:] if asked_of(run, given).get("task") != settings.get("task")]

@@ -10,6 +10,9 @@ from ..command_help import looks
 from ..presets import PRESETS
 from ..run_options import add_arguments
 
+# Settings of a run that `esfast eval` takes as options, too.
+EVAL_SETTINGS = ("task", "style", "data", "reward", "dtype", "device")
+
 
 def parser_of_all() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
@@ -135,7 +138,7 @@ def _add_eval_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--batch-size", type=int, metavar="N", help="most prompts generated at once (default: 64)")
     group.add_argument("--save", metavar="FILE", help="write the responses to a JSONL file")
     group.add_argument("--json", action="store_true", help="print the result as JSON")
-    add_arguments(parser, ("task", "style", "data", "reward", "dtype", "device"))
+    add_arguments(parser, EVAL_SETTINGS)
 
 
 def _add_replay_arguments(parser: argparse.ArgumentParser) -> None:
