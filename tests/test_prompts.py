@@ -49,7 +49,7 @@ def test_a_prompt_that_is_too_long_is_told_with_its_row_and_the_setting(tmp_path
     with pytest.raises(ValueError) as caught:
         trainer(tmp_path, model, train, evaluated)
     for part in (f"{which}: row 7: the prompt 'xxx", f"exceeds the model's context of {limit(model)}",
-                 "lower max_completion_length (--max-completion-length", "(and 2 more rows: 9, 15)"):  # fmt: skip
+                 "shorten the prompt, or lower max_completion_length", "(and 2 more rows: 9, 15)"):  # fmt: skip
         assert part in str(caught.value)
     assert not (tmp_path / "run").exists()
     trainer(tmp_path, model, train, evaluated, max_completion_length=3)
