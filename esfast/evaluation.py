@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -25,12 +25,13 @@ def respond(
     max_new_tokens: int,
     batch_size: int | None,
     reward_weights: Sequence[float] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[dict]:
     """A dict for each row: its prompt, the completion, `reward` and, where the task knows, `correct` (0.0 or 1.0)."""
     weights = reward_weights or [1.0] * len(task.reward_funcs)
     engine = TransformersEngine(model, tokenizer, max_new_tokens, batch_size)
     engine.length_setting = "max_completion_length"
-    prompts, completions, chunk = chat.texts(rows, tokenizer), [], batch_size or CHUNK
+    prompts, completions, chunk = chat.texts(rows, tokenizer, chat_template_kwargs), [], batch_size or CHUNK
     engine.check(prompts)
     for start in tqdm(range(0, len(prompts), chunk), unit="batch", dynamic_ncols=True, leave=False):
         completions += engine.generate(prompts[start : start + chunk])

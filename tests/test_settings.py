@@ -164,4 +164,4 @@ def test_run_options_are_converted_too():
 def test_every_setting_is_of_a_type_that_is_converted():
     for name, field in FIELDS.items():
         inner = field.type.removesuffix(" | None").removeprefix("list[").removesuffix("]")
-        assert inner in ("int", "float", "bool", "str") and "choices" in field.metadata, name
+        assert inner in ("int", "float", "bool", "str", "dict") and "choices" in field.metadata, name

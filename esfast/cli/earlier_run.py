@@ -10,7 +10,9 @@ from ..run_options import as_flag, read_yaml
 
 # Of RunOptions, what a resumed run may not change. What its model and its data are, the trainer compares.
 _FIXED = ("task", "style", "train_prompts", "reward")
-_OF_THE_TASK = ("task", "style", "data", "reward", "reward_weights", "max_completion_length")
+_OF_THE_TASK = (
+    "task", "style", "data", "reward", "reward_weights", "max_completion_length", "chat_template_kwargs",
+)  # fmt: skip
 
 
 def resumed(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -64,5 +66,5 @@ def asked_of(run: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     if given.get("task", found.get("task")) != found.get("task"):
         return dict(given)
     if "reward" in given:
-        del found["reward_weights"]
+        found.pop("reward_weights", None)
     return found | given

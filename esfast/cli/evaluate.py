@@ -36,8 +36,14 @@ def run(args: argparse.Namespace) -> None:
         model, tokenizer = load(options)
         length = args.max_completion_length
         if length is None:
-            length = _that_fits(model, tokenizer, rows, settings.get("max_completion_length") or task.max_new_tokens)
-        responses = respond(model, tokenizer, task, rows, length, args.batch_size, settings.get("reward_weights"))
+            prompts = PromptEncoder(tokenizer)(chat.texts(rows, tokenizer, settings.get("chat_template_kwargs")))
+            length = _that_fits(
+                settings.get("max_completion_length") or task.max_new_tokens,
+                max(map(len, prompts)),
+                context_limit(model),
+            )
+        further = {name: settings.get(name) for name in ("reward_weights", "chat_template_kwargs")}
+        responses = respond(model, tokenizer, task, rows, length, args.batch_size, **further)
         results.append(summarize(path or "embedded", task, responses))
         if first is None:
             first = responses
@@ -64,10 +70,8 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     return settings
 
 
-def _that_fits(model, tokenizer, rows, length: int) -> int:
-    """The length, or what the model's context leaves beside the longest prompt, with a warning."""
-    limit = context_limit(model)
-    longest = max(map(len, PromptEncoder(tokenizer)(chat.texts(rows, tokenizer))))
+def _that_fits(length: int, longest: int, limit: int | None) -> int:
+    """The length, or what a context of `limit` tokens leaves beside the longest prompt, with a warning."""
     if limit is None or longest + length <= limit or longest >= limit:
         return length
     log.warning(
