@@ -18,12 +18,18 @@ _IMMUTABLE = frozenset({str, int, float, bool, bytes, type(None)})
 _shared: set[str] = set()  # columns of which a warning has been given
 
 
-def check_rows(what: str, rows, required: bool = True) -> None:
-    """TypeError or ValueError, with the number of the row (from 0), for what can't be trained or evaluated on."""
+def check_rows(what: str, rows, required: bool = True) -> Rows | None:
+    """The rows, as a sequence of dicts: lists and datasets as they are, tables (a dict of columns, a DataFrame) row by
+    row. TypeError or ValueError, with the number of the row (from 0), for what can't be trained or evaluated on."""
     if rows is None and not required:
-        return
-    if rows is None or not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__") or isinstance(rows, Mapping):
-        raise TypeError(f'{what}: expected rows with a "prompt" column, for example a list of dicts, got {rows!r:.60}')
+        return None
+    rows = _by_row(what, rows)
+    if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__") or isinstance(rows, str):
+        shown = " ".join(f"{rows!r:.60}".split())
+        raise TypeError(
+            f'{what}: expected rows with a "prompt" column, for example a list of dicts, got {shown}; what has no '
+            "length is made one by list(...), or given as a function (generation, count) -> rows"
+        )
     if len(rows) == 0:
         raise ValueError(f"{what}: expected at least one row")
     for i in range(len(rows)):
@@ -46,6 +52,26 @@ def check_rows(what: str, rows, required: bool = True) -> None:
             check_prompt(row["prompt"])
         except TypeError as error:
             raise TypeError(f"{what}: row {i}: {error}") from None
+    return rows
+
+
+def _by_row(what: str, rows):
+    """Tables as lists of dicts, everything else as it is."""
+    if hasattr(rows, "columns") and hasattr(rows, "to_dict"):  # pandas
+        return rows.to_dict("records")
+    if hasattr(rows, "columns") and hasattr(rows, "to_dicts"):  # polars
+        return rows.to_dicts()
+    if not isinstance(rows, Mapping):
+        return rows
+    if "prompt" not in rows:
+        shown = ", ".join(map(str, rows))
+        raise TypeError(
+            f'{what}: expected rows with a "prompt" column; of a dict of splits ({shown}) name one, as dataset["train"]'
+        )
+    sizes = {name: len(column) for name, column in rows.items() if hasattr(column, "__len__")}
+    if len(sizes) < len(rows) or len(set(sizes.values())) > 1 or isinstance(rows["prompt"], str):
+        raise ValueError(f"{what}: expected columns, lists of equal length, or a list of dicts, got {rows!r:.120}")
+    return [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
 
 
 def check_prompt(prompt):

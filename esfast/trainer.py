@@ -53,8 +53,8 @@ class ESTrainer:
             As in TRL: a chat (a list of messages) as prompt has its completion as a list of one message; None for a
             completion leaves it to the other functions; args.reward_weights weighs them.
         args: an ESConfig.
-        train_dataset: rows (dicts or a datasets.Dataset) with a "prompt" column, drawn without repetition until all
-            were used; or a function (generation, count) -> rows, for fresh problems in every generation.
+        train_dataset: rows (a list of dicts, a datasets.Dataset, a DataFrame, a dict of columns) with a "prompt", drawn
+            without repetition until all were used; or a function (generation, count) -> rows, fresh ones every time.
         eval_dataset: rows that are never trained on (optional).
         processing_class: the tokenizer; by default the model's own.
         metrics: further functions of the reward functions' form, evaluated on eval_dataset and logged under their name.
@@ -108,12 +108,12 @@ class ESTrainer:
                 f"reward_weights: expected one for each of the {len(self.reward_funcs)} reward functions, "
                 f"got {self.reward_weights}"
             )
-        self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         if callable(train_dataset):  # a batch that was looked at is the one that is trained on
             self._fresh_rows = functools.lru_cache(1)(train_dataset)
         else:
-            check_rows("train_dataset", train_dataset)
-        check_rows("eval_dataset", eval_dataset, required=False)
+            train_dataset = check_rows("train_dataset", train_dataset)
+        eval_dataset = check_rows("eval_dataset", eval_dataset, required=False)
+        self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         self.team = team if team is not None else Team()
         if self.team.shards > 1 and (isinstance(model, str) or peft_config is not None or adapters.is_peft(model)):
             raise ValueError(
@@ -364,9 +364,7 @@ class ESTrainer:
     def _train_rows(self, generation: int) -> Rows:
         count = self.args.prompts_per_generation
         if callable(self.train_dataset):
-            rows = self._fresh_rows(generation, count)
-            check_rows(f"train_dataset({generation}, {count})", rows)
-            return rows
+            return check_rows(f"train_dataset({generation}, {count})", self._fresh_rows(generation, count))
         return draw(self.train_dataset, generation, count, self.args.seed)
 
     def _generate(self, texts: list[str], seeds: Sequence[int] | None, whose: str) -> list[str]:

@@ -10,6 +10,7 @@ import esfast
 from esfast import cli, embedded
 from esfast.prompts import check_prompts
 from esfast.rollout import TransformersEngine, as_engine
+from esfast.rows import check_rows
 
 TEMPLATE = "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no such role') }}{% endif %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
 
@@ -147,6 +148,54 @@ def test_engines_without_a_check_are_asked_nothing():
 def test_columns_that_reward_functions_could_not_get(tmp_path, model, row, message):
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path, model, [row])
+
+
+ROWS = [{"prompt": "a", "n": 1}, {"prompt": "b", "n": 2}]
+
+
+def test_tables_are_rows_too():
+    datasets = pytest.importorskip("datasets", reason="needs the optional package datasets")
+    pandas = pytest.importorskip("pandas", reason="needs pandas, which datasets brings")
+    table = datasets.Dataset.from_list(ROWS)
+    for rows in (ROWS, {"prompt": ["a", "b"], "n": (1, 2)}, pandas.DataFrame(ROWS), tuple(ROWS), table.to_dict()):
+        assert list(check_rows("data", rows)) == ROWS
+    assert check_rows("data", table) is table
+    with pytest.raises(
+        TypeError, match=r"data: .*of a dict of splits \(train, test\) name one, as dataset\[\"train\"\]"
+    ):
+        check_rows("data", datasets.DatasetDict({"train": table, "test": table}))
+    with pytest.raises(TypeError, match="data: row 1: prompt: .* got nan"):
+        check_rows("data", pandas.DataFrame({"prompt": ["a", float("nan")]}))
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        {"prompt": ["a"], "n": [1, 2]},
+        {"prompt": "ab"},
+        {"prompt": ["a"], "n": 1},
+        iter(ROWS),
+        "ab",
+        3,
+        [3],
+        [[]],
+        {},
+        [],
+    ],
+)
+def test_what_is_no_table_is_refused(rows):
+    with pytest.raises((TypeError, ValueError), match="^data: ") as caught:
+        check_rows("data", rows)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_dict_of_columns_is_trained_on(tmp_path, model):
+    columns = {"prompt": ["1", "2", "3"], "n": [1, 2, 3]}
+    for rows in (columns, lambda generation, count: columns):
+        made = trainer(
+            tmp_path / str(callable(rows)), model, rows, columns, engine=lambda prompts: ["a"] * len(prompts)
+        )
+        assert made.train()["after"]["eval_length"] == 1.0
 
 
 def test_an_evaluation_by_hand_looks_first(model, caplog):
