@@ -7,7 +7,6 @@ from decimal import Decimal
 from fractions import Fraction
 
 import numpy as np
-import torch
 
 
 def length(prompts, completions, **columns):
@@ -33,18 +32,30 @@ def exits(prompts, completions, how, **columns):
 
 
 def returns(prompts, completions, how, **columns):
-    return RETURNED[how[0]]
+    value = RETURNED[how[0]]
+    return value() if callable(value) else value
+
+
+def tensor(values, dtype="float32", **options):
+    """Made when it is asked for: a worker that is asked for something else need not import torch."""
+
+    def made():
+        import torch
+
+        return torch.tensor(values, dtype=getattr(torch, dtype), **options)
+
+    return made
 
 
 RETURNED = {
     "dict": {"a": 1.0, "b": 2.0}, "set": {1.0, 2.0}, "text": "12", "bytes": b"12", "none": None, "number": 0.5,
-    "0-d array": np.array(1.0), "0-d tensor": torch.tensor(1.0), "rows": np.ones((2, 2)), "nested": [[1.0], [2.0]],
+    "0-d array": np.array(1.0), "0-d tensor": tensor(1.0), "rows": np.ones((2, 2)), "nested": [[1.0], [2.0]],
     "complex": [1j, 0.0], "texts": ["1", "2"], "bytes within": [b"1", b"2"], "huge": [10**400, 1], "vast": [1e308, 1.0],
     "enormous": [10**5000, 1], "infinite": [float("-inf"), 1.0], "three": [1.0, 2.0, 3.0], "endless": itertools.count(),
     "objects": [object(), object()], "none is fine": [None, 2], "bools": [True, np.False_], "array": np.array([1, 2]),
-    "float16": np.array([1, 2], dtype=np.float16), "tensor": torch.tensor([1.0, 2.0], requires_grad=True),
-    "bfloat16": torch.tensor([1, 2], dtype=torch.bfloat16), "column": np.array([[1.0], [2.0]]), "tuple": (1, 2),
-    "decimals": [Decimal(1), Fraction(2)], "bfloat16s": list(torch.tensor([1, 2], dtype=torch.bfloat16)),
+    "float16": np.array([1, 2], dtype=np.float16), "tensor": tensor([1.0, 2.0], requires_grad=True),
+    "bfloat16": tensor([1, 2], "bfloat16"), "column": np.array([[1.0], [2.0]]), "tuple": (1, 2),
+    "decimals": [Decimal(1), Fraction(2)], "bfloat16s": lambda: list(tensor([1, 2], "bfloat16")()),
 }  # fmt: skip
 
 
