@@ -277,6 +277,7 @@ class ES:
 
     def _enter(self, member: Member) -> None:
         if self._inside is None:
+            self._check_own(f"member {member.index}")
             self._buffers.note()
         else:
             self._buffers.put_back()

@@ -248,6 +248,21 @@ def test_es_does_not_undo_what_was_loaded(weights, dtype):
     assert all(torch.equal(p, other[name]) for name, p in model.named_parameters())
 
 
+def test_candidates_do_not_undo_what_was_loaded():
+    model = linear()
+    es = AskTell(model, population_size=2)
+    first, second = es.ask()
+    with first:
+        pass
+    with torch.no_grad():
+        model.weight.fill_(3.0)
+    with pytest.raises(RuntimeError, match="member 1: the weights were changed since ES last wrote them"), second:
+        pass
+    assert (model.weight == 3.0).all()
+    with pytest.raises(RuntimeError, match="the weights were changed since ES last wrote them"):
+        es.ask()
+
+
 def test_inplace_takes_the_weights_as_they_are():
     model = linear()
     es = esfast.ES(model, population_size=4, weights="inplace")
