@@ -18,6 +18,7 @@ import torch
 from .changes import same_bits
 from .files import whole_folder
 from .finite import some
+from .unwrap import named_parameters
 
 log = logging.getLogger(__name__)
 
@@ -154,9 +155,9 @@ def patterns(model) -> list[str] | None:
     gradient, else None, for all. ValueError if of a PeftModel there are none."""
     if not isinstance(model, torch.nn.Module):
         return None
-    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    frozen = [name for name, p in named_parameters(model) if not p.requires_grad]
     if is_peft(model):
-        trained = [glob.escape(name) for name, p in model.named_parameters() if p.requires_grad]
+        trained = [glob.escape(name) for name, p in named_parameters(model) if p.requires_grad]
         if not trained:
             raise ValueError(
                 "model: nothing of this PeftModel requires a gradient, so nothing is to be tuned; load it with "
@@ -181,7 +182,7 @@ def check_saved(model, names: Sequence[str]) -> None:
     saved = [t for state in states for t in state.values()]
     memory = {t.data_ptr() for t in saved}
     learned = any(config.is_prompt_learning for config in model.peft_config.values())  # saved as a copy
-    parameters = dict(model.named_parameters())
+    parameters = dict(named_parameters(model))
     lost = [
         name for name in names
         if parameters[name].data_ptr() not in memory

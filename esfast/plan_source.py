@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .noise import check_int, tensor_id
 from .segments import FORMATS, Entry, Slice, describe
+from .unwrap import named_parameters
 
 MAX_NUMEL = 2**62  # of a whole: tiles end behind the last element, and their numbers must fit an int64
 
@@ -19,7 +20,7 @@ MAX_NUMEL = 2**62  # of a whole: tiles end behind the last element, and their nu
 def entries(source) -> list[Entry]:
     """The tensors of a module, or of (name, tensor) or (name, tensor, Slice). TypeError or ValueError for others."""
     if isinstance(source, torch.nn.Module):
-        items: Iterable = source.named_parameters()
+        items: Iterable = named_parameters(source)
     elif isinstance(source, Iterable) and not isinstance(source, (torch.Tensor, str, dict)):
         items = source
     else:

@@ -120,7 +120,7 @@ class RunRecorder:
         with self._team.working():
             weights = whole_state_dict(self._model, keep=self._team.rank == 0) if in_shards(self._model) else None
         if self._team.rank == 0:
-            card = model_card(self._model, self._config, generation, self.rows[0], after)
+            card = model_card(self._model, self._config, generation, self.rows[0], after) if self.rows else ""
             self.folder.save_model(self._model, self._tokenizer, card, name, weights)
         self.clock.lap("save")
 

@@ -20,7 +20,8 @@ _shared: set[str] = set()  # columns of which a warning has been given
 
 def check_rows(what: str, rows, required: bool = True) -> Rows | None:
     """The rows, as a sequence of dicts: lists and datasets as they are, tables (a dict of columns, a DataFrame) row by
-    row. TypeError or ValueError, with the number of the row (from 0), for what can't be trained or evaluated on."""
+    row, texts as prompts. TypeError or ValueError, with the number of the row (from 0), for what can't be trained or
+    evaluated on."""
     if rows is None and not required:
         return None
     rows = _by_row(what, rows)
@@ -61,6 +62,12 @@ def _by_row(what: str, rows):
         return rows.to_dict("records")
     if hasattr(rows, "columns") and hasattr(rows, "to_dicts"):  # polars
         return rows.to_dicts()
+    if hasattr(rows, "to_pylist"):  # pyarrow
+        return rows.to_pylist()
+    if hasattr(rows, "tolist"):  # an array, a column of pandas
+        rows = rows.tolist()
+    if isinstance(rows, (list, tuple)) and rows and all(isinstance(row, str) for row in rows):
+        return [{"prompt": prompt} for prompt in rows]
     if not isinstance(rows, Mapping):
         return rows
     if "prompt" not in rows:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from .files import TEMPORARY, whole_folder, write_whole
 from .journal import peek
 from .lock import Lock
+from .unwrap import unwrapped
 
 log = logging.getLogger(__name__)
 
@@ -189,7 +190,8 @@ def save_model(path: Path, model, tokenizer, card: str = "", weights: dict | Non
     written."""
     with whole_folder(path) as unfinished:
         try:
-            model.save_pretrained(unfinished, **({} if weights is None else {"state_dict": weights}))
+            with unwrapped(model) as plain:
+                plain.save_pretrained(unfinished, **({} if weights is None else {"state_dict": weights}))
         except SafetensorError as error:
             raise OSError(f"{path} could not be written: {error}") from None
         tokenizer.save_pretrained(unfinished)

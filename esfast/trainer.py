@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
@@ -22,13 +23,13 @@ from . import adapters, chat
 from .clock import Clock, account
 from .config import ESConfig
 from .distributed import Team
+from .door import open_model, open_rewards, open_tokenizer
 from .es import ES, Member
 from .identity import check as check_identity
 from .identity import identity as identity_of
 from .interrupts import Stops, signal_of, stoppable
 from .kl import KLToBase
 from .loggers import require
-from .models import load_model, load_tokenizer
 from .movement import Movement
 from .plan import Plan
 from .prompts import check_prompts
@@ -39,11 +40,12 @@ from .rows import Rows, check_rows, draw
 from .run_folder import RunFolder
 from .sampling import LogitsError, response_seeds
 from .stats import mean
+from .trl_trainer import SavesLikeTRL, check_not_resumed_here
 
 log = logging.getLogger(__name__)
 
 
-class ESTrainer:
+class ESTrainer(SavesLikeTRL):
     """Fine-tunes all weights of a causal language model by evolution strategies.
 
     Args:
@@ -56,7 +58,7 @@ class ESTrainer:
         train_dataset: rows (a list of dicts, a datasets.Dataset, a DataFrame, a dict of columns) with a "prompt", drawn
             without repetition until all were used; or a function (generation, count) -> rows, fresh ones every time.
         eval_dataset: rows that are never trained on (optional).
-        processing_class: the tokenizer; by default the model's own.
+        processing_class: the tokenizer, or a processor that has one; by default the model's own.
         metrics: further functions of the reward functions' form, evaluated on eval_dataset and logged under their name.
         peft_config: a PEFT configuration (optional): its adapters are put into the model. Of a PeftModel, made so or
             given as `model`, what requires a gradient is tuned, if args.include does not choose.
@@ -80,7 +82,7 @@ class ESTrainer:
 
     def __init__(
         self,
-        model: torch.nn.Module | str,
+        model: torch.nn.Module | str | os.PathLike,
         reward_funcs: RewardFunc | Sequence[RewardFunc],
         args: ESConfig | None = None,
         train_dataset: Rows | Callable[[int, int], Rows] | None = None,
@@ -95,19 +97,9 @@ class ESTrainer:
         self.args = args if args is not None else ESConfig()
         if not isinstance(self.args, ESConfig):
             raise TypeError(f"args: expected an esfast.ESConfig, got {type(args).__name__}")
-        self.reward_funcs = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
+        self.args.check()
         self.metrics = check_metrics(metrics)
-        for f in [*self.reward_funcs, *self.metrics.values()]:
-            if not callable(f):
-                raise TypeError(f"reward_funcs and metrics: expected functions, got {type(f).__name__} {f!r:.60}")
-        if not self.reward_funcs:
-            raise ValueError("reward_funcs: expected at least one function")
-        self.reward_weights = self.args.reward_weights or [1.0] * len(self.reward_funcs)
-        if len(self.reward_weights) != len(self.reward_funcs):
-            raise ValueError(
-                f"reward_weights: expected one for each of the {len(self.reward_funcs)} reward functions, "
-                f"got {self.reward_weights}"
-            )
+        self.reward_funcs, self.reward_weights = open_rewards(reward_funcs, self.metrics, self.args.reward_weights)
         if callable(train_dataset):  # a batch that was looked at is the one that is trained on
             self._fresh_rows = functools.lru_cache(1)(train_dataset)
         else:
@@ -115,14 +107,14 @@ class ESTrainer:
         eval_dataset = check_rows("eval_dataset", eval_dataset, required=False)
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         self.team = team if team is not None else Team()
-        if self.team.shards > 1 and (isinstance(model, str) or peft_config is not None or adapters.is_peft(model)):
+        if self.team.shards > 1 and (
+            isinstance(model, (str, os.PathLike)) or peft_config is not None or adapters.is_peft(model)
+        ):
             raise ValueError(
                 "a model in shards: expected the model itself, without adapters; see esfast.tensor_parallel"
             )
-        if isinstance(model, str):
-            model = load_model(model)
-        if processing_class is None:
-            processing_class = load_tokenizer(model.config._name_or_path)
+        model = open_model(model)
+        processing_class = open_tokenizer(processing_class, model)
         c = self.args
         if peft_config is not None:
             model = adapters.wrap(model, peft_config, c.seed)
@@ -179,14 +171,16 @@ class ESTrainer:
         self.recorder = RunRecorder(self.folder, c, self.model, self.processing_class, self.team)
         self._told, self._run, self._stops = 0, self.team.run(), Stops()
 
-    def train(self) -> dict[str, Any]:
+    def train(self, resume_from_checkpoint: bool | str | None = None) -> dict[str, Any]:
         """Runs all generations and saves; returns the summary. A run that has them all is left as it is.
 
         Ctrl-C, SIGTERM and SIGHUP stop it where it is: the last completed generation is saved, and KeyboardInterrupt
         raised. Signal handlers that the caller installed stay; one that raises KeyboardInterrupt or SystemExit does the
         same. In a team, process 0 alone writes, evaluates and shows progress; whatever stops one process stops all. Of
         a model in shards nothing is saved then, since that takes all of its processes: the journal holds the run.
+        A run is resumed by ESConfig(resume=True) when the trainer is made, and not here.
         """
+        check_not_resumed_here(resume_from_checkpoint, self.args.resume)
         try:
             with stoppable() as self._stops:
                 try:

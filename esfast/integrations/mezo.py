@@ -13,6 +13,7 @@ import torch
 
 from ..es import member_seed
 from ..plan import Plan
+from ..unwrap import named_parameters
 from ..update import Generation, Rule
 from ..weights import MODES
 from .offsets import Offsets
@@ -52,7 +53,7 @@ class ZOParameters:
         if isinstance(model, Plan):
             model = [(e.name, e.tensor, e.window) for e in model.entries]
         elif isinstance(model, torch.nn.Module):
-            model = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+            model = [(n, p) for n, p in named_parameters(model) if p.requires_grad]
         items = list(model)
         still = [i for i in items if weight_decay and any(part in i[0] for part in NOT_DECAYED)]
         moved = [i for i in items if not any(i is s for s in still)]

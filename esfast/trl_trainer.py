@@ -1,0 +1,53 @@
+"""What scripts for TRL's trainers call at their end, for ESTrainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+# Names of TRL's and Transformers' trainers that ESTrainer has not: what there is instead.
+_INSTEAD = {
+    "push_to_hub": "upload the folder {model}, for example with `hf upload NAME {model}`",
+    "create_model_card": "{model} has a model card",
+    "save_state": "the run folder {path} holds all that a run needs to go on (resume=True)",
+    "log_metrics": "metrics are in {path}/metrics.jsonl, and in trainer.summary",
+    "save_metrics": "metrics are in {path}/metrics.jsonl, and in trainer.summary",
+    "evaluate": "eval_dataset is evaluated every eval_every generations; later, `esfast eval --model {model}`",
+    "predict": "`esfast eval --model {model} --save FILE` writes responses to a file",
+    "add_callback": "report_to sends metrics to a logger; a loop of one's own is esfast.ES",
+    "accelerator": "there is none; several processes are a team, see docs/distributed.md",
+    "state": "trainer.es.generation says how many generations are done, trainer.summary how it went",
+}
+
+
+class SavesLikeTRL:
+    """`save_model`, and a word for what is not there. For a trainer with `folder`, `recorder` and `es`."""
+
+    def save_model(self, output_dir: str | Path | None = None, _internal_call: bool = False) -> None:
+        """Saves the model of now, with its tokenizer, as a Hugging Face folder; all processes of a team call it.
+
+        Without a folder, or for the run folder itself, it is the run's model/, where `train` has put it already.
+        Raises FileExistsError for a folder that holds other things than a model.
+        """
+        path = Path(output_dir) if output_dir is not None else self.folder.model
+        if path.resolve() == self.folder.path.resolve():
+            path = self.folder.model
+        is_model = any((path / name).exists() for name in ("config.json", "adapter_config.json"))
+        if path.exists() and not is_model and (not path.is_dir() or any(path.iterdir())):
+            raise FileExistsError(f"save_model: {path} holds other things than a model; take another folder")
+        evaluated = [row for row in self.recorder.rows if "eval_reward" in row]
+        self.recorder.save_model(str(path.absolute()), self.es.generation, evaluated[-1] if evaluated else {})
+
+    def __getattr__(self, name: str):
+        if name in _INSTEAD and "folder" in vars(self):
+            instead = _INSTEAD[name].format(path=self.folder.path, model=self.folder.model)
+            raise AttributeError(f"{type(self).__name__} has no {name}: {instead}")
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+
+def check_not_resumed_here(checkpoint: bool | str | None, resumes: bool) -> None:
+    """ValueError for a checkpoint to resume from, unless the run was resumed when its trainer was made."""
+    if checkpoint and not resumes:
+        raise ValueError(
+            f"train: resume_from_checkpoint={checkpoint!r}: a run goes on in its own folder, from its journal: make "
+            "the trainer with ESConfig(output_dir=..., resume=True)"
+        )

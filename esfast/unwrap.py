@@ -1,0 +1,57 @@
+"""The model inside of what wraps it. Noise is a function of names, and the plain model's names are meant: a compiled or
+parallel model gets the members, journals and files that the model in it would get."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+# By the class of the wrapper, where it holds the module. By its name, so that nothing is imported for it.
+_HOLDERS = {
+    "OptimizedModule": "_orig_mod",  # of torch.compile
+    "CheckpointWrapper": "_checkpoint_wrapped_module",
+    "DataParallel": "module",
+    "DistributedDataParallel": "module",
+}
+
+
+def unwrap(model):
+    """The module that is left when all wrappers around it are taken away; anything else as it is."""
+    while (attribute := _holder(model)) is not None:
+        model = getattr(model, attribute)
+    return model
+
+
+def named_parameters(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """`module.named_parameters()` under the plain model's names, also where parts of it are wrapped."""
+    wrapped = set()
+    for path, part in module.named_modules():
+        if (attribute := _holder(part)) is not None:
+            wrapped.add(f"{path}.{attribute}" if path else attribute)
+    for name, parameter in module.named_parameters():
+        words = name.split(".")
+        yield ".".join(w for i, w in enumerate(words) if ".".join(words[: i + 1]) not in wrapped), parameter
+
+
+@contextlib.contextmanager
+def unwrapped(model) -> Iterator:
+    """The plain model, with its wrapped parts replaced by what is in them as long as the block runs: to be saved."""
+    parts = [
+        (parent, name, part)
+        for parent in (model.modules() if isinstance(model, torch.nn.Module) else ())
+        for name, part in parent._modules.items()
+        if _holder(part) is not None
+    ]
+    try:
+        for parent, name, part in parts:
+            parent._modules[name] = unwrap(part)
+        yield unwrap(model)
+    finally:
+        for parent, name, part in parts:
+            parent._modules[name] = part
+
+
+def _holder(module) -> str | None:
+    return next((_HOLDERS[kind.__name__] for kind in type(module).__mro__ if kind.__name__ in _HOLDERS), None)
