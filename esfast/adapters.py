@@ -18,6 +18,8 @@ import torch
 from .changes import same_bits
 from .files import whole_folder
 from .finite import some
+from .plan import Plan
+from .segments import FORMATS
 from .unwrap import named_parameters
 
 log = logging.getLogger(__name__)
@@ -194,6 +196,14 @@ def check_saved(model, names: Sequence[str]) -> None:
             f"model: PEFT ({kinds}) does not save {some(lost)}, so what is tuned would be lost; leave such weights out "
             "(exclude=, requires_grad_(False)), name their modules in modules_to_save, or take another kind of adapter"
         )
+
+
+def identity(model) -> dict[str, str]:
+    """The fingerprint of the base weights, which no journal of adapters guards; nothing if there are no adapters."""
+    if not is_peft(model):
+        return {}
+    frozen = [(n, p) for n, p in model.named_parameters() if not p.requires_grad and p.dtype in FORMATS and p.numel()]
+    return {"frozen weights": Plan(frozen).fingerprint()} if frozen else {}
 
 
 def begin(model, folder: Path, resumed: bool, writes: bool) -> None:

@@ -135,7 +135,8 @@ class ESTrainer(SavesLikeTRL):
         workers = c.reward_workers if self.team.leads else 0
         self.scorer = Scorer([*self.reward_funcs, *self.metrics.values()], workers, c.reward_timeout)
         require(c.report_to)
-        self.identity = identity_of(model, self.reward_funcs, train_dataset, identity)
+        more = {**(identity or {}), **adapters.identity(model)}
+        self.identity = identity_of(model, self.reward_funcs, train_dataset, more)
         self.described: dict[str, Any] = {}  # what else goes into config.yaml, from the command line
         self.summary: dict[str, Any] = {}
         self.folder = RunFolder(c.output_dir)

@@ -231,6 +231,22 @@ def test_on_the_command_line(base, tmp_path):
         assert_equal(values(load_model(tmp_path / out)), values(trainer.model))
 
 
+def test_the_base_must_be_the_run_s(base, tmp_path, capsys):
+    """Its frozen weights are in no journal."""
+    train(load_model(base), tmp_path / "run", base, lora())
+    other = load_model(base)
+    with torch.no_grad():
+        other.model.norm.weight[0] += 1
+    other.save_pretrained(tmp_path / "other")
+    load_tokenizer(base).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="resume: the run has frozen weights .*, asked for is "):
+        train(other, tmp_path / "run", base, lora(), generations=3, resume=True)
+    journal = str(tmp_path / "run" / "journal.jsonl")
+    assert main(["replay", journal, "--base", str(tmp_path / "other"), "--out", str(tmp_path / "a")]) == 1
+    assert "--base: the run had frozen weights of fingerprint" in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
+
+
 def test_the_base_model_s_generation_config_is_kept(base, tmp_path):
     for name, configuration in (("lora", lora()), ("soft", peft.PromptTuningConfig(**SOFT))):
         model = load_model(base)

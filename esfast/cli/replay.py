@@ -9,7 +9,7 @@ from .. import adapters
 from ..files import check_writable
 from ..journal import replay
 from ..plan import Plan
-from ..run_folder import save_model
+from ..run_folder import RunFolder, save_model
 from .models import load
 
 
@@ -22,6 +22,10 @@ def run(args: argparse.Namespace) -> None:
     adapter = Path(args.adapter) if args.adapter else Path(args.journal).parent / "adapter"
     if args.adapter or adapter.is_dir():
         model = adapters.attach(model, adapter)
+        found, mine = RunFolder(Path(args.journal).parent).read_identity(), adapters.identity(model)
+        for name in found.keys() & mine.keys():
+            if found[name] != mine[name]:
+                raise ValueError(f"--base: the run had {name} of fingerprint {found[name]}, these have {mine[name]}")
     replay(Plan(model, args.include or adapters.patterns(model), args.exclude), args.journal, args.until)
     save_model(Path(args.out), model, tokenizer)
     print(f"tuned model: {args.out}")
