@@ -21,6 +21,7 @@ import pybind11
 from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError, ExecError, LinkError
 
 # -ffp-contract=off keeps mul and add apart: the noise is defined to the bit (csrc/noise.h).
 # -Wno-maybe-uninitialized: g++ 12 warns of its own AVX-512 header.
@@ -40,6 +41,16 @@ CUDA_HEADERS = [
     os.path.join("csrc", name) for name in ("noise.h", "dtypes.h", "cuda_job.h", "cuda_memory.cuh", "cuda_kernel.cuh")
 ]
 HEADERS = [os.path.join("csrc", name) for name in ("noise.h", "lanes.h", "dtypes.h", "cpu.h")]
+NO_COMPILER = """
+esfast: the C++ extension could not be built: {error}
+
+It needs a C++17 compiler, and Python's headers:
+  Debian, Ubuntu   apt-get install g++ python3-dev
+  Fedora, RHEL     dnf install gcc-c++ python3-devel
+  macOS            xcode-select --install
+  conda            conda install -c conda-forge cxx-compiler
+A compiler under another name is given in the environment: CXX=clang++ CC=clang
+"""
 
 
 class Build(build_ext):
@@ -64,10 +75,10 @@ class Build(build_ext):
             return
         if os.path.exists(target):
             os.remove(target)
-        if ext.name == "esfast._cuda":
-            complete = self.build_cuda(ext)
-        else:
-            complete = self.build_cpu(ext)
+        try:
+            complete = self.build_cuda(ext) if ext.name == "esfast._cuda" else self.build_cpu(ext)
+        except (CompileError, LinkError, ExecError, OSError) as error:
+            raise SystemExit(NO_COMPILER.format(error=error)) from error
         if complete:
             os.makedirs(self.build_temp, exist_ok=True)
             with open(made_of, "w") as file:

@@ -25,6 +25,7 @@ from .config import ESConfig
 from .distributed import Team
 from .door import open_model, open_rewards, open_tokenizer
 from .es import ES, Member
+from .files import check_writable
 from .identity import check as check_identity
 from .identity import identity as identity_of
 from .interrupts import Stops, signal_of, stoppable
@@ -152,7 +153,7 @@ class ESTrainer(SavesLikeTRL):
         c, resume = self.args, self.args.resume or self.team.restarted
         adapters.check_saved(self.model, plan.whole_names)
         if self.team.rank == 0:
-            self.folder = RunFolder.claim(c.output_dir, resume)
+            self.folder = RunFolder.claim(check_writable("output_dir", c.output_dir, folder=True), resume)
             if self.folder.begun():
                 c.check_resumes(self.folder.read_config())
                 check_identity(self.folder.read_identity(), self.identity)

@@ -1,7 +1,10 @@
 """Commands about a run that is there: going on with it, asking its model; errors in the words of the command line."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 import time
 
 import pytest
@@ -234,3 +237,34 @@ def test_a_cache_that_cannot_be_written_is_noticed_before_the_pretraining(tmp_pa
     assert cli.main(["train"]) == 1
     said = capsys.readouterr().err
     assert "the folder of the embedded model (set ESFAST_CACHE to another one): can't write to" in said
+
+
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+def test_where_the_locale_has_no_letters_for_a_prompt_or_a_name(project, tiny):
+    """Prompts go through; a folder that can't be written in the end is refused before anything is loaded."""
+    rows = [{"prompt": f"wie heißt {i} 東京?"} for i in range(20)]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (project / "p.jsonl").write_text(text, encoding="utf-8")
+    arguments = ["eval", "--model", tiny, "--task", "file:p.jsonl", "--reward", "run_rewards:words", "--samples", "1",
+                 "--max-completion-length", "2", "--save", "out.jsonl"]  # fmt: skip
+    done = subprocess.run([sys.executable, "-m", "esfast", *arguments], env=os.environ | ASCII, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert "東京" in json.loads((project / "out.jsonl").read_text(encoding="utf-8").splitlines()[0])["prompt"]
+    for command in (
+        ["train", "--model", "no-such", "--out", "läufe"],
+        ["eval", "--model", "no-such", "--save", "läufe.jsonl"],
+    ):
+        done = subprocess.run([sys.executable, "-m", "esfast", *command], env=os.environ | ASCII, capture_output=True)
+        assert done.returncode == 1 and b"can't be written in UTF-8 and in the locale's encoding" in done.stderr, (
+            done.stderr
+        )
+
+
+def test_a_trainer_refuses_a_name_that_cannot_be_written(tiny, tmp_path):
+    model, tokenizer = load(tiny)
+    args = esfast.ESConfig(output_dir=str(tmp_path / "l\udce4ufe"), max_completion_length=4)
+    with pytest.raises(ValueError, match="^output_dir: the name .* can't be written in UTF-8"):
+        esfast.ESTrainer(model, lambda completions, **_: [0.0], args, ["say 1"], None, tokenizer)
+    assert not list(tmp_path.iterdir())

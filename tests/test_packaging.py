@@ -1,8 +1,14 @@
 """What is handed out: requirements, the source archive, a build without a compiler."""
 
+import os
 import re
+import subprocess
+import sys
+import tarfile
 from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
@@ -19,3 +25,53 @@ def test_extras_that_are_asked_of_others_exist():
         except PackageNotFoundError:
             continue
         assert set(extras.split(",")) <= set(known), f"{name} has the extras {known}"
+
+
+def setup_py(*arguments, **environment):
+    pytest.importorskip("pybind11", reason="builds need pybind11")
+    return subprocess.run(
+        [sys.executable, "setup.py", *arguments], cwd=ROOT, capture_output=True, text=True, env=os.environ | environment
+    )
+
+
+def test_the_source_archive_holds_what_it_takes_to_build_and_to_run_the_tests(tmp_path):
+    done = setup_py("-q", "egg_info", "--egg-base", str(tmp_path), "sdist", "-d", str(tmp_path))
+    assert done.returncode == 0, done.stderr[-2000:]
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as file:
+        found = {name.partition("/")[2] for name in file.getnames()}
+    folders = ("bench", "csrc", "docs", "esfast", "examples", "kernels", "tests")
+    wanted = {
+        p.relative_to(ROOT).as_posix() for folder in folders for p in (ROOT / folder).rglob("*") if p.is_file()
+        and p.suffix not in (".so", ".pyc") and not any(part.startswith((".", "__pycache__")) for part in p.relative_to(ROOT).parts)
+    }  # fmt: skip
+    wanted |= {"setup.py", "pyproject.toml", "Makefile", "constraints.txt", "README.md", "LICENSE", "MANIFEST.in"}
+    assert wanted - found == set()
+    assert not [name for name in found if name.endswith((".so", ".pyc")) or "__pycache__" in name]
+
+
+def test_every_package_is_named():
+    named = set(re.findall(r'"([\w.]+)"', re.search(r"^packages = (\[.*?\])", PYPROJECT, re.MULTILINE | re.DOTALL)[1]))
+    here = {".".join(p.parent.relative_to(ROOT).parts) for p in (ROOT / "esfast").rglob("__init__.py")}
+    assert here <= named and {"esfast.bench", "esfast.kernels"} <= named
+
+
+@pytest.mark.parametrize("missing", ["no compiler", "one that fails"])
+def test_without_a_compiler_the_build_says_what_to_install(tmp_path, missing):
+    (tmp_path / "bin").mkdir()
+    if missing == "one that fails":
+        for name in ("false-cxx", "false-cc"):
+            (tmp_path / "bin" / name).write_text("#!/bin/sh\nexit 1\n")
+            (tmp_path / "bin" / name).chmod(0o755)
+    names = (
+        {"CXX": "false-cxx", "CC": "false-cc"}
+        if missing != "no compiler"
+        else {"CXX": "no-such-cxx", "CC": "no-such-cc"}
+    )
+    done = setup_py(
+        "build_ext", "--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "temp"), "--force",
+        PATH=f"{tmp_path / 'bin'}:/bin:/usr/bin" if missing != "no compiler" else str(tmp_path / "bin"), **names,
+    )  # fmt: skip
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert "It needs a C++17 compiler, and Python's headers" in done.stderr and "apt-get install g++" in done.stderr
+    assert not list(tmp_path.rglob("*.so"))

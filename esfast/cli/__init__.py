@@ -17,6 +17,10 @@ from .parser import parser_of_all
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit status: 0 done, 1 failed, 2 unusable arguments, 128 + N ended by signal N."""
     argv = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):
+        # a name that the locale has no letters for is shown by its numbers, and ends no run
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     logging.basicConfig(format="esfast: %(message)s", level=logging.WARNING)
     if argv[:1] == ["bench"]:  # benchmarks have parsers of their own
         from ..bench import main as bench
