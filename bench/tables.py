@@ -31,6 +31,7 @@ from . import (
     statistics,
     tasks,
     training,
+    zoo,
 )
 from .provenance import caption
 
@@ -60,6 +61,8 @@ TABLES: dict[str, tuple[str, Callable[[dict], Table]]] = {
     "drift-update": ("drift.json", drift.update_table),
     "drift-rates": ("drift.json", drift.rates_table),
     "training-modes": ("training.json", training.table),
+    "zoo": ("zoo.json", zoo.table),
+    "zoo-summary": ("zoo.json", zoo.summary),
     "training-sweep": ("training.json", training.sweep_table),
 }
 NOT_YET = "*Not yet measured.*"
