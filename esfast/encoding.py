@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-KNOWN_TEXT = "a"
+# The first that a vocabulary knows shows what a tokenizer puts around a text.
+KNOWN_TEXTS = ("a", "1", "A", "the", ".", "\u4e00")
 CLOSING = ("eos_token", "sep_token", "cls_token", "pad_token")
 
 # What configurations call the longest sequence that a model takes, the first that is there counts.
@@ -31,7 +32,7 @@ class PromptEncoder:
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
-        known, bare = self._ids([KNOWN_TEXT])[0], self._ids([KNOWN_TEXT], add_special_tokens=False)[0]
+        known, bare = self._known()
         places = [i for i in range(len(known) - len(bare) + 1) if known[i : i + len(bare)] == bare]
         before = known[: places[0]] if places and bare else []
         behind = known[places[0] + len(bare) :] if places and bare else []
@@ -56,6 +57,18 @@ class PromptEncoder:
             return rows
         start = self._start
         return [row[:start] + row[start + 1 :] if row[start : start + 1] == [self._bos] else row for row in rows]
+
+    def _known(self) -> tuple[list[int], list[int]]:
+        """A text's tokens with what the tokenizer puts around them, and without."""
+        for text in KNOWN_TEXTS:
+            try:
+                (known,), (bare,) = self._ids([text]), self._ids([text], add_special_tokens=False)
+            # of a vocabulary that knows neither the text nor an unknown token
+            except Exception:
+                continue
+            if bare:
+                return known, bare
+        return [], []
 
     def _ids(self, texts: Sequence[str], **options) -> list[list[int]]:
         return [list(row) for row in self.tokenizer(list(texts), **options)["input_ids"]]

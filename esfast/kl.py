@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .encoding import PromptEncoder
+from .encoding import PromptEncoder, embedded_tokens
 from .interrupts import held
 from .shards import fsdp_modules, reshard
 
@@ -47,7 +47,7 @@ class KLToBase:
         rows = [self._ids(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
         values = [0.0] * len(rows)
         order = sorted((i for i in range(len(rows)) if rows[i][1] > 0), key=lambda i: len(rows[i][0]))
-        vocabulary = self.model.get_output_embeddings().weight.shape[0]
+        vocabulary = embedded_tokens(self.model)
         was_training = self.model.training
         self.model.eval()
         try:

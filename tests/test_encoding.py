@@ -2,8 +2,18 @@
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from tokenizers.processors import TemplateProcessing
-from transformers import GPT2Config, GPT2LMHeadModel, MptConfig, RobertaConfig, RobertaForCausalLM, XLNetConfig
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    MptConfig,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForCausalLM,
+    XLNetConfig,
+)
 
 from esfast import embedded
 from esfast.encoding import PromptEncoder, context_limit
@@ -50,6 +60,13 @@ def test_a_token_behind_a_text_that_does_not_end_it_stays():
     """Where ChatGLM's answers begin, for one."""
     made = tokenizer_with("[gMASK] $A <sop>", extra_special_tokens=["[gMASK]", "<sop>"])
     assert texts(made, ["7"]) == ["[gMASK]7<sop>"]
+
+
+def test_a_vocabulary_without_letters():
+    core = Tokenizer(WordLevel({"<pad>": 0, "</s>": 1, **{str(i): i + 2 for i in range(10)}}))
+    core.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    made = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="</s>")
+    assert made("7")["input_ids"] == [9, 1] and PromptEncoder(made)(["7"]) == [[9]]
 
 
 def test_a_tokenizer_that_heeds_no_wish():

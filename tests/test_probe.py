@@ -178,6 +178,15 @@ def test_a_model_in_16_bits_is_measured_too():
     assert TransformersEngine(made("whisper").bfloat16(), TOKENIZER, 6)._traits.together == probe.EQUAL_LENGTHS
 
 
+def test_a_vocabulary_without_letters_is_measured_too():
+    def encode(texts):
+        raise ValueError("no [UNK] token")
+
+    rows = probe.probe_texts(encode, 5, 30)
+    assert len(rows) == len(probe.TEXTS) and max(map(max, rows)) < 5 and len(rows[0]) == 12 and min(map(len, rows)) > 1
+    assert probe.probe_texts(lambda texts: [[] for _ in texts], 5, None) == [[0]] * 4
+
+
 def test_no_trace_is_left_on_the_model():
     model = made("recurrent_gemma").train()
     config, before = model.generation_config, {n: p.clone() for n, p in model.state_dict().items()}
