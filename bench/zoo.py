@@ -79,7 +79,7 @@ def _train(name: str, folder: Path) -> dict:
     made = tiny_model(name, tokenizer)
     made.save_pretrained(folder / "base")
     settings = ESConfig(
-        output_dir=folder / "run", generations=2, population_size=4, sigma=0.05, lr=0.05, prompts_per_generation=3,
+        output_dir=folder / "run", generations=2, population_size=4, sigma=0.2, lr=0.05, prompts_per_generation=3,
         max_completion_length=TOKENS, progress=False,
     )  # fmt: skip
     rows = [{"prompt": prompt} for prompt in PROMPTS]

@@ -170,6 +170,7 @@ def test_rounding_is_not_taken_for_padding_that_is_read():
     other = expected.clone()
     other[0] = torch.randn(3, 99)
     assert probe._same(expected, other, torch.bfloat16)
+    assert not probe._same(expected, other, torch.float32)
 
 
 def test_a_model_in_16_bits_is_measured_too():
