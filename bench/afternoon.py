@@ -1,0 +1,203 @@
+"""The strongest that anyone can write in an afternoon with plain PyTorch or NumPy: the rivals that `esfast bench noise`
+times beside what is run today.
+
+All of them draw noise of the right law that differs between tensors (tests/test_bench_afternoon.py holds them to that),
+round once, write a member from a copy of the weights in one pass, and sum an update in float32. They work in pieces
+that stay in the cache, with as many threads as PyTorch has. None promises the same numbers on another machine, with
+another number of threads, or for a shard.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+PIECE = 2**18  # weights at a time
+Tensors = Sequence[torch.Tensor] | None  # the weights to start from; None: those that are changed
+
+
+class Drawn:
+    """Noise is drawn into a buffer that is used again and again, a part of it by each thread, and added with `alpha`."""
+
+    def __init__(self, fill: Callable[[torch.Tensor, np.random.SeedSequence], None], in_weights_dtype: bool = False):
+        self.fill, self.in_weights_dtype = fill, in_weights_dtype
+        self._buffers: dict[torch.dtype, torch.Tensor] = {}
+        self._threads = torch.get_num_threads()
+        self._pool = ThreadPoolExecutor(self._threads)
+
+    def perturb_(self, tensors: Sequence[torch.Tensor], seed: int, sigma: float, base: Tensors = None) -> None:
+        for (key, piece), (_, source) in zip(_pieces(tensors), _pieces(base or tensors), strict=True):
+            torch.add(source, self._noise(piece, (seed, *key)), alpha=sigma, out=piece)
+
+    def update_(self, tensors: Sequence[torch.Tensor], seeds: Sequence[int], coeffs: Sequence[float]) -> None:
+        for key, piece in _pieces(tensors):
+            total = piece.float()
+            for seed, coeff in zip(seeds, coeffs, strict=True):
+                total.add_(self._noise(total, (seed, *key)), alpha=coeff)
+            piece.copy_(total)
+
+    def _noise(self, piece: torch.Tensor, key: tuple[int, ...]) -> torch.Tensor:
+        dtype = piece.dtype if self.in_weights_dtype else torch.float32
+        buffer = self._buffers.setdefault(dtype, torch.empty(PIECE, dtype=dtype))[: len(piece)]
+        parts = buffer.split(-(-PIECE // self._threads))
+        list(self._pool.map(self.fill, parts, (np.random.SeedSequence((*key, i)) for i in range(len(parts)))))
+        return buffer
+
+
+def _normal(part: torch.Tensor, seed: np.random.SeedSequence) -> None:
+    part.normal_(generator=torch.Generator().manual_seed(int(seed.generate_state(1, np.uint64)[0])))
+
+
+def _standard_normal(part: torch.Tensor, seed: np.random.SeedSequence) -> None:
+    np.random.Generator(np.random.SFC64(seed)).standard_normal(out=part.numpy(), dtype=np.float32)
+
+
+@functools.cache
+def _signs_of(dtype: torch.dtype) -> tuple[torch.Tensor, np.ndarray]:
+    """Every word of bits as +1 and -1 in 32 bytes: 16 of a 16-bit dtype, 8 of float32. Looking a word up is faster than
+    np.unpackbits and what it takes to make +1 and -1 of its bytes."""
+    words = np.arange(2**8, dtype=np.uint8) if dtype == torch.float32 else np.arange(2**16, dtype=np.uint16)
+    bits = np.unpackbits(words.view(np.uint8)).reshape(len(words), -1)
+    signs = torch.from_numpy(bits).to(dtype).mul_(2).sub_(1)
+    return signs, words[:0]
+
+
+def _random_signs(part: torch.Tensor, seed: np.random.SeedSequence) -> None:
+    signs, like = _signs_of(part.dtype)
+    per_word = signs.shape[1]
+    rows = -(-len(part) // per_word)
+    raw = np.random.SFC64(seed).random_raw(-(-rows * like.itemsize // 8))
+    words, whole = raw.view(like.dtype)[:rows], len(part) // per_word
+    table, to = (_bits(t).numpy() for t in (signs, part[: whole * per_word].view(whole, per_word)))
+    np.take(table, words[:whole], axis=0, out=to, mode="clip")  # "clip" spares the check; no word is out of range
+    if rows > whole:
+        part[whole * per_word :] = signs[int(words[-1])][: len(part) - whole * per_word]
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """For NumPy, which has no bfloat16."""
+    return tensor if tensor.dtype == torch.float32 else tensor.view(torch.int16)
+
+
+class Hashed:
+    """An integer hash of seed and index, made into noise and added in one compiled pass (torch.compile, so g++).
+
+    Each round is a mixing hash of 32 bits: two multiplications, three shifts. Gaussian: two rounds and Box-Muller give
+    two numbers, one for each half of the tensor. Rademacher: each bit of a word is a sign, for 32 parts of the tensor.
+    An update passes over a float32 copy of some columns of the parts, which stays in the cache, once a member; with the
+    members' loop inside the kernel it is slower, and takes minutes to compile.
+    """
+
+    def __init__(self, kind: str):
+        self.parts = 2 if kind == "gaussian" else 32
+        self._add = _add_gaussian if kind == "gaussian" else _add_signs
+
+    def perturb_(self, tensors: Sequence[torch.Tensor], seed: int, sigma: float, base: Tensors = None) -> None:
+        factor, start = torch.tensor(sigma, dtype=torch.float32), torch.tensor(0, dtype=torch.int32)
+        for p, source, key in zip(tensors, base or tensors, _keys(seed, len(tensors)), strict=True):
+            (parts, rest), (source, source_rest) = self._split(p), self._split(source)
+            if parts.shape[1]:
+                self._add(parts, source if base else parts, start, key, factor)
+            self._add_rest(rest, source_rest, key, factor)
+
+    def update_(self, tensors: Sequence[torch.Tensor], seeds: Sequence[int], coeffs: Sequence[float]) -> None:
+        keys = [_keys(seed, len(tensors)) for seed in seeds]
+        factors = torch.tensor(coeffs, dtype=torch.float32)
+        for i, p in enumerate(tensors):
+            parts, rest = self._split(p)
+            for start in range(0, parts.shape[1], PIECE // self.parts):
+                columns = parts[:, start : start + PIECE // self.parts]
+                total, first = columns.float().contiguous(), torch.tensor(start, dtype=torch.int32)
+                for key, factor in zip(keys, factors, strict=True):
+                    self._add(total, total, first, key[i], factor)
+                columns.copy_(total)
+            total = rest.float()
+            for key, factor in zip(keys, factors, strict=True):
+                self._add_rest(total, total, key[i], factor)
+            rest.copy_(total)
+
+    def _split(self, p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The parts as rows, and what is left over."""
+        flat, width = p.view(-1), p.numel() // self.parts
+        width = 0 if width < 16 else width
+        return flat[: width * self.parts].view(self.parts, width), flat[width * self.parts :]
+
+    def _add_rest(self, rest: torch.Tensor, source: torch.Tensor, key: torch.Tensor, factor: torch.Tensor) -> None:
+        if len(rest):
+            few = torch.zeros(self.parts, 512 // self.parts)  # more than can be left over
+            self._add(few, few, torch.tensor(2**30, dtype=torch.int32), key, factor)  # numbers that no column has
+            rest.copy_(source + few.view(-1)[: len(rest)])
+
+
+def _add_gaussian(to: torch.Tensor, x: torch.Tensor, start: torch.Tensor, key: torch.Tensor, factor: torch.Tensor):
+    low, high = to
+    _compiled(_pairs)(low, high, *((low, high) if x is to else x), start, key, factor)
+
+
+def _add_signs(to: torch.Tensor, x: torch.Tensor, start: torch.Tensor, key: torch.Tensor, factor: torch.Tensor):
+    words = torch.empty(to.shape[1], dtype=torch.int32)
+    _compiled(_words)(words, start, key)
+    _compiled(_signs)(to, x, words, factor)
+
+
+@functools.cache
+def _compiled(function: Callable) -> Callable:
+    return torch.compile(function, dynamic=True, fullgraph=True)
+
+
+def _pairs(to_low, to_high, low, high, start, key, factor) -> None:
+    word = _mixed((torch.arange(low.shape[0], dtype=torch.int32) + start) ^ key[0])
+    other = _mixed(word ^ key[1])
+    uniform = word.float() * 2**-32 + (0.5 + 2**-33)
+    radius, angle = torch.sqrt(-2 * torch.log(uniform)) * factor, other.float() * (torch.pi * 2**-31)
+    to_low.copy_(low + radius * torch.cos(angle))
+    to_high.copy_(high + radius * torch.sin(angle))
+
+
+def _words(to, start, key) -> None:
+    to.copy_(_mixed(_mixed((torch.arange(to.shape[0], dtype=torch.int32) + start) ^ key[0]) ^ key[1]))
+
+
+def _signs(to, x, words, factor) -> None:
+    bit = torch.arange(32, dtype=torch.int32)[:, None]
+    to.copy_(x + torch.where(((words >> bit) & 1) != 0, factor, -factor))
+
+
+def _mixed(x: torch.Tensor) -> torch.Tensor:
+    x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D
+    x = (x ^ ((x >> 15) & 0x1FFFF)) * (0x846CA68B - 2**32)
+    return x ^ ((x >> 16) & 0xFFFF)
+
+
+def _keys(seed: int, tensors: int) -> torch.Tensor:
+    """Two words for each tensor."""
+    words = np.random.SeedSequence(seed).generate_state(2 * tensors).view(np.int32)
+    return torch.from_numpy(words.reshape(tensors, 2).copy())
+
+
+def _pieces(tensors: Iterable[torch.Tensor]) -> Iterable[tuple[tuple[int, int], torch.Tensor]]:
+    for i, p in enumerate(tensors):
+        for number, piece in enumerate(p.view(-1).split(PIECE)):
+            yield (i, number), piece
+
+
+WAYS: dict[str, dict[str, Callable[[], Drawn | Hashed]]] = {
+    "gaussian": {
+        "PyTorch's normal_ into a buffer": lambda: Drawn(_normal),
+        "NumPy's standard_normal into a buffer": lambda: Drawn(_standard_normal),
+        "compiled hash and Box-Muller": lambda: Hashed("gaussian"),
+    },
+    "rademacher": {
+        "NumPy's bits and a table": lambda: Drawn(_random_signs, in_weights_dtype=True),
+        "compiled hash": lambda: Hashed("rademacher"),
+    },
+}
+
+
+def ways(kind: str) -> dict[str, Drawn | Hashed]:
+    """Those for a kind of noise, for PyTorch's number of threads of now."""
+    return {name: make() for name, make in WAYS[kind].items()}

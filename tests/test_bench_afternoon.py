@@ -1,0 +1,65 @@
+"""The rivals of `esfast bench noise` are no straw men: their noise is of the right law, and they do what a member and an
+update do."""
+
+import pytest
+import torch
+
+from esfast.bench import afternoon
+
+N = 2**18
+SHAPES = [(N,), (8, N // 8), (1031,), (17,), (1,)]
+WAYS = [(kind, name) for kind, named in afternoon.WAYS.items() for name in named]
+
+
+@pytest.fixture(scope="module", params=WAYS, ids=[name for _, name in WAYS])
+def way(request):
+    kind, name = request.param
+    return kind, afternoon.WAYS[kind][name]()
+
+
+def drawn(way, seed, shapes=SHAPES):
+    tensors = [torch.zeros(s) for s in shapes]
+    way.perturb_(tensors, seed, 1.0)
+    return [t.view(-1).double() for t in tensors]
+
+
+def test_the_noise_is_of_the_right_law(way):
+    kind, way = way
+    first, second, *small = drawn(way, 1)
+    (other,) = drawn(way, 2, SHAPES[:1])
+    error = N**-0.5  # of a mean of numbers with variance 1
+    for z in (first, second, other):
+        assert abs(z.mean()) < 5 * error
+        if kind == "rademacher":
+            assert bool((z.abs() == 1).all())
+        else:
+            assert abs(z.var() - 1) < 5 * 2**0.5 * error
+            assert abs((z**3).mean()) < 5 * 15**0.5 * error and abs((z**4).mean() - 3) < 5 * 96**0.5 * error
+            assert 4 < z.abs().max() < 6.7
+        for lag in (1, 2, 16, N // 32, N // 2):
+            assert abs((z[lag:] * z[:-lag]).mean()) < 5 * (N - lag) ** -0.5, lag
+    # independent between tensors, and between seeds; their sizes as well
+    for a, b in ((first, second), (first, other), (second, other)):
+        assert abs((a * b).mean()) < 5 * error
+        assert kind == "rademacher" or abs(((a**2 - 1) * (b**2 - 1)).mean()) < 5 * 2 * error
+    assert all(bool((z != 0).all()) and z.abs().max() < 6.7 for z in small)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_members_and_updates_are_those_of_the_noise(way, dtype):
+    """A member is base + sigma noise, in place or from a base, and an update the sum over the same noise."""
+    _, way = way
+    one, two = drawn(way, 5), drawn(way, 6)
+    base = [torch.full(s, 0.02, dtype=dtype) for s in SHAPES]
+    place = [t.clone() for t in base]
+    written = [torch.full_like(t, torch.nan) for t in base]
+    updated = [t.clone() for t in base]
+    way.perturb_(place, 5, 1e-3)
+    way.perturb_(written, 5, 1e-3, base)
+    way.update_(updated, [5, 6], [1e-3, -2e-3])
+    near = 1e-9 if dtype == torch.float32 else 2.0**-13  # half a place, of weights up to 1/16
+    for b, p, w, u, z1, z2 in zip(base, place, written, updated, one, two, strict=True):
+        start = b.view(-1).double()
+        torch.testing.assert_close(p.view(-1).double(), start + 1e-3 * z1, rtol=1e-6, atol=near)
+        torch.testing.assert_close(w, p, rtol=0, atol=0)
+        torch.testing.assert_close(u.view(-1).double(), start + 1e-3 * z1 - 2e-3 * z2, rtol=1e-6, atol=near)
