@@ -21,7 +21,7 @@ Tensors = Sequence[torch.Tensor] | None  # the weights to start from; None: thos
 
 
 class Drawn:
-    """Noise is drawn into a buffer that is used again and again, a part of it by each thread, and added with `alpha`."""
+    """Noise is drawn into a buffer that is used again and again, a part by each thread, and added with `alpha`."""
 
     def __init__(self, fill: Callable[[torch.Tensor, np.random.SeedSequence], None], in_weights_dtype: bool = False):
         self.fill, self.in_weights_dtype = fill, in_weights_dtype
@@ -134,19 +134,29 @@ class Hashed:
 
 
 def _add_gaussian(to: torch.Tensor, x: torch.Tensor, start: torch.Tensor, key: torch.Tensor, factor: torch.Tensor):
-    low, high = to
-    _compiled(_pairs)(low, high, *((low, high) if x is to else x), start, key, factor)
+    halves = [half.data for half in to]  # data: compiled once for tensors of any number of dimensions
+    if x is to:
+        _compiled(_pairs_in_place)(*halves, start, key, factor)
+    else:
+        _compiled(_pairs)(*halves, *(half.data for half in x), start, key, factor)
 
 
 def _add_signs(to: torch.Tensor, x: torch.Tensor, start: torch.Tensor, key: torch.Tensor, factor: torch.Tensor):
     words = torch.empty(to.shape[1], dtype=torch.int32)
     _compiled(_words)(words, start, key)
-    _compiled(_signs)(to, x, words, factor)
+    if x is to:
+        _compiled(_signs_in_place)(to.data, words, factor)
+    else:
+        _compiled(_signs)(to.data, x.data, words, factor)
 
 
 @functools.cache
 def _compiled(function: Callable) -> Callable:
     return torch.compile(function, dynamic=True, fullgraph=True)
+
+
+def _pairs_in_place(low, high, start, key, factor) -> None:
+    _pairs(low, high, low, high, start, key, factor)
 
 
 def _pairs(to_low, to_high, low, high, start, key, factor) -> None:
@@ -160,6 +170,10 @@ def _pairs(to_low, to_high, low, high, start, key, factor) -> None:
 
 def _words(to, start, key) -> None:
     to.copy_(_mixed(_mixed((torch.arange(to.shape[0], dtype=torch.int32) + start) ^ key[0]) ^ key[1]))
+
+
+def _signs_in_place(x, words, factor) -> None:
+    _signs(x, x, words, factor)
 
 
 def _signs(to, x, words, factor) -> None:
@@ -185,7 +199,8 @@ def _pieces(tensors: Iterable[torch.Tensor]) -> Iterable[tuple[tuple[int, int], 
             yield (i, number), piece
 
 
-WAYS: dict[str, dict[str, Callable[[], Drawn | Hashed]]] = {
+Way = Drawn | Hashed
+WAYS: dict[str, dict[str, Callable[[], Way]]] = {
     "gaussian": {
         "PyTorch's normal_ into a buffer": lambda: Drawn(_normal),
         "NumPy's standard_normal into a buffer": lambda: Drawn(_standard_normal),
@@ -198,6 +213,6 @@ WAYS: dict[str, dict[str, Callable[[], Drawn | Hashed]]] = {
 }
 
 
-def ways(kind: str) -> dict[str, Drawn | Hashed]:
+def ways(kind: str) -> dict[str, Way]:
     """Those for a kind of noise, for PyTorch's number of threads of now."""
     return {name: make() for name, make in WAYS[kind].items()}

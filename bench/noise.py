@@ -1,7 +1,10 @@
-"""`esfast bench noise`: add_noise_ against what ES code does today and a plain memory copy, side by side.
+"""`esfast bench noise`: add_noise_ against what ES code does today (today.py), against the strongest that anyone writes
+in an afternoon (afternoon.py), and a plain memory copy, side by side.
 
 First the backend is held to the reference, and over a bit that differs nothing is timed. Then, in one process, each
-round runs ours, today's way and a copy of the same bytes one after the other, so that a busy machine slows all three.
+round runs all of them one after the other, so that a busy machine slows all. The strongest is that of each row: the way
+with the least median. With the environment variable ATEN_CPU_CAPABILITY=avx2 all do without AVX-512: our backend,
+PyTorch's kernels and the vectors of torch.compile (though not what g++ makes of the rest of its code).
 """
 
 from __future__ import annotations
@@ -19,14 +22,16 @@ import torch
 from ..noise import KINDS
 from ..ops import add_noise_, auto_backend
 from ..plan import Plan
-from . import BenchmarkError, count, memory, today
+from . import BenchmarkError, afternoon, count, memory, today
+from .rivals import copy_each
 from .workload import SIGMA, make_plan, population, verify, verify_ends
 
 Table = tuple[list[str], list[list[str]]]
 
 LABELS = {
     "perturb_base": "perturb from a base",  # one pass, dst = round(base + sigma noise); today's: one pass in place
-    "perturb_restore_base": "perturb + restore from a base",  # and a copy; today's: + and - sigma noise, in place
+    "perturb_restore_base": "perturb + restore from a base",  # and a copy; today's: + and - sigma noise, in place; the
+    # strongest: + sigma noise in place, and a copy
     "perturb_restore": "perturb + restore in place",  # + and - sigma noise, two passes, neither of them exact
     "update": "update",  # one pass with all members, in place
 }
@@ -42,11 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         default=["bfloat16", "float32"], help="of the weights (default: bfloat16 float32)")  # fmt: skip
     parser.add_argument("--noise", nargs="+", choices=KINDS, default=list(KINDS), help="kinds of noise (default: both)")
     parser.add_argument("--threads", type=count, default=torch.get_num_threads(),
-                        help="threads of ours, today's way and the copy (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--repeats", type=count, default=9, help="rounds of each row (default: 9)")
-    parser.add_argument("--today-seconds", type=float, default=60.0,
-                        help="today's way is left out of later rounds of a row once it took so long (default: 60); "
-                        "each row says how often it ran")  # fmt: skip
+                        help="threads of all contenders (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--repeats", type=count, default=7, help="rounds of each row (default: 7)")
+    parser.add_argument("--today-seconds", type=float, default=20.0,
+                        help="today's way, and each of an afternoon's, is left out of later rounds of a row once it "
+                        "took so long (default: 20); each row says how often it ran")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> dict:
@@ -64,30 +69,46 @@ def run(args: argparse.Namespace) -> dict:
 
 
 def table(result: dict) -> Table:
-    headers = ["operation", "noise", "dtype", "esfast, ms", "today, ms", "times as fast", "of copy's speed",
-               "GB/s", "10^6 weights/s"]  # fmt: skip
+    headers = ["operation", "noise", "dtype", "esfast, ms", "today, ms", "times as fast as today", "strongest, ms",
+               "which", "times as fast as the strongest", "of copy's speed"]  # fmt: skip
     lines = []
     for r in result["rows"]:
         if r["op"] == "memory":
             cells = ["?", "?"] if r["extra_bytes"] is None else [
                 f"{r['share_of_weights']:.2%}", f"{r['today_share_of_weights']:.2%}"]  # fmt: skip
-            lines.append(["extra memory, of the weights", r["noise"], r["dtype"], *cells, "", "", "", ""])
+            lines.append(["extra memory of a call, of the weights", r["noise"], r["dtype"], *cells, *[""] * 5])
             continue
-        fewer = f" ({r['today_repeats']}x)" if r["today_repeats"] < r["repeats"] else ""  # rounds that today's way ran
-        members = f", {r['members']} members" if r["op"] == "update" else ""
+        strongest = ["", "", ""] if r["strongest"] is None else [
+            _ms(r["strongest_ms_median"]) + _fewer(r, "strongest"), r["strongest"], f"{r['ratio_to_strongest']:.1f}",
+        ]  # fmt: skip
         lines.append([
-            LABELS[r["op"]] + members, r["noise"], r["dtype"], _ms(r["ms_median"]), _ms(r["today_ms_median"]) + fewer,
-            f"{r['ratio_to_today']:.1f}", f"{r['share_of_copy']:.1%}", f"{r['gbytes_per_s']:.3g}",
-            f"{r['weights_per_s'] / 1e6:.0f}",
+            _label(r), r["noise"], r["dtype"], _ms(r["ms_median"]), _ms(r["today_ms_median"]) + _fewer(r, "today"),
+            f"{r['ratio_to_today']:.1f}", *strongest, f"{r['share_of_copy']:.1%}",
         ])  # fmt: skip
     return headers, lines
 
 
-def summary(result: dict) -> Table:
-    """The rows of a first look: bfloat16 weights, from a base."""
-    kept = ("perturb_base", "perturb_restore_base", "update", "memory")
-    headers, lines = table({"rows": [r for r in result["rows"] if r["dtype"] == "bfloat16" and r["op"] in kept]})
-    return [*headers[:2], *headers[3:6]], [[*line[:2], *line[3:6]] for line in lines]
+def summary(*results: dict) -> Table:
+    """The rows of a first look: bfloat16 weights, from a base; results side by side, by instruction set."""
+    kept = ("perturb_base", "perturb_restore_base", "update")
+    headers, lines = ["operation", "noise"], []
+    for number, result in enumerate(results):
+        used = result["provenance"]["versions"]["instruction_set"]
+        headers += [f"{used}: esfast, ms", "times as fast as today", "as the strongest"]
+        rows = [r for r in result["rows"] if r["dtype"] == "bfloat16" and r["op"] in kept]
+        lines = lines if number else [[_label(r), r["noise"]] for r in rows]
+        for line, r in zip(lines, rows, strict=True):
+            line += [_ms(r["ms_median"]), f"{r['ratio_to_today']:.1f}", f"{r['ratio_to_strongest']:.1f}"]
+    return headers, lines
+
+
+def _label(row: dict) -> str:
+    return LABELS[row["op"]] + (f", {row['members']} members" if row["op"] == "update" else "")
+
+
+def _fewer(row: dict, whose: str) -> str:
+    """How many rounds it ran, where that's fewer than ours did."""
+    return f" ({row[f'{whose}_repeats']}x)" if row[f"{whose}_repeats"] < row["repeats"] else ""
 
 
 def _ms(value: float) -> str:
@@ -104,19 +125,24 @@ class Case:
     passes: int  # times that ours reads and writes each weight
     ours: Callable[[], None]
     todays: Callable[[], None]
+    afternoons: Callable[[afternoon.Way], None]
 
 
 def _rows_of_dtype(args: argparse.Namespace, dtype: str) -> Iterator[dict]:
     plan = make_plan(args.numel, args.tensors, getattr(torch, dtype), args.device)
     base = plan.clone()
     for kind in args.noise:
+        note(f"{dtype}, {kind}: compiling")
+        ways = afternoon.ways(kind) if args.device == "cpu" else {}
+        for way in ways.values():
+            _warm(way, plan, base)
         for case in _cases(plan, base, kind, args):
             note(f"{dtype}, {kind}: {LABELS[case.op]}")
             verify_ends(plan, base, 12345, kind, args.backend)
             yield {
                 "op": case.op, "noise": kind, "dtype": dtype, "backend": args.backend, "device": args.device,
                 "threads": args.threads, "numel": plan.numel, "tensors": len(plan), "members": case.members,
-                "draws": case.draws, "passes": case.passes, **_time(case, plan, base, args),
+                "draws": case.draws, "passes": case.passes, **_time(case, plan, base, ways, args),
             }  # fmt: skip
     note(f"{dtype}: memory")
     yield _memory_row(args, dtype)
@@ -140,30 +166,53 @@ def _cases(plan: Plan, base: Plan, kind: str, args: argparse.Namespace) -> list[
         today.perturb_(tensors, 1, SIGMA, kind)
         today.perturb_(tensors, 1, -SIGMA, kind)
 
+    def afternoons_pair(way: afternoon.Way) -> None:
+        way.perturb_(tensors, 1, SIGMA)
+        copy_each(tensors, base.tensors)
+
+    def afternoons_pair_in_place(way: afternoon.Way) -> None:
+        way.perturb_(tensors, 1, SIGMA)
+        way.perturb_(tensors, 1, -SIGMA)
+
     return [
-        Case(
-            "perturb_base", 1, 1, 1, lambda: ours([1], [SIGMA], base), lambda: today.perturb_(tensors, 1, SIGMA, kind)
-        ),
-        Case("perturb_restore_base", 1, 1, 2, pair_from_base, todays_pair),
-        Case("perturb_restore", 1, 2, 2, pair_in_place, todays_pair),
-        Case("update", k, k, 1, lambda: ours(seeds, coeffs), lambda: today.update_(tensors, seeds, coeffs, kind)),
-    ]
+        Case("perturb_base", 1, 1, 1, lambda: ours([1], [SIGMA], base),
+             lambda: today.perturb_(tensors, 1, SIGMA, kind),
+             lambda way: way.perturb_(tensors, 1, SIGMA, base.tensors)),
+        Case("perturb_restore_base", 1, 1, 2, pair_from_base, todays_pair, afternoons_pair),
+        Case("perturb_restore", 1, 2, 2, pair_in_place, todays_pair, afternoons_pair_in_place),
+        Case("update", k, k, 1, lambda: ours(seeds, coeffs), lambda: today.update_(tensors, seeds, coeffs, kind),
+             lambda way: way.update_(tensors, seeds, coeffs)),
+    ]  # fmt: skip
 
 
-def _time(case: Case, plan: Plan, base: Plan, args: argparse.Namespace) -> dict:
+def _warm(way: afternoon.Way, plan: Plan, base: Plan) -> None:
+    """Compiles, for the largest tensor and the last, which is small."""
+    for i in (max(range(len(plan)), key=lambda i: plan.tensors[i].numel()), -1):
+        tensors, source = [plan.tensors[i]], [base.tensors[i]]
+        way.perturb_(tensors, 1, SIGMA, source)
+        way.perturb_(tensors, 1, SIGMA)
+        way.update_(tensors, [1, 2], [SIGMA, SIGMA])
+
+
+def _time(case: Case, plan: Plan, base: Plan, ways: dict[str, afternoon.Way], args: argparse.Namespace) -> dict:
     def copy() -> None:
-        for mine, theirs in zip(plan.tensors, base.tensors, strict=True):
-            mine.copy_(theirs)
+        copy_each(plan.tensors, base.tensors)
 
     copy()
     today.perturb_(plan.tensors[-1:], 1, SIGMA, "gaussian")  # PyTorch's threads are up
     copied, our, todays = [], [], []
+    afternoons: dict[str, list[float]] = {name: [] for name in ways}
+    budget = 1000 * args.today_seconds
     for _ in range(args.repeats):
         copied.append(milliseconds(copy))  # which also undoes the round before
         our.append(milliseconds(case.ours))
-        if not todays or sum(todays) + median(todays) <= 1000 * args.today_seconds:
+        if _has_time(todays, budget):
             todays.append(milliseconds(case.todays))
+        for name, way in ways.items():
+            if _has_time(afternoons[name], budget) and not _is_beaten(name, afternoons):
+                afternoons[name].append(milliseconds(lambda way=way: case.afternoons(way)))
     ms = median(our)
+    strongest = min(afternoons, key=lambda name: median(afternoons[name]), default=None)
     moved = 2 * plan.nbytes * case.passes  # each pass reads and writes every weight once
     return {
         "ms_median": ms, "ms_min": min(our), "repeats": len(our), "weights_per_s": plan.numel * case.draws / ms * 1e3,
@@ -172,7 +221,20 @@ def _time(case: Case, plan: Plan, base: Plan, args: argparse.Namespace) -> dict:
         "share_of_copy": median(copied) * case.passes / ms,
         "today_ms_median": median(todays), "today_ms_min": min(todays), "today_repeats": len(todays),
         "ratio_to_today": median(todays) / ms, "ratio_to_today_min": min(todays) / min(our),
+        "afternoon_ms_median": {name: median(times) for name, times in afternoons.items()},
+        "strongest": strongest, "strongest_repeats": strongest and len(afternoons[strongest]),
+        "strongest_ms_median": strongest and median(afternoons[strongest]),
+        "ratio_to_strongest": strongest and median(afternoons[strongest]) / ms,
     }  # fmt: skip
+
+
+def _has_time(times: list[float], budget: float) -> bool:
+    return not times or sum(times) + median(times) <= budget
+
+
+def _is_beaten(name: str, times: dict[str, list[float]]) -> bool:
+    """Whether another took less than half as long, so that this one won't be the strongest."""
+    return bool(times[name]) and median(times[name]) > 2 * min(median(t) for t in times.values() if t)
 
 
 def _memory_row(args: argparse.Namespace, dtype: str) -> dict:

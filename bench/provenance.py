@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from .. import NOISE_VERSION, __version__
+from ..ops import instruction_set
 from . import BenchmarkError
 
 # What decides a figure. Results and README are written after measuring, and would make every figure's tree dirty.
@@ -45,7 +46,7 @@ def provenance(name: str, argv: list[str]) -> dict:
         "commit": commit,
         "dirty": dirty,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["esfast", "bench", name, *_without_files(argv)]),
+        "command": shlex.join([*_environment(), "esfast", "bench", name, *_without_files(argv)]),
     }
 
 
@@ -141,7 +142,7 @@ def _extension() -> dict:
     except ImportError:
         return {"compiler": None, "instruction_set": None}
     name = _cpu.COMPILER if not _cpu.COMPILER[:1].isdigit() else f"GCC {_cpu.COMPILER}"  # Clang names itself
-    return {"compiler": name, "instruction_set": _cpu.instruction_sets()[0]}
+    return {"compiler": name, "instruction_set": instruction_set(_cpu.instruction_sets())}
 
 
 def _version(distribution: str) -> str | None:
@@ -149,6 +150,12 @@ def _version(distribution: str) -> str | None:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return None
+
+
+def _environment() -> list[str]:
+    """What keeps PyTorch, its compiler and the CPU backend from the best instruction set."""
+    limit = os.environ.get("ATEN_CPU_CAPABILITY")
+    return [f"ATEN_CPU_CAPABILITY={limit}"] if limit else []
 
 
 def _without_files(argv: list[str]) -> list[str]:

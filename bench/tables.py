@@ -36,9 +36,11 @@ from . import (
 from .provenance import caption
 
 Table = tuple[list[str], list[list[str]]]
-TABLES: dict[str, tuple[str, Callable[[dict], Table]]] = {
+# the files of results that a table is made of, in the order of the function's arguments
+TABLES: dict[str, tuple[str, Callable[..., Table]]] = {
     "noise-cpu": ("noise_cpu.json", noise.table),
-    "noise-cpu-summary": ("noise_cpu.json", noise.summary),
+    "noise-cpu-avx2": ("noise_cpu_avx2.json", noise.table),
+    "noise-cpu-summary": ("noise_cpu.json noise_cpu_avx2.json", noise.summary),
     "noise-gpu": ("noise_gpu.json", gpu.readme_table),
     "noise-gpu-summary": ("noise_gpu.json", gpu.summary),
     "profile-gpu": ("profile_gpu.json", profile.table),
@@ -118,15 +120,16 @@ def fill(text: str, results: Path) -> str:
 
 def generate(name: str, results: Path) -> str:
     """The table NAME and its caption as Markdown."""
-    filename, make = TABLES[name]
-    path = results / filename
-    if not path.exists():
+    filenames, make = TABLES[name]
+    paths = [results / filename for filename in filenames.split()]
+    if not all(path.exists() for path in paths):
         return NOT_YET
-    result = json.loads(path.read_text(encoding="utf-8"))
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     try:
-        return f"{markdown_table(*make(result))}\n\nMeasured with {caption(result)}"
+        captions = "\n\n".join(f"Measured with {caption(result)}" for result in found)
+        return f"{markdown_table(*make(*found))}\n\n{captions}"
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{filename} isn't what the table {name!r} needs: {error!r}; measure again") from None
+        raise ValueError(f"{filenames} isn't what the table {name!r} needs: {error!r}; measure again") from None
 
 
 def markdown_table(headers: list[str], lines: list[list[str]]) -> str:

@@ -1,8 +1,8 @@
-"""What ES code on top of plain PyTorch does today: the rival that the benchmarks time.
+"""What is run today: ES code on top of plain PyTorch, the rival that most benchmarks time.
 
 Per tensor, as users of such code meet it: the generator is seeded, the noise is drawn in the weights' dtype, scaled and
-added; the update sums coeff * noise in a float32 tensor and adds that in the weights' dtype. Of the ways to write each
-step in PyTorch the fastest is taken.
+added; restoring subtracts it; the update sums coeff * noise in a float32 tensor and adds that in the weights' dtype, as
+es-at-scale does since v1.0.0. It is not the fastest that PyTorch can do: that stands in afternoon.py.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import importlib
 import math
+import os
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -227,8 +228,15 @@ def _cpu(call: Call) -> None:
         call.table.rows, call.seeds, call.coeffs, DOMAINS[call.kind], call.stochastic, call.decay,
         call.low.data_ptr() if call.low is not None else 0, m, v,
         call.adam.numbers if call.adam is not None else (0.0,) * 4,
-        torch.get_num_threads(), extension.instruction_sets()[0],
+        torch.get_num_threads(), instruction_set(extension.instruction_sets()),
     )  # fmt: skip
+
+
+def instruction_set(sets: Sequence[str]) -> str:
+    """The one of `sets`, the best first, that the CPU backend uses: the first, or where the environment variable
+    ATEN_CPU_CAPABILITY ("avx2" or "default") keeps PyTorch from better ones, the first that it allows."""
+    allowed = {"default": ("baseline",), "avx2": ("avx2", "baseline")}.get(os.environ.get("ATEN_CPU_CAPABILITY", ""))
+    return next(s for s in sets if allowed is None or s in allowed)
 
 
 @functools.cache

@@ -4,12 +4,28 @@ import itertools
 import json
 import re
 import sys
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from esfast import embedded, ops
-from esfast.bench import BENCHMARKS, count, countdown, dropin, main, memory, replay, statistics, tables, workload
+from esfast.bench import (
+    BENCHMARKS,
+    afternoon,
+    count,
+    countdown,
+    dropin,
+    main,
+    memory,
+    noise,
+    provenance,
+    replay,
+    statistics,
+    tables,
+    workload,
+)
 from esfast.bench.provenance import caption
 from esfast.child import child
 from esfast.noise import tensor_id
@@ -22,6 +38,16 @@ OPS = {"perturb_base": (1, 1), "perturb_restore_base": (1, 2), "perturb_restore"
 
 def on_linux():
     return memory.STATUS.exists()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def nothing_is_compiled():
+    """Of an afternoon's ways those that g++ has to compile are run by test_bench_afternoon.py."""
+    quick = {kind: {name: make for name, make in ways.items() if "compiled" not in name}
+             for kind, ways in afternoon.WAYS.items()}  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(afternoon, "WAYS", quick)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +80,9 @@ def test_noise_gives_every_row(noise_run):
         assert r["share_of_copy"] == pytest.approx(r["copy_ms_median"] * r["passes"] / r["ms_median"])
         assert (r["draws"], r["passes"]) == OPS[r["op"]] and r["members"] == (3 if r["op"] == "update" else 1)
         assert r["repeats"] == 2 and 1 <= r["today_repeats"] <= 2 and r["threads"] == 1 and r["tensors"] == 9
+        times = r["afternoon_ms_median"]
+        assert set(times) == set(afternoon.WAYS[r["noise"]]) and times[r["strongest"]] == min(times.values())
+        assert r["ratio_to_strongest"] == pytest.approx(min(times.values()) / r["ms_median"])
 
 
 def test_provenance_is_complete(noise_run):
@@ -75,7 +104,49 @@ def test_today_runs_less_often_when_its_time_is_up(tmp_path, monkeypatch, capsys
     assert [(r["repeats"], r["today_repeats"]) for r in rows] == [(2, 1)] * 4
     assert extra["op"] == "memory" and extra["share_of_weights"] is None
     shown = capsys.readouterr().out
-    assert shown.count("(1x)") == 4 and "?" in shown
+    assert shown.count("(1x)") == 8 and "?" in shown  # the strongest of an afternoon, too
+
+
+def test_a_way_that_takes_twice_as_long_runs_no_more(tmp_path, monkeypatch):
+    ran = {"quick": 0, "slow": 0}
+
+    def way(name, seconds):
+        def work(*_):
+            ran[name] += 1
+            time.sleep(seconds)
+
+        return lambda: SimpleNamespace(perturb_=work, update_=work)
+
+    monkeypatch.setattr(afternoon, "WAYS", {"gaussian": {"slow": way("slow", 0.05), "quick": way("quick", 0.005)}})
+    monkeypatch.setattr(noise, "_warm", lambda *_: None)
+    path = tmp_path / "r.json"
+    command = [*NOISE, "--dtypes", "float32", "--noise", "gaussian", "--json", str(path)]
+    assert main(command) == 0
+    rows = [r for r in json.loads(path.read_text())["rows"] if r["op"] != "memory"]
+    assert {r["strongest"] for r in rows} == {"quick"} and {r["strongest_repeats"] for r in rows} == {2}
+    assert ran["slow"] * 2 == ran["quick"]
+
+
+def test_both_instruction_sets_stand_side_by_side(noise_run, tmp_path):
+    avx2 = json.loads(noise_run.read_text())
+    avx2["provenance"]["versions"]["instruction_set"] = "less"
+    (tmp_path / "noise_cpu.json").write_text(noise_run.read_text())
+    assert tables.generate("noise-cpu-summary", tmp_path) == tables.NOT_YET
+    (tmp_path / "noise_cpu_avx2.json").write_text(json.dumps(avx2))
+    header, _, *lines = tables.generate("noise-cpu-summary", tmp_path).splitlines()
+    assert "| less: esfast, ms | times as fast as today | as the strongest |" in header
+    assert sum(line.startswith("|") for line in lines) == 6 and sum(line.startswith("Measured") for line in lines) == 2
+
+
+@pytest.mark.parametrize(
+    "limit, used", [("avx2", "avx2"), ("default", "baseline"), ("avx512", "avx512"), ("", "avx512")]
+)
+def test_pytorchs_limit_of_instruction_sets_is_heeded(limit, used, monkeypatch):
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", limit)
+    assert ops.instruction_set(["avx512", "avx2", "baseline"]) == used
+    assert ops.instruction_set(["baseline"]) == "baseline"
+    command = provenance.provenance("noise", [])["command"]
+    assert command == f"ATEN_CPU_CAPABILITY={limit} " * bool(limit) + "esfast bench noise"
 
 
 @pytest.mark.parametrize("where", ["odd sizes", "timed weights"])

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from .. import NOISE_VERSION, __version__, cuda_backend
-from ..ops import auto_backend, backend_report
+from ..ops import auto_backend, backend_report, instruction_set
 
 
 def run(args: argparse.Namespace) -> None:
@@ -20,7 +20,8 @@ def run(args: argparse.Namespace) -> None:
 
         openmp = "OpenMP" if _cpu.OPENMP else "no OpenMP: one thread"
         sets = _cpu.instruction_sets()
-        print(f"cpu extension: uses {sets[0]} (has {', '.join(sets)}), {torch.get_num_threads()} threads, {openmp}")
+        uses = f"uses {instruction_set(sets)} (has {', '.join(sets)}), {torch.get_num_threads()} threads"
+        print(f"cpu extension: {uses}, {openmp}")
     except ImportError:
         print("cpu extension: not built")
     print(f"cuda extension: {cuda_backend.build()}")
