@@ -18,7 +18,7 @@ from ..command_help import looks
 from ..files import check_writable, write_whole
 
 BENCHMARKS = {
-    "noise": "speed of add_noise_ against ES code of today, the best of an afternoon and a copy, after a check to the bit",
+    "noise": "speed of add_noise_ against ES code of today, the best of an afternoon and a copy; checked to the bit",
     "gpu": "speed of add_noise_ on a GPU, over the parameters of real models, against today's way and a fused rival",
     "statistics": "is the noise N(0,1)? moments and correlations with their standard errors",
     "sass": "what the GPU kernels compile to: instructions per weight against their budgets; needs no GPU",
