@@ -133,6 +133,14 @@ class Randn(Loop):
             today.perturb_(self.plan.tensors, seed, LR / self.n * z, "gaussian")
 
 
+class Worker(Randn):
+    """What the worker of es-at-scale v1.0.0 does: the update is summed in float32."""
+
+    def update(self) -> None:
+        coeffs = [LR / self.n * z for z in zscore(self.rewards)]
+        today.update_(self.plan.tensors, self.seeds(), coeffs, "gaussian")
+
+
 class Generators(Loop):
     def begin(self) -> None:
         self.saved = [t.clone() for t in self.plan.tensors]
@@ -296,7 +304,7 @@ LOOPS: dict[str, tuple[type[Loop], type[Loop]]] = {
     "functional_call": (FunctionalCall, OurES),
     "copies of the state dict": (StateDicts, OurES),
     "ask and tell, flat vectors": (FlatVectors, OurAskTell),
-    "es-at-scale's worker": (Randn, OurWorker),
+    "es-at-scale's worker, v1.0.0": (Worker, OurWorker),
     "MeZO, one step": (MeZO, OurMeZO),
 }
 

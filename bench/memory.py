@@ -1,18 +1,19 @@
 """Extra memory of add_noise_: growth of the peak resident set, in a process of its own that did nothing before.
 
-Linux only, since it reads /proc/self/status.
+Linux only, since it reads /proc/self/status. And what a whole generation takes, by esfast's modes and by today's way.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 from ..child import child
-from . import BenchmarkError, today
+from . import BenchmarkError, models, today
 from .workload import SIGMA, make_plan, population
 
 STATUS = Path("/proc/self/status")
@@ -26,6 +27,35 @@ def measure(
     if not STATUS.exists():
         return None
     return in_child(__name__, numel, tensors, members, threads, dtype, backend, *kinds)
+
+
+def generation_table(modes_result: dict) -> tuple[list[str], list[list[str]]]:
+    """What a generation takes beside bfloat16 weights: by esfast's modes as `esfast bench modes` measured it, and by
+    today's way computed from the shapes of real models, since it depends on their largest tensor."""
+    headers = ["way", "on the device", "in host memory", "measured on a CPU"]
+    lines = []
+    for r in modes_result["rows"]:
+        if r["dtype"] == "bfloat16" and r["pass"] is not None:
+            parts = (r["stated"][where] / 2 for where in ("device", "host"))
+            measured = r["extra_bytes"] / r["weights_bytes"]
+            lines.append([f'weights="{r["mode"]}"', *map(_percent, (*parts, measured))])
+    for name in ("Qwen2.5-0.5B", "Qwen2.5-7B"):
+        shapes = models.parameters(models.MODELS[name])
+        gpu, cpu = (_percent(todays_share(shapes, 2, device)) for device in ("cuda", "cpu"))
+        lines.append([f"today's way, {name}", gpu, "none", f"{cpu} (computed)"])
+    return headers, lines
+
+
+def todays_share(shapes: models.Parameters, itemsize: int, device: str) -> float:
+    """What today's way takes beside weights of these shapes, in shares of them, while it updates the largest tensor:
+    the sum in float32, a member's noise in the weights' dtype, and on a CPU the float32 copy of that noise that PyTorch
+    makes before it adds."""
+    converted = 4 if device == "cpu" and itemsize < 4 else 0
+    return (4 + itemsize + converted) / itemsize * max(map(math.prod, shapes.values())) / models.numel(shapes)
+
+
+def _percent(share: float) -> str:
+    return f"{share:.0%}" if round(100 * share) else "none"
 
 
 def in_child(module: str, *arguments) -> dict:

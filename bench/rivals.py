@@ -8,11 +8,14 @@ import torch
 
 
 class Today:
-    """The three methods by which a worker of es-at-scale, the library of arXiv 2509.24372, changes its weights.
+    """The three methods by which a worker of es-at-scale v1.0.0 (June 2026), the library of arXiv 2509.24372, changes
+    its weights.
 
     Parameter by parameter: a generator is seeded, the same for each, noise is drawn in the weights' dtype, multiplied
-    into a temporary and added; restoring subtracts. Each method ends with a synchronisation and an empty allocator
-    cache, which costs time by itself: without `empties_cache` it does not.
+    into a temporary and added; restoring subtracts; an update sums the members in float32 and adds the sum, rounded to
+    the weights' dtype. Each method ends with a synchronisation and an empty allocator cache, which costs time by
+    itself: without `empties_cache` it does not. `update_member_by_member` is the update of v0.1.0 (October 2025), which
+    rounds the weights after every member.
     """
 
     def __init__(self, parameters: Sequence[torch.Tensor], kind: str, empties_cache: bool):
@@ -29,6 +32,16 @@ class Today:
     def update_weights_from_seeds(
         self, seeds: Sequence[int], coeffs: Sequence[float], alpha: float, population_size: int
     ) -> None:
+        for p in self.parameters:
+            total = torch.zeros_like(p.data, dtype=torch.float32)
+            for seed, coeff in zip(seeds, coeffs, strict=True):
+                total.add_(self._draw(p, seed).to(torch.float32) * coeff)
+            p.data.add_(total.mul_(alpha / population_size).to(p.dtype))
+        self._finish()
+
+    def update_member_by_member(
+        self, seeds: Sequence[int], coeffs: Sequence[float], alpha: float, population_size: int
+    ) -> None:
         for seed, coeff in zip(seeds, coeffs, strict=True):
             for p in self.parameters:
                 self._add(p, seed, alpha / population_size * coeff)
@@ -40,14 +53,14 @@ class Today:
             self._add(p, 0, 0.0)
 
     def _add(self, p: torch.Tensor, seed: int, scale: float) -> None:
-        generator = torch.Generator(device=p.device)
-        generator.manual_seed(seed)
+        p.data.add_(scale * self._draw(p, seed))
+
+    def _draw(self, p: torch.Tensor, seed: int) -> torch.Tensor:
+        generator = torch.Generator(device=p.device).manual_seed(seed)
         if self.kind == "gaussian":
-            noise = torch.randn(p.shape, dtype=p.dtype, device=p.device, generator=generator)
-        else:  # es-at-scale has no such noise; this is how one would draw it there
-            noise = torch.randint(0, 2, p.shape, dtype=p.dtype, device=p.device, generator=generator).mul_(2).sub_(1)
-        p.data.add_(scale * noise)
-        del noise
+            return torch.randn(p.shape, dtype=p.dtype, device=p.device, generator=generator)
+        # es-at-scale has no such noise; this is how one would draw it there
+        return torch.randint(0, 2, p.shape, dtype=p.dtype, device=p.device, generator=generator).mul_(2).sub_(1)
 
     def _finish(self) -> None:
         if self.empties_cache and torch.cuda.is_available():

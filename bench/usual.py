@@ -11,7 +11,8 @@ from . import rivals, today
 
 class UsualWeights:
     """Noise from torch.randn in the weights' dtype is added and subtracted in place, and an update adds the members
-    one by one (rivals.Today), or their float32 sum if `summed` (today.update_): every step is rounded to the dtype."""
+    one by one, as es-at-scale v0.1.0 does, or their float32 sum if `summed`, as v1.0.0 does: every step is rounded to
+    the dtype."""
 
     def __init__(self, plan: Plan, noise: str = "gaussian", summed: bool = False):
         self.plan, self.noise, self.summed = plan, noise, summed
@@ -38,4 +39,4 @@ class UsualWeights:
         if self.summed:
             today.update_(self.plan.tensors, record.seeds, record.coeffs, self.noise)
         else:
-            self._code.update_weights_from_seeds(record.seeds, record.coeffs, alpha=1.0, population_size=1)
+            self._code.update_member_by_member(record.seeds, record.coeffs, alpha=1.0, population_size=1)

@@ -1,4 +1,4 @@
-"""esfast: full-parameter evolution-strategies fine-tuning of language models at the speed of inference."""
+"""esfast: full-parameter evolution-strategies fine-tuning of language models by inference alone."""
 
 from importlib import import_module
 

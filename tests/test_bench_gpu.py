@@ -381,3 +381,16 @@ def test_provenance_names_the_gpu_and_its_driver(monkeypatch, tmp_path):
 def test_the_suite_is_a_shell_script():
     script = Path(noise.__file__).resolve().parent / "gpu_suite.sh"
     assert subprocess.run(["bash", "-n", script]).returncode == 0
+
+
+def test_updates_of_both_releases_of_es_at_scale():
+    """v1.0.0 sums in float32 and rounds once; v0.1.0 rounds the weights after every member, and loses what is small."""
+    seeds, coeffs = list(range(32)), [1.0] * 32
+    summed, one_by_one = weights(torch.bfloat16), weights(torch.bfloat16)
+    rivals.Today(summed, "rademacher", False).update_weights_from_seeds(seeds, coeffs, alpha=0.016, population_size=32)
+    rivals.Today(one_by_one, "rademacher", False).update_member_by_member(seeds, coeffs, 0.016, 32)
+    # each member moves a weight by 0.0005, a quarter of a place above 0.5 and half of one below
+    exact = weights(torch.float32)
+    rivals.Today(exact, "rademacher", False).update_member_by_member(seeds, coeffs, 0.016, 32)
+    errors = [(t[0].float() - exact[0]).pow(2).mean().sqrt() for t in (summed, one_by_one)]
+    assert errors[0] < 0.0015 < errors[1]

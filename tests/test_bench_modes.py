@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from esfast import Plan, ops, update, weights
-from esfast.bench import figures, main, memory, modes, tables
+from esfast.bench import figures, main, memory, modes, tables, today
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -40,6 +40,24 @@ def test_memory_is_near_the_statement_even_of_few_weights(result):
     for r in result["rows"]:
         if r["extra_bytes"] is not None:
             assert abs(r["extra_bytes"] - r["extra_stated_bytes"]) < 0.25 * r["weights_bytes"] + 2**20
+
+
+@on_linux
+@pytest.mark.parametrize("dtype, expected", [(torch.bfloat16, 4.0), (torch.float32, 1.6)], ids=str)
+def test_todays_way_takes_what_is_computed_for_it(dtype, expected):
+    plan = Plan([(name, torch.full((n,), 0.5, dtype=dtype)) for name, n in (("large", 2**23), ("small", 2**21))])
+    found = memory.growth(lambda: today.update_(plan.tensors, [1, 2], [0.1, 0.2], "gaussian"))
+    share = memory.todays_share({"large": (2**23,), "small": (2**21,)}, dtype.itemsize, "cpu")
+    assert share == expected and found / plan.nbytes == pytest.approx(share, rel=0.05)
+
+
+def test_a_generation_is_shown_with_what_it_takes_in_every_mode(result, tmp_path):
+    headers, lines = memory.generation_table(result)
+    if memory.STATUS.exists():
+        assert [line[0] for line in lines[:-2]] == [f'weights="{mode}"' for mode in weights.MODES]
+    shown = {line[0]: line[1:] for line in lines}
+    assert shown["today's way, Qwen2.5-0.5B"] == ["83%", "none", "138% (computed)"]
+    assert all(len(line) == len(headers) for line in lines)
 
 
 @on_linux

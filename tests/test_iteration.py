@@ -55,6 +55,19 @@ def test_what_is_out_of_time_is_left_out(capsys):
     assert [row["model"] for row in result["left_out"]] == ["embedded", "tiny"] and result["rows"] == []
 
 
+def test_a_model_has_a_row_for_each_of_its_settings(tmp_path, monkeypatch):
+    """As Qwen2.5-0.5B: short texts, where the noise weighs most, and texts as long as people use, with a limit of their
+    own."""
+    dtype, members, prompts, *_ = iteration.TINY
+    cases = [("tiny", (dtype, members, prompts, 8, 1)), ("tiny", (dtype, members, prompts, 20, 6))]
+    monkeypatch.setattr(iteration, "CPU", cases)
+    monkeypatch.setattr(iteration, "LIMITS", {("cpu", "tiny"): (None, 1e9), ("cpu", "tiny", 6): (None, None)})
+    path = tmp_path / "iteration.json"
+    assert main(["iteration", "--repeats", "2", "--json", str(path)]) == 1
+    rows = json.loads(path.read_text())["rows"]
+    assert [(r["prompt_tokens"], r["new_tokens"], r["pass"]) for r in rows] == [(8, 1, False), (20, 6, True)]
+
+
 def work(**changes):
     settings = {"name": "embedded", "dtype": "float32", "device": "cpu", "decoding": "auto", "members": 2, "prompts": 2,
                 "prompt_tokens": None, "new_tokens": 4}  # fmt: skip
