@@ -53,8 +53,8 @@ GPU = [
     *((name, ("bfloat16", 4, 200, 128, 256)) for name in ("Qwen2.5-1.5B", "Qwen2.5-7B", "Qwen2.5-0.5B")),
 ]
 TINY = ("bfloat16", 2, 2, 8, 4)
-# The most that the overhead ratio, and the least that the gain over the plain loop may be, for a row to pass: of a model
-# on a device, or of that with one number of new tokens.
+# The most that the overhead ratio, and the least that the gain over the plain loop may be, for a row to pass. Limits of
+# a number of new tokens come first.
 LIMITS = {("cpu", "embedded"): (1.05, 1.0), ("cpu", "Qwen2.5-0.5B"): (None, 2.5),
           ("cpu", "Qwen2.5-0.5B", 256): (1.05, 1.0), ("cuda", "Qwen2.5-0.5B"): (None, 3.0),
           ("cuda", "Qwen2.5-1.5B"): (1.02, 3.0), ("cuda", "Qwen2.5-7B"): (1.02, 3.0)}  # fmt: skip

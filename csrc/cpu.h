@@ -33,6 +33,7 @@ struct Job {
     int64_t member_count;
     int64_t kind;     // Domain::GAUSSIAN or Domain::RADEMACHER
     bool stochastic;  // rounding, from words of seeds[0]
+    bool streamed;    // where dst is not src it is written past the cache
     float decay;      // 0: none
     uint16_t* low;    // flat buffer of the low halves, of the side (or both) whose format is SPLIT
     Adam adam;

@@ -137,6 +137,24 @@ void write(Place<Split> to, Acc acc, Random, Span span) {
     }
 }
 
+// Copies a tile to memory that is 64-byte aligned and not in the cache. An ordinary store reads a line of memory before
+// it writes it; these don't. The thread must end with a fence (module.cpp).
+template <class S>
+void stream(S* to, const S* from) {
+#if defined(__AVX512F__)
+    for (int i = 0; i < TILE; i += 64 / int(sizeof(S)))
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), _mm512_loadu_si512(from + i));
+#elif defined(__AVX2__)
+    for (int i = 0; i < TILE; i += 32 / int(sizeof(S)))
+        _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i)));
+#elif defined(__x86_64__)
+    for (int i = 0; i < TILE; i += 16 / int(sizeof(S)))
+        _mm_stream_si128(reinterpret_cast<__m128i*>(to + i), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
+#else
+    memcpy(to, from, TILE * sizeof(S));
+#endif
+}
+
 // x += decay (anchor - x); without an anchor towards 0
 void add_decay(Acc x, float decay, Acc anchor) {
     for (int k = 0; k < 2; ++k)
@@ -172,9 +190,12 @@ void run_row(const Job& job, const Segment& s, int64_t row, int64_t tile) {
     const Place<Src> src = place(Src{}, s.src, s.src_stride);
     const Place<Dst> dst = place(Dst{}, s.dst, s.dst_stride);
     const bool adam = job.adam.m != nullptr;
+    const bool streamed = job.streamed && s.dst != s.src && span.end - span.begin == TILE &&
+                          reinterpret_cast<uintptr_t>(dst.p) % 64 == 0;
     if constexpr (std::is_same_v<Src, Dst> && !std::is_same_v<Src, Split>) {
         if (job.member_count == 0 && job.decay == 0 && !adam) {  // round(src) is src: the copy that restores
-            memmove(dst.p + span.begin, src.p + span.begin, size_t(span.end - span.begin) * sizeof(*dst.p));
+            if (streamed) stream(dst.p, src.p);
+            else memmove(dst.p + span.begin, src.p + span.begin, size_t(span.end - span.begin) * sizeof(*dst.p));
             return;
         }
     }
@@ -194,14 +215,17 @@ void run_row(const Job& job, const Segment& s, int64_t row, int64_t tile) {
         add_rademacher(acc, job, uint32_t(s.tensor_id), uint64_t(tile_start) / SIGNS_PER_BLOCK, span);
     }
     if (adam) add_adam(x, g, job.adam, job.adam.m + flat, job.adam.v + flat, span);
+    alignas(64) typename Dst::storage staged[TILE];
+    const Place<Dst> to = streamed ? Place<Dst>{staged, dst.low} : dst;
     if (job.stochastic && job.member_count > 0) {
         uint32_t random[2][PAIRS];
         pair_words<PAIRS / 2>(random[0], random[1], job.seeds[0], uint64_t(tile_start) / 4, uint32_t(s.tensor_id),
                               STOCHASTIC_ROUNDING);
-        write(dst, x, random, span);
+        write(to, x, random, span);
     } else {
-        write(dst, x, nullptr, span);
+        write(to, x, nullptr, span);
     }
+    if (streamed) stream(dst.p, staged);
 }
 
 using RowFunction = void (*)(const Job&, const Segment&, int64_t row, int64_t tile);

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cpu.h"
+#include "dtypes.h"
 #include "noise.h"
 
 #if defined(_OPENMP)
@@ -27,11 +28,15 @@ namespace {
 
 // Round to nearest, subnormals kept: the definition's arithmetic, whatever mode the process has set
 // (torch.set_flush_denormal, libraries linked with -ffast-math). The mode belongs to a thread, hence per thread.
+// At its end what the thread streamed past the cache is seen by others.
 class IeeeMode {
   public:
 #if defined(__x86_64__)
     IeeeMode() : saved_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
-    ~IeeeMode() { _mm_setcsr(saved_); }
+    ~IeeeMode() {
+        _mm_sfence();
+        _mm_setcsr(saved_);
+    }
   private:
     unsigned saved_;
 #elif defined(__aarch64__)
@@ -66,6 +71,19 @@ std::vector<std::string> instruction_sets() {
     return names;
 }
 
+// Bytes of weights from which they are written past the cache: no share of so many is worth keeping there. For the tests
+// it can be set.
+int64_t streamed_from = int64_t(1) << 26;
+
+bool is_streamed(const Job& job) {
+    int64_t bytes = 0;
+    for (int64_t i = 0; i < job.segment_count; ++i) {
+        const Segment& s = job.segments[i];
+        if (s.dst != s.src) bytes += s.rows * s.cols * (s.dst_format == FLOAT32 ? 4 : 2);
+    }
+    return bytes > 0 && bytes >= streamed_from;
+}
+
 template <class T>
 using Array = py::array_t<T, py::array::c_style>;
 
@@ -82,8 +100,9 @@ void add_noise(Array<int64_t> segments, Array<uint64_t> seeds, Array<float> coef
     if (!run) throw std::invalid_argument("this processor or build has no instruction set " + instruction_set);
 
     Job job = {reinterpret_cast<const Segment*>(segments.data()), nullptr, segments.shape(0), seeds.data(), coeffs.data(),
-               seeds.size(), kind, stochastic, decay, reinterpret_cast<uint16_t*>(low),
+               seeds.size(), kind, stochastic, false, decay, reinterpret_cast<uint16_t*>(low),
                {reinterpret_cast<float*>(m), reinterpret_cast<float*>(v), adam[0], adam[1], adam[2], adam[3]}};
+    job.streamed = is_streamed(job);
     std::vector<int64_t> first_tile(size_t(job.segment_count) + 1, 0);
     for (int64_t i = 0; i < job.segment_count; ++i)
         first_tile[size_t(i) + 1] = first_tile[size_t(i)] + job.segments[i].rows * tiles_per_row(job.segments[i]);
@@ -118,6 +137,7 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("add_noise", &add_noise, py::arg("segments"), py::arg("seeds"), py::arg("coeffs"), py::arg("kind"),
           py::arg("stochastic"), py::arg("decay"), py::arg("low"), py::arg("m"), py::arg("v"), py::arg("adam"),
           py::arg("threads"), py::arg("instruction_set"));
+    m.def("set_streamed_from", [](int64_t bytes) { streamed_from = bytes; }, "For the tests: see module.cpp.");
     m.def("instruction_sets", &instruction_sets, "Instruction sets that this build and this processor have, best first.");
     m.def("philox", &philox_words, "The four words of one Philox4x32-7 call, for the known-answer test.");
     m.attr("NOISE_VERSION") = NOISE_VERSION;

@@ -113,6 +113,49 @@ def test_cpu_is_the_reference(bits, case):
             assert torch.equal(bits(found) * ~nan, bits(wanted) * ~nan), instruction_set
 
 
+@pytest.fixture
+def streamed():
+    """Any number of weights is written past the cache, as otherwise only those of large models."""
+    _cpu.set_streamed_from(0)
+    yield
+    _cpu.set_streamed_from(2**26)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_is_written_past_the_cache_is_the_same(dtype, kind, streamed, same_bits):
+    """Members and restored weights, of tensors that lie on lines of the cache and that don't, cut by tiles or not; what
+    lies beside them is left alone."""
+    rng = np.random.default_rng(0)
+    places = [(0, 4096), (8192, 5000), (16385, 4096), (32768, 1), (40960, 10_241)]
+    source, buffer = (weights_of_all_sorts(dtype, 2**16, rng) for _ in range(2))
+
+    def plan_of(memory):
+        return Plan([(f"w{i}", memory[start : start + n]) for i, (start, n) in enumerate(places)])
+
+    expected = buffer.clone()
+    for seeds, coeffs in (([3, 4], [1e-3, -0.5]), ([], [])):
+        add_noise_(plan_of(expected), seeds, coeffs, base=plan_of(source), noise=kind, backend="reference")
+        for threads, instruction_set in itertools.product((1, 2), _cpu.instruction_sets()):
+            found = buffer.clone()
+            run_cpu(plan_of(found), plan_of(source), seeds, coeffs, kind, threads, instruction_set)
+            nan = found.isnan() & expected.isnan()  # a NaN stays one, with whatever payload
+            assert same_bits([found.masked_fill(nan, 0)], [expected.masked_fill(nan, 0)]), instruction_set
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_members_of_a_master_are_the_same_past_the_cache(dtype, streamed, same_bits):
+    plan = Plan([("w", weights_of_all_sorts(dtype, 5000, np.random.default_rng(0)).nan_to_num(0, 1, -1))])
+    master = plan.master()
+    found = {}
+    for backend in ("reference", "cpu"):
+        for rounding in ("nearest", "stochastic"):
+            add_noise_(plan, [7], [1e-3], base=master, rounding=rounding, backend=backend)
+            found[backend, rounding] = plan.tensors[0].clone()
+    for rounding in ("nearest", "stochastic"):
+        assert same_bits([found["cpu", rounding]], [found["reference", rounding]])
+
+
 # The reference knows one tensor of the plan at a time; these are large enough for threads to share the work.
 
 
