@@ -26,7 +26,10 @@ def in_help(text: str) -> list[str]:
 def parse(command: str) -> argparse.Namespace | None:
     """What an esfast command parses to; SystemExit or AssertionError if it doesn't, or another one names what isn't
     there."""
-    program, *words = shlex.split(command.partition(" > ")[0])
+    words = shlex.split(command.partition(" > ")[0])
+    while "=" in words[0]:  # an environment variable
+        words = words[1:]
+    program, *words = words
     if program == "torchrun":
         program, words = "esfast", words[words.index("esfast") + 1 :]
     if program == "esfast" and words[:1] == ["bench"]:
