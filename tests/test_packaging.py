@@ -75,3 +75,16 @@ def test_without_a_compiler_the_build_says_what_to_install(tmp_path, missing):
     assert done.returncode != 0 and "Traceback" not in done.stderr
     assert "It needs a C++17 compiler, and Python's headers" in done.stderr and "apt-get install g++" in done.stderr
     assert not list(tmp_path.rglob("*.so"))
+
+
+def test_what_tests_are_skipped_without_is_in_the_development_extra():
+    """Else they are skipped wherever the suite runs. vLLM and Ray have an environment of their own."""
+    extras = PYPROJECT.partition("[project.optional-dependencies]")[2].partition("\n[")[0]
+    (dev,) = re.findall(r"^dev = \[\n(.*?)^\]", extras, re.DOTALL | re.MULTILINE)
+    asked = re.findall(r'^ +"([\w-]+)', dev, re.MULTILINE)
+    for name in re.search(r"esfast\[(.*?)\]", dev)[1].split(","):
+        asked += re.findall(r'"([\w-]+)', re.search(rf"^{name} = \[(.*)\]$", extras, re.MULTILINE)[1])
+    brought = {*asked, *(re.match(r"[\w-]+", text)[0] for text in metadata("datasets").get_all("Requires-Dist"))}
+    skips = [re.findall(r'importorskip\(\s*"(\w+)', path.read_text("utf-8")) for path in (ROOT / "tests").rglob("*.py")]
+    needed = {name.replace("_", "-") for names in skips for name in names} - {"esfast", "vllm", "ray"}
+    assert {"peft", "trl", "datasets"} <= needed <= brought
