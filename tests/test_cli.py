@@ -234,7 +234,7 @@ def test_errors_are_one_line_and_no_traceback(arguments, status, message, tiny, 
 
 
 def test_an_existing_run_is_refused_before_the_model_is_loaded(tiny, tmp_path, capsys):
-    (tmp_path / "journal.jsonl").touch()
+    (tmp_path / "metrics.jsonl").write_text('{"generation": 0}\n{"generation": 1}\n')
     assert cli.main(["train", "--model", "no-such-model", "--out", str(tmp_path), *FEW]) == 1
     assert "holds a run already" in capsys.readouterr().err
 

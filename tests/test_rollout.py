@@ -225,7 +225,7 @@ def test_prompt_beyond_the_context(tiny):
     engine = TransformersEngine(*tiny, 48)
     assert len(engine.generate(["x" * 2000])) == 1
     with pytest.raises(
-        ValueError, match=r"'xxx.*2001 tokens.* 48 for the completion.*context of 2048.*--max-completion-length"
+        ValueError, match=r"'xxx.*2001 tokens.* 48 for the completion.*context of 2048.*lower max_new_tokens"
     ):
         engine.generate(["short", "x" * 2001])
 

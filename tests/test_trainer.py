@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -137,7 +138,7 @@ def test_interrupt_saves_the_last_completed_generation(tmp_path, model):
     def interrupted(prompts, completions, **columns):
         calls.append(weights(net))
         if len(calls) == 4 + 2:  # the second member of the second generation
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
         return count_digits(prompts, completions)
 
     trainer = esfast.ESTrainer(net, interrupted, config(tmp_path / "run"), ROWS, None, tokenizer)
