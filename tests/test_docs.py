@@ -50,6 +50,17 @@ def test_the_replay_runs(tmp_path, monkeypatch):
     assert len(scope["records"]) == 20 and (tmp_path / "linear.safetensors").exists()
 
 
+def test_a_first_sigma_is_a_tenth_of_the_weights(tiny):
+    from transformers import AutoModelForCausalLM
+
+    (code,) = blocks("choosing.md")
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    exec(code, scope := {"model": model})
+    matrices = torch.cat([p.detach().flatten() for p in model.parameters() if p.dim() > 1])
+    assert scope["sigma"] == pytest.approx(0.1 * matrices.square().mean().sqrt().item(), rel=1e-4)
+    assert esfast.ES(model, **scope["settings"]).sigma == scope["sigma"] and 1e-3 < scope["sigma"] < 3e-2
+
+
 def test_groups_of_ranks_run(tiny, tmp_path, monkeypatch):
     """As one group of one rank: tests/sharded.py and test_tensor_parallel.py have several."""
     monkeypatch.chdir(tmp_path)
@@ -77,7 +88,7 @@ def test_groups_of_ranks_run(tiny, tmp_path, monkeypatch):
 
 
 def test_every_page_with_python_is_run():
-    here = {"training.md", "coming-from-grpo.md", "replay.md", "distributed.md"}
+    here = {"choosing.md", "training.md", "coming-from-grpo.md", "replay.md", "distributed.md"}
     assert here | set(ELSEWHERE) == {page for page in PAGES if blocks(page)}
     for page, test in ELSEWHERE.items():
         assert f'"{page}"' in (ROOT / "tests" / test).read_text(encoding="utf-8")
