@@ -175,13 +175,16 @@ def _called(function: Callable, pickled: bytes) -> list[float | str | None]:
 
 
 class NotRewards(TypeError):
-    """What a function returned is no sequence of numbers. The message goes on after the function's name."""
+    """A function returned no sequence of numbers. The message is to follow the function's name."""
 
 
 def numbers(values, count: int) -> list[float | str | None]:
-    """What a reward function returned, as JSON has it: floats (of NumPy's and PyTorch's numbers too, and of True and
-    False), None, and of anything else the text that a message shows. At most `count` + 1 of them, since an iterator may
-    have no end. NotRewards for what has no order, or is one thing."""
+    """Converts what a reward function returned to what JSON can hold: numbers of any kind (NumPy's, PyTorch's, bools)
+    to floats, None to None, and anything else to the text that an error message shows.
+
+    Takes at most `count` + 1 values, since an iterator may have no end. Raises NotRewards for what is no sequence (a
+    number, None), has no order (a set), or has elements that are no rewards (a dict, a text).
+    """
     if isinstance(values, (str, bytes, bytearray, Mapping, Set)) or not isinstance(values, Iterable):
         raise NotRewards(f"returned {_shown(values)} ({type(values).__name__}): expected a list of {count} numbers")
     try:

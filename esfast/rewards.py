@@ -23,10 +23,10 @@ log = logging.getLogger(__name__)
 RewardFunc = Callable[..., Sequence[float]]
 
 LARGEST = 3.4e38  # a reward's size, as float32 has it: what is larger makes sums and squares of rewards infinite
-# What a function's failing looks like. A KeyboardInterrupt is its own only if no signal raised it; other BaseExceptions
-# are somebody else's, a test's time limit for example.
+# Exceptions that count as the function's failure: KeyboardInterrupt only if no signal raised it. Others that are no
+# Exception belong to somebody else, to a test's time limit for example, and pass.
 FAILURES = (Exception, SystemExit, GeneratorExit, asyncio.CancelledError, KeyboardInterrupt)
-# Under eval_NAME the metrics file has these of its own; the others are columns beside them.
+# Names that metrics can't have: the trainer logs the first four as eval_NAME itself, the others are in each row.
 RESERVED = ("reward", "reward_se", "length", "kl_to_base", "generation", "seconds")
 
 
@@ -152,13 +152,13 @@ class Scorer:
 
 
 def name_of(function: RewardFunc) -> str:
-    """As messages have it: of a functools.partial the function's, of an object its class's."""
+    """The function's name in messages; of a functools.partial that of its function, of an object that of its class."""
     function = getattr(function, "func", function)
     return getattr(function, "__name__", None) or type(function).__name__
 
 
 def check_metrics(metrics: Mapping[str, RewardFunc] | None) -> dict[str, RewardFunc]:
-    """Metrics by name. TypeError or ValueError for what is no such thing, and for a name that can't be logged as
+    """The metrics as a dict. TypeError if they are no mapping, ValueError for a name that can't be logged as
     eval_NAME."""
     if metrics is not None and not isinstance(metrics, Mapping):
         raise TypeError(f"metrics: expected functions by name, as {{'accuracy': f}}, got {type(metrics).__name__}")

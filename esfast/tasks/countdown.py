@@ -274,5 +274,5 @@ def _exact(what: str, number) -> Fraction:
     except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{what}: expected a finite number, got {number!r:.60}") from None
     if value == 0 and str(number).strip().startswith("-"):
-        raise ValueError(f"{what}: expected a number with a sign that counts, got {number!r:.60}")
+        raise ValueError(f"{what}: minus zero is not accepted, write 0; got {number!r:.60}")
     return value
