@@ -124,7 +124,6 @@ OVERRIDES: dict[str, dict[str, Any]] = {
             "longcat_flash",
             "minicpm3",
             "sarvam_mla",
-            "youtu",
         )
     },
     "bamba": {"attn_layer_indices": [1]},
@@ -177,6 +176,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "xlm": {"causal": True},
     "xlstm": {"hidden_size": 128, "embedding_dim": 128, "num_heads": 4, "num_hidden_layers": 2, "num_blocks": 2},
     "xmod": ENCODER | {"default_language": "en_XX"},
+    # with a pad token Transformers zeroes its embedding whenever the model is loaded
+    "youtu": {"num_key_value_heads": 4, "pad_token_id": None},
     "zamba": {
         "attention_hidden_size": 64,
         "attention_head_dim": 16,
