@@ -190,6 +190,15 @@ class Team:
             except dist.DistError:
                 pass
 
+    @contextlib.contextmanager
+    def telling(self) -> Iterator[None]:
+        """A block whose error stops the others, too, and tells them why."""
+        try:
+            yield
+        except BaseException as error:
+            self.fail(error)
+            raise
+
     def check(self) -> None:
         """Stopped, or Interrupted (a KeyboardInterrupt), if another process stopped."""
         if self._lost is not None:

@@ -31,6 +31,8 @@ def signal_of(interrupt: BaseException) -> signal.Signals:
 class Stops:
     """The signals that stop a block, as `stoppable` handles them."""
 
+    current: Stops | None = None
+
     def __init__(self):
         self.signum: int | None = None
         self._since = 0.0
@@ -66,18 +68,24 @@ def stoppable() -> Iterator[Stops]:
     moment later, ends the process at once.
 
     Handlers that somebody else installed stay, and so does what is ignored (nohup). Where Python handles no signals,
-    in other threads than the main one, nothing changes.
+    in other threads than the main one, nothing changes. A block within such a block is of that one.
     """
+    if Stops.current is not None:
+        yield Stops.current
+        return
     stops = Stops()
     mine = []
     if threading.current_thread() is threading.main_thread():
         default = (signal.SIG_DFL, signal.default_int_handler)
         mine = [(signum, old) for signum in _STOPS if (old := signal.getsignal(signum)) in default]
+        Stops.current = stops
     for signum, _ in mine:
         signal.signal(signum, stops._stop)
     try:
         yield stops
     finally:
+        if Stops.current is stops:
+            Stops.current = None
         for signum, old in mine:
             signal.signal(signum, old)
 
@@ -99,6 +107,28 @@ def held() -> Iterator[None]:
             signal.signal(signum, handler)
         if waiting:
             handlers[waiting[0][0]](*waiting[0])
+
+
+@contextlib.contextmanager
+def blocked() -> Iterator[None]:
+    """A block in which these signals wait, and so do they in the processes that it starts, until `outlive`."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def outlive() -> None:
+    """In a process that works for another one, and ends with it: these signals, which a scheduler sends to all, are for
+    the other one to obey. Processes that this one starts obey them."""
+    for signum in _STOPS:
+        signal.signal(signum, lambda *received: None)
+    os.register_at_fork(after_in_child=lambda: [signal.signal(signum, signal.SIG_DFL) for signum in _STOPS])
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
 
 
 @contextlib.contextmanager

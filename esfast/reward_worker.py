@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 
 from .child import child
+from .interrupts import blocked, outlive
 
 START_SECONDS = 120  # a reward function's module may import a great deal
 
@@ -69,12 +70,13 @@ class Worker:
         mine, theirs = socket.socketpair()
         with mine, theirs:
             code = "from esfast.reward_worker import serve; serve(int(sys.argv[1]), sys.argv[2:])"
-            self._process = subprocess.Popen(
-                child(code, str(theirs.fileno()), *functions),
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C is the parent's, and what the functions start is killed with them
-            )
+            with blocked():  # until `serve` heeds none
+                self._process = subprocess.Popen(
+                    child(code, str(theirs.fileno()), *functions),
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    start_new_session=True,  # Ctrl-C is the parent's, and what the functions start is killed with them
+                )
             self.connection = Connection(mine.detach())
         self._ready = False  # to be sent a task: it has imported the functions
 
@@ -141,6 +143,7 @@ class Worker:
 
 def serve(descriptor: int, names: Sequence[str]) -> None:
     """The worker's side: answers until the parent closes the connection or dies."""
+    outlive()
     connection = Connection(descriptor)
     os.set_inheritable(descriptor, False)  # what the functions start must not keep it open
 

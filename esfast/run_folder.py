@@ -139,7 +139,9 @@ class RunFolder:
         try:
             found = yaml.safe_load(self.config.read_bytes().decode("utf-8"))
         except (UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ValueError(f"{self.config} is no YAML ({error}): mend it, or delete it") from None
+            raise ValueError(
+                f"{self.config} is no YAML ({' '.join(str(error).split())}): mend it, or delete it"
+            ) from None
         if not isinstance(found, dict):
             what = "nothing" if found is None else repr(found)[:80]
             raise ValueError(

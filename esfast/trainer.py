@@ -67,8 +67,6 @@ class ESTrainer(SavesLikeTRL):
             TransformersEngine.
         team: the processes that train together (Team.join()), each with a model of its own or a part of one, see
             esfast.tensor_parallel; default: this one alone.
-        identity: names of further settings, with JSON values, that must be the same when the run is resumed: for a
-            function as train_dataset, what it draws from (optional).
 
     Raises:
         TypeError, ValueError: arguments outside the above, or other ones than the run has that is resumed, before
@@ -93,7 +91,6 @@ class ESTrainer(SavesLikeTRL):
         engine=None,
         peft_config=None,
         team: Team | None = None,
-        identity: Mapping[str, Any] | None = None,
     ):
         self.args = args if args is not None else ESConfig()
         if not isinstance(self.args, ESConfig):
@@ -136,16 +133,15 @@ class ESTrainer(SavesLikeTRL):
         workers = c.reward_workers if self.team.leads else 0
         self.scorer = Scorer([*self.reward_funcs, *self.metrics.values()], workers, c.reward_timeout)
         require(c.report_to)
-        more = {**(identity or {}), **adapters.identity(model)}
-        self.identity = identity_of(model, self.reward_funcs, train_dataset, more)
+        self.identity = identity_of(model, self.reward_funcs, self.train_dataset, adapters.identity(model))
         self.described: dict[str, Any] = {}  # what else goes into config.yaml, from the command line
         self.summary: dict[str, Any] = {}
         self.folder = RunFolder(c.output_dir)
         try:
-            self._begin(model if isinstance(model, Plan) else Plan(model, include, c.exclude))
-        except BaseException as error:
+            with self.team.telling():
+                self._begin(model if isinstance(model, Plan) else Plan(model, include, c.exclude))
+        except BaseException:
             self.folder.release()
-            self.team.fail(error)
             raise
 
     def _begin(self, plan: Plan) -> None:

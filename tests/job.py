@@ -1,8 +1,9 @@
 """A small training run in a process of its own, for tests that start several, kill them or make them fail.
 
     python job.py OUT [option=value ...]                 options of ESConfig, or of FAULTS, as JSON
-    python job.py --kill RUNS FOLDER [option=value ...]  kills a run of 1, 2 or 3 processes at a random instant, and
-                                                         resumes it with another number of them, until RUNS were killed
+    python job.py --drill KILLS STOPS FOLDER [option=value ...]
+        stops runs of 1, 2 or 3 processes at a random instant, KILLS of them by SIGKILL and STOPS by SIGTERM, and
+        resumes each with another number of processes, twice at the same time
 
 A member's reward is a function of its weights, so that a run takes no time but for `pause` seconds a member.
 """
@@ -24,15 +25,18 @@ import torch
 
 import esfast
 import esfast.trainer  # before any fork
-from esfast import Team, embedded
-from esfast.journal import read
+from esfast import Team, embedded, lock
+from esfast.distributed import Stopped
+from esfast.interrupts import signal_of
+from esfast.journal import peek, read
 
 ROWS = [{"prompt": str(i)} for i in range(4)]
 SETTINGS = {"generations": 6, "population_size": 7, "sigma": 0.02, "lr": 0.02, "prompts_per_generation": 4,
             "checkpoint_every": 2, "eval_every": 0, "save_best": False, "progress": False}  # fmt: skip
 # pause: seconds a member takes; slow: rank and factor of one that is slower; at: [rank, generation] of a fault;
-# fault: what happens there, once (in the first life of the job)
-FAULTS = {"pause": 0.0, "slow": [0, 1.0], "at": [0, -1], "fault": "", "dtype": "float32"}
+# fault: what happens there, once (in the first life of the job); patience: seconds that a run folder is waited for
+FAULTS = {"pause": 0.0, "slow": [0, 1.0], "at": [0, -1], "fault": "", "dtype": "float32", "patience": lock.PATIENCE}
+REFUSED = 3  # status of who found the run folder in use
 
 
 def value(prompts, completions):
@@ -64,6 +68,7 @@ def main(out, *pairs):
     given = {name: json.loads(text) for name, text in (pair.split("=", 1) for pair in pairs)}
     faults = {name: given.pop(name, default) for name, default in FAULTS.items()}
     signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in its background ignores it
+    lock.PATIENCE = faults["patience"]
     torch.set_num_threads(1)
     torch.manual_seed(0)
     team = Team.join()
@@ -88,54 +93,88 @@ def free_port():
         return s.getsockname()[1]
 
 
-def in_children(processes, kill_after, *arguments):
-    """Runs `main` in forks, which have no imports to wait for; returns the seconds it took, None if they were killed."""
-    began, children, port = time.monotonic(), [], free_port()
+def start(processes, *arguments):
+    """Runs `main` in forks, which have no imports to wait for; returns their ids."""
+    children, port = [], free_port()
     for rank in range(processes):
         child = os.fork()
         if child == 0:
             os.environ |= {"WORLD_SIZE": str(processes), "RANK": str(rank), "LOCAL_RANK": str(rank),
                            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
-            try:
-                main(*arguments)
-            except BaseException:
-                traceback.print_exc()
-                os._exit(1)
-            os._exit(0)
+            os._exit(status_of(*arguments))
         children.append(child)
-    if kill_after is not None:  # all at once: the power fails
-        time.sleep(kill_after)
-        for child in children:
-            os.kill(child, signal.SIGKILL)
+    return children
+
+
+def status_of(*arguments):
+    try:
+        main(*arguments)
+    except KeyboardInterrupt as interrupt:
+        return 128 + signal_of(interrupt)
+    except lock.InUse:
+        return REFUSED
+    except Stopped as stopped:
+        return REFUSED if "InUse" in str(stopped) else 1
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def finish(children):
+    """Their statuses, as a shell gives them."""
     ends = [os.waitpid(child, 0)[1] for child in children]
-    if any(not os.WIFSIGNALED(status) and os.WEXITSTATUS(status) for status in ends):
-        sys.exit(f"{arguments} failed")
-    return None if any(map(os.WIFSIGNALED, ends)) else time.monotonic() - began
+    return [128 + os.WTERMSIG(end) if os.WIFSIGNALED(end) else os.WEXITSTATUS(end) for end in ends]
 
 
-def kill(runs, folder, *pairs):
-    """A run that is never killed, and `runs` that are; what every one that was resumed holds must be the same."""
+def undisturbed(processes, *arguments):
+    """Seconds that a run takes that nothing disturbs."""
+    began = time.monotonic()
+    assert finish(start(processes, *arguments)) == [0] * processes
+    return time.monotonic() - began
+
+
+def drill(kills, stops, folder, *pairs):
+    """Runs that are never stopped, and runs that are; what all of the latter hold once resumed must be the same."""
     folder, random = Path(folder), Random(0)
     whole = folder / "whole"
-    seconds = {n: in_children(n, None, folder / f"of {n}", *pairs) for n in (2, 3)}
-    seconds[1] = in_children(1, None, whole, *pairs)
+    seconds = {n: undisturbed(n, folder / f"of {n}", *pairs) for n in (2, 3)}
+    seconds[1] = undisturbed(1, whole, *pairs)
     expected, found = outcome(whole), Counter()
     for i in itertools.count():
-        if found["killed"] == runs:
+        signum = signal.SIGKILL if found["SIGKILL"] < kills else signal.SIGTERM
+        if signum == signal.SIGTERM and found["SIGTERM"] == stops:
             break
         out, before, after = folder / f"run{i}", 1 + i % 3, 1 + (i + 1 + i // 3 % 2) % 3
-        if in_children(before, random.uniform(0, seconds[before]), out, *pairs) is None:
-            found["killed"] += 1
+        children = start(before, out, *pairs)
+        time.sleep(random.uniform(0, seconds[before]))  # then all at once: the power fails, or a scheduler says so
+        for child in children:
+            os.kill(child, signum)
+        began = time.monotonic()
+        ends = finish(children)
+        assert time.monotonic() - began < 30, f"{out} took {time.monotonic() - began} s to stop"
+        assert set(ends) <= {0, 128 + signum}, f"{out} ended with {ends}"
+        if any(ends):
+            found[signum.name] += 1
             found[f"{before} processes, then {after}"] += 1
             found["half-written files"] += bool(half_written(out))
-            if (out / "journal.jsonl").exists():
-                found["generations done"] += len(read(out / "journal.jsonl").records)
-        in_children(after, None, out, *pairs, "resume=true")
+            found["saved"] += signum == signal.SIGTERM and (out / "model").exists()
+            found["generations done"] += generations(out)
+        resumes = [start(after, out, *pairs, "resume=true", "patience=0") for _ in range(2)]
+        ends = sorted(max(finish(each)) for each in resumes)
+        assert ends[0] == 0 and ends[1] in (0, REFUSED), f"{out}: two that resume at once ended with {ends}"
+        found["refused"] += ends[1] == REFUSED
+        found["came when it was finished"] += ends[1] == 0
         assert outcome(out) == expected, f"{out} ended with other bits"
         assert not half_written(out), f"{out} holds half-written files"
         found["runs"] += 1
         shutil.rmtree(out)
     print(json.dumps(found))
+
+
+def generations(folder):
+    found = peek(folder / "journal.jsonl")
+    return len(found.records) if found else 0
 
 
 def half_written(folder):
@@ -149,10 +188,10 @@ def outcome(folder):
 
 if __name__ == "__main__":
     try:
-        if sys.argv[1] == "--kill":
-            kill(int(sys.argv[2]), *sys.argv[3:])
+        if sys.argv[1] == "--drill":
+            drill(*map(int, sys.argv[2:4]), *sys.argv[4:])
         else:
             main(*sys.argv[1:])
     except KeyboardInterrupt as interrupt:
         print(f"interrupted: {interrupt}", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(128 + signal_of(interrupt))

@@ -27,15 +27,27 @@ def run_job(*arguments, **settings):
                           text=True, timeout=1200)  # fmt: skip
 
 
-def test_killed_at_any_instant_it_resumes_to_the_same_bits(tmp_path):
-    """12 runs, of 1 to 3 processes and resumed with another number of them; ESFAST_KILL_RUNS=50 for more. A checkpoint
-    after every generation, so that some die while writing one."""
-    runs = int(os.environ.get("ESFAST_KILL_RUNS", 12))
-    done = run_job("--kill", runs, tmp_path, pause=0.01, checkpoint_every=1, generations=8)
+LONG = bool(os.environ.get("ESFAST_LONG_TESTS"))
+
+
+@pytest.mark.parametrize(
+    ("kills", "stops"),
+    [
+        (7, 3),
+        pytest.param(
+            50, 20, marks=pytest.mark.skipif(not LONG, reason="takes minutes; ESFAST_LONG_TESTS=1 runs the whole drill")
+        ),
+    ],
+)
+def test_stopped_at_any_instant_it_resumes_to_the_same_bits(kills, stops, tmp_path):
+    """Runs of 1 to 3 processes, ended by SIGKILL or SIGTERM, and resumed with another number of processes, twice at the
+    same time: one wins. A checkpoint after every generation, so that some die while writing one."""
+    done = run_job("--drill", kills, stops, tmp_path, pause=0.01, checkpoint_every=1, generations=8)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     print(found)
-    assert found["killed"] == runs and found["generations done"] > runs
+    assert found["SIGKILL"] == kills and found["SIGTERM"] == stops and found["generations done"] > kills
+    assert found["refused"] > 0 and found["saved"] > 0
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import time
 from .. import embedded
 from ..distributed import Team
 from ..files import check_writable
+from ..interrupts import stoppable
 from ..run_folder import RunFolder
 from ..run_options import TRAIN_DEFAULTS, RunOptions, dump, es_config, given, run_options
 from ..trainer import ESTrainer
@@ -20,6 +21,7 @@ from .models import device_of, load, task_of
 log = logging.getLogger(__name__)
 
 
+@stoppable()
 def run(args: argparse.Namespace) -> None:
     settings = given(args)
     if settings.get("resume") and "output_dir" in settings:
@@ -36,9 +38,10 @@ def run(args: argparse.Namespace) -> None:
     if team.size > 1 and "output_dir" not in settings:
         raise ValueError("--out: give the run folder: with several processes a restart must find it again")
     if team.rank == 0:  # before minutes of loading
-        check_writable("--out", settings.get("output_dir", "runs"), folder=True)
-    if "output_dir" in settings and team.rank == 0:
-        RunFolder.claim(settings["output_dir"], settings.get("resume", False) or team.restarted)
+        with team.telling():
+            check_writable("--out", settings.get("output_dir", "runs"), folder=True)
+            if "output_dir" in settings:
+                RunFolder.claim(settings["output_dir"], settings.get("resume", False) or team.restarted)
     task = task_of(options)
     config = es_config(_defaults(options, task) | settings)
     eval_rows = task.eval_rows(config.eval_prompts)

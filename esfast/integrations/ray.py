@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ..es import Member
+from ..interrupts import kept_handlers
 from ..update import Generation, Rule
 
 log = logging.getLogger(__name__)
@@ -55,7 +56,8 @@ class Fleet:
         from .vllm_engine import VLLMEngine
 
         if not ray.is_initialized():
-            ray.init(include_dashboard=False, log_to_driver=False)
+            with kept_handlers():  # Ray's own would end the process before the run is saved
+                ray.init(include_dashboard=False, log_to_driver=False)
         gpus = tensor_parallel_size if ray.cluster_resources().get("GPU") else 0
         actor = ray.remote(num_gpus=gpus, num_cpus=0)(VLLMEngine)
         environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | (
