@@ -12,7 +12,7 @@ import math
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from .files import write_whole
@@ -42,11 +42,14 @@ def pack(journal: str | Path, out: str | Path) -> int:
 
 def unpack(path: str | Path) -> Contents:
     """What the journal held that was packed; ValueError if the file is something else."""
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata() or {}
-        if "esfast_journal" not in metadata:
-            raise ValueError(f"{path} is no journal packed by `esfast export`")
-        flat = {name: file.get_tensor(name).tolist() for name in file.keys()}  # noqa: SIM118
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            if "esfast_journal" not in metadata:
+                raise ValueError(f"{path} is no journal packed by `esfast export`")
+            flat = {name: file.get_tensor(name).tolist() for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
     seeds, coeffs, rewards = (iter(flat[name]) for name in ("seeds", "coeffs", "rewards"))
     records = []
     for g, (count, scored) in enumerate(zip(flat["counts"], flat["reward_counts"], strict=True)):

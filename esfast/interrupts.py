@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 # A terminal, Slurm and torchrun each may send the same signal to a process once more; within so many seconds it is one.
@@ -61,33 +62,44 @@ class Stops:
         signal.signal(signum, signal.SIG_DFL)
         os.kill(os.getpid(), signum)
 
+    def _pass_on(self, handler: Callable, signum: int, frame: FrameType | None) -> None:
+        """To the caller's own handler, which stops the block if it raises."""
+        try:
+            handler(signum, frame)
+        except BaseException:
+            self.signum = signum if self.signum is None else self.signum
+            raise
+
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[Stops]:
     """A block that SIGTERM and SIGHUP interrupt as Ctrl-C does: with an exception, wherever it is. A second one, a
     moment later, ends the process at once.
 
-    Handlers that somebody else installed stay, and so does what is ignored (nohup). Where Python handles no signals,
-    in other threads than the main one, nothing changes. A block within such a block is of that one.
+    Handlers that somebody else installed are called as ever, and what is ignored stays so (nohup). Where Python handles
+    no signals, in other threads than the main one, nothing changes. A block within such a block is of that one.
     """
     if Stops.current is not None:
         yield Stops.current
         return
     stops = Stops()
-    mine = []
+    before = {}
     if threading.current_thread() is threading.main_thread():
-        default = (signal.SIG_DFL, signal.default_int_handler)
-        mine = [(signum, old) for signum in _STOPS if (old := signal.getsignal(signum)) in default]
+        before = {signum: signal.getsignal(signum) for signum in _STOPS}
         Stops.current = stops
-    for signum, _ in mine:
-        signal.signal(signum, stops._stop)
+    for signum, handler in before.items():
+        if handler in (signal.SIG_DFL, signal.default_int_handler):
+            signal.signal(signum, stops._stop)
+        elif callable(handler):
+            signal.signal(signum, functools.partial(stops._pass_on, handler))
     try:
         yield stops
     finally:
         if Stops.current is stops:
             Stops.current = None
-        for signum, old in mine:
-            signal.signal(signum, old)
+        for signum, handler in before.items():
+            if handler is not None:  # not one of Python's, which can't be set from here
+                signal.signal(signum, handler)
 
 
 @contextlib.contextmanager
@@ -147,7 +159,7 @@ def kept_handlers() -> Iterator[None]:
 def came_by_signal(interrupt: KeyboardInterrupt) -> bool:
     """Whether a signal raised it, and not the code that it came out of. Certain in a `stoppable` block and outside the
     main thread; where somebody else handles SIGINT, it is taken for one."""
-    if isinstance(interrupt, Interrupted):
+    if isinstance(interrupt, Interrupted) or Stops.current is not None and Stops.current.signum is not None:
         return True
     if threading.current_thread() is not threading.main_thread():
         return False

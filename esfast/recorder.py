@@ -16,6 +16,7 @@ from .clock import PHASES, Clock, account
 from .config import ESConfig
 from .distributed import Team
 from .files import write_whole
+from .interrupts import signal_of
 from .journal import read
 from .loggers import Report
 from .model_card import model_card
@@ -141,6 +142,28 @@ class RunRecorder:
         write_whole(self.folder.summary, json.dumps(summary, indent=2) + "\n")
         self.folder.draw_curves(self.rows)
         return summary
+
+    def save_interrupted(self, interrupt: BaseException, generation: int, eval_prompts: int) -> dict[str, Any]:
+        """Does what `finish` does, if it can, in process 0 of a model in one piece, and says how to go on."""
+        by = f"interrupted by {signal_of(interrupt).name}" if isinstance(interrupt, KeyboardInterrupt) else "stopped"
+        summary = {}
+        if self._team.rank == 0 and self._team.shards == 1 and self.rows and generation:
+            log.warning("%s: saving the model after generation %d", by, generation)
+            try:
+                summary = self.finish(generation, eval_prompts)
+            except Exception as error:  # engines that the same signal ended, a full disk
+                log.warning("the model could not be saved: %s: %s", type(error).__name__, error)
+        self.say_how_to_go_on(by, generation)
+        return summary
+
+    def say_how_to_go_on(self, stopped: str, generation: int) -> None:
+        then = "nothing is lost, start it again"
+        if generation:
+            then = "what was done is in the journal: resume to go on (--resume, or ESConfig(resume=True))"
+        if not self.folder.journal.exists():
+            then = "its journal is gone"
+        if self._team.rank == 0:
+            log.warning("%s after generation %d: %s", stopped, generation, then)
 
     def progress(self, row: Mapping[str, Any]) -> dict[str, str]:
         """What the progress bar shows: rewards of the generation, metrics of the last evaluation."""

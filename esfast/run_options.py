@@ -89,8 +89,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """
     try:
         settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: no YAML: {error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: no YAML: {' '.join(str(error).split())}") from None
     if not isinstance(settings, dict):
         raise ValueError(f"{path}: expected lines of the form NAME: VALUE, got {type(settings).__name__}")
     try:

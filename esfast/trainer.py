@@ -28,7 +28,7 @@ from .es import ES, Member
 from .files import check_writable
 from .identity import check as check_identity
 from .identity import identity as identity_of
-from .interrupts import Stops, signal_of, stoppable
+from .interrupts import Stops, stoppable
 from .kl import KLToBase
 from .loggers import require
 from .movement import Movement
@@ -185,10 +185,11 @@ class ESTrainer(SavesLikeTRL):
                     self._train()
                 except (KeyboardInterrupt, SystemExit) as interrupt:
                     self.team.fail(interrupt)
-                    self._save_interrupted(interrupt)
+                    self.summary = self.recorder.save_interrupted(
+                        interrupt, self.es.generation, len(self.eval_dataset or ()))  # fmt: skip
                     raise
         except Exception as error:
-            self._say_how_to_go_on("stopped")
+            self.recorder.say_how_to_go_on("stopped", self.es.generation)
             self.team.fail(error)
             raise
         finally:
@@ -257,26 +258,6 @@ class ESTrainer(SavesLikeTRL):
     def _evaluation_is_due(self) -> bool:
         done, every = self.es.generation, self.args.eval_every
         return done >= self.args.generations or bool(every) and done % every == 0
-
-    def _save_interrupted(self, interrupt: BaseException) -> None:
-        by = f"interrupted by {signal_of(interrupt).name}" if isinstance(interrupt, KeyboardInterrupt) else "stopped"
-        if self.team.rank == 0 and self.team.shards == 1 and self.recorder.rows and self.es.generation:
-            log.warning("%s: saving the model after generation %d", by, self.es.generation)
-            try:
-                self.summary = self.recorder.finish(self.es.generation, len(self.eval_dataset or ()))
-            except Exception as error:  # engines that the same signal ended, a full disk
-                log.warning("the model could not be saved: %s: %s", type(error).__name__, error)
-        self._say_how_to_go_on(by)
-
-    def _say_how_to_go_on(self, stopped: str) -> None:
-        if self.team.rank:
-            return
-        then = "nothing is lost, start it again"
-        if self.es.generation:
-            then = "what was done is in the journal: resume to go on (--resume, or ESConfig(resume=True))"
-        if not self.folder.journal.exists():
-            then = "its journal is gone"
-        log.warning("%s after generation %d: %s", stopped, self.es.generation, then)
 
     def _tell(self, value: Callable[[], Any]) -> Any:
         """What `value()` is in process 0, in all that hold its model's shards."""

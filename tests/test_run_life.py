@@ -15,9 +15,10 @@ import torch
 
 import esfast
 from esfast import ES, Plan, embedded, interrupts, lock, report
+from esfast.export import pack
 from esfast.integrations import ray as fleet_of_ray
 from esfast.interrupts import Interrupted, stoppable
-from esfast.journal import read
+from esfast.journal import read, replay
 from esfast.lock import InUse, Lock
 from esfast.run_folder import RunFolder
 
@@ -522,6 +523,14 @@ def test_damaged_samples_are_named_and_a_torn_line_is_cut_off(tmp_path):
         report.load(tmp_path)
 
 
+@pytest.mark.parametrize("cut", [10, 300])
+def test_a_truncated_export_is_named(cut, folder):
+    pack(folder / "journal.jsonl", folder / "e.safetensors")
+    (folder / "e.safetensors").write_bytes((folder / "e.safetensors").read_bytes()[:cut])
+    with pytest.raises(ValueError, match=r"e\.safetensors is damaged"):
+        replay(Plan(make_model()), folder / "e.safetensors")
+
+
 def test_the_seconds_of_a_resumed_run_are_those_of_all_its_parts(tmp_path):
     stopped(tmp_path, 3)
     rows = RunFolder(tmp_path).read_metrics()
@@ -595,6 +604,15 @@ def test_handlers_of_the_caller_stay(tmp_path, default_signals):
         with pytest.raises(SystemExit, match="7"):
             made.train()
         assert made.summary["generations"] == 2
+
+        def scores(completions, **columns):
+            sends(signal.SIGTERM)(made)
+            return value(completions)
+
+        made = trainer(tmp_path / "fourth", scores)  # where SystemExit and KeyboardInterrupt are a function's failure
+        with pytest.raises(Interrupted):
+            made.train()
+        assert made.summary["generations"] == 2
     finally:
         for signum, handler in default_signals.items():
             signal.signal(signum, handler)
@@ -659,6 +677,35 @@ def test_workers_outlive_the_signals_of_their_parent():
             assert scores.result() == [[3.0]]
     finally:
         scorer.close()
+
+
+def test_the_command_is_ended_by_a_scheduler_and_goes_on(tmp_path):
+    """SIGTERM to the process and to those that score, at once: saved, the status is 143, and the rest follows."""
+    tiny = embedded.build(tmp_path / "tiny", steps=1, progress=False)
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "esfast", "train", "--model", tiny, "--generations", "100000", "--out", out,
+               "--population-size", "2", "--prompts-per-generation", "2", "--eval-prompts", "2", "--no-progress",
+               "--max-completion-length", "2", "--reward-workers", "2", "--eval-every", "0"]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(map(str, command), stderr=subprocess.PIPE, text=True, env=environment)
+    try:
+        until = time.monotonic() + 120
+        while not (out / "journal.jsonl").exists() or len(read(out / "journal.jsonl").records) < 3:
+            assert time.monotonic() < until and process.poll() is None
+            time.sleep(0.05)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        assert len(children) == 2
+        for pid in (*map(int, children), process.pid):
+            os.kill(pid, signal.SIGTERM)
+        began = time.monotonic()
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 143 and time.monotonic() - began < 30, errors
+    assert "interrupted by SIGTERM: saving the model" in errors and "resume to go on (--resume" in errors, errors
+    done = len(read(out / "journal.jsonl").records)
+    assert json.loads((out / "summary.json").read_text())["generations"] == done
+    assert not list(out.glob("*.lock"))
 
 
 def test_nested_blocks_are_one(default_signals):
