@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import logging
 import os
 import socket
@@ -50,8 +51,12 @@ class Lock:
         Raises InUse, which names the owner, after PATIENCE seconds; OSError if the file can't be written.
         """
         journal = Path(journal)
-        mine = _held.get(_key(journal))
-        if mine is None or not mine.held:
+        mine = _holder(journal)
+        if mine is not None and not shared:
+            mine = None
+            gc.collect()  # a trainer that was deleted may be held by a cycle of references alone
+            mine = _holder(journal)
+        if mine is None:
             return cls(journal)
         if not shared:
             raise InUse(
@@ -73,6 +78,12 @@ _held: weakref.WeakValueDictionary[str, Lock] = weakref.WeakValueDictionary()
 
 def _key(journal: Path) -> str:
     return os.path.realpath(journal)
+
+
+def _holder(journal: Path) -> Lock | None:
+    """This process's lock."""
+    found = _held.get(_key(journal))
+    return found if found is not None and found.held else None
 
 
 def _file(journal: Path) -> Path:

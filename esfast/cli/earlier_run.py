@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..run_folder import RunFolder
 from ..run_options import as_flag, read_yaml
 
 # Of RunOptions, what a resumed run may not change. What its model and its data are, the trainer compares.
@@ -20,7 +21,7 @@ def resumed(given: Mapping[str, Any]) -> dict[str, Any]:
 
     ValueError if they contradict the run's, and for a run of ESTrainer's, whose model and rewards no file names."""
     folder = Path(given["output_dir"])
-    if not (folder / "config.yaml").exists():
+    if not (folder / "config.yaml").exists() or not RunFolder(folder).begun():
         return dict(given)
     found = read_yaml(folder / "config.yaml")
     if "task" not in found and given.get("task") is None:
