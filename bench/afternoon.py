@@ -16,7 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-PIECE = 2**18  # weights at a time
+PIECE = 2**20  # weights at a time
+TOGETHER = 6  # members whose signs one pass adds
 Tensors = Sequence[torch.Tensor] | None  # the weights to start from; None: those that are changed
 
 
@@ -88,8 +89,9 @@ class Hashed:
 
     Each round is a mixing hash of 32 bits: two multiplications, three shifts. Gaussian: two rounds and Box-Muller give
     two numbers, one for each half of the tensor. Rademacher: each bit of a word is a sign, for 32 parts of the tensor.
-    An update passes over a float32 copy of some columns of the parts, which stays in the cache, once a member; with the
-    members' loop inside the kernel it is slower, and takes minutes to compile.
+    An update passes over a float32 copy of some columns of the parts, which stays in the cache: once a member for
+    gaussian noise (with all members inside the kernel it is slower, and takes minutes to compile), once for six members
+    for signs.
     """
 
     def __init__(self, kind: str):
@@ -97,28 +99,24 @@ class Hashed:
         self._add = _add_gaussian if kind == "gaussian" else _add_signs
 
     def perturb_(self, tensors: Sequence[torch.Tensor], seed: int, sigma: float, base: Tensors = None) -> None:
-        factor, start = torch.tensor(sigma, dtype=torch.float32), torch.tensor(0, dtype=torch.int32)
+        factors, start = torch.tensor([sigma], dtype=torch.float32), torch.tensor(0, dtype=torch.int32)
         for p, source, key in zip(tensors, base or tensors, _keys(seed, len(tensors)), strict=True):
             (parts, rest), (source, source_rest) = self._split(p), self._split(source)
             if parts.shape[1]:
-                self._add(parts, source if base else parts, start, key, factor)
-            self._add_rest(rest, source_rest, key, factor)
+                self._add(parts, source if base else parts, start, key[None], factors)
+            self._add_rest(rest, source_rest, key[None], factors)
 
     def update_(self, tensors: Sequence[torch.Tensor], seeds: Sequence[int], coeffs: Sequence[float]) -> None:
-        keys = [_keys(seed, len(tensors)) for seed in seeds]
+        keys = torch.stack([_keys(seed, len(tensors)) for seed in seeds], dim=1)
         factors = torch.tensor(coeffs, dtype=torch.float32)
-        for i, p in enumerate(tensors):
+        for p, key in zip(tensors, keys, strict=True):
             parts, rest = self._split(p)
             for start in range(0, parts.shape[1], PIECE // self.parts):
                 columns = parts[:, start : start + PIECE // self.parts]
-                total, first = columns.float().contiguous(), torch.tensor(start, dtype=torch.int32)
-                for key, factor in zip(keys, factors, strict=True):
-                    self._add(total, total, first, key[i], factor)
+                total = columns.float().contiguous()
+                self._add(total, total, torch.tensor(start, dtype=torch.int32), key, factors)
                 columns.copy_(total)
-            total = rest.float()
-            for key, factor in zip(keys, factors, strict=True):
-                self._add_rest(total, total, key[i], factor)
-            rest.copy_(total)
+            self._add_rest(rest, rest, key, factors)
 
     def _split(self, p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The parts as rows, and what is left over."""
@@ -126,28 +124,34 @@ class Hashed:
         width = 0 if width < 16 else width
         return flat[: width * self.parts].view(self.parts, width), flat[width * self.parts :]
 
-    def _add_rest(self, rest: torch.Tensor, source: torch.Tensor, key: torch.Tensor, factor: torch.Tensor) -> None:
+    def _add_rest(self, rest: torch.Tensor, source: torch.Tensor, keys: torch.Tensor, factors: torch.Tensor) -> None:
         if len(rest):
             few = torch.zeros(self.parts, 512 // self.parts)  # more than can be left over
-            self._add(few, few, torch.tensor(2**30, dtype=torch.int32), key, factor)  # numbers that no column has
+            self._add(few, few, torch.tensor(2**30, dtype=torch.int32), keys, factors)  # numbers that no column has
             rest.copy_(source + few.view(-1)[: len(rest)])
 
 
-def _add_gaussian(to: torch.Tensor, x: torch.Tensor, start: torch.Tensor, key: torch.Tensor, factor: torch.Tensor):
+def _add_gaussian(to: torch.Tensor, x: torch.Tensor, start: torch.Tensor, keys: torch.Tensor, factors: torch.Tensor):
     halves = [half.data for half in to]  # data: compiled once for tensors of any number of dimensions
-    if x is to:
+    if x is not to:
+        _compiled(_pairs)(*halves, *(half.data for half in x), start, keys[0], factors[0])
+        keys, factors = keys[1:], factors[1:]
+    for key, factor in zip(keys, factors, strict=True):
         _compiled(_pairs_in_place)(*halves, start, key, factor)
-    else:
-        _compiled(_pairs)(*halves, *(half.data for half in x), start, key, factor)
 
 
-def _add_signs(to: torch.Tensor, x: torch.Tensor, start: torch.Tensor, key: torch.Tensor, factor: torch.Tensor):
-    words = torch.empty(to.shape[1], dtype=torch.int32)
-    _compiled(_words)(words, start, key)
-    if x is to:
-        _compiled(_signs_in_place)(to.data, words, factor)
+def _add_signs(to: torch.Tensor, x: torch.Tensor, start: torch.Tensor, keys: torch.Tensor, factors: torch.Tensor):
+    missing = -len(keys) % TOGETHER if len(keys) > 1 else 0
+    keys, factors = torch.cat((keys, keys.new_zeros(missing, 2))), torch.cat((factors, factors.new_zeros(missing)))
+    words = torch.empty(len(keys), to.shape[1], dtype=torch.int32)
+    _compiled(_words)(words, start, keys)
+    if x is not to:
+        _compiled(_signs)(to.data, x.data, words, factors)
+    elif len(keys) == 1:
+        _compiled(_signs_in_place)(to.data, words, factors)
     else:
-        _compiled(_signs)(to.data, x.data, words, factor)
+        for some, their in zip(words.split(TOGETHER), factors.split(TOGETHER), strict=True):
+            _compiled(_signs_of_several)(to.data, some.data, their.data)
 
 
 @functools.cache
@@ -168,17 +172,29 @@ def _pairs(to_low, to_high, low, high, start, key, factor) -> None:
     to_high.copy_(high + radius * torch.sin(angle))
 
 
-def _words(to, start, key) -> None:
-    to.copy_(_mixed(_mixed((torch.arange(to.shape[0], dtype=torch.int32) + start) ^ key[0]) ^ key[1]))
+def _words(to, start, keys) -> None:
+    index = torch.arange(to.shape[1], dtype=torch.int32) + start
+    to.copy_(_mixed(_mixed(index ^ keys[:, :1]) ^ keys[:, 1:]))
 
 
-def _signs_in_place(x, words, factor) -> None:
-    _signs(x, x, words, factor)
+def _signs_in_place(x, words, factors) -> None:
+    _signs(x, x, words, factors)
 
 
-def _signs(to, x, words, factor) -> None:
+def _signs(to, x, words, factors) -> None:
+    to.copy_(x + _signed(words[0], factors[0]))
+
+
+def _signs_of_several(x, words, factors) -> None:
+    total = x
+    for j in range(TOGETHER):
+        total = total + _signed(words[j], factors[j])
+    x.copy_(total)
+
+
+def _signed(word: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     bit = torch.arange(32, dtype=torch.int32)[:, None]
-    to.copy_(x + torch.where(((words >> bit) & 1) != 0, factor, -factor))
+    return torch.where(((word >> bit) & 1) != 0, factor, -factor)
 
 
 def _mixed(x: torch.Tensor) -> torch.Tensor:

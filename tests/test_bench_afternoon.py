@@ -56,7 +56,9 @@ def test_members_and_updates_are_those_of_the_noise(way, dtype):
     updated = [t.clone() for t in base]
     way.perturb_(place, 5, 1e-3)
     way.perturb_(written, 5, 1e-3, base)
-    way.update_(updated, [5, 6], [1e-3, -2e-3])
+    # more members than a pass adds at once
+    seeds, coeffs = [5, *range(10, 16), 6], [1e-3, *[0.0] * 6, -2e-3]
+    way.update_(updated, seeds, coeffs)
     near = 1e-9 if dtype == torch.float32 else 2.0**-13  # half a place, of weights up to 1/16
     for b, p, w, u, z1, z2 in zip(base, place, written, updated, one, two, strict=True):
         start = b.view(-1).double()
