@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import esfast
+from esfast import adapters, embedded
 from esfast.ops import AdamStep, Call, backend_report, check_members
 
 pytestmark = [
@@ -214,3 +215,29 @@ def test_es_on_a_gpu_equals_es_on_a_cpu(same_bits, run):
             es.step()
         finals.append([t.detach().cpu() for t in es.plan.tensors])
     assert same_bits(*finals)
+
+
+def test_buffers_on_a_gpu_are_put_back():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3)).cuda()
+    before = [b.clone() for b in model.buffers()]
+    es = esfast.ES(model, population_size=3)
+    for member in es.population():
+        with torch.no_grad():
+            member.reward = float(model(torch.ones(4, 3, device="cuda")).sum())
+    assert all(map(torch.equal, before, model.buffers()))
+    model.load_state_dict({name: p + 1 for name, p in model.state_dict().items()})
+    with pytest.raises(RuntimeError, match="changed since ES last wrote them"):
+        es.population()
+
+
+def test_adapters_leave_the_generators_of_both_devices():
+    peft = pytest.importorskip("peft", reason="needs peft, an optional package")
+    made = []
+    for state in (1, 2):
+        model = embedded.make_model(embedded.make_tokenizer()).cuda()
+        torch.manual_seed(state)
+        before = torch.get_rng_state(), torch.cuda.get_rng_state()
+        wrapped = adapters.wrap(model, peft.LoraConfig(r=2, target_modules=["q_proj"]), 5)
+        assert torch.equal(torch.get_rng_state(), before[0]) and torch.equal(torch.cuda.get_rng_state(), before[1])
+        made.append([p.detach().cpu() for p in wrapped.parameters() if p.requires_grad])
+    assert all(map(torch.equal, *made))
