@@ -87,7 +87,7 @@ def _train(name: str, folder: Path) -> dict:
         model = load_model(folder / "base")
         trainer = ESTrainer(model, different_letters, settings, rows, processing_class=tokenizer)
     except ValueError as error:
-        raise Refused(type(made).__name__, str(error)) from error
+        raise Refused(type(made).__name__, str(error).replace(str(folder / "base"), name)) from error
     base = trainer.es.plan.fingerprint()
     trainer.train()
     tuned = trainer.es.plan.fingerprint()
