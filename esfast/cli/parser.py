@@ -40,6 +40,7 @@ def parser_of_all() -> argparse.ArgumentParser:
             "esfast train --model FOLDER --task file:prompts.jsonl --reward my_rewards:brevity",
             "esfast train --preset paper/sudoku-qwen2.5-3b --print-config > run.yaml",
             "esfast train --config run.yaml --seed 1",
+            "esfast train --out runs/qwen --resume --generations 800   goes on; what is not given is the run's",
         ),
     )
     _add_train_arguments(train)
@@ -50,9 +51,10 @@ def parser_of_all() -> argparse.ArgumentParser:
         help="accuracy of models on a task's held-out problems",
         **looks(
             "Accuracy, reward and length of responses to a task's held-out problems, with standard errors. Several "
-            "models are asked the same prompts, and the first is what the others are compared with.",
+            "models are asked the same prompts, and the first is what the others are compared with. A model that lies "
+            "in a run folder is asked what its run was trained on; options take the place of what the folder says.",
             "esfast eval                                   the embedded small model",
-            "esfast eval --model runs/qwen/model --samples 2000 --save responses.jsonl",
+            "esfast eval --model runs/qwen --samples 2000 --save responses.jsonl",
             "esfast eval --model Qwen/Qwen2.5-0.5B-Instruct runs/qwen/best --task countdown",
         ),
     )
@@ -130,11 +132,11 @@ def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_eval_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("evaluation")
-    group.add_argument("--model", nargs="+", dest="models", metavar="MODEL",
-                       help="Hugging Face names or folders (default: the embedded small model)")  # fmt: skip
+    names = "Hugging Face names or folders, or run folders (default: the embedded small model)"
+    group.add_argument("--model", nargs="+", dest="models", metavar="MODEL", help=names)
     group.add_argument("--samples", type=int, default=500, metavar="N", help="held-out problems")
-    group.add_argument("--max-completion-length", type=int, metavar="N",
-                       help="longest response, in tokens (default: the task's)")  # fmt: skip
+    longest = "longest response, in tokens (default: the run's or the task's, as far as the model's context goes)"
+    group.add_argument("--max-completion-length", type=int, metavar="N", help=longest)
     group.add_argument("--batch-size", type=int, metavar="N", help="most prompts generated at once (default: 64)")
     group.add_argument("--save", metavar="FILE", help="write the responses to a JSONL file")
     group.add_argument("--json", action="store_true", help="print the result as JSON")
