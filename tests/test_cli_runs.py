@@ -91,6 +91,11 @@ def test_resume_where_nothing_is_yet_begins(project, tiny):
     assert settings_of(project / "new")["population_size"] == 2
 
 
+def test_resume_needs_to_know_which_run(project, capsys):
+    assert cli.main(["train", "--resume", "--generations", "3"]) == 1
+    assert "--resume: name the folder of the run with --out" in capsys.readouterr().err
+
+
 def in_python(folder, tiny):
     model, tokenizer = load(tiny)
     args = esfast.ESConfig(output_dir=str(folder), generations=1, population_size=2, prompts_per_generation=1, sigma=0.01,

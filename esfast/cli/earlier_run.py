@@ -20,6 +20,8 @@ def resumed(given: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of a run to resume: those that were given, and all others from its folder, if a run is there.
 
     ValueError if they contradict the run's, and for a run of ESTrainer's, whose model and rewards no file names."""
+    if "output_dir" not in given:
+        raise ValueError("--resume: name the folder of the run with --out")
     folder = Path(given["output_dir"])
     if not (folder / "config.yaml").exists() or not RunFolder(folder).begun():
         return dict(given)

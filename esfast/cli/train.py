@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 @stoppable()
 def run(args: argparse.Namespace) -> None:
     settings = given(args)
-    if settings.get("resume") and "output_dir" in settings:
+    if settings.get("resume"):
         settings = resumed(settings)
     options = run_options(settings)
     if options.engine != "vllm" and options.num_engines != 1:
