@@ -1,5 +1,6 @@
 """Several processes train as one: the same bits for any number of them, whatever becomes of one of them."""
 
+import contextlib
 import json
 import os
 import re
@@ -31,9 +32,13 @@ def options(settings):
     return [f"{name}={json.dumps(value)}" for name, value in settings.items()]
 
 
-def torchrun(processes, out, *launcher, timeout=120, **settings):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes),
-               "--master-port", str(free_port()), *launcher, JOB, str(out), *options(settings)]  # fmt: skip
+def launcher(processes, out, *arguments, **settings):
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes),
+            "--master-port", str(free_port()), *arguments, JOB, str(out), *options(settings)]  # fmt: skip
+
+
+def torchrun(processes, out, *arguments, timeout=120, **settings):
+    command = launcher(processes, out, *arguments, **settings)
     return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=timeout)
 
 
@@ -109,6 +114,33 @@ def test_torchrun_starts_them_again_and_they_resume(single, tmp_path):
     done = torchrun(2, tmp_path / "run", "--max-restarts", "1", fault="SIGKILL", at=[1, 3], pause=0.05)
     assert done.returncode == 0, done.stderr[-3000:]
     assert outcome(tmp_path / "run") == outcome(single) and "resuming after generation 3" in done.stderr
+
+
+def test_a_scheduler_ends_torchrun_and_the_run_is_saved(single, tmp_path):
+    """torchrun passes SIGTERM on to its processes, and a scheduler sends it to all: process 0 hears it twice."""
+    out = tmp_path / "run"
+    process = subprocess.Popen(launcher(2, out, pause=0.2), env=environment(), stderr=subprocess.PIPE, text=True,
+                               start_new_session=True)  # fmt: skip
+    try:
+        until = time.monotonic() + 100
+        while not (out / "journal.jsonl").exists() or len(read(out / "journal.jsonl").records) < 2:
+            assert time.monotonic() < until and process.poll() is None
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGTERM)
+        began = time.monotonic()
+        _, errors = process.communicate(timeout=60)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode != 0 and time.monotonic() - began < 30, errors[-3000:]
+    done = len(read(out / "journal.jsonl").records)
+    assert done < 6 and json.loads((out / "summary.json").read_text())["generations"] == done
+    assert "interrupted by SIGTERM: saving the model" in errors and "resume to go on (--resume" in errors
+    assert not list(out.glob("*.lock"))
+    done = alone(out, resume=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert outcome(out)[0] == outcome(single)[0]
+    assert read(out / "journal.jsonl").records == read(single / "journal.jsonl").records
 
 
 def test_two_machines_that_share_no_files(single, tmp_path):
