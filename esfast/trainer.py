@@ -215,7 +215,7 @@ class ESTrainer(SavesLikeTRL):
         finished = self.recorder.finished
         told = self.team.tell(f"{self._run}: finished", lambda: json.dumps(
             finished(self.es.generation, self.eval_dataset is not None)).encode())  # fmt: skip
-        self.summary = json.loads(told)
+        self.summary = json.loads(told) or {}
         if self.summary and self.team.rank == 0:
             log.warning("the run in %s is finished, all of its %d generations: nothing is done; more generations "
                         "would go on with it", self.folder.path, self.es.generation)  # fmt: skip
