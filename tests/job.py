@@ -21,10 +21,11 @@ from collections import Counter
 from pathlib import Path
 from random import Random
 
+import matplotlib.figure  # noqa: F401
 import torch
 
 import esfast
-import esfast.trainer  # before any fork
+import esfast.trainer  # these two before any fork, as they take a second
 from esfast import Team, embedded, lock
 from esfast.distributed import Stopped
 from esfast.interrupts import signal_of
