@@ -28,16 +28,17 @@ NOT_YET = "not yet measured"
 
 @dataclass(frozen=True)
 class Launch:
-    """What a warp executes for `weights` weights in each of its lanes, and the blocks that an SM holds at once."""
+    """What a warp executes for `weights` weights in each of its lanes, and the warps of a scheduler."""
 
     backend: str
     kernel: str
     noise: str
     dtype: str
-    trace: list[Instruction]
+    trace: list[Instruction]  # of the whole kernel
+    turn: list[Instruction]  # of the loop over members, where there is one
     weights: int
-    warps: int  # of a block, for one scheduler
-    resident: int
+    warps: int  # that a block brings to a scheduler
+    resident: int  # blocks of which a scheduler has warps at once
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,25 +62,26 @@ def run(args: argparse.Namespace) -> dict:
     rows = [predict(launch, gpu, clock) for launch in launches for gpu in COPY for clock in CLOCKS]
     for row in rows:
         row["measured_ms"] = find_measured(row, measured)
-    return {"triton": triton.__version__, "cuda": cuda_missing or "built", "model": MODEL, "rows": rows}
+    versions = {"triton": triton.__version__, "cuda": cuda_missing or "built"}
+    return {"predicted": True, **versions, "model": MODEL, "rows": rows}
 
 
 # ---- what is launched -----------------------------------------------------------------------------------------------
 
 
-def trace_of(code: Disassembly, loop: bool, members: int, data_loads: int) -> list[Instruction]:
-    """Instructions of a warp that holds a whole tile; with `loop`, of so many turns of the loop over members."""
+def traces_of(code: Disassembly, loop: bool, data_loads: int) -> tuple[list[Instruction], list[Instruction]]:
+    """Instructions of a warp that holds a whole tile, and with `loop` of one of its MEMBERS turns of that."""
     blocks = control_flow(code.sass)
     path, turn = way_through(blocks, loop)
     if turn:
         begin = path.index(turn[0])
-        path = path[:begin] + turn * members + path[begin + len(turn) :]
-    ops = [
-        scheduler.instruction(text, control)
-        for b in path
-        for text, control in zip(blocks[b].instructions, blocks[b].codes, strict=True)
-    ]
-    return scheduler.with_transfers([op for op in ops if op.name != "NOP"], data_loads)
+        path = path[:begin] + turn * MEMBERS + path[begin + len(turn) :]
+
+    def instructions(numbers: list[int]) -> list[Instruction]:
+        lines = [line for b in numbers for line in zip(blocks[b].instructions, blocks[b].codes, strict=True)]
+        return [op for op in (scheduler.instruction(*line) for line in lines) if op.name != "NOP"]
+
+    return scheduler.with_transfers(instructions(path), data_loads), instructions(turn)
 
 
 def cuda_launches(dtypes: list[str]) -> list[Launch]:
@@ -94,41 +96,47 @@ def cuda_launches(dtypes: list[str]) -> list[Launch]:
 
 
 def triton_launches(noise: str, dtype: str) -> list[Launch]:
-    from ..kernels.add_noise import NUM_WARPS, TILE
+    """Compiled as for a launch, which makes one member a constant and gives it fewer registers."""
+    from ..triton_backend import CONFIGS, ONE_MEMBER_REGISTERS
 
-    threads = 32 * NUM_WARPS
-    found = []
-    for kernel, members in (("perturb", 1), ("update", None)):  # one member is compiled as a constant, as at a launch
-        compiled = sass.compile_kernel(sass.KINDS[noise], (sass.DTYPES[dtype],) * 2, members=members)
-        code = disassemble(compiled.asm["cubin"])
-        found.append(_launch("triton", kernel, noise, dtype, code, TILE // threads, threads, kernel == "update"))
+    found, (tile, warps, many) = [], CONFIGS[0]
+    for kernel, members, registers in (("perturb", 1, ONE_MEMBER_REGISTERS), ("update", None, many)):
+        options = {"num_warps": warps, "maxnreg": registers}
+        formats = (sass.DTYPES[dtype],) * 2
+        compiled = sass.compile_kernel(sass.KINDS[noise], formats, tile=tile, members=members, options=options)
+        code, threads = disassemble(compiled.asm["cubin"]), 32 * warps
+        found.append(_launch("triton", kernel, noise, dtype, code, tile // threads, threads, kernel == "update"))
     return found
 
 
 def _launch(backend, kernel, noise, dtype, code: Disassembly, weights: int, threads: int, loop: bool) -> Launch:
-    trace = trace_of(code, loop, MEMBERS, weights * ITEMSIZE[dtype] // 16)
+    trace, turn = traces_of(code, loop, weights * ITEMSIZE[dtype] // 16)
     resident = scheduler.resident_blocks(sass.resources(code)["REG"], threads)
-    return Launch(backend, kernel, noise, dtype, trace, weights, threads // 32 // SCHEDULERS, resident)
+    warps = max(1, threads // 32 // SCHEDULERS)  # a block of two warps has none for two of the four
+    held = resident * threads // 32 // SCHEDULERS // warps
+    return Launch(backend, kernel, noise, dtype, trace, turn, weights, warps, held)
 
 
 # ---- predictions ----------------------------------------------------------------------------------------------------
 
 
 def predict(launch: Launch, gpu: str, clock: float) -> dict:
-    """A row: cycles per weight (update: and member) and scheduler, and the time for all weights of MODEL."""
-    bytes_per_cycle = COPY[gpu] / (SMS * SCHEDULERS) / clock
-    members = MEMBERS if launch.kernel == "update" else 1
-    found = scheduler.simulate(
-        launch.trace, launch.warps, launch.resident, bytes_per_cycle, rounds=3 if members > 1 else 6
-    )
-    cycles = found.pop("cycles_per_block") / (launch.warps * launch.weights)  # per weight of each of 32 lanes
-    seconds = numel(parameters(MODELS[MODEL])) * cycles / (32 * SMS * SCHEDULERS * clock)
-    roof = 2 * ITEMSIZE[launch.dtype] * numel(parameters(MODELS[MODEL])) / COPY[gpu]
+    """A row: the time for all weights of MODEL, and the cycles that a weight in each of 32 lanes costs a scheduler:
+    in a perturbation by the whole kernel, in an update by a turn of the loop, which is for one member."""
+    per_cycle = COPY[gpu] / (SMS * SCHEDULERS) / clock
+    whole = scheduler.simulate(launch.trace, launch.warps, launch.resident, per_cycle, 3 if launch.turn else 12)
+    count, held = numel(parameters(MODELS[MODEL])), launch.warps * launch.weights
+    seconds = count / (32 * SMS * SCHEDULERS) * whole["cycles_per_block"] / held / clock
+    found, turns = whole, 1
+    if launch.turn:
+        turns = 15
+        found = scheduler.simulate(launch.turn * turns, launch.warps, launch.resident, per_cycle, 4)
+    roof = 2 * ITEMSIZE[launch.dtype] * count / COPY[gpu]
     return {
         "backend": launch.backend, "kernel": launch.kernel, "noise": launch.noise, "dtype": launch.dtype, "gpu": gpu,
         "clock_ghz": clock / 1e9, "warps_per_scheduler": launch.warps * launch.resident,
-        "cycles": round(cycles / members, 3),
-        **{f"{name}_share": round(share, 3) for name, share in found.items()},
+        "cycles": round(found["cycles_per_block"] / held / turns, 3),
+        **{f"{name}_share": round(share, 3) for name, share in found.items() if name != "cycles_per_block"},
         "ms": round(1e3 * seconds, 3), "roof_ms": round(1e3 * roof, 3), "of_copy": round(roof / seconds, 3),
     }  # fmt: skip
 

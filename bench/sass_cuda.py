@@ -56,7 +56,7 @@ def machine_code(arch: int) -> dict[str, Disassembly]:
 
 def weights_per_thread(noise: str, kernel: str) -> int:
     """csrc/cuda_kernel.cuh's Layout."""
-    return 64 if (noise, kernel) == ("rademacher", "update") else 32
+    return 128 if (noise, kernel) == ("rademacher", "update") else 32
 
 
 def kernels(arch: int, dtypes: Collection[str] = tuple(sass.DTYPES)) -> list[tuple[str, str, str, Disassembly]]:

@@ -173,16 +173,18 @@ def simulate(trace: list[Instruction], warps: int, resident: int, bytes_per_cycl
             left[chosen.block] -= 1
             if not left[chosen.block]:
                 ended += 1
-                if ended in (resident, total - resident):
+                if ended in (resident, total - resident) and len(marks) < 2:
                     marks.append((now, issued, dict(busy)))
                 if begun < total:
                     begin(now + LAUNCH)
         now += 1
     (start, before, idle), (end, after, full) = marks
     cycles = end - start
+    per_block = cycles * len(trace) * warps / (after - before)
+    transfers = sum(op.transfer for op in trace) * warps / bytes_per_cycle
     spent = {name: (full[name] - idle[name]) / cycles for name in full}
     return {
-        "cycles_per_block": cycles * len(trace) * warps / (after - before),
+        "cycles_per_block": max(per_block, transfers),  # both ends of the window may lie in a burst of transfers
         "issue": (after - before) / cycles,
         "alu": spent["alu"],
         "fma": (spent["heavy"] + spent["light"]) / 2,

@@ -18,6 +18,7 @@ from pathlib import Path
 from ..files import write_whole
 from . import (
     countdown,
+    cycles,
     drift,
     dropin,
     gpu,
@@ -47,6 +48,7 @@ TABLES: dict[str, tuple[str, Callable[..., Table]]] = {
     "profile-gpu": ("profile_gpu.json", profile.table),
     "statistics": ("statistics.json", lambda result: statistics.table(statistics.summary(result))),
     "sass": ("sass.json", sass.table),
+    "cycles": ("cycles.json", cycles.table),
     "iteration-cpu": ("iteration_cpu.json", iteration.table),
     "iteration-gpu": ("iteration_gpu.json", iteration.table),
     "dropin": ("dropin.json", dropin.table),
@@ -128,7 +130,8 @@ def generate(name: str, results: Path) -> str:
         return NOT_YET
     found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     try:
-        captions = "\n\n".join(f"Measured with {caption(result)}" for result in found)
+        verbs = ["Predicted" if result.get("predicted") else "Measured" for result in found]
+        captions = "\n\n".join(f"{verb} with {caption(r)}" for verb, r in zip(verbs, found, strict=True))
         return f"{markdown_table(*make(*found))}\n\n{captions}"
     except (KeyError, TypeError) as error:
         raise ValueError(f"{filenames} isn't what the table {name!r} needs: {error!r}; measure again") from None

@@ -6,11 +6,11 @@
 namespace esfast {
 namespace {
 
-// Blocks of 128 or 256 threads that must fit an SM at once. Left alone, ptxas takes up to 181 registers, and one gaussian
-// block fits. What waits for memory gets 80 registers (64 spill). What adds members has work enough for few threads: with
-// 168 registers a rademacher kernel takes 136, with 128 it spills one on most architectures.
+// Blocks of 64 to 256 threads that must fit an SM at once. Left alone, ptxas takes up to 181 registers, and one gaussian
+// block fits. What waits for memory gets 80 registers (64 spill). What adds members has work enough for few threads: gaussian
+// kernels get 128, rademacher ones 168, of which none spills.
 template <uint32_t KIND, Rule RULE>
-constexpr int RESIDENT = KIND == GAUSSIAN && RULE != ONE ? 2 : 3;
+constexpr int RESIDENT = RULE == ONE ? 3 : KIND == GAUSSIAN ? 2 : RULE == ADD ? 6 : 3;
 
 template <class Src, class Dst, uint32_t KIND, Rule RULE>
 __global__ void __launch_bounds__(Thread<Src, Dst, KIND, RULE>::Held::THREADS, RESIDENT<KIND, RULE>)

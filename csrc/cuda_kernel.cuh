@@ -13,11 +13,12 @@ namespace esfast {
 //
 // Instructions per weight and member on sm_90, bf16, for so many weights a thread:
 //     gaussian     16: 25.7   32: 24.0   a key schedule, 14 additions, is paid once a thread and member
-//     rademacher   32:  4.4   64:  3.2   one Philox call and its schedule, for threads that share a block of 128
-// What perturbs with rademacher noise waits for memory: there 32 weights leave more threads to wait.
+//     rademacher   32: 4.3   64: 3.0   128: 2.8   one Philox call and its schedule, for threads that share a block of 128
+// Adam holds a gradient beside the weights, and would spill with 128. What perturbs with rademacher noise waits for memory:
+// there 32 weights leave more threads to wait.
 template <uint32_t KIND, Rule RULE, int G>
 struct Layout {
-    static constexpr int WEIGHTS = KIND == RADEMACHER && RULE != ONE ? 64 : 32;
+    static constexpr int WEIGHTS = KIND == GAUSSIAN || RULE == ONE ? 32 : RULE == ADD ? 128 : 64;
     static constexpr int THREADS = CUDA_TILE / WEIGHTS;
     static constexpr int SHARERS = SIGNS_PER_BLOCK / WEIGHTS;  // threads of one Rademacher block,
     static constexpr int PER_WORD = 32 / (SHARERS * G);        // and the groups of each in one of its four words
@@ -35,10 +36,22 @@ struct Layout {
 
 struct Span { int begin, end; };  // elements that are there
 
+// A byte of a word, in the lowest 8 bits; above them may be anything. From such a byte ptxas moves seven bits to predicates at
+// once (R2P); of a whole word it tests most bits one by one, as it also does of a word that is merely shifted.
+ESFAST_FN uint32_t byte_of(uint32_t word, int place) {
+#if defined(__CUDA_ARCH__)
+    uint32_t byte;
+    asm("prmt.b32 %0, %1, 0, %2;" : "=r"(byte) : "r"(word), "r"(uint32_t(0x4440 + place)));
+    return byte;
+#else
+    return word >> (8 * place);
+#endif
+}
+
 // x - coeff where the bit of the word is set, else x + coeff: an addition under a predicate and one under its opposite, of
-// which a thread carries out one. Both go through the float pipes, at full rate. A selection of coeff or -coeff and one addition
-// would be as many instructions, but the selection (FSEL) goes through the integer pipe, which takes two cycles for each: 3.9
-// cycles per weight and member of an update for 3.0 (`esfast bench cycles`). As if and else in C++, nvcc 13.0 adds a move.
+// which a thread carries out one. Both go through the float pipes, at full rate. A selection of coeff or -coeff and one
+// addition would be as many instructions, but the selection (FSEL) goes through the integer pipe, which takes two cycles for
+// each, and would be what an update waits for. As if and else in C++, nvcc 13.0 adds a move.
 ESFAST_FN float add_signed(float x, float coeff, uint32_t word, int bit) {
     const uint32_t mask = 1u << bit;
 #if defined(__CUDA_ARCH__)
@@ -207,17 +220,23 @@ struct Thread {
         write_rounded<false>(at_v, v, nullptr, e, together);
     }
 
+    // The next member's seed is loaded before this one's noise is added: a warp would wait for it at the loop's head.
     ESFAST_FN void add_members(float* x) const {
+        const int members = RULE == ONE ? 1 : job.members;
+        uint64_t next = members > 0 ? seed_of(0) : 0;
 #if defined(__CUDA_ARCH__)
 #pragma unroll 1
 #endif
-        for (int j = 0; j < (RULE == ONE ? 1 : job.members); ++j) {
-            const uint64_t seed = at<const uint64_t>(job.seeds + uint64_t(j) * 8);
+        for (int j = 0; j < members; ++j) {
+            const uint64_t seed = next;
             const float coeff = at<const float>(job.coeffs + uint64_t(j) * 4);
+            next = seed_of(j + 1 < members ? j + 1 : j);
             if constexpr (KIND == GAUSSIAN) add_gaussian(x, seed, coeff);
             else add_rademacher(x, seed, coeff);
         }
     }
+
+    ESFAST_FN uint64_t seed_of(int member) const { return at<const uint64_t>(job.seeds + uint64_t(member) * 8); }
 
     // Tried instead of Box-Muller: the inverse CDF by a table in shared memory, 16 linear pieces an octave. 16.4 instructions
     // per weight and member, not 24.0; but 9.6 of them are for the integer pipe, which takes two cycles each, and bank
@@ -235,7 +254,6 @@ struct Thread {
         }
     }
 
-    // Signs as conditions on neighbouring bits: ptxas moves seven of them to predicates at once (R2P).
     ESFAST_FN void add_rademacher(float* x, uint64_t seed, float coeff) const {
         const Words<uint32_t> w = words(seed, 0, SIGNS_PER_BLOCK, RADEMACHER);
         const uint32_t bit = first % 32;  // of the thread's first sign in each word
@@ -243,7 +261,7 @@ struct Thread {
         ESFAST_UNROLL
         for (int i = 0; i < WEIGHTS; ++i) {
             const int e = offset(i / G) + i % G;
-            x[i] = add_signed(x[i], coeff, word[e / 32], e % 32);
+            x[i] = add_signed(x[i], coeff, byte_of(word[e / 32], e % 32 / 8), e % 8);
         }
     }
 };
