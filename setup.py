@@ -36,7 +36,7 @@ INSTRUCTION_SETS = {
 ARCHITECTURES = ("80", "89", "90", "100")
 NVCC_FLAGS = ["-O3", "-std=c++17", "-fmad=false", "-Xfatbin", "-compress-all", "-cudart", "static", "--threads", "0",
               "-Xcompiler", "-fPIC,-fvisibility=hidden"]  # fmt: skip
-CUDA_SOURCES = [os.path.join("csrc", name) for name in ("cuda_module.cpp", "cuda_kernel.cu")]
+CUDA_SOURCES = [os.path.join("csrc", name) for name in ("cuda_module.cpp", "cuda_kernel.cu", "cuda_copy.cu")]
 CUDA_HEADERS = [
     os.path.join("csrc", name) for name in ("noise.h", "dtypes.h", "cuda_job.h", "cuda_memory.cuh", "cuda_kernel.cuh")
 ]

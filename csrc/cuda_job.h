@@ -55,6 +55,9 @@ struct CudaKernel {
 // Starts the kernel on a stream (a cudaStream_t) of a device and does not wait. Empty, or what went wrong.
 std::string launch(const CudaKernel& kernel, const CudaJob& job, int64_t tiles, int device, uint64_t stream);
 
+// The same for the kernel that copies weights of `size` bytes, 2 or 4, from src to dst of each record.
+std::string launch_copy(int size, uint64_t records, int64_t tiles, int device, uint64_t stream);
+
 // Why no kernel can run on this device (< 0: on any at all), or empty.
 std::string unusable(int device);
 

@@ -1,6 +1,7 @@
 // The kernels, a template of which cuda_kernel.cuh holds what a thread does, and their launch.
 #include <cuda_runtime.h>
 
+#include "cuda_device.h"
 #include "cuda_kernel.cuh"
 
 namespace esfast {
@@ -52,27 +53,6 @@ Entry find(const CudaKernel& k) {
         default: return {nullptr, 0, "unknown formats"};
     }
 }
-
-std::string text(cudaError_t error) { return std::string(cudaGetErrorName(error)) + ": " + cudaGetErrorString(error); }
-
-// This thread's device is another for as long as this lives.
-class OnDevice {
-  public:
-    explicit OnDevice(int device) {
-        error = cudaGetDevice(&before_);
-        if (error == cudaSuccess && device != before_) error = cudaSetDevice(device);
-        if (error != cudaSuccess) before_ = device;
-        changed_ = device != before_;
-    }
-    ~OnDevice() {
-        if (changed_) cudaSetDevice(before_);
-    }
-    cudaError_t error;
-
-  private:
-    int before_ = 0;
-    bool changed_;
-};
 
 }  // namespace
 

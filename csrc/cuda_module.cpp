@@ -31,6 +31,15 @@ void add_noise(uint64_t tiles, uint64_t extras, int64_t tile_count, int src_form
     }
     if (!error.empty()) throw std::runtime_error(error);
 }
+
+void copy_tiles(uint64_t tiles, int64_t tile_count, int size, int device, uint64_t stream) {
+    std::string error;
+    {
+        py::gil_scoped_release release;
+        error = launch_copy(size, tiles, tile_count, device, stream);
+    }
+    if (!error.empty()) throw std::runtime_error(error);
+}
 #endif
 
 }  // namespace
@@ -44,6 +53,8 @@ PYBIND11_MODULE(_cuda, m) {
     m.def("add_noise", &add_noise, py::arg("tiles"), py::arg("extras"), py::arg("tile_count"), py::arg("src_format"),
           py::arg("dst_format"), py::arg("seeds"), py::arg("coeffs"), py::arg("members"), py::arg("kind"),
           py::arg("stochastic"), py::arg("decay"), py::arg("low"), py::arg("moments"), py::arg("adam"), py::arg("device"),
+          py::arg("stream"));
+    m.def("copy_tiles", &copy_tiles, py::arg("tiles"), py::arg("tile_count"), py::arg("size"), py::arg("device"),
           py::arg("stream"));
     m.def("unusable", &unusable, py::arg("device"), "Why no kernel can run on this device (-1: on any), or empty.");
 #endif

@@ -16,15 +16,21 @@ def run(call) -> None:
     """See ops.add_noise_; `call` is an ops.Call. Members that are tensors on the device are not copied, so that after a
     first call, which makes the table and loads the code, the next can be captured in a CUDA graph."""
     extension, device = importlib.import_module("._cuda", __package__), call.plan.device
-    stream = torch.cuda.current_stream(device).cuda_stream
-    run_with(call, functools.partial(extension.add_noise, device=device.index or 0, stream=stream), extension.TILE)
+    where = {"device": device.index or 0, "stream": torch.cuda.current_stream(device).cuda_stream}
+    add_noise, copy_tiles = (
+        functools.partial(launch, **where) for launch in (extension.add_noise, extension.copy_tiles)
+    )
+    run_with(call, add_noise, extension.TILE, copy_tiles)
 
 
-def run_with(call, add_noise: Callable[..., None], tile: int) -> None:
-    """`run` with `add_noise` to launch a kernel, which takes the arguments of _cuda.add_noise."""
+def run_with(call, add_noise: Callable[..., None], tile: int, copy_tiles: Callable[..., None] | None = None) -> None:
+    """`run` with functions to launch the kernels, which take the arguments of _cuda.add_noise and _cuda.copy_tiles; the
+    latter may be absent where nothing is restored."""
     plan, adam = call.plan, call.adam
     if call.is_copy:
-        return copy_base(call)
+        return copy_base(
+            call, tile, lambda records, size: copy_tiles(tiles=records.data_ptr(), tile_count=len(records), size=size)
+        )
     seeds, coeffs = members_on(plan.device, call.seeds, call.coeffs)
     for t in tiles_of(call.table, tile, plan.device, call.needs_extras):
         add_noise(

@@ -160,6 +160,11 @@ def _check_adam(plan: Plan, base: Plan | None, adam: AdamStep) -> None:
             f"adam: expected an esfast.ops.AdamStep with moments = torch.zeros(2, plan.flat_numel) in float32 on "
             f"{plan.device}, got {adam!r:.80}"
         )
+    if m.data_ptr() % 16:
+        raise ValueError(
+            f"adam: the moments begin at address {m.data_ptr():#x}, no multiple of 16 bytes, and kernels read 128 bits "
+            "at once; pass a tensor of its own, torch.zeros(2, plan.flat_numel), and no slice of another"
+        )
 
 
 @contextlib.contextmanager

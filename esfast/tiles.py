@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,10 +22,19 @@ def members_on(device: torch.device, seeds, coeffs) -> tuple[torch.Tensor, torch
     return tuple(torch.from_numpy(a).to(device, non_blocking=True) for a in arrays)
 
 
-def copy_base(call) -> None:
-    """What a Call does whose `is_copy` says so."""
-    if call.base is not None and call.base is not call.plan:
-        torch._foreach_copy_([t.detach() for t in call.plan.tensors], [t.detach() for t in call.base.tensors])
+def copy_base(call, tile: int, copy_tiles: Callable[[torch.Tensor, int], None]) -> None:
+    """Runs a Call whose `is_copy` says that it writes the base as it is: `copy_tiles(records, bytes of a weight)` is
+    launched once for each size of weights, and so once for a model.
+
+    A 7B model's 15 GB take 10 ms at 3 TB/s. PyTorch's _foreach_copy_ makes about 360 launches of them, of 320 blocks
+    each, which 132 multiprocessors share unevenly, and begins anew every 28 us; copy_ for each of 339 tensors waits
+    1 to 2 us between them, and most are norms and biases, whose copying takes no time at all. One launch fills the GPU
+    once, with the blocks that perturbing has, and its tiles are there already.
+    """
+    if call.base is None or call.base is call.plan:
+        return
+    for t in tiles_of(call.table, tile, call.plan.device, False):
+        copy_tiles(t.records, int(_SIZES[t.dst_format]))
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .kernels.add_noise import ADAM_TILE, INTERPRETED, OPTIONS, TILE, add_noise_kernel
+from .kernels.add_noise import ADAM_TILE, INTERPRETED, NUM_WARPS, OPTIONS, TILE, add_noise_kernel
+from .kernels.copy import copy_tiles_kernel
 from .noise import DOMAINS
 from .segments import SPLIT
 from .tiles import copy_base, members_on, tiles_of
@@ -30,15 +31,15 @@ def run(call, tile: int | None = None) -> None:
     """See ops.add_noise_; `call` is an ops.Call. Seeds and coefficients that are tensors on the device are not copied,
     so that the call can be captured in a CUDA graph. `tile` is for tests: small tiles make many of a small tensor."""
     plan, adam = call.plan, call.adam
+    tile, options = _configuration(call, tile)
     if call.is_copy:
-        return copy_base(call)
+        return copy_base(call, tile, functools.partial(_copy_tiles, tile))
     seeds, coeffs = members_on(plan.device, call.seeds, call.coeffs)
     decay = NO_DECAY if not call.decay else TO_ZERO if call.anchor is None else TO_ANCHOR
-    tile, options = _configuration(call, tile)
     m, v = (b.data_ptr() for b in adam.moments) if adam is not None else (0, 0)
     numbers = adam.numbers if adam is not None else (0.0,) * 4
     low = call.low.data_ptr() if call.low is not None else 0
-    with torch.cuda.device(plan.device) if plan.device.type == "cuda" else contextlib.nullcontext():
+    with _on(plan.device):
         for t in tiles_of(call.table, tile, plan.device, call.needs_extras):
             add_noise_kernel[(len(t.records),)](
                 t.records, t.records if t.extras is None else t.extras, seeds, coeffs, len(seeds),
@@ -47,6 +48,16 @@ def run(call, tile: int | None = None) -> None:
                 STOCHASTIC=call.stochastic and len(seeds) > 0, DECAY=decay, ADAM=adam is not None,
                 **options,
             )  # fmt: skip
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager:
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _copy_tiles(tile: int, records: torch.Tensor, size: int) -> None:
+    options = {} if INTERPRETED.value else {"num_warps": NUM_WARPS}
+    with _on(records.device):
+        copy_tiles_kernel[(len(records),)](records, SIZE=size, TILE=tile, **options)
 
 
 def _configuration(call, tile: int | None) -> tuple[int, dict]:

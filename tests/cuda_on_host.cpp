@@ -1,5 +1,5 @@
-// The CUDA kernels on a CPU: csrc/cuda_kernel.cuh, one thread of the grid after another. Built and called by test_cuda.py.
-#include "cuda_kernel.cuh"
+// The CUDA kernels on a CPU: csrc/cuda_kernel.cuh and cuda_copy.cuh, one thread of the grid after another. Built and called by test_cuda.py.
+#include "cuda_copy.cuh"
 
 using namespace esfast;
 
@@ -39,3 +39,12 @@ extern "C" int run_grid(int src_format, int dst_format, int kind, const CudaJob*
         default: return 1;
     }
 }
+
+template <int SIZE>
+void copy(uint64_t records, int64_t tiles) {
+    for (int64_t tile = 0; tile < tiles; ++tile)
+        for (int thread = 0; thread < CopyThread<SIZE>::THREADS; ++thread)
+            CopyThread<SIZE>(records, uint32_t(tile), uint32_t(thread)).run();
+}
+
+extern "C" void copy_grid(int size, uint64_t records, int64_t tiles) { size == 4 ? copy<4>(records, tiles) : copy<2>(records, tiles); }

@@ -56,7 +56,17 @@ def run_on_host(tmp_path_factory):
         failed = host.run_grid(src_format, dst_format, kind, ctypes.byref(job), ctypes.c_int64(tile_count))
         assert not failed, "no such kernel"
 
-    return lambda call: cuda_backend.run_with(call, add_noise, host.tile_size())
+    def copy_tiles(*, tiles, tile_count, size):
+        copies.append(tile_count)
+        host.copy_grid(size, ctypes.c_uint64(tiles), ctypes.c_int64(tile_count))
+
+    copies = []
+
+    def run(call):
+        cuda_backend.run_with(call, add_noise, host.tile_size(), copy_tiles)
+
+    run.copies = copies
+    return run
 
 
 def entries(dtype):
@@ -117,6 +127,30 @@ def test_memory_outside_the_plan_is_left_alone(run_on_host, same_bits):
         run_on_host(call(esfast.Plan([("w", memory[begin:end])])))
         assert same_bits([memory[:begin], memory[end:]], [before[:begin], before[end:]])
         assert not torch.equal(memory[begin:end], before[begin:end])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_restoring_copies_every_bit_in_one_launch(dtype, run_on_host, same_bits):
+    """Of all tensors, NaNs of any payload included, and nothing beside them."""
+    base = esfast.Plan(entries(dtype))
+    for t in base.tensors:
+        numbers = t.new_empty(0).view(torch.int32 if dtype is torch.float32 else torch.int16).dtype
+        t.copy_(torch.randint(-(2**15), 2**15, t.shape, generator=torch.Generator().manual_seed(2)).to(numbers)
+                .view(dtype).view(t.shape))  # fmt: skip
+    memory = torch.full((100_000,), 7.0).to(dtype)
+    held, at = [], 3
+    for e in base.entries:  # in one memory, at odd addresses and at aligned ones, with gaps
+        held.append((e.name, memory[at : at + e.tensor.numel()].view(e.tensor.shape), e.window))
+        at += e.tensor.numel() + (5 if len(held) % 2 else -(at + e.tensor.numel()) % 8)
+    plan, launches = esfast.Plan(held), len(run_on_host.copies)
+    run_on_host(call(plan, 0, base))
+    assert len(run_on_host.copies) == launches + 1
+    assert same_bits(plan.tensors, [t.contiguous() for t in base.tensors])
+    for _, t, _ in held:
+        t.fill_(7.0)
+    assert (memory == 7.0).all()
+    run_on_host(call(plan, 0)), run_on_host(call(plan, 0, plan))
+    assert len(run_on_host.copies) == launches + 1, "nothing is to be done in place"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -217,7 +251,9 @@ def test_every_architecture_has_every_kernel_and_none_spills(kernels):
     assert {"80", "89", "90"} <= set(archs)
     for arch in archs:
         found = kernels.machine_code(int(arch))
-        assert len(found) == 36, arch
+        assert sum("add_noise_kernel" in name for name in found) == 36 and len(found) == 38, arch
+        copies = [code for name, code in found.items() if "copy_tiles_kernel" in name]
+        assert len(copies) == 2 and all("LDG.E.128" in c.sass and "STG.E.128" in c.sass for c in copies), arch
         for name, code in found.items():
             assert "STACK:0 " in code.resources and not re.search(r"\b(LDL|STL)\b", code.sass), (arch, name)
 

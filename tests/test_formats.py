@@ -226,6 +226,8 @@ def test_what_can_not_be_asked_for():
     plan = Plan([("w", torch.zeros(40, dtype=torch.bfloat16))])
     before = plan.tensors[0].clone()
     moments = torch.zeros(2, plan.flat_numel)
+    longer = torch.zeros(moments.numel() + 8)
+    add_noise_(plan.clone(), [1], [1.0], adam=AdamStep.at(1, longer[4:-4].view_as(moments), 1e-3, 0.9, 0.99, 1e-8))
     good = AdamStep.at(1, moments, 1e-3, 0.9, 0.99, 1e-8)
     for error, words, options in (
         (ValueError, "rounding: expected", {"rounding": "up"}),
@@ -240,6 +242,15 @@ def test_what_can_not_be_asked_for():
             TypeError,
             "adam: expected an esfast.ops.AdamStep",
             {"adam": AdamStep.at(1, moments[:1], 1e-3, 0.9, 0.99, 1e-8)},
+        ),
+        # contiguous and of the right shape, but not where kernels can read 128 bits at once
+        *(
+            (
+                ValueError,
+                "adam: the moments begin at address 0x.*, no multiple of 16 bytes",
+                {"adam": AdamStep.at(1, longer[at : at + moments.numel()].view_as(moments), 1e-3, 0.9, 0.99, 1e-8)},
+            )
+            for at in (1, 2, 3, 5)
         ),
     ):
         with pytest.raises(error, match=words):

@@ -73,6 +73,31 @@ def test_equals_the_cpu_backend(dtype, kind, inplace, same_bits):
         assert same_bits([a], [b]), name
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_restoring_copies_every_bit_in_one_launch(dtype, monkeypatch, same_bits):
+    """NaNs of any payload included, and nothing beside the weights."""
+    integers = torch.int32 if dtype is torch.float32 else torch.int16
+    base = esfast.Plan(entries(dtype))
+    for t in base.tensors:
+        t.copy_(
+            torch.randint(-(2**15), 2**15, t.shape, generator=torch.Generator().manual_seed(2)).to(integers).view(dtype)
+        )
+    memory, held, at = torch.full((9000,), 7.0).to(dtype), [], 3
+    for e in base.entries:
+        held.append((e.name, memory[at : at + e.tensor.numel()].view(e.tensor.shape), e.window))
+        at += e.tensor.numel() + (5 if len(held) % 2 else -(at + e.tensor.numel()) % 8)
+    launched, copy_tiles = [], triton_backend._copy_tiles
+    monkeypatch.setattr(triton_backend, "_copy_tiles", lambda *a: launched.append(copy_tiles(*a)))
+    plan = esfast.Plan(held)
+    triton_backend.run(Call(plan, *check_members([], []), base), 512)
+    assert len(launched) == 1 and same_bits(plan.tensors, [t.contiguous() for t in base.tensors])
+    for _, t, _ in held:
+        t.fill_(7.0)
+    assert (memory == 7.0).all()
+    triton_backend.run(Call(plan, *check_members([], [])), 512)
+    assert len(launched) == 1, "nothing is to be done in place"
+
+
 @pytest.mark.parametrize("kind", [GAUSSIAN, "rademacher"])
 @pytest.mark.parametrize("members", [1, 3, 64])
 def test_member_counts(kind, members, same_bits):
