@@ -12,6 +12,7 @@ from collections import deque
 from statistics import median
 
 QUERY = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu", "clocks_event_reasons.active")
+COMMAND = ["nvidia-smi", "--id=0", f"--query-gpu={','.join(QUERY)}", "--format=csv,noheader,nounits"]
 PERIOD_MS = 200
 # Bits of nvidia-smi's mask. An idle GPU (1), or clocks that an application asked for (2), are no throttling.
 REASONS = {
@@ -30,11 +31,13 @@ class Clocks:
 
     def __enter__(self) -> Clocks:
         if self.absent is None:
-            command = ["nvidia-smi", "--id=0", f"--query-gpu={','.join(QUERY)}", "--format=csv,noheader,nounits",
-                       f"--loop-ms={PERIOD_MS}"]  # fmt: skip
             try:
                 self._process = subprocess.Popen(
-                    command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1
+                    [*COMMAND, f"--loop-ms={PERIOD_MS}"],
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                    bufsize=1,
                 )
             except OSError as error:
                 self.absent = f"nvidia-smi can't be run: {error.strerror}"
@@ -49,17 +52,29 @@ class Clocks:
 
     def _read(self, process: subprocess.Popen) -> None:
         for line in process.stdout:
-            try:
-                *numbers, mask = line.strip().split(", ")
-                sample = time.time(), [float(n) for n in numbers], int(mask, 16)
-            except ValueError:
-                self.absent = f"nvidia-smi says: {line.strip()}"
-                continue
-            self._samples.append(sample)
+            self._note(line)
+
+    def _ask(self) -> None:
+        try:
+            done = subprocess.run(COMMAND, capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.SubprocessError) as error:
+            self.absent = f"nvidia-smi can't be asked: {error}"
+        else:
+            for line in (done.stdout + done.stderr).splitlines()[:1]:
+                self._note(line)
+
+    def _note(self, line: str) -> None:
+        try:
+            *numbers, mask = line.strip().split(", ")
+            self._samples.append((time.time(), [float(n) for n in numbers], int(mask, 16)))
+        except ValueError:
+            self.absent = f"nvidia-smi says: {line.strip()}"
 
     def between(self, began: float, ended: float) -> dict:
         """Of the time from began to ended, as time.time() has them: medians, the lowest SM clock, why the clocks were
         lowered. Of a time too short for a sample, the nearest one. Without samples None, and the reason."""
+        if not self._samples and self._process is not None and self._process.poll() is None:
+            self._ask()  # some versions keep their lines back
         samples = list(self._samples)
         inside = [s for s in samples if began <= s[0] <= ended]
         inside = inside or sorted(samples, key=lambda s: abs(s[0] - ended))[:1]

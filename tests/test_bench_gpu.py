@@ -377,10 +377,23 @@ def test_provenance_names_the_gpu_and_its_driver(monkeypatch, tmp_path):
     assert provenance.driver_version() is None
 
 
+def test_provenance_without_a_git_folder(monkeypatch, capsys):
+    for told, commit, dirty in (("0123abcd", "0123abcd", False), ("0123abcd+", "0123abcd", True)):
+        monkeypatch.setenv("ESFAST_COMMIT", told)
+        found = provenance.provenance(
+            "gpu", ["--json", "a.json", "b.json", "--models", "tiny", "--plots=x", "--repeats", "1"]
+        )
+        assert (found["commit"], found["dirty"]) == (commit, dirty)
+        assert found["command"] == "esfast bench gpu --models tiny --repeats 1"
+    monkeypatch.setenv("ESFAST_COMMIT", "yesterday's")
+    assert main(["gpu", "--device", "cpu"]) == 2
+    assert "ESFAST_COMMIT: expected a commit's hex digits" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
-def test_the_suite_is_a_shell_script():
-    script = Path(noise.__file__).resolve().parent / "gpu_suite.sh"
-    assert subprocess.run(["bash", "-n", script]).returncode == 0
+@pytest.mark.parametrize("name", ["gpu_suite.sh", "rehearse.sh"])
+def test_the_scripts_are_shell(name):
+    assert subprocess.run(["bash", "-n", Path(noise.__file__).resolve().parent / name]).returncode == 0
 
 
 def test_updates_of_both_releases_of_es_at_scale():

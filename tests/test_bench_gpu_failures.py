@@ -27,10 +27,6 @@ def quick(monkeypatch):
     monkeypatch.setattr(gpu_rows, "randn4x_contenders", lambda w, device: {})
 
 
-def kinds_of(events):
-    return [next(iter(e)) for e in events if "at" not in e]
-
-
 @pytest.mark.parametrize("where", ["odd sizes", "timed weights"])
 def test_a_backend_that_differs_in_one_bit_is_not_timed(where, monkeypatch, quick):
     right = ops.add_noise_

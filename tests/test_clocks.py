@@ -50,6 +50,12 @@ def test_samples_of_the_time_between(tool):
     assert clocks.text(both) == "1868 (power cap)" and clocks.text({"clocks": None}) == clocks.text({}) == "?"
 
 
+def test_a_tool_that_keeps_its_lines_back_is_asked(tool):
+    tool("nvidia-smi", 'case "$*" in *loop*) exec sleep 60;; esac; echo "1980, 2619, 300.00, 50, 0x0000000000000001"\n')
+    with Clocks() as found:
+        assert found.between(0, 1)["clocks"]["sm_mhz"] == 1980
+
+
 def test_why_there_are_none(tool, monkeypatch, tmp_path):
     with Clocks("cpu") as found:
         assert found.between(0, 1) == {"clocks": None, "clocks_absent": "measured on a CPU"}

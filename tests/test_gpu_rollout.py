@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from esfast import decoding, embedded
 from esfast.rollout import TransformersEngine
@@ -52,6 +53,24 @@ def test_graphs_follow_the_weights_and_ways_agree(model, way):
         weight.data.copy_(original)
         engine.close()
     assert texts[0] == texts[3] and len({tuple(t) for t in texts}) == 3
+
+
+def test_grouped_heads_give_the_same_texts_from_a_static_cache(model):
+    """Compiled, by queries that share keys: esfast.grouped_attention."""
+    tokenizer = model[1]
+    torch.manual_seed(3)
+    config = Qwen2Config(
+        vocab_size=512, hidden_size=96, intermediate_size=64, num_hidden_layers=2, num_attention_heads=6,
+        num_key_value_heads=2, attn_implementation="sdpa",
+    )  # fmt: skip
+    net = Qwen2ForCausalLM(config).cuda().eval()
+    with torch.no_grad():
+        for weight in net.parameters():
+            weight.add_(torch.randn_like(weight), alpha=0.2)
+    plain, static = (TransformersEngine(net, tokenizer, 12, decoding=way) for way in ("plain", "static"))
+    texts = plain.generate(PROMPTS)
+    assert len(set(texts)) > 2 and static.generate(PROMPTS) == static.generate(PROMPTS) == texts
+    static.close()
 
 
 def test_sampled_texts_are_those_of_a_cpu(model):
