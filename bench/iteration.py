@@ -129,8 +129,6 @@ def events(job: dict) -> Iterator[dict]:
     else:
         yield {"row": row}
     gc.collect()
-    if job["device"] == "cuda":
-        torch.cuda.empty_cache()
 
 
 class Work:

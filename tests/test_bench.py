@@ -383,6 +383,24 @@ def test_dropin_times_every_loop(tmp_path):
         assert (row["before_restored"] == 1) == copies  # subtracting bfloat16 noise gives back other weights
 
 
+def test_a_loop_of_ours_that_does_not_restore_is_left_out(tmp_path, monkeypatch):
+    class Broken(dropin.OurES):
+        def members(self):
+            super().members()
+            self.plan.tensors[-1].view(-1)[:1].add_(1)
+
+    before, _ = dropin.LOOPS["functional_call"]
+    monkeypatch.setitem(dropin.LOOPS, "functional_call", (before, Broken))
+    path = tmp_path / "dropin.json"
+    assert main(["dropin", "--numel", "20000", "--members", "2", "--repeats", "1", "--seeds", "--json", str(path)]) == 1
+    result = json.loads(path.read_text())
+    assert [r["loop"] for r in result["rows"]] == [name for name in dropin.LOOPS if name != "functional_call"]
+    (left_out,) = result["left_out"]
+    assert left_out["loop"] == "functional_call" and "does not restore the weights" in left_out["reason"]
+    headers, lines = dropin.table(result)
+    assert all(len(line) == len(headers) for line in lines)
+
+
 def test_replay_makes_the_same_model_again(tmp_path, monkeypatch):
     tiny = str(embedded.build(tmp_path / "tiny", steps=1, progress=False))
     command = replay._command

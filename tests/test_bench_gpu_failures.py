@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import time
 
 import pytest
 import torch
@@ -215,3 +216,50 @@ def test_what_does_not_fit_or_has_no_time_is_left_out_aloud(monkeypatch, capsys,
     assert (left_out["reason"], left_out["failed"]) == ("CUDA out of memory.", False)
     _, lines = gpu.table(result.found())
     assert lines[0][:4] == ["tiny", "left out: no room", "", "float32"]
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU is here: test_bench_gpu.py runs this on it")
+def test_what_a_gpu_is_asked_for(monkeypatch, quick):
+    """The side for GPUs with a GPU that is stood in for: events, memory, what is not ready, room."""
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = time.perf_counter()
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, end):
+            return 1e3 * (end.at - self.at)
+
+    make, odd_plan, allocated = gpu_race.Workload.make, workload.odd_plan, iter(range(0, 10**9, 1000))
+    monkeypatch.setattr(gpu_race.Workload, "make", lambda shapes, dtype, device: make(shapes, dtype, "cpu"))
+    monkeypatch.setattr(workload, "odd_plan", lambda dtype, device: odd_plan(dtype, "cpu"))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    for name in ("synchronize", "reset_peak_memory_stats", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    for name in ("memory_allocated", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda: next(allocated))
+    rooms = iter([2**40, 2**20])
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (next(rooms), 2**40))
+    state = {"cpu": "ready", "cuda": "not built: no nvcc", "triton": "no driver", "reference": "ready"}
+    monkeypatch.setattr(gpu_rows, "backend_report", lambda device: state)
+    work = job(device="cuda", backends=None, todo=[("tiny", "bfloat16"), ("Qwen2.5-7B", "bfloat16")])
+    result = gpu.Result(lambda found: None)
+    assert not result.take(gpu_rows.events(work), work) and work["todo"] == []
+    found = result.found()
+    assert [(r["op"], r["backend"], r["device"]) for r in found["rows"]] == [
+        (op, "cpu", "cuda") for op in (*gpu_rows.OPS, "memory")
+    ]
+    assert all(r["ms_median"] > 0 for r in found["rows"] if r["op"] != "memory")
+    assert found["rows"][-1]["extra_bytes"] == found["rows"][-1]["today_extra_bytes"] == 1000
+    reasons = [(x.get("backend"), x.get("model"), x["reason"], x.get("failed", False)) for x in found["left_out"]]
+    assert reasons == [
+        ("cuda", None, "not ready: not built: no nvcc", True), ("triton", None, "not ready: no driver", True),
+        (None, "Qwen2.5-7B", "needs 31.3 GiB of GPU memory, and 0.0 are free", False),
+    ]  # fmt: skip
+    headers, lines = gpu.readme_table(found)
+    assert all(len(line) == len(headers) for line in lines) and len(lines) == 10

@@ -1,5 +1,6 @@
 """`esfast bench iteration` on a model of a few thousand weights: what it compares is equal work, and what it says adds up."""
 
+import argparse
 import json
 
 import pytest
@@ -66,6 +67,38 @@ def test_a_model_has_a_row_for_each_of_its_settings(tmp_path, monkeypatch):
     assert main(["iteration", "--repeats", "2", "--json", str(path)]) == 1
     rows = json.loads(path.read_text())["rows"]
     assert [(r["prompt_tokens"], r["new_tokens"], r["pass"]) for r in rows] == [(8, 1, False), (20, 6, True)]
+
+
+def test_a_model_that_fails_costs_its_own_row(monkeypatch, tmp_path, capsys):
+    measure, saved = iteration.Work.measure, []
+
+    def failing(self, *arguments):
+        if self.name == "embedded":
+            raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore words")
+        return measure(self, *arguments)
+
+    monkeypatch.setattr(iteration.Work, "measure", failing)
+    path = tmp_path / "iteration.json"
+    monkeypatch.setattr("esfast.bench.write_whole", lambda path, text: saved.append((str(path), json.loads(text))))
+    assert main(["iteration", "--models", "embedded", "tiny", *OPTIONS, "--repeats", "1", "--json", str(path)]) == 1
+    assert [len(found["rows"]) for _, found in saved] == [0, 1, 1], "written after every row"
+    result = saved[-1][1]
+    assert [r["model"] for r in result["rows"]] == ["tiny"] and result["rows"][0]["clocks"] is None
+    (left_out,) = result["left_out"]
+    assert (left_out["model"], left_out["failed"], left_out["prompts"]) == ("embedded", True, 3)
+    assert left_out["reason"] == "RuntimeError: CUDA error: an illegal memory access was encountered"
+    assert "left out: 3 prompts, 4 new tokens; RuntimeError: CUDA error" in capsys.readouterr().out
+
+
+def test_what_says_most_comes_first_on_a_gpu():
+    args = argparse.Namespace(device="cuda", models=None)
+    cases = iteration._cases(args)
+    assert [(name, sizes[2], sizes[4]) for name, sizes in cases[:2]] == [
+        ("Qwen2.5-1.5B", 64, 64),
+        ("Qwen2.5-7B", 64, 64),
+    ]
+    args.models = ["tiny", "Qwen2.5-7B"]
+    assert [name for name, _ in iteration._cases(args)] == ["Qwen2.5-7B", "Qwen2.5-7B", "tiny"]
 
 
 def work(**changes):
