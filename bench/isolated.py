@@ -17,6 +17,8 @@ from collections.abc import Iterator
 
 from ..child import child
 
+END_SECONDS = 60  # that a process has to end after its last event
+
 
 def isolated(module: str, job: dict) -> Iterator[dict]:
     """What `events(job)` of esfast.bench's `module` yields in a new process. Where that process fails a last
@@ -25,7 +27,7 @@ def isolated(module: str, job: dict) -> Iterator[dict]:
     code = f"from esfast.bench.isolated import serve; serve({module!r}, {writing})"
     with subprocess.Popen(child(code), stdin=subprocess.PIPE, pass_fds=[writing]) as process:
         os.close(writing)
-        told = False
+        over = False
         try:
             with open(reading, encoding="utf-8") as lines:
                 try:
@@ -34,14 +36,21 @@ def isolated(module: str, job: dict) -> Iterator[dict]:
                 except BrokenPipeError:  # it died before; its exit status says how
                     pass
                 for line in lines:
+                    if not line.endswith("\n"):  # it was killed as it wrote
+                        break
                     event = json.loads(line)
-                    told = "died" in event
+                    over = "over" in event
+                    if over:  # processes that it started may hold the pipe open for longer
+                        break
                     yield event
+            status = process.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            status = process.wait()
         except BaseException:
             process.kill()
             raise
-        status = process.wait()
-    if status and not told:
+    if status and not over:
         yield {"died": f"its process was ended by {signal.Signals(-status).name}" if status < 0
                else f"its process ended with status {status}"}  # fmt: skip
 
@@ -59,7 +68,7 @@ def serve(module: str, descriptor: int) -> None:
                 tell(event)
         except Exception as error:
             tell({"died": reason_of(error)})
-            sys.exit(1)
+        tell({"over": True})
 
 
 def reason_of(error: BaseException) -> str:
