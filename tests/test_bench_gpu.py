@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import esfast
-from esfast.bench import gpu, gpu_race, main, models, noise, provenance, rivals, tables
+from esfast.bench import gpu, gpu_race, main, models, noise, rivals, tables
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKEND = "triton" if DEVICE == "cuda" else "cpu"  # interpreted kernels are too slow for every row
@@ -351,43 +351,6 @@ def test_todays_update_is_scaled_where_time_is_short(tmp_path, capsys):
     }  # fmt: skip
     copies = {"copy:flat": [gpu_race.Lap(2.0, 1.0, 1.0)], "copy:each": [gpu_race.Lap(1.0, 1.0, 1.0)]}
     assert gpu_race.figures(copies, "copy", 1)["copy_variant"] == "each"
-
-
-# ---- where it comes from ---------------------------------------------------------------------------------------------
-
-
-def test_provenance_names_the_gpu_and_its_driver(monkeypatch, tmp_path):
-    class Properties:
-        name, total_memory = "NVIDIA H200", 140 * 2**30
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
-    monkeypatch.setattr(torch.version, "cuda", "12.8")
-    smi = tmp_path / "nvidia-smi"
-    smi.write_text("#!/bin/sh\necho 570.86.15\necho 570.86.15\n")
-    smi.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    found = provenance.provenance("gpu", [])
-    assert (found["hardware"]["gpu"], found["hardware"]["gpu_memory_gib"]) == ("NVIDIA H200", 140)
-    assert (found["versions"]["cuda"], found["versions"]["driver"]) == ("12.8", "570.86.15")
-    shown = provenance.caption({"provenance": found})
-    assert shown.startswith("NVIDIA H200, 140 GiB, ") and "CUDA 12.8, driver 570.86.15" in shown
-    smi.write_text("#!/bin/sh\necho no devices were found >&2\nexit 9\n")
-    assert provenance.driver_version() is None
-
-
-def test_provenance_without_a_git_folder(monkeypatch, capsys):
-    for told, commit, dirty in (("0123abcd", "0123abcd", False), ("0123abcd+", "0123abcd", True)):
-        monkeypatch.setenv("ESFAST_COMMIT", told)
-        found = provenance.provenance(
-            "gpu", ["--json", "a.json", "b.json", "--models", "tiny", "--plots=x", "--repeats", "1"]
-        )
-        assert (found["commit"], found["dirty"]) == (commit, dirty)
-        assert found["command"] == "esfast bench gpu --models tiny --repeats 1"
-    monkeypatch.setenv("ESFAST_COMMIT", "yesterday's")
-    assert main(["gpu", "--device", "cpu"]) == 2
-    assert "ESFAST_COMMIT: expected a commit's hex digits" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")

@@ -1,11 +1,13 @@
-"""Clocks, power and throttling beside a GPU's figures, and what ncu says of kernels: from tools that are stood in for."""
+"""What stands beside a GPU's figures (clocks, power, throttling, where they come from) and what ncu says of kernels: from
+tools that are stood in for."""
 
 import argparse
 import time
 
 import pytest
+import torch
 
-from esfast.bench import BenchmarkError, clocks, profile
+from esfast.bench import BenchmarkError, clocks, main, profile, provenance
 from esfast.bench.clocks import Clocks
 
 
@@ -138,3 +140,40 @@ def test_what_ncu_looks_at_launches_every_kernel_in_order(monkeypatch):
     expected = [({"restore": 0, "perturb": 1}.get(what, profile.MEMBERS), kind)
                 for _, kind, what in profile.cases(["bfloat16", "float32"], kinds)]  # fmt: skip
     assert calls == expected and len(calls) == 10
+
+
+# ---- where it comes from ---------------------------------------------------------------------------------------------
+
+
+def test_provenance_names_the_gpu_and_its_driver(monkeypatch, tmp_path):
+    class Properties:
+        name, total_memory = "NVIDIA H200", 140 * 2**30
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho 570.86.15\necho 570.86.15\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    found = provenance.provenance("gpu", [])
+    assert (found["hardware"]["gpu"], found["hardware"]["gpu_memory_gib"]) == ("NVIDIA H200", 140)
+    assert (found["versions"]["cuda"], found["versions"]["driver"]) == ("12.8", "570.86.15")
+    shown = provenance.caption({"provenance": found})
+    assert shown.startswith("NVIDIA H200, 140 GiB, ") and "CUDA 12.8, driver 570.86.15" in shown
+    smi.write_text("#!/bin/sh\necho no devices were found >&2\nexit 9\n")
+    assert provenance.driver_version() is None
+
+
+def test_provenance_without_a_git_folder(monkeypatch, capsys):
+    for told, commit, dirty in (("0123abcd", "0123abcd", False), ("0123abcd+", "0123abcd", True)):
+        monkeypatch.setenv("ESFAST_COMMIT", told)
+        found = provenance.provenance(
+            "gpu", ["--json", "a.json", "b.json", "--models", "tiny", "--plots=x", "--repeats", "1"]
+        )
+        assert (found["commit"], found["dirty"]) == (commit, dirty)
+        assert found["command"] == "esfast bench gpu --models tiny --repeats 1"
+    monkeypatch.setenv("ESFAST_COMMIT", "yesterday's")
+    assert main(["gpu", "--device", "cpu"]) == 2
+    assert "ESFAST_COMMIT: expected a commit's hex digits" in capsys.readouterr().err
