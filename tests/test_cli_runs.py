@@ -12,6 +12,7 @@ import yaml
 
 import esfast
 from esfast import cli, embedded
+from esfast.cli.earlier_run import resumed
 from esfast.cli.train import _defaults
 from esfast.run_options import FIELDS, RunOptions, in_flags
 
@@ -89,6 +90,16 @@ def test_resume_where_nothing_is_yet_begins(project, tiny):
     assert cli.main(["train", "--out", "new", "--resume", "--model", tiny, "--generations", "1", "--population-size", "2",
                      "--prompts-per-generation", "1", "--eval-prompts", "1", "--max-completion-length", "2"]) == 0  # fmt: skip
     assert settings_of(project / "new")["population_size"] == 2
+
+
+@pytest.mark.parametrize(("engine", "taken"), [("transformers", {}), ("vllm", {"tensor_parallel_size": 4})])
+def test_how_a_run_was_started_is_of_the_start(project, engine, taken):
+    found = settings_of(project / "run") | {"engine": engine, "device": "cuda:7", "tensor_parallel_size": 4}
+    (project / "run" / "config.yaml").write_text(yaml.safe_dump(found))
+    given = {"output_dir": "run", "resume": True}
+    of_the_run = {k: v for k, v in found.items() if k not in ("device", "tensor_parallel_size")}
+    assert resumed(given) == of_the_run | taken | given
+    assert resumed(given | {"device": "cpu"})["device"] == "cpu"
 
 
 def test_resume_needs_to_know_which_run(project, capsys):

@@ -11,6 +11,8 @@ from ..run_options import as_flag, read_yaml
 
 # Of RunOptions, what a resumed run may not change. What its model and its data are, the trainer compares.
 _FIXED = ("task", "style", "train_prompts", "reward")
+# What is of the processes that were started, and of their machine, and not of the run.
+_OF_THE_LAUNCH = ("device", "tensor_parallel_size")
 _OF_THE_TASK = (
     "task", "style", "data", "reward", "reward_weights", "max_completion_length", "chat_template_kwargs",
 )  # fmt: skip
@@ -34,7 +36,8 @@ def resumed(given: Mapping[str, Any]) -> dict[str, Any]:
     for name in _FIXED:
         if name in given and name in found and given[name] != found[name]:
             raise ValueError(f"{as_flag(name)}: the run in {folder} has {found[name]!r}, asked for is {given[name]!r}")
-    return found | given
+    mine = _OF_THE_LAUNCH if found.get("engine") != "vllm" else ("device",)
+    return {name: value for name, value in found.items() if name not in mine} | given
 
 
 def run_of(model: str) -> Path | None:
