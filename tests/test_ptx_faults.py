@@ -93,7 +93,7 @@ SOURCE_FAULTS = {
             PERTURB, ("cuda_kernel.cuh", "uint32_t(block >> 32), tensor_id", "0u, tensor_id"), noticed=AssertionError
         ),
         "one member too few": Fault(
-            SIGNS, ("cuda_kernel.cuh", "1 : job.members)", "1 : job.members - 1)"), noticed=AssertionError
+            SIGNS, ("cuda_kernel.cuh", "1 : job.members;", "1 : job.members - 1;"), noticed=AssertionError
         ),
         "the noise's numbers to round with": Fault(
             SIGNS, ("noise.h", "STOCHASTIC_ROUNDING = 2", "STOCHASTIC_ROUNDING = 1"), noticed=AssertionError
