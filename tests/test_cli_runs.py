@@ -268,14 +268,11 @@ def test_where_the_locale_has_no_letters_for_a_prompt_or_a_name(project, tiny):
     done = subprocess.run([sys.executable, "-m", "esfast", *arguments], env=os.environ | ASCII, capture_output=True)
     assert done.returncode == 0, done.stderr
     assert "東京" in json.loads((project / "out.jsonl").read_text(encoding="utf-8").splitlines()[0])["prompt"]
-    for command in (
-        ["train", "--model", "no-such", "--out", "läufe"],
-        ["eval", "--model", "no-such", "--save", "läufe.jsonl"],
-    ):
-        done = subprocess.run([sys.executable, "-m", "esfast", *command], env=os.environ | ASCII, capture_output=True)
-        assert done.returncode == 1 and b"can't be written in UTF-8 and in the locale's encoding" in done.stderr, (
-            done.stderr
-        )
+    command = [sys.executable, "-m", "esfast", "train", "--model", "no-such", "--out", "läufe"]
+    done = subprocess.run(command, env=os.environ | ASCII, capture_output=True)
+    assert done.returncode == 1 and b"can't be written in UTF-8 and in the locale's encoding" in done.stderr, (
+        done.stderr
+    )
 
 
 def test_a_trainer_refuses_a_name_that_cannot_be_written(tiny, tmp_path):

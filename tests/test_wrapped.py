@@ -110,7 +110,6 @@ def trained(folder, model, tokenizer, rows=("a", "b", "c"), **options):
 
 
 def compile_layers(model):
-    model.model.layers[0] = compiled(model.model.layers[0])
     model.model.layers[1].mlp = compiled(model.model.layers[1].mlp)
     return model
 
