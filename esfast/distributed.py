@@ -163,7 +163,11 @@ class Team:
     def gather(self, key: str, value: str) -> list[str]:
         """Everybody's values by rank, in process 0; elsewhere an empty list."""
         if self.rank:
-            self._store.set(f"{key}/{self.rank}", value)
+            try:
+                self._store.set(f"{key}/{self.rank}", value)
+            except dist.DistError:
+                self.check()  # says who is gone
+                raise
             return []
         return [value] + [self._wait(f"{key}/{rank}").decode() for rank in range(1, self.size)]
 
@@ -197,6 +201,8 @@ class Team:
             yield
         except BaseException as error:
             self.fail(error)
+            if self.rank == 0 and self.size > 1:
+                time.sleep(BEAT / 2)  # the store that says so may end with this process
             raise
 
     def check(self) -> None:

@@ -20,6 +20,7 @@ import esfast
 from esfast import distributed
 from esfast.distributed import Team, shares
 from esfast.journal import read
+from esfast.lock import Lock
 
 JOB = str(Path(__file__).parent / "job.py")
 
@@ -253,6 +254,20 @@ def test_all_stop_with_one_and_know_why(fault, rank, status, words, tmp_path):
     assert len(read(tmp_path / "run" / "journal.jsonl").records) == 2
     if fault == "SIGINT":  # what was completed is saved
         assert load_file(tmp_path / "run" / "model" / "model.safetensors")
+
+
+def test_a_folder_in_use_is_told_to_all_with_its_owner(tmp_path):
+    owner = Lock.take(tmp_path / "run" / "journal.jsonl")
+    team = by_hand(2, JOB, str(tmp_path / "run"), *options({"patience": 0}))
+    try:
+        for process in team:
+            _, errors = process.communicate(timeout=100)
+            assert process.returncode == 1 and f"is in use by process {os.getpid()} on" in errors, errors[-3000:]
+    finally:
+        for process in team:
+            process.kill()
+            process.communicate()
+    assert owner.held
 
 
 # ---- in this process ------------------------------------------------------------------------------------------------
