@@ -45,7 +45,17 @@ def test_every_cuda_kernel(pair, kind, rule):
 def test_there_are_no_other_cuda_kernels():
     cuda = backends.CudaPtx(cuda_text())
     tested = [cuda.find(*PAIRS[pair], KINDS.index(kind), RULES[rule]) for pair, kind, rule in KERNELS]
-    assert sorted(tested) == sorted(cuda.texts) and len(tested) == 36
+    copies = [name for name in cuda.texts if "copy_tiles_kernel" in name]
+    assert sorted(tested + copies) == sorted(cuda.texts) and (len(tested), len(copies)) == (36, 2)
+
+
+@needs_nvcc
+@pytest.mark.parametrize("pair", ["float32", "bfloat16"])
+def test_cuda_copies_a_base(pair):
+    cuda = backends.CudaPtx(cuda_text())
+    # a perturbation changes every weight, and no member brings the base back
+    hold(cuda, pair, "rademacher", ONE, [one_call(), one_call(0, in_place=False)])
+    assert len(cuda.launched) == 2
 
 
 @needs_nvcc

@@ -38,7 +38,7 @@ def test_every_kernel_is_within_its_budget(rows):
         assert r["pass"] is True and r["sass_per_weight"] <= sass.BUDGETS[r["kernel"], r["noise"]], r
         assert r["spill_bytes"] == 0 and r["load_bits"] == r["store_bits"] == 128, r
         assert not {"LDL", "STL", "LDS", "STS"} & {m.split(".")[0] for m in r["memory_instructions"]}, r
-        assert r["sass_per_weight"] > 3, "too little to be true: the reader of machine code has lost its way"
+        assert r["sass_per_weight"] > 2.5, "too little to be true: the reader of machine code has lost its way"
 
 
 @pytest.mark.parametrize("target", ["cuda:80:32", "cuda:90:32", "cuda:100:32", "hip:gfx942:64"])

@@ -121,7 +121,15 @@ class CudaPtx:
         return found
 
     def run(self, call: Call) -> None:
-        cuda_backend.run_with(call, functools.partial(self._launch, call), self.tile)
+        launch, copy = functools.partial(self._launch, call), functools.partial(self._copy, call)
+        cuda_backend.run_with(call, launch, self.tile, copy)
+
+    def _copy(self, call: Call, *, tiles: int, tile_count: int, size: int) -> None:
+        (name,) = (name for name in self.texts if f"copy_tiles_kernelILi{size}E" in name)
+        kernel = self.compile(name)
+        self.launched.add(name)
+        memory = memory_of(call, [(tiles, tiles + 32 * tile_count)])
+        run(kernel, tile_count, kernel.kernel.threads, struct.pack("<Q", tiles), memory)
 
     def _launch(self, call, *, tiles, extras, tile_count, src_format, dst_format, seeds, coeffs, members, kind, stochastic,
                 decay, low, moments, adam):  # fmt: skip

@@ -41,7 +41,8 @@ needs_triton = pytest.mark.skipif(
 def cuda_text() -> str:
     """PTX of all CUDA kernels."""
     with tempfile.TemporaryDirectory() as folder:
-        return backends.nvcc_to_ptx(backends.ROOT / "csrc" / "cuda_kernel.cu", Path(folder) / "all.ptx")
+        sources = [backends.ROOT / "csrc" / f"{name}.cu" for name in ("cuda_kernel", "cuda_copy")]
+        return "\n".join(backends.nvcc_to_ptx(source, Path(folder) / f"{source.stem}.ptx") for source in sources)
 
 
 @functools.cache
