@@ -107,9 +107,12 @@ def _check(messages: Sequence[Mapping]) -> str:
 def _options(row: Mapping[str, Any]) -> dict[str, Any]:
     """Variables of the template that a row names. Those that are None are left out: in a datasets.Dataset all rows
     have the keys of all."""
-    given = row.get("chat_template_kwargs") or {}
-    given = _from_json("chat_template_kwargs", given) if isinstance(given, str) else given
-    return check_options("chat_template_kwargs", {k: v for k, v in dict(given).items() if v is not None})
+    given = _column(row, "chat_template_kwargs") or {}
+    if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+        raise ValueError(
+            f"chat_template_kwargs: expected a dict with texts as its keys, or its JSON, got {given!r:.60}"
+        )
+    return check_options("chat_template_kwargs", {k: v for k, v in given.items() if v is not None})
 
 
 def check_options(what: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,18 +127,26 @@ def check_options(what: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _tools(row: Mapping[str, Any]) -> list | None:
-    tools = row.get("tools")
-    tools = _from_json("tools", tools) if isinstance(tools, str) and tools.strip() else tools
+    tools = _column(row, "tools")
     if tools and not isinstance(tools, (list, tuple)):
         raise ValueError(f"tools: expected a list of JSON schemas, got {tools!r:.60}")
-    return [_without_none(tool) for tool in tools] if tools else None  # templates write headings for an empty list
+    # Templates write headings for an empty list.
+    return [_without_none(_from_json("tools", tool)) for tool in tools] if tools else None
 
 
-def _from_json(what: str, text: str):
+def _column(row: Mapping[str, Any], name: str):
+    """The row's value, read if it is JSON; None where a table has a blank or NaN for a value that is missing."""
+    value = row.get(name)
+    missing = value != value if isinstance(value, float) else isinstance(value, str) and not value.strip()
+    return None if missing else _from_json(name, value)
+
+
+def _from_json(what: str, value):
+    """What a JSON text says; other values are as they are."""
     try:
-        return json.loads(text)
+        return json.loads(value) if isinstance(value, str) else value
     except ValueError as error:
-        raise ValueError(f"{what}: expected JSON, got {text!r:.60}: {error}") from None
+        raise ValueError(f"{what}: expected JSON, got {value!r:.60}: {error}") from None
 
 
 def _without_none(value):

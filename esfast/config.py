@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -199,4 +199,6 @@ class ESConfig:
 
 
 def _listed(value) -> list:
-    return [value] if isinstance(value, (str, Group)) else list(value or ())
+    if value is None:
+        return []
+    return [value] if isinstance(value, (str, Group)) or not isinstance(value, Iterable) else list(value)

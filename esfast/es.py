@@ -301,6 +301,7 @@ class ES:
         self._buffers.put_back()
 
     def _check_own(self, what: str) -> None:
+        self.plan.check_module()
         if self._weights.changed_elsewhere():
             raise RuntimeError(
                 f"{what}: the weights were changed since ES last wrote them, by something else (load_state_dict?); ES "

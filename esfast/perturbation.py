@@ -41,6 +41,7 @@ def perturbed(
     Yields the Plan. Raises TypeError or ValueError for what Plan and `add_noise_` refuse, before any weight changes.
     """
     plan = model if isinstance(model, Plan) else Plan(model)
+    plan.check_module()
     truth = plan.clone() if base is None else base
     options = {"base": truth, "noise": noise, "backend": backend}
     plan.table(truth)  # a base that does not fit must not be restored from

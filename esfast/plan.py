@@ -256,6 +256,19 @@ class Plan:
         addresses = list(map(torch.Tensor.data_ptr, self._tensors))  # on every call: 400 take 22 us, in a loop 29
         return addresses + [t._local_tensor.data_ptr() for _, t in self._sharded]
 
+    def check_module(self) -> None:
+        """RuntimeError if the module has other parameters now, as after `load_state_dict(..., assign=True)`: noise
+        would go into tensors that nobody reads. Parameters that FSDP gathers are not looked at."""
+        if self.module is None or self.sharded or self._gathering:
+            return
+        memory = {p.untyped_storage().data_ptr() for p in self.module.parameters()}
+        for name, tensor in zip(self.names, self._tensors, strict=True):
+            if tensor.untyped_storage().data_ptr() not in memory:
+                raise RuntimeError(
+                    f"Plan: {name!r} is no longer a parameter of the module (load_state_dict with assign=True, or a "
+                    "layer that was replaced?); make a new Plan, or a new ES, of the model as it is"
+                )
+
     def _check_addresses(self) -> None:
         if self._private:
             return

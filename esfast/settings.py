@@ -58,7 +58,8 @@ def convert(what: str, value: Any, kind: str) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """A number of NumPy or torch, an array, an enum, a path, a tuple or a set as what Python and YAML have for it."""
+    """A number of NumPy or torch, an array, an enum, a path, a tuple or a set as what Python and YAML have for it, in
+    lists and dicts, too."""
     if isinstance(value, enum.Enum):
         value = value.value
     if isinstance(value, os.PathLike):
@@ -67,6 +68,8 @@ def plain(value: Any) -> Any:
         value = value.tolist()
     if isinstance(value, (set, frozenset)):
         value = sorted(value, key=str)
+    if isinstance(value, Mapping):
+        return {name: plain(v) for name, v in value.items()}
     return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
@@ -120,7 +123,15 @@ def mapping(what: str, value: Any) -> dict[str, Any]:
             pass
     if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
         raise TypeError(f"{what}: expected a dict, or JSON such as '{{\"name\": true}}', got {value!r:.80}")
-    return {name: plain(v) for name, v in value.items()}
+    for name, v in value.items():
+        try:
+            json.dumps(v)
+        except (TypeError, ValueError, RecursionError):
+            raise TypeError(
+                f"{what}: {name!r} is a {type(v).__name__}, {v!r:.60}; expected what JSON has: texts, numbers, true or "
+                "false, null, lists and dicts (a date needs quotes in YAML)"
+            ) from None
+    return dict(value)
 
 
 _CONVERTERS: dict[str, Callable[[str, Any], Any]] = {

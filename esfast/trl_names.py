@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from .settings import number, plain, truth, whole_number
+from .settings import convert, number, plain, truth, whole_number
 from .suggest import unknown
 
 log = logging.getLogger(__name__)
@@ -46,6 +46,7 @@ LEFT_OUT = tuple(
     vespo_* vllm_* wandb_*
 """.split()
 )
+_KINDS = {bool: "bool | None", int: "float | None", dict: "dict | None"}
 # Names: the values that ask for nothing, and what to do for any other.
 _SAMPLING = "responses are greedy, or sampled with a temperature alone"
 REFUSED: dict[str, tuple[tuple, str]] = {
@@ -91,11 +92,7 @@ def translate(settings: Mapping[str, Any], known: Iterable[str], what: str = "ES
             meant |= _MEANINGS[name](f"{what}.{name}", plain(value), settings)
         elif name in REFUSED:
             silent, instead = REFUSED[name]
-            if (
-                value is not None
-                and plain(value) not in silent
-                and (name != "num_train_epochs" or not _steps(settings))
-            ):
+            if not _is_silent(value, silent) and (name != "num_train_epochs" or not _steps(settings)):
                 raise ValueError(f"{what}: {name}={value!r} can't be had: {instead}")
         elif any(name == n or n.endswith("*") and name.startswith(n[:-1]) for n in LEFT_OUT):
             if value not in (None, False):
@@ -120,6 +117,15 @@ def _steps(settings: Mapping[str, Any]) -> int | None:
     return None
 
 
+def _is_silent(value: Any, silent: tuple) -> bool:
+    """Whether the value, which YAML may have as text, is None or one of those that ask for nothing."""
+    try:
+        value = convert("", value, _KINDS[type(silent[0])] if silent else "float | None")
+    except TypeError:  # some other kind of value
+        return False
+    return value is None or value in silent
+
+
 def _says_nothing(name: str, value: Any) -> bool:
     """Whether it is the value by which Transformers knows that a setting was not given."""
     return value is None or name == "max_steps" and plain(value) == -1
@@ -127,7 +133,7 @@ def _says_nothing(name: str, value: Any) -> bool:
 
 def _warmup(what: str, value: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
     """A number of steps, or below 1 a share of them."""
-    if not value:
+    if not value or not number(what, value):
         return {}
     if number(what, value) >= 1:
         return {"warmup_generations": value}

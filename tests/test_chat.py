@@ -145,6 +145,16 @@ def test_what_a_dataset_adds_to_records_is_left_out(tokenizer):
     assert chat.texts(as_json, tokenizer, options) == wanted
 
 
+def test_values_that_are_missing_and_tools_as_texts(tokenizer):
+    """A table has NaN or a blank where a row has no value; some data sets have a text for each tool."""
+    chats = {"prompt": [user("1")]}
+    wanted = chat.texts([chats], tokenizer)
+    for missing in (None, float("nan"), "", " ", "null"):
+        assert chat.texts([{**chats, "tools": missing, "chat_template_kwargs": missing}], tokenizer) == wanted
+    with_tool = chat.texts([{**chats, "tools": [TOOL]}], tokenizer)
+    assert chat.texts([{**chats, "tools": [json.dumps(TOOL)]}], tokenizer) == with_tool != wanted
+
+
 IMAGE = {"type": "image", "image": "cat.png"}
 
 
@@ -163,7 +173,12 @@ IMAGE = {"type": "image", "image": "cat.png"}
         ({"prompt": [user("1"), {**CALL, "content": None}]}, "no text that could be continued"),
         ({"prompt": [user("1")], "tools": "add"}, "tools: expected JSON, got 'add'"),
         ({"prompt": [user("1")], "tools": {"name": "add"}}, "tools: expected a list of JSON schemas"),
+        ({"prompt": [user("1")], "tools": ["add"]}, "tools: expected JSON, got 'add'"),
         ({"prompt": [user("1")], "chat_template_kwargs": {"tokenize": True}}, "'tokenize' is not to be chosen"),
+        ({"prompt": [user("1")], "chat_template_kwargs": [1]}, "chat_template_kwargs: expected a dict"),
+        ({"prompt": [user("1")], "chat_template_kwargs": "3"}, "chat_template_kwargs: expected a dict"),
+        ({"prompt": [user("1")], "chat_template_kwargs": True}, "chat_template_kwargs: expected a dict"),
+        ({"prompt": [user("1")], "chat_template_kwargs": {1: 2}}, "chat_template_kwargs: expected a dict"),
     ],
 )
 def test_what_is_no_chat_of_texts_is_refused(tokenizer, row, message):

@@ -135,7 +135,9 @@ RESPONSES = [
     ("a</think> \n<answer>1+2</answer>", 0.6, 1),
     ("a</think>\n\n<answer>1+2</answer>", 0.6, 1),
     ("a</think>\n<answer>1+2</answer>.", 0.6, 1),  # something after
-    ("a</think>\n<answer>1+2</answer>\n", 0.6, 1),
+    ("a</think>\n<answer>1+2</answer>\n", 1.0, 1),  # a last newline is nothing
+    ("a</think>\n<answer>1+2</answer>\n\n", 0.6, 1),
+    ("a</think>\n<answer>1+2</answer> ", 0.6, 1),
     ("a</think>\n<answer>1+2", 0.1, 0),  # unclosed
     ("a</think>\n<answer>1+2<answer>", 0.1, 0),
     ("a</think>\n<answer>", 0.1, 0),

@@ -250,3 +250,26 @@ def test_a_base_is_not_kept_alive():
     gc.collect()
     assert gone() is None
     plan.table(plan.clone())
+
+
+@pytest.mark.parametrize("weights", ["base", "inplace"])
+@pytest.mark.parametrize("replace", ["assign", "parameter", "layer"])
+def test_parameters_that_the_module_no_longer_has(weights, replace):
+    """Noise would go into tensors that no forward pass reads, and all members would get the same reward."""
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    es, plan = esfast.ES(model, sigma=0.1, lr=0.1, population_size=2, weights=weights), esfast.Plan(model)
+    for member in es.population():
+        member.reward = member.index
+    if replace == "assign":
+        model.load_state_dict({name: p.detach().clone() for name, p in model.named_parameters()}, assign=True)
+    elif replace == "parameter":
+        model[1].weight = torch.nn.Parameter(torch.ones(2, 2))
+    else:
+        model[1] = torch.nn.Linear(2, 2)
+    before = [p.detach().clone() for p in model.parameters()]
+    name = "0.weight" if replace == "assign" else "1.weight"
+    for use in (es.step, es.population, esfast.perturbed(plan, 1, 0.1).__enter__):
+        with pytest.raises(RuntimeError, match=f"Plan: '{name}' is no longer a parameter of the module"):
+            use()
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    esfast.ES(model, sigma=0.1, lr=0.1, population_size=2, weights=weights).population()

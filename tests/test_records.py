@@ -65,6 +65,7 @@ def test_names_and_packers(tmp_path, name):
         ("lines.json", LINES),
         ("blank.jsonl", "\n\n" + LINES.replace("\n", "\n  \n\r\n")),
         ("no_end.jsonl", LINES.rstrip("\n")),
+        ("mac.jsonl", LINES.replace("\n", "\r")),
     ],
 )
 def test_ways_to_write_the_same(tmp_path, name, content):
@@ -159,6 +160,10 @@ def test_cells_stay_texts(tmp_path):
         ("a.csv", '"prompt","n"\n"a, b","1"\n'),
         ("a.csv", " prompt , n\n\"a, b\",1\n"),
         ("a.csv", ',prompt,n\n0,"a, b",1\n'),  # as pandas writes its index
+        ("a.tsv.csv", 'prompt,n\n"a, b",1\n'),
+        ("of.tsv_files.csv", "prompt;n\na, b;1\n"),
+        ("a.csv.tsv", "prompt\tn\na, b\t1\n"),
+        ("a.csv", 'prompt,n\r"a, b",1\r'),  # lines as old Macs end them
     ],
 )  # fmt: skip
 def test_tables_of_several_kinds(tmp_path, name, text):

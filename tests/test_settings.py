@@ -1,6 +1,7 @@
 """Settings from wherever they come: what is converted, what is refused, and that config.yaml can hold the result."""
 
 import dataclasses
+import datetime
 import enum
 from decimal import Decimal
 from pathlib import Path
@@ -40,6 +41,7 @@ CONVERTED = [
     ("report_to", "tensorboard", ["tensorboard"]), ("report_to", ("tensorboard",), ["tensorboard"]),
     *[("report_to", value, None) for value in ("none", ["none"], None, [], "None")],
     ("lr_schedule", Schedule.COSINE, "cosine"),
+    ("chat_template_kwargs", {"a": {"b": (np.int64(1), Path("x"))}}, {"a": {"b": [1, "x"]}}),
 ]  # fmt: skip
 
 
@@ -87,6 +89,9 @@ def test_converted(name, value, expected):
         ("reward_weights", [float("nan")], "expected a finite number"),
         ("reward_timeout", float("inf"), "expected seconds, more than 0 and at most 1e+08, got inf"),
         ("groups", {"*a*": {"lr": 1}}, "expected PATTERN:sigma=X,lr=Y"),
+        ("groups", 3, "expected PATTERN:sigma=X,lr=Y"),
+        ("chat_template_kwargs", {"a": [len]}, "'a' is a list, [<built-in function len>]; expected what JSON has"),
+        ("chat_template_kwargs", {"day": datetime.date(2024, 7, 26)}, "'day' is a date"),
         ("seed", 2**64, "expected 0 <="),
         ("noise", "cauchy", "expected one of 'gaussian', 'rademacher', got 'cauchy'"),
         ("noise", None, "expected one of 'gaussian', 'rademacher', got None"),

@@ -63,6 +63,7 @@ def test_countdown_records_are_read_as_they_come(record, numbers, target):
         ({"numbers": ["1.5"], "target": 1}, "numbers: .* whole .* got '1.5'"),
         ({"numbers": [[1], [2]], "target": 1}, r"numbers: expected a finite number, got \[1\]"),
         ({"numbers": [None, 1], "target": 1}, "numbers: expected a finite number, got None"),
+        ({"numbers": [1, 2], "target": "9" * 5000}, "target: expected a finite number, got '9999"),
         ({"numbers": None, "target": 1}, "numbers: expected a list, got None"),
         ({"numbers": 3, "target": 3}, "numbers: expected a list, got 3"),
         ({"numbers": {"a": 1}, "target": 1}, "numbers: expected a list"),
@@ -160,13 +161,21 @@ GOLDS = [
     ({"solution": r"\boxed{1}, no: \boxed {72}"}, "72"),
     ({"solution": "so\n#### 9"}, "9"),
     ({"answer": "7", "solution": r"\boxed{8}"}, "7"),
+    ({"answer": "None", "solution": r"\boxed{8}"}, "8"),
+    ({"answer": "NaN", "solution": r"\boxed{8}"}, "8"),
+    ({"answer": r"so #### \boxed{42}"}, "42"),
+    ({"answer": "so\n####\n42\n"}, "42"),
+    ({"solution": "#### Step 1\nwords\n\n#### Final answer\n\nIt is $\\boxed{42}$."}, "42"),  # Markdown's headings
+    ({"solution": "It is $\\boxed{42}$.\n#### Check\n6 times 7 is 42."}, "42"),
 ]
 NO_GOLDS = [
     {"answer": None}, {"answer": float("nan")}, {"answer": float("inf")}, {"answer": ""}, {"answer": "  "},
     {"answer": {"value": 1}}, {"answer": ["1"]}, {"answer": []}, {"answer": True}, {"answer": b"1"}, {"answer": "nan"},
     {"answer": "null"}, {"answer": r"\boxed{}"}, {"answer": "#### "}, {"answer": r"\frac{1"}, {"answer": "1}"},
     {"answer": "x" * 400}, {"answer": "", "solution": "no box"}, {"answer": None, "solution": None},
-    {"answer": "", "solution": r"\boxed{}"}, {"solution": 3}, {"text": "x"},
+    {"answer": "", "solution": r"\boxed{}"}, {"solution": 3}, {"text": "x"}, {"answer": "None"}, {"answer": "N/A"},
+    {"answer": "<NA>"}, {"answer": "NULL"}, {"answer": "42\\"}, {"answer": "\\"}, {"answer": "1}{2"},
+    {"answer": "#### 42\nand more"}, {"solution": "#### Step 1\nno box"},
 ]  # fmt: skip
 
 

@@ -78,6 +78,17 @@ def test_other_names_are_refused_with_what_to_do(settings, error, message):
     assert message in str(caught.value)
 
 
+def test_values_that_ask_for_nothing_may_be_texts():
+    """As YAML has them where somebody put quotes around them, or wrote 1e-1."""
+    asked = {"beta": "0.0", "use_vllm": "false", "push_to_hub": "no", "top_p": "1.0", "top_k": "-1", "min_p": "none",
+             "model_init_kwargs": "{}", "warmup_ratio": "0.0"}  # fmt: skip
+    assert esfast.ESConfig(**asked) == esfast.ESConfig()
+    assert esfast.ESConfig(warmup_ratio="1e-1", max_steps="50").warmup_generations == 5
+    for name, value in (("beta", "0.04"), ("use_vllm", "true"), ("top_p", "0.9"), ("push_to_hub", "maybe")):
+        with pytest.raises(ValueError, match=f"{name}='{value}' can't be had"):
+            esfast.ESConfig(**{name: value})
+
+
 def test_every_name_that_grpo_config_has_is_known():
     """Accepted, or refused with a word; none is a TypeError."""
     trl = pytest.importorskip("trl", reason="needs trl, to compare with what it is today")

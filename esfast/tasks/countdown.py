@@ -265,9 +265,9 @@ def _whole_numbers(numbers) -> list[int]:
 def _exact(what: str, number) -> Fraction:
     """The value of a number, or of a text that is one. ValueError for NaN, infinities, -0.0, bools, and all else."""
     plain = number.item() if hasattr(number, "item") else number
-    if isinstance(plain, str) and _NUMBER.fullmatch(plain.strip()):
-        plain = float(plain) if set(plain) & set(".eE") else int(plain)
     try:
+        if isinstance(plain, str) and _NUMBER.fullmatch(plain.strip()):
+            plain = float(plain) if set(plain) & set(".eE") else int(plain)
         if isinstance(plain, (str, bool)):
             raise TypeError
         value = Fraction(plain)

@@ -33,7 +33,11 @@ _BOXED = re.compile(r"\s*\\(?:boxed|fbox)\s*\{(.*)\}\s*", re.DOTALL)
 NESTED = 3  # boxes that hold a box and nothing else
 _WORD = re.compile(r"(?:\{(?:[^{}]|\{[^{}]*\})*\}|\S)*")  # to the first white space that no braces enclose
 _MATH_ENDS = re.compile(r"\$|\\\)|\\\]")
-_MARKED = re.compile(r".*####", re.DOTALL)  # GSM8K's answers stand behind this mark
+_MARK = "####"
+# GSM8K's answers stand behind the mark, in the last line. Elsewhere it is a heading of Markdown.
+_MARKED = re.compile(r".*####\s*([^\n]*)\s*", re.DOTALL)
+# What tables write where there is no answer
+_MISSING = frozenset({"nan", "NaN", "null", "NULL", "None", "<NA>", "N/A"})
 _COMMAND = re.compile(r"\\[A-Za-z]+")
 _QUOTED = re.compile(r"\$\$(.+)\$\$|\$([^$]+)\$|\\\((.+)\\\)|\\\[(.+)\\\]", re.DOTALL)
 _AMOUNT = re.compile(r"(?:\\?\$)?\s*([-+]?)\s*(?:\\?\$)?\s*(\d{1,3}(?:,\d{3})+|\d+)(\.\d+)?\s*\.?")
@@ -159,13 +163,17 @@ def row(record: dict, style: str = "paper") -> dict:
     problem = data.text("problem", data.fields(record, ("problem", "question"))[0])
     data.fields(record, ("answer", "solution"))
     answer, solution = record.get("answer"), record.get("solution")
-    if answer is None or (isinstance(answer, float) and answer != answer) or not str(answer).strip():
-        if not isinstance(solution, str) or (last_box(solution) is None and not _MARKED.match(solution)):
+    if answer is None or (isinstance(answer, float) and answer != answer) or _is_missing(str(answer)):
+        if not isinstance(solution, str) or (last_box(solution) is None and not _MARKED.fullmatch(solution)):
             raise ValueError(
                 f"expected an 'answer', or a 'solution' with a \\boxed{{}}, got {answer!r:.40} and {solution!r:.40}"
             )
         answer = solution
     return {"prompt": prompt(problem, style), "answer": gold(answer)}
+
+
+def _is_missing(answer: str) -> bool:
+    return not answer.strip() or answer.strip() in _MISSING
 
 
 def gold(answer: str | float) -> str:
@@ -176,20 +184,24 @@ def gold(answer: str | float) -> str:
 
 @functools.lru_cache(maxsize=65536)
 def _gold(answer: str) -> str:
-    text, box = answer, last_box(answer)
-    if _MARKED.match(text):
-        text = _MARKED.sub("", text, count=1)
-    elif box is not None:
-        text = box
-    text = text.strip()
+    if _is_missing(answer):
+        raise ValueError(
+            f"answer: {answer!r} stands for a missing answer; leave the record out, or write \\text{{...}}"
+        )
+    marked = _MARKED.fullmatch(answer)
+    text = marked[1] if marked else answer
+    box = last_box(text)
+    text = (text if box is None else box).strip()
     quoted = _QUOTED.fullmatch(text)
     text = next(filter(None, quoted.groups())).strip() if quoted else text
     amount = _AMOUNT.fullmatch(text)
     text = amount[1] + amount[2].replace(",", "") + (amount[3] or "") if amount else text
-    wrong = not text or text.lower() in ("nan", "null") or len(text) > LONGEST_ANSWER or not _balanced(text)
-    if wrong or _matches_nothing(text):
+    # A response that boxes it must give it back: not with a brace that is not closed, nor with a backslash at the end.
+    boxes = last_box(f"{BOX}{text}}}") == text
+    if not text or _MARK in text or len(text) > LONGEST_ANSWER or not boxes or _matches_nothing(text):
         raise ValueError(
-            f"answer: expected LaTeX of at most {LONGEST_ANSWER} characters, with braces in pairs, got {answer!r:.60}"
+            f"answer: expected LaTeX of at most {LONGEST_ANSWER} characters, with braces in pairs and no backslash at "
+            f"its end, got {answer!r:.60}"
         )
     return text
 

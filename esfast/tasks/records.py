@@ -38,7 +38,7 @@ def read(path: str | Path) -> list[dict]:
 
     or of a folder that datasets.save_to_disk wrote (of several splits, each record gets its column "split"), or of
     `dataset:NAME`, whose split "train" is loaded from the Hugging Face hub. Texts are UTF-8, or have a byte order mark.
-    Lines end with \\n or \\r\\n alone: U+2028, form feeds and their like stay inside a text.
+    Lines end with \\n or \\r\\n, or \\r where there is no \\n: U+2028, form feeds and their like stay inside a text.
 
     Raises FileNotFoundError; ValueError that names the file, and the line where there is one; ImportError without
     `datasets`.
@@ -83,13 +83,15 @@ def _text(path: Path, raw: bytes) -> str:
         line = raw.count(b"\n", 0, raw.index(b"\0")) + 1
         raise ValueError(f"{path}: line {line} holds a NUL character: UTF-16 without a byte order mark, or no text")
     try:
-        return raw.decode(encoding)
+        text = raw.decode(encoding)
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise ValueError(
             f"{path}: line {line} is no {encoding.removesuffix('-sig').upper()} ({error.reason} "
             f"0x{raw[error.start]:02x}); convert the file, as by iconv -f LATIN1 -t UTF-8"
         ) from None
+    # Old Macs, and some spreadsheets still, end lines so.
+    return text if "\n" in text else text.replace("\r", "\n")
 
 
 def _numbered(text: str) -> Iterator[tuple[int, str]]:
@@ -197,9 +199,13 @@ def _objects(path: Path, where: str, records) -> list[dict]:
 # Tables
 
 
-def _table(path: Path, text: str) -> Iterator[dict]:
+def _tabbed(path: Path, text: str) -> Iterator[dict]:
+    return _table(path, text, "\t")
+
+
+def _table(path: Path, text: str, delimiter: str | None = None) -> Iterator[dict]:
     header = re.sub(r'"[^"]*"', "", text.partition("\n")[0])
-    delimiter = "\t" if ".tsv" in path.name.lower() else max(DELIMITERS, key=header.count)
+    delimiter = delimiter or max(DELIMITERS, key=header.count)
     before = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
@@ -272,5 +278,5 @@ def _datasets(name: str | Path):
     return datasets
 
 
-TEXTS = {".jsonl": _lines, ".ndjson": _lines, ".json": _document, ".csv": _table, ".tsv": _table, ".txt": _prompts}
+TEXTS = {".jsonl": _lines, ".ndjson": _lines, ".json": _document, ".csv": _table, ".tsv": _tabbed, ".txt": _prompts}
 TABLES = {".parquet": _parquet, ".pq": _parquet, ".arrow": _arrow, ".feather": _arrow}

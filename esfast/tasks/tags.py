@@ -11,9 +11,12 @@ TAGGED_OTHERWISE = 0.2  # share of tagged examples where nothing demands it; gre
 
 
 def format_score(completion: str) -> float:
-    """1.0 for `...</think>`, a newline and `<answer>...</answer>` with nothing after it; otherwise 0.1 for a closed
-    `<think>` plus 0.5 for an `<answer>` that is closed. The dots stand for any text, tags and newlines included."""
+    """1.0 for `...</think>`, a newline and `<answer>...</answer>`, with at most a newline after it; otherwise 0.1 for a
+    closed `<think>` plus 0.5 for an `<answer>` that is closed. The dots stand for any text, tags and newlines
+    included."""
     require_text(completion)
+    # The `$` of the paper's regular expression matches before a newline that ends the text.
+    completion = completion.removesuffix("\n")
     joint = completion.find(f"{THINK_END}\n{ANSWER}")
     body = joint + len(f"{THINK_END}\n{ANSWER}")
     if joint >= 0 and completion.endswith(ANSWER_END) and body <= len(completion) - len(ANSWER_END):
