@@ -45,7 +45,9 @@ CONVERTED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "value", "expected"), CONVERTED, ids=lambda v: "set" if isinstance(v, set) else repr(v)[:40])
+@pytest.mark.parametrize(
+    ("name", "value", "expected"), CONVERTED, ids=lambda v: "set" if isinstance(v, set) else repr(v)[:40]
+)
 def test_converted(name, value, expected):
     config = ESConfig(**{name: value})
     found = getattr(config, name)
