@@ -175,6 +175,11 @@ def test_integers():
     assert int(OPERATIONS["shr.s32"].compute(np.array([-5], np.int32), np.array([40], np.uint32))[0]) == -1
     assert compute("mul.wide.u32", x, y) == x * y and compute("mul.hi.u32", x, y) == x * y >> 32
     assert compute("bfe.u32", x, 4, 8) == 0xEE and compute("bfe.u32", x, 0, 32) == x
+    for start, length, expected in ((4, 1, 0), (5, 1, -1), (4, 8, -18), (0, 32, -559038737), (28, 8, -3), (3, 0, 0)):
+        arrays = [
+            np.array([n], dtype) for n, dtype in ((-559038737, np.int32), (start, np.uint32), (length, np.uint32))
+        ]
+        assert int(OPERATIONS["bfe.s32"].compute(*arrays)[0]) == expected, (start, length)
     assert compute("prmt.b32", x, y, 0x7610) == 0x1234BEEF and compute("prmt.b32", x, y, 0x4444) == 0x78787878
     assert compute("prmt.b32", x, y, 0x000B) == 0xEFEFEFFF
     assert compute("lop3.b32", x, 0x7FFFFF, y, 0xEA) == x & 0x7FFFFF | y

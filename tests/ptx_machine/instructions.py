@@ -100,6 +100,14 @@ def _bfe(a, start, length):
     return np.right_shift(a, start) & mask
 
 
+def _bfe_signed(a, start, length):
+    """The same, with copies of the upper bit above it; bits beyond the 31st are copies of that."""
+    start, length = ((x & np.uint32(255)).astype(np.int64) for x in (start, length))
+    field = a.astype(np.int64) >> np.minimum(start, 63)
+    unused = 64 - np.clip(length, 1, 32)
+    return np.where(length > 0, (field << unused) >> unused, 0).astype(np.int32)
+
+
 def _prmt(a, b, selector):
     """Four of eight bytes; bit 3 of a selector's nibble replicates the byte's sign instead."""
     source = a.astype(np.uint64) | (b.astype(np.uint64) << np.uint64(32))
@@ -113,6 +121,7 @@ def _prmt(a, b, selector):
 
 
 define("lop3.b32", "b32", "b32 b32 b32 u32", _lop3)
+define("bfe.s32", "s32", "s32 u32 u32", _bfe_signed)
 define("bfe.u32", "u32", "u32 u32 u32", _bfe)
 define("prmt.b32", "b32", "b32 b32 b32", _prmt)
 

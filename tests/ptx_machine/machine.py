@@ -158,7 +158,7 @@ class _Compiler:
         if i.opcode in OPERATIONS and not any(o.startswith("{") for o in i.operands):
             return self.operation(i)
         maker = {"mov": self.move, "ld": self.load, "st": self.store, "bar": self.barrier, "ldmatrix": self.matrix,
-                 "stmatrix": self.matrix}.get(kind)  # fmt: skip
+                 "stmatrix": self.matrix, "shfl": self.shuffle}.get(kind)  # fmt: skip
         if maker is None:
             raise UnknownInstruction(f"unknown instruction {i.opcode!r} in `{i}`")
         return maker(i)
@@ -315,6 +315,20 @@ class _Compiler:
             state.shared.barrier(blocks)
 
         return wait
+
+    def shuffle(self, i: Instruction) -> Step:
+        """Each lane takes the value of the lane of its warp that it names."""
+        if i.opcode != "shfl.sync.idx.b32" or i.operands[3:] != ["31", "-1"]:
+            raise UnknownInstruction(f"unknown instruction {i.opcode!r} in `{i}`")
+        write, value, source = self.write(i.operands[0], "b32"), *(self.read(o, "b32") for o in i.operands[1:3])
+
+        def take(state: Run, mask: np.ndarray | None) -> None:
+            if mask is not None and (mask.reshape(-1, WARP).any(1) != mask.reshape(-1, WARP).all(1)).any():
+                raise PtxError(f"{self.kernel.name}: `{i}` by a part of a warp")
+            lanes = state.warp * WARP + (state.all_lanes(source(state)) % WARP).astype(np.int64)
+            write(state, state.all_lanes(value(state))[lanes], mask)
+
+        return take
 
     def matrix(self, i: Instruction) -> Step:
         """8 x 8 matrices of 16-bit elements, whose rows lie where lanes 8 j to 8 j + 7 say, to and from a warp's registers."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-WIDTHS = {"pred": 1, **{f"{kind}{bits}": bits for bits in (8, 16, 32, 64) for kind in "bsuf"}}
+WIDTHS = {"pred": 1, "bf16": 16, **{f"{kind}{bits}": bits for bits in (8, 16, 32, 64) for kind in "bsuf"}}
 
 _ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*\(([^)]*)\)([^{]*)\{")
 _PARAMETER = re.compile(
