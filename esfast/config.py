@@ -131,6 +131,8 @@ class ESConfig:
         who changed fields since the settings were made."""
         convert_fields(self)
         self.report_to = check_report_to(self.report_to) or None
+        if not self.output_dir.strip() or "\0" in self.output_dir:
+            raise ValueError(f"ESConfig.output_dir: expected the name of a folder, got {self.output_dir!r}")
         for name, least in _LEAST.items():
             value = getattr(self, name)
             if value is not None:

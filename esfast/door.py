@@ -20,6 +20,8 @@ def open_tokenizer(processing_class, model):
     """The tokenizer: the model's own if none is given, that of a name or folder, of a processor the one in it, with the
     processor's chat template if it has none. TypeError for anything else."""
     given = model.config._name_or_path if processing_class is None else processing_class
+    if given == "":
+        raise TypeError("processing_class: the model was not loaded by a name or from a folder; give its tokenizer")
     if isinstance(given, (str, os.PathLike)):
         return load_tokenizer(os.fspath(given))
     tokenizer = getattr(given, "tokenizer", given)

@@ -12,7 +12,7 @@ import torch
 
 from . import shards
 from .fingerprint import MASK, window_sums
-from .plan_source import check_names, check_tensor, entries, merge_tied, select
+from .plan_source import check_names, check_tensor, entries, merge_tied, missing_parameter, select
 from .segments import (
     BFLOAT16,
     FLOAT16,
@@ -261,13 +261,11 @@ class Plan:
         would go into tensors that nobody reads. Parameters that FSDP gathers are not looked at."""
         if self.module is None or self.sharded or self._gathering:
             return
-        memory = {p.untyped_storage().data_ptr() for p in self.module.parameters()}
-        for name, tensor in zip(self.names, self._tensors, strict=True):
-            if tensor.untyped_storage().data_ptr() not in memory:
-                raise RuntimeError(
-                    f"Plan: {name!r} is no longer a parameter of the module (load_state_dict with assign=True, or a "
-                    "layer that was replaced?); make a new Plan, or a new ES, of the model as it is"
-                )
+        if name := missing_parameter(self.module, self.names, self._tensors):
+            raise RuntimeError(
+                f"Plan: {name!r} is no longer a parameter of the module (load_state_dict with assign=True, or a layer "
+                "that was replaced?); make a new Plan, or a new ES, of the model as it is"
+            )
 
     def _check_addresses(self) -> None:
         if self._private:

@@ -96,6 +96,12 @@ def select(entries: list[Entry], include, exclude) -> list[Entry]:
     return selected
 
 
+def missing_parameter(module: torch.nn.Module, names: Iterable[str], tensors: Iterable[torch.Tensor]) -> str | None:
+    """The first name whose tensor is in no memory of the module's parameters, None if all are there."""
+    memory = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    return next((n for n, t in zip(names, tensors) if t.untyped_storage().data_ptr() not in memory), None)  # noqa: B905
+
+
 def check_tensor(entry: Entry) -> None:
     """TypeError or ValueError, with what to do, for a tensor that can't be perturbed."""
     name, tensor = entry.name, entry.tensor

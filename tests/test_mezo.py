@@ -4,7 +4,7 @@ import statistics
 
 import pytest
 import torch
-from transformers import OPTConfig, OPTForCausalLM, Trainer, TrainingArguments
+from transformers import OPTConfig, OPTForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import esfast
 from esfast.es import member_seed
@@ -289,6 +289,26 @@ def test_a_failing_forward_leaves_the_weights(tmp_path, same_bits):
     with pytest.raises(ZeroDivisionError):
         trained.train()
     assert same_bits(list(model.parameters()), before)
+
+
+def test_parameters_that_were_replaced_and_losses_that_are_no_numbers(tmp_path, same_bits):
+    """What the model no longer reads would be trained in silence."""
+
+    class Assigns(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            model.load_state_dict({n: t.clone() for n, t in model.state_dict().items()}, assign=True)
+
+    trained = trainer(tmp_path, opt(), 2)
+    trained.add_callback(Assigns())
+    with pytest.raises(RuntimeError, match="MeZO: 'model.decoder.embed_tokens.weight' is no longer a parameter"):
+        trained.train()
+    model = opt()
+    before = values(model)
+    trained = trainer(tmp_path, model, 2)
+    trained.compute_loss = lambda *a, **k: torch.tensor(float("nan"))
+    with pytest.raises(ValueError, match="MeZO: the losses at step 0 are nan and nan; the weights are as they were"):
+        trained.train()
+    assert same_bits(values(model), before)
 
 
 def test_the_loss_falls_as_with_the_original():

@@ -160,6 +160,8 @@ def test_a_processor_in_place_of_a_tokenizer(tmp_path, plainly_trained):
     assert tokenizer.chat_template is None
     with pytest.raises(TypeError, match="processing_class: expected a tokenizer, or a processor that has one, got 5"):
         trained(tmp_path / "none", model, 5)
+    with pytest.raises(TypeError, match="processing_class: the model was not loaded by a name .* give its tokenizer"):
+        trained(tmp_path / "none", model, None)
 
 
 def tables():

@@ -7,12 +7,14 @@ one fused pass that writes the weights from a base, so they are the same bits.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
 
 from ..es import member_seed
 from ..plan import Plan
+from ..plan_source import missing_parameter
 from ..unwrap import named_parameters
 from ..update import Generation, Rule
 from ..weights import MODES
@@ -55,6 +57,7 @@ class ZOParameters:
         elif isinstance(model, torch.nn.Module):
             model = [(n, p) for n, p in named_parameters(model) if p.requires_grad]
         items = list(model)
+        self.tensors = [(name, tensor) for name, tensor, *_ in items]
         still = [i for i in items if weight_decay and any(part in i[0] for part in NOT_DECAYED)]
         moved = [i for i in items if not any(i is s for s in still)]
         rule = Rule(noise, rounding)
@@ -169,7 +172,14 @@ class MeZOMixin:
 
     def zo_step(self, model, inputs) -> torch.Tensor:
         """Both forward passes; sets zo_random_seed and projected_grad, leaves the weights as they were, and returns
-        the loss at +eps."""
+        the loss at +eps. ValueError if a loss is NaN or infinite, RuntimeError if the model has other parameters than
+        when the training began."""
+        plain = self.accelerator.unwrap_model(self.model)
+        if name := missing_parameter(plain, *zip(*self.zo_parameters.tensors, strict=True)):
+            raise RuntimeError(
+                f"MeZO: {name!r} is no longer a parameter of the model (load_state_dict with assign=True?); load "
+                "weights without assign, or begin a new train()"
+            )
         self.zo_random_seed = member_seed(self.args.seed, self.state.global_step, len(self._zo_pending))
         eps, losses = self.zo_parameters.zo_eps, []
         try:
@@ -180,6 +190,11 @@ class MeZOMixin:
             for offsets, _ in self.zo_parameters.groups:
                 offsets.clear()
         self.projected_grad = ((losses[0] - losses[1]) / (2 * eps)).item()
+        if not math.isfinite(self.projected_grad):
+            raise ValueError(
+                f"MeZO: the losses at step {self.state.global_step} are {losses[0].item():g} and {losses[1].item():g}; "
+                "the weights are as they were before it. Lower learning_rate or zo_eps"
+            )
         return losses[0]
 
     # ---- what transformers.Trainer calls ---------------------------------------------------------------------------
