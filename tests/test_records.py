@@ -214,6 +214,9 @@ def test_tables_of_arrow_and_saved_folders(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty: is a folder, and none that datasets.save_to_disk wrote"):
         read(tmp_path / "empty")
+    datasets.Dataset.from_list([]).save_to_disk(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="nothing: can't be read|nothing: expected at least one record"):
+        read(tmp_path / "nothing")
     (stream.parent / "state.json").write_text("{")
     with pytest.raises(ValueError, match="saved: can't be read"):
         read(stream.parent)

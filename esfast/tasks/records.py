@@ -259,10 +259,11 @@ def _rows_of(path: Path, load: Callable) -> Iterator[dict]:
 def _saved(folder: Path) -> Iterator[dict]:
     if not any((folder / name).exists() for name in ("dataset_dict.json", "state.json")):
         raise ValueError(f"{folder}: is a folder, and none that datasets.save_to_disk wrote; name a file")
+    package = _datasets(folder)
     try:
-        found = _datasets(folder).load_from_disk(str(folder))
-    except (ValueError, OSError, KeyError) as error:
-        raise ValueError(f"{folder}: can't be read ({error})") from None
+        found = package.load_from_disk(str(folder))
+    except Exception as error:  # whatever the package makes of a damaged folder, or of a table without columns
+        raise ValueError(f"{folder}: can't be read ({type(error).__name__}: {error})") from None
     if not isinstance(found, dict):
         return iter(found)
     if len(found) == 1:
