@@ -11,8 +11,9 @@ VLLM := .venv-vllm
 train: $(VENV)/installed
 	$(BIN)/esfast train $(ARGS)
 
+# a process for each core: most tests compute on one
 test: $(VENV)/installed
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n auto --dist worksteal $(ARGS)
 
 test-vllm: $(VLLM)/installed
 	$(VLLM)/bin/python -m pytest tests/with_vllm $(ARGS)

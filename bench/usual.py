@@ -31,6 +31,10 @@ class UsualWeights:
             self._code.restore_self_weights(*self._applied)
             self._applied = None
 
+    def changed_elsewhere(self) -> bool:
+        """Never: whatever the live weights are, they are the truth."""
+        return False
+
     @torch.no_grad()
     def update(self, record: Generation) -> None:
         if record.decay:

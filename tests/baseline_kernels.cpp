@@ -26,8 +26,8 @@ uint64_t hash_of(int64_t format, int64_t kind, int64_t members) {
     const float coeffs[] = {1e-3f, -0.25f, 3.0f};
     const int64_t first_tile[] = {0, 7 * tiles_per_row(segment)};
     const bool adam = members == 3;
-    const Job job = {&segment, first_tile, 1, seeds, coeffs, members, kind, members == 2, members == 2 ? 0.1f : 0.0f,
-                     low.data(), {adam ? moments.data() : nullptr, moments.data() + 70000, 0.1f, 0.01f, 1e-3f, 1e-8f}};
+    const Job job = {&segment, first_tile, 1, seeds, coeffs, members, kind, members == 2, false,
+                     members == 2 ? 0.1f : 0.0f, low.data(), {adam ? moments.data() : nullptr, moments.data() + 70000, 0.1f, 0.01f, 1e-3f, 1e-8f}};
     for (int64_t tile = 0; tile < first_tile[1]; ++tile) tile_baseline(job, tile);
     uint64_t hash = 1469598103934665603u;
     const auto add = [&](const void* p, size_t size) {
