@@ -63,7 +63,7 @@ class FleetWeights:
     mode = "base"
 
     def __init__(self, plan: FleetPlan, rule: Rule, backend: str = "auto"):
-        self.fleet, self.updater = plan.fleet, self
+        self.plan, self.fleet, self.updater = plan, plan.fleet, self
         self.fleet.begin(rule, self.mode)
 
     def __call__(self, record: Generation) -> None:
