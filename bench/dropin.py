@@ -1,8 +1,9 @@
 """`esfast bench dropin`: what a generation costs beside its evaluations, in loops of others and with esfast in them.
 
-Before is each loop as docs/recipes.md and docs/coming-from.md show it, after is what they put in its place; rewards are
-made up, so that nothing but making members, restoring and updating is timed. `restored` is the share of weights that
-are the same bits after a generation's members as before them; of ours it must be all, or no figures are given. Then
+Before is each loop as recipes.md and coming-from.md of docs/how-to/ show it, after is what they put in its place;
+rewards are made up, so that nothing but making members, restoring and updating is timed. `restored` is the share of
+weights that are the same bits after a generation's members as before them; of ours it must be all, or no figures are
+given. Then
 MeZO, before and after, on a tiny OPT model: how far the loss falls.
 """
 

@@ -65,7 +65,7 @@ now = time.perf_counter
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where the model is (default: cpu)")
     parser.add_argument("--models", nargs="+", choices=["embedded", *MODELS], metavar="MODEL",
-                        help=f"of embedded, {', '.join(MODELS)} (default: what docs/benchmarks.md shows)")  # fmt: skip
+                        help=f"of embedded, {', '.join(MODELS)} (default: what the page Benchmarks shows)")  # fmt: skip
     for name, text in {"members": "of a generation", "prompts": "of each member", "prompt-tokens": "of a prompt",
                        "new-tokens": "of each text"}.items():  # fmt: skip
         parser.add_argument(f"--{name}", type=count, help=f"{text} (default: depends on model and device)")

@@ -1,4 +1,4 @@
-"""Puts measured figures into Markdown: `python -m esfast.bench.tables README.md docs/*.md [--check]`.
+"""Puts measured figures into Markdown: `python -m esfast.bench.tables README.md docs/*/*.md [--check]`.
 
 What stands between `<!-- begin:NAME -->` and `<!-- end:NAME -->` is replaced by the table NAME, made from a file of
 bench/results/, with a caption that says where its figures come from. With --check nothing is written, and a file that

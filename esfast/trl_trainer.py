@@ -14,7 +14,7 @@ _INSTEAD = {
     "evaluate": "eval_dataset is evaluated every eval_every generations; later, `esfast eval --model {model}`",
     "predict": "`esfast eval --model {model} --save FILE` writes responses to a file",
     "add_callback": "report_to sends metrics to a logger; a loop of one's own is esfast.ES",
-    "accelerator": "there is none; several processes are a team, see docs/distributed.md",
+    "accelerator": "there is none; several processes are a team, see docs/how-to/distributed.md",
     "state": "trainer.es.generation says how many generations are done, trainer.summary how it went",
 }
 

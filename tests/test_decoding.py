@@ -274,7 +274,7 @@ def test_engines_of_functions():
 
 
 def test_the_page_about_rollouts_runs(tiny):
-    page = (Path(__file__).parent.parent / "docs" / "rollouts.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parent.parent / "docs" / "concepts" / "rollouts.md").read_text(encoding="utf-8")
     scope = dict(zip(("model", "tokenizer"), tiny, strict=True))
     (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     exec(block, scope)

@@ -14,9 +14,9 @@ from esfast import embedded
 
 ROOT = Path(__file__).parent.parent
 TEXTS = {
-    p.relative_to(ROOT): p.read_text(encoding="utf-8") for p in (*sorted(ROOT.glob("docs/*.md")), ROOT / "README.md")
+    p.relative_to(ROOT): p.read_text(encoding="utf-8") for p in (*sorted(ROOT.glob("docs/*/*.md")), ROOT / "README.md")
 }
-PAGES = {page.name: text for page, text in TEXTS.items() if page.parent.name == "docs"}
+PAGES = {page.name: text for page, text in TEXTS.items() if page.parts[0] == "docs"}
 # pages whose Python blocks another test runs
 ELSEWHERE = {"coming-from.md": "test_recipes.py", "recipes.md": "test_recipes.py", "rollouts.md": "test_decoding.py"}
 
@@ -126,7 +126,7 @@ def test_every_link_leads_to_a_file_and_a_heading():
 
 
 def test_the_readme_lists_every_page():
-    assert set(re.findall(r"\]\(docs/([\w-]+\.md)\)", TEXTS[Path("README.md")])) == set(PAGES)
+    assert set(re.findall(r"\]\(docs/[\w-]+/([\w-]+\.md)\)", TEXTS[Path("README.md")])) == set(PAGES)
 
 
 def slug(heading):

@@ -1,4 +1,4 @@
-"""docs/recipes.md is run: every loop, before and after, climbs the same hill, and none leaves noise behind."""
+"""docs/how-to/recipes.md is run: every loop, before and after, climbs the same hill, and none leaves noise behind."""
 
 import copy
 import random
@@ -13,7 +13,7 @@ import esfast
 from esfast import zscore
 from esfast.es import member_seed
 
-TEXT = (Path(__file__).parent.parent / "docs" / "recipes.md").read_text(encoding="utf-8")
+TEXT = (Path(__file__).parent.parent / "docs" / "how-to" / "recipes.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(# (?:before|after)\n.*?)```", TEXT, re.DOTALL)
 
 
@@ -65,7 +65,7 @@ def test_every_recipe_has_both():
 
 def test_what_the_pages_say_of_coming_from_others_runs():
     pytest.importorskip("accelerate", reason="transformers.Trainer needs accelerate: pip install esfast[mezo]")
-    text = (Path(__file__).parent.parent / "docs" / "coming-from.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parent.parent / "docs" / "how-to" / "coming-from.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     torch.manual_seed(0)
     model, x = torch.nn.Linear(4, 3), torch.randn(16, 4)
