@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from .rows import check_text
+
 # The first that a vocabulary knows shows what a tokenizer puts around a text.
 KNOWN_TEXTS = ("a", "1", "A", "the", ".", "\u4e00")
 CLOSING = ("eos_token", "sep_token", "cls_token", "pad_token")
@@ -72,6 +74,67 @@ class PromptEncoder:
 
     def _ids(self, texts: Sequence[str], **options) -> list[list[int]]:
         return [list(row) for row in self.tokenizer(list(texts), **options)["input_ids"]]
+
+
+class PromptReader:
+    """Prompts as an engine gives them to its model: token ids, or an error that says why there is no completion.
+
+    Args:
+        tokenizer: the model's.
+        max_new_tokens: longest completion, in tokens.
+        vocabulary: how many tokens the model has an embedding for.
+        limit: the most tokens that a prompt and its completion may have together; None if there is no limit.
+
+    Attributes: `length_setting`, what the engine's user calls max_new_tokens, for errors.
+    """
+
+    def __init__(self, tokenizer, max_new_tokens: int, vocabulary: int, limit: int | None):
+        self.tokenizer, self.max_new_tokens, self.vocabulary, self.limit = tokenizer, max_new_tokens, vocabulary, limit
+        self.encode, self.length_setting = PromptEncoder(tokenizer), "max_new_tokens"
+        self._kept: dict[str, list[int]] = {}
+
+    def __call__(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each prompt, in their order. The last set of prompts is kept, since the members of a generation
+        share theirs.
+
+        Raises TypeError for prompts that are not strings, ValueError for one that has no tokens, that no UTF-8 can
+        hold, that has a token without an embedding, or that leaves no room for max_new_tokens below the limit.
+        """
+        if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
+            raise TypeError("prompts must be a list of strings; for chat messages, apply the chat template first")
+        if not self._kept.keys() >= set(prompts):
+            # The last set only: fresh prompts must not pile up.
+            self._kept = self._read(prompts)
+        return [self._kept[prompt] for prompt in prompts]
+
+    def check(self, prompts: Sequence[str]) -> None:
+        """Raises ValueError for the first prompt of which reading it would; keeps nothing."""
+        self._read(prompts)
+
+    def _read(self, prompts: Sequence[str]) -> dict[str, list[int]]:
+        distinct = list(dict.fromkeys(prompts))
+        for prompt in distinct:
+            check_text("prompt", prompt)
+        read = dict(zip(distinct, self.encode(distinct), strict=True))
+        for prompt, ids in read.items():
+            self._check(prompt, ids)
+        return read
+
+    def _check(self, prompt: str, ids: list[int]) -> None:
+        shown, length = prompt if len(prompt) <= 80 else f"{prompt[:77]}...", len(ids)
+        if length == 0:
+            raise ValueError(f"the prompt {shown!r} has no tokens: a completion needs something to follow")
+        if max(ids) >= self.vocabulary:
+            token = self.tokenizer.convert_ids_to_tokens(max(ids))
+            raise ValueError(
+                f"the prompt {shown!r} has the token {token!r} with the id {max(ids)}, but the model has embeddings "
+                f"for {self.vocabulary}: model.resize_token_embeddings(len(tokenizer)) extends it as the tokenizer was"
+            )
+        if self.limit is not None and length + self.max_new_tokens > self.limit:
+            raise ValueError(
+                f"the prompt {shown!r} has {length} tokens, which with {self.max_new_tokens} for the completion "
+                f"exceeds the model's context of {self.limit}: shorten the prompt, or lower {self.length_setting}"
+            )
 
 
 def context_limit(model) -> int | None:

@@ -30,7 +30,7 @@ def respond(
     """A dict for each row: its prompt, the completion, `reward` and, where the task knows, `correct` (0.0 or 1.0)."""
     weights = reward_weights or [1.0] * len(task.reward_funcs)
     engine = TransformersEngine(model, tokenizer, max_new_tokens, batch_size)
-    engine.length_setting = "max_completion_length"
+    engine.prompts.length_setting = "max_completion_length"
     prompts, completions, chunk = chat.texts(rows, tokenizer, chat_template_kwargs), [], batch_size or CHUNK
     engine.check(prompts)
     for start in tqdm(range(0, len(prompts), chunk), unit="batch", dynamic_ncols=True, leave=False):

@@ -20,11 +20,10 @@ import torch
 from transformers import GenerationConfig
 
 from .decoding import WAYS, automatic
-from .encoding import PromptEncoder, context_limit, embedded_tokens
+from .encoding import PromptReader, context_limit, embedded_tokens
 from .models import check_generates
 from .names import DECODINGS
 from .probe import ANY, Traits, probe_texts, traits_of
-from .rows import check_text
 from .sampling import LogitsError, SeededSampling
 from .shards import in_shards
 
@@ -108,9 +107,6 @@ class TransformersEngine:
     Raises ValueError if an argument is out of range, or if the model is no causal LM or can't generate a text.
     """
 
-    # What the user of this engine calls its max_new_tokens, for errors.
-    length_setting = "max_new_tokens"
-
     def __init__(
         self,
         model,
@@ -131,16 +127,15 @@ class TransformersEngine:
         self.max_new_tokens, self.batch_size, self.temperature = max_new_tokens, batch_size, temperature
         self.tokens = 0
         ends = _end_tokens(model, tokenizer)
-        self._vocabulary = embedded_tokens(model)
+        vocabulary = embedded_tokens(model)
         # Any token that has an embedding can pad: padding is masked. A pad token that was added to the tokenizer alone
         # has none, and the model would read past the end of its table.
-        pads = (i for i in (tokenizer.pad_token_id, *ends) if i is not None and i < self._vocabulary)
+        pads = (i for i in (tokenizer.pad_token_id, *ends) if i is not None and i < vocabulary)
         self.pad_token_id = next(pads, 0)
         self.generation_config = GenerationConfig(
             max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=self.pad_token_id, eos_token_id=ends or None
         )
-        self._encoder, self._limit = PromptEncoder(tokenizer), context_limit(model)
-        self._encoded: dict[str, list[int]] = {}
+        self.prompts = PromptReader(tokenizer, max_new_tokens, vocabulary, context_limit(model))
         self._in_shards = in_shards(model)
         if self._in_shards and decoding not in ("auto", "plain"):
             raise ValueError(f"decoding: a model in shards generates plainly, got {decoding!r}")
@@ -167,11 +162,9 @@ class TransformersEngine:
         esfast.sampling.LogitsError (a ValueError) where the model's logits are NaN or infinite, and
         torch.OutOfMemoryError if not even a single prompt fits in memory.
         """
-        if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
-            raise TypeError("prompts must be a list of strings; for chat messages, apply the chat template first")
+        encoded = self.prompts(prompts)
         if seeds is not None and len(seeds) != len(prompts):
             raise ValueError(f"seeds: expected one for each of {len(prompts)} prompts, got {len(seeds)}")
-        encoded = self._encode(prompts)
         # Longest first: if memory is short it shows in the first mini-batch, before work is done that would be lost.
         order = sorted(range(len(prompts)), key=lambda i: -len(encoded[i]))
         completions = [""] * len(prompts)
@@ -196,7 +189,7 @@ class TransformersEngine:
 
     def check(self, prompts: Sequence[str]) -> None:
         """Raises ValueError for the first prompt of which `generate` would."""
-        self._checked(prompts)
+        self.prompts.check(prompts)
 
     def close(self) -> None:
         """Frees caches and captured graphs; the engine may be used again, and makes them anew."""
@@ -243,7 +236,7 @@ class TransformersEngine:
         return self._way(rows, most, sampling)
 
     def _measure(self) -> Traits:
-        texts = probe_texts(self._encoder, self._vocabulary, self._limit)
+        texts = probe_texts(self.prompts.encode, self.prompts.vocabulary, self.prompts.limit)
         with self._own_settings():
             return traits_of(self.model, self.generation_config, texts)
 
@@ -259,37 +252,6 @@ class TransformersEngine:
         finally:
             if self._one_thread:
                 torch.set_num_threads(threads)
-
-    def _encode(self, prompts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each prompt. Kept from one call to the next, since all members of a generation share prompts."""
-        if not self._encoded.keys() >= set(prompts):
-            self._encoded = self._checked(prompts)  # the last set of prompts only: fresh ones must not pile up
-        return [self._encoded[prompt] for prompt in prompts]
-
-    def _checked(self, prompts: Sequence[str]) -> dict[str, list[int]]:
-        distinct = list(dict.fromkeys(prompts))
-        for prompt in distinct:
-            check_text("prompt", prompt)
-        encoded = dict(zip(distinct, self._encoder(distinct), strict=True))
-        for prompt, ids in encoded.items():
-            self._check(prompt, ids, self._limit)
-        return encoded
-
-    def _check(self, prompt: str, ids: list[int], limit: int | None) -> None:
-        shown, length = prompt if len(prompt) <= 80 else f"{prompt[:77]}...", len(ids)
-        if length == 0:
-            raise ValueError(f"the prompt {shown!r} has no tokens: a completion needs something to follow")
-        if max(ids) >= self._vocabulary:
-            token = self.tokenizer.convert_ids_to_tokens(max(ids))
-            raise ValueError(
-                f"the prompt {shown!r} has the token {token!r} with the id {max(ids)}, but the model has embeddings "
-                f"for {self._vocabulary}: model.resize_token_embeddings(len(tokenizer)) extends it as the tokenizer was"
-            )
-        if limit is not None and length + self.max_new_tokens > limit:
-            raise ValueError(
-                f"the prompt {shown!r} has {length} tokens, which with {self.max_new_tokens} for the completion "
-                f"exceeds the model's context of {limit}: shorten the prompt, or lower {self.length_setting}"
-            )
 
 
 @contextlib.contextmanager

@@ -125,7 +125,7 @@ class ESTrainer(SavesLikeTRL):
             model, processing_class, c.max_completion_length, c.batch_size, c.temperature or 1.0, c.decoding
         )  # fmt: skip
         if engine is None:
-            self.engine.length_setting = "max_completion_length"
+            self.engine.prompts.length_setting = "max_completion_length"
         for what, rows in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             if rows is not None and not callable(rows):
                 check_prompts(what, rows, self._texts, self.engine, c.progress and self.team.rank == 0)

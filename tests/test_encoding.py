@@ -90,7 +90,7 @@ def test_engine_and_kl_give_the_model_no_end_token():
     plain, ending = embedded.make_tokenizer(), tokenizer_with(f"$A {EOS}")
     torch.manual_seed(0)
     model = embedded.make_model(plain).eval()
-    assert TransformersEngine(model, ending, 4)._encode(["7"]) == TransformersEngine(model, plain, 4)._encode(["7"])
+    assert TransformersEngine(model, ending, 4).prompts(["7"]) == TransformersEngine(model, plain, 4).prompts(["7"])
     assert KLToBase(model, ending, 4)._ids("7", "8") == KLToBase(model, plain, 4)._ids("7", "8")
 
 

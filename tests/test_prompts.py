@@ -121,11 +121,13 @@ def test_all_rows_are_looked_at_in_few_calls(model, monkeypatch):
     sizes = []
     engine = TransformersEngine(*model, 4)
     monkeypatch.setattr(
-        engine, "_encoder", lambda prompts, inner=engine._encoder: sizes.append(len(prompts)) or inner(prompts)
+        engine.prompts,
+        "encode",
+        lambda prompts, inner=engine.prompts.encode: sizes.append(len(prompts)) or inner(prompts),
     )
     rows = [{"prompt": str(i)} for i in range(2500)]
     check_prompts("data", rows, lambda batch: [row["prompt"] for row in batch], engine)
-    assert sizes == [1000, 1000, 500] and not engine._encoded, "nothing piles up"
+    assert sizes == [1000, 1000, 500] and not engine.prompts._kept, "nothing piles up"
     rows[2400]["prompt"] = long(model) + "xx"
     with pytest.raises(ValueError, match="data: row 2400: the prompt 'xxx"):
         check_prompts("data", rows, lambda batch: [row["prompt"] for row in batch], engine)

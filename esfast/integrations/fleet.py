@@ -130,17 +130,14 @@ class FleetTrainer(ESTrainer):
         if args.weights not in FleetES.modes:
             known = ", ".join(map(repr, FleetES.modes))
             raise ValueError(f"weights: with vLLM engines expected one of {known}, got {args.weights!r}")
-        if processing_class is None:
-            from transformers import AutoTokenizer
-
-            processing_class = AutoTokenizer.from_pretrained(model)
         fleet = Fleet(
             model, args.max_completion_length, num_engines, tensor_parallel_size, args.temperature or 1.0, dtype,
-            **(engine_options or {}),
+            processing_class, **(engine_options or {}),
         )  # fmt: skip
+        fleet.prompts.length_setting = "max_completion_length"
         try:
             super().__init__(
-                FleetPlan(fleet), reward_funcs, args, processing_class=processing_class, engine=fleet, **others
+                FleetPlan(fleet), reward_funcs, args, processing_class=fleet.prompts.tokenizer, engine=fleet, **others
             )
         except BaseException:
             fleet.close()

@@ -14,6 +14,8 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from ..door import open_tokenizer
+from ..encoding import PromptReader
 from ..es import Member
 from ..interrupts import kept_handlers
 from ..update import Generation, Rule
@@ -31,6 +33,9 @@ class Fleet:
         max_new_tokens, temperature, dtype, options: of every engine, as in VLLMEngine.
         num_engines: how many.
         tensor_parallel_size: GPUs of each (on a machine without, processes).
+        processing_class: what reads prompts, as in ESTrainer; default: the engines' tokenizer.
+
+    Prompts are read here, once for all engines, which get token ids.
 
     Ray is started on this machine if it runs nowhere; the environment variable RAY_ADDRESS names a cluster.
 
@@ -45,6 +50,7 @@ class Fleet:
         tensor_parallel_size: int = 1,
         temperature: float = 1.0,
         dtype: str = "auto",
+        processing_class=None,
         **options,
     ):
         if num_engines < 1 or tensor_parallel_size < 1:
@@ -55,6 +61,8 @@ class Fleet:
 
         from .vllm_engine import VLLMEngine
 
+        own = options.get("tokenizer") or str(model)
+        tokenizer = open_tokenizer(own if processing_class is None else processing_class, None)
         if not ray.is_initialized():
             with kept_handlers():  # Ray's own would end the process before the run is saved
                 ray.init(include_dashboard=False, log_to_driver=False)
@@ -75,6 +83,7 @@ class Fleet:
             except ray.exceptions.RayError as error:
                 self.close()
                 raise RuntimeError(f"engine {number} of {num_engines} can't start: {error}") from None
+        self.prompts = PromptReader(tokenizer, max_new_tokens, **self._all("limits"))
 
     @property
     def alive(self) -> list[int]:
@@ -105,19 +114,25 @@ class Fleet:
     def members(
         self, members: Sequence[Member], sigma: float, prompts: Sequence[str], seeds: Sequence[int] | None = None
     ) -> Iterator[tuple[Member, list[str]]]:
-        """Each member with its completions, as they come."""
-        prompts = self._ray.put(list(prompts))  # sent to each engine once
-        jobs = [(m, (m.seed, m.sign * sigma, prompts, seeds)) for m in members]
+        """Each member with its completions, as they come. Errors of prompts as in `generate`."""
+        rows = self._ray.put(self.prompts(prompts))  # sent to each engine once
+        jobs = [(m, (m.seed, m.sign * sigma, rows, seeds)) for m in members]
         for member, (completions, tokens) in self._hand_out("member", jobs):
             self.tokens += tokens
             yield member, completions
 
     def generate(self, prompts: Sequence[str], seeds: Sequence[int] | None = None) -> list[str]:
-        """Completions of the weights as they are, by all engines together."""
-        starts = range(0, len(prompts), CHUNK)
-        jobs = [(i, (list(prompts[i : i + CHUNK]), seeds and seeds[i : i + CHUNK])) for i in starts]
-        parts = dict(self._hand_out("generate", jobs))
+        """Completions of the weights as they are, by all engines together. Raises TypeError or ValueError for prompts
+        as PromptReader does."""
+        rows = self.prompts(prompts)
+        starts = range(0, len(rows), CHUNK)
+        jobs = [(i, (rows[i : i + CHUNK], seeds and seeds[i : i + CHUNK])) for i in starts]
+        parts = dict(self._hand_out("complete", jobs))
         return [text for i in starts for text in parts[i]]
+
+    def check(self, prompts: Sequence[str]) -> None:
+        """Raises ValueError for the first prompt of which `generate` would."""
+        self.prompts.check(prompts)
 
     def close(self) -> None:
         for engine in self._engines.values():
@@ -154,7 +169,8 @@ class Fleet:
         first = answers[self.alive[0]]
         for number, answer in answers.items():
             if answer != first:
-                raise RuntimeError(f"{args[0]}: engine {self.alive[0]} says {first}, engine {number} says {answer}")
+                what = args[0] if args else method
+                raise RuntimeError(f"{what}: engine {self.alive[0]} says {first}, engine {number} says {answer}")
         return first
 
     def _lose(self, number: int, error: Exception) -> None:

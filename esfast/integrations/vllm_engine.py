@@ -6,6 +6,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..encoding import PromptReader
+
 EXTENSION = "esfast.integrations.vllm.WorkerExtension"
 
 
@@ -18,6 +20,9 @@ class VLLMEngine:
         temperature: of completions that are asked for with seeds; without seeds they are greedy.
         tensor_parallel_size, dtype: as vLLM's.
         options: further arguments of vllm.LLM.
+
+    vLLM gets token ids: prompts are read as TransformersEngine reads them, and a completion always has room for
+    max_new_tokens, where vLLM itself would cut it off at max_model_len.
 
     The scheduler runs in this process (VLLM_ENABLE_V1_MULTIPROCESSING=0, which must be set before vLLM is imported), so
     that all prompts of a call are there before the first is begun: batches, and with them the last bits of what they
@@ -39,9 +44,25 @@ class VLLMEngine:
         options = {"worker_extension_cls": EXTENSION, "disable_log_stats": True} | options
         self.llm = LLM(str(model), tensor_parallel_size=tensor_parallel_size, dtype=dtype, **options)
         self.max_new_tokens, self.temperature, self.tokens = max_new_tokens, temperature, 0
+        self.prompts = PromptReader(self.llm.get_tokenizer(), max_new_tokens, **self.limits())
+
+    def limits(self) -> dict[str, int]:
+        """How many tokens the model has an embedding for, and how many a prompt and its completion may have."""
+        config = self.llm.llm_engine.vllm_config.model_config
+        return {"vocabulary": config.get_vocab_size(), "limit": config.max_model_len}
+
+    def check(self, prompts: Sequence[str]) -> None:
+        """Raises ValueError for the first prompt of which `generate` would."""
+        self.prompts.check(prompts)
 
     def generate(self, prompts: Sequence[str], seeds: Sequence[int] | None = None) -> list[str]:
-        """As esfast.rollout.Engine says. Samples are vLLM's, by a generator for each prompt, and not Transformers'."""
+        """As esfast.rollout.Engine says. Samples are vLLM's, by a generator for each prompt, and not Transformers'.
+
+        Raises ValueError or TypeError for prompts as PromptReader does."""
+        return self.complete(self.prompts(prompts), seeds)
+
+    def complete(self, rows: Sequence[Sequence[int]], seeds: Sequence[int] | None = None) -> list[str]:
+        """As `generate`, of prompts that were read: their token ids."""
         from vllm import SamplingParams
 
         if seeds is None:
@@ -51,19 +72,19 @@ class VLLMEngine:
                 SamplingParams(temperature=self.temperature, max_tokens=self.max_new_tokens, seed=s % 2**63)
                 for s in seeds
             ]
-        done = self.llm.generate(list(prompts), settings, use_tqdm=False)
+        done = self.llm.generate([{"prompt_token_ids": list(row)} for row in rows], settings, use_tqdm=False)
         self.tokens += sum(len(d.outputs[0].token_ids) for d in done)
         return [d.outputs[0].text for d in done]
 
     def member(
-        self, seed: int, coeff: float, prompts: Sequence[str], seeds: Sequence[int] | None = None
+        self, seed: int, coeff: float, rows: Sequence[Sequence[int]], seeds: Sequence[int] | None = None
     ) -> tuple[list[str], int]:
-        """Completions of the model perturbed by coeff * noise(seed), and how many tokens they are; the weights are as
-        before when it returns or raises."""
+        """What `complete` returns of the model perturbed by coeff * noise(seed), and how many tokens they are; the
+        weights are as before when it returns or raises."""
         before = self.tokens
         try:
             self.call("perturb_self_weights", seed, coeff)
-            return self.generate(prompts, seeds), self.tokens - before
+            return self.complete(rows, seeds), self.tokens - before
         finally:
             self.call("esfast_restore")
 
