@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,7 +45,11 @@ class VLLMEngine:
         options = {"worker_extension_cls": EXTENSION, "disable_log_stats": True} | options
         self.llm = LLM(str(model), tensor_parallel_size=tensor_parallel_size, dtype=dtype, **options)
         self.max_new_tokens, self.temperature, self.tokens = max_new_tokens, temperature, 0
-        self.prompts = PromptReader(self.llm.get_tokenizer(), max_new_tokens, **self.limits())
+
+    @functools.cached_property
+    def prompts(self) -> PromptReader:
+        """Made when it is first needed: in a fleet, which reads the prompts of all engines, never."""
+        return PromptReader(self.llm.get_tokenizer(), self.max_new_tokens, **self.limits())
 
     def limits(self) -> dict[str, int]:
         """How many tokens the model has an embedding for, and how many a prompt and its completion may have."""
