@@ -14,8 +14,8 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from ..command_help import looks
-from ..files import check_writable, write_whole
+from ..cli.command_help import looks
+from ..utils.files import check_writable, write_whole
 
 BENCHMARKS = {
     "noise": "speed of add_noise_ against ES code of today, the best of an afternoon and a copy; checked to the bit",

@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from ..child import child
+from ..utils.child import child
 from . import BenchmarkError
 
 PHASES = ("perturb", "generate", "score", "update", "evaluate")  # named in the table, the rest is "other"
@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> dict:
         runs = args.keep if args.keep is not None else Path(scratch)
         environment = os.environ | {"ESFAST_CACHE": str(Path(scratch) / "cache")}
         began = time.perf_counter()
-        call("making the embedded model", child("from esfast.embedded import cached; cached()"), environment)
+        call("making the embedded model", child("from esfast.tasks.embedded import cached; cached()"), environment)
         pretraining = time.perf_counter() - began
         rows = [_one(seed, runs / f"seed{seed}", args.train, environment, pretraining) for seed in args.seeds]
     return {"rows": rows}

@@ -97,7 +97,7 @@ def cuda_launches(dtypes: list[str]) -> list[Launch]:
 
 def triton_launches(noise: str, dtype: str) -> list[Launch]:
     """Compiled as for a launch, which makes one member a constant and gives it fewer registers."""
-    from ..triton_backend import CONFIGS, ONE_MEMBER_REGISTERS
+    from ..core.backends.triton import CONFIGS, ONE_MEMBER_REGISTERS
 
     found, (tile, warps, many) = [], CONFIGS[0]
     for kernel, members, registers in (("perturb", 1, ONE_MEMBER_REGISTERS), ("update", None, many)):

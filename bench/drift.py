@@ -27,11 +27,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..es import member_seed, zscore
-from ..ops import add_noise_
-from ..plan import Plan
-from ..update import Generation, Rule
-from ..weights import MODES, InplaceWeights
+from ..core.ops import add_noise_
+from ..core.plan import Plan
+from ..es.es import member_seed, zscore
+from ..es.weights import MODES, InplaceWeights
+from ..update.updater import Generation, Rule
 from . import BenchmarkError, count
 from .usual import UsualWeights
 

@@ -17,15 +17,15 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from ..es import ES, zscore
+from ..core.ops import add_noise_
+from ..core.plan import Plan
+from ..es.es import ES, zscore
+from ..es.perturbation import perturbed
+from ..es.weights import BaseWeights
 from ..integrations.ask_tell import AskTell
 from ..integrations.mezo import ZOParameters, zo_perturb_parameters, zo_update
 from ..integrations.offsets import Offsets
-from ..ops import add_noise_
-from ..perturbation import perturbed
-from ..plan import Plan
-from ..update import Generation, Rule
-from ..weights import BaseWeights
+from ..update.updater import Generation, Rule
 from . import BenchmarkError, count, today
 from .clocks import Clocks
 from .isolated import isolated, reason_of

@@ -17,7 +17,7 @@ from statistics import mean, pstdev
 import matplotlib
 from matplotlib.figure import Figure
 
-from ..files import write_whole
+from ..utils.files import write_whole
 from . import training
 
 COLORS = {

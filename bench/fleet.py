@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..child import child
-from ..distributed import BEAT, Team
+from ..distributed.team import BEAT, Team
+from ..utils.child import child
 
 REQUESTS = 2  # of the store, per member asked for: whether somebody stopped, and the next number
 BEATS = 5  # requests of the store per process and beat: its own sign, rank 0's look at it, its look at rank 0

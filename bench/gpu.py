@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from ..noise import KINDS
+from ..core.noise import KINDS
 from . import BenchmarkError, clocks, count
 from .clocks import Clocks
 from .isolated import isolated

@@ -11,8 +11,8 @@ from statistics import median
 
 import torch
 
-from ..ops import add_noise_
-from ..plan import Plan
+from ..core.ops import add_noise_
+from ..core.plan import Plan
 from .models import MODELS, Parameters, numel, parameters
 from .noise import note
 from .rivals import Today, copy_flat
@@ -111,7 +111,7 @@ def randn4x_contenders(w: Workload, device: str) -> dict[str, Callable]:
     if device == "cpu" and not randn4x.INTERPRETED:
         note("without tl.randn4x: on a CPU it needs TRITON_INTERPRET=1")
         return {}
-    from .. import triton_backend
+    from ..core.backends import triton as triton_backend
 
     if reason := triton_backend.missing(w.plan.device):
         note(f"without tl.randn4x: {reason}")

@@ -15,7 +15,7 @@ from statistics import median
 
 import torch
 
-from ..ops import backend_report
+from ..core.ops import backend_report
 from . import BenchmarkError
 from .gpu_race import (
     Budget,

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn.functional import embedding, silu
 
-from ..rollout import TransformersEngine
+from ..rollout.engine import TransformersEngine
 from . import BenchmarkError
 
 

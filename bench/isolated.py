@@ -15,7 +15,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
-from ..child import child
+from ..utils.child import child
 
 END_SECONDS = 60  # that a process has to end after its last event
 

@@ -27,12 +27,11 @@ from statistics import median
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
-from .. import embedded
-from ..clock import PHASES
-from ..config import ESConfig
-from ..rollout import TransformersEngine, is_small
-from ..tasks import countdown
-from ..trainer import ESTrainer
+from ..rollout.engine import TransformersEngine, is_small
+from ..tasks import countdown, embedded
+from ..trainer.clock import PHASES
+from ..trainer.config import ESConfig
+from ..trainer.trainer import ESTrainer
 from . import BenchmarkError, clocks, count, today
 from .clocks import Clocks
 from .isolated import isolated, reason_of

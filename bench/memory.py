@@ -12,7 +12,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-from ..child import child
+from ..utils.child import child
 from . import BenchmarkError, models, today
 from .workload import SIGMA, make_plan, population
 
@@ -90,7 +90,7 @@ def main() -> None:
     """The process: prints one line of JSON."""
     import torch
 
-    from ..ops import add_noise_, get_backend
+    from ..core.ops import add_noise_, get_backend
 
     parser = argparse.ArgumentParser()
     for name in ("numel", "tensors", "members", "threads"):

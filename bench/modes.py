@@ -15,10 +15,10 @@ from statistics import median
 
 import torch
 
-from ..noise import KINDS
-from ..plan import Plan
-from ..update import Generation, Rule
-from ..weights import MODES, Cost
+from ..core.noise import KINDS
+from ..core.plan import Plan
+from ..es.weights import MODES, Cost
+from ..update.updater import Generation, Rule
 from . import count, memory
 from .noise import milliseconds, note, threads
 from .workload import SIGMA, make_plan, population

@@ -19,9 +19,9 @@ from statistics import median
 
 import torch
 
-from ..noise import KINDS
-from ..ops import add_noise_, auto_backend
-from ..plan import Plan
+from ..core.noise import KINDS
+from ..core.ops import add_noise_, auto_backend
+from ..core.plan import Plan
 from . import BenchmarkError, afternoon, count, memory, today
 from .rivals import copy_each
 from .workload import SIGMA, make_plan, population, verify, verify_ends

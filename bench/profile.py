@@ -19,9 +19,9 @@ from pathlib import Path
 
 import torch
 
-from ..child import child
-from ..noise import KINDS
-from ..ops import add_noise_, backend_report
+from ..core.noise import KINDS
+from ..core.ops import add_noise_, backend_report
+from ..utils.child import child
 from . import BenchmarkError, count
 from .clocks import Clocks
 from .noise import note

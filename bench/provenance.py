@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from .. import NOISE_VERSION, __version__
-from ..ops import instruction_set
+from ..core.ops import instruction_set
 from . import BenchmarkError
 
 # What decides a figure. Results and README are written after measuring, and would make every figure's tree dirty.

@@ -12,10 +12,10 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import segments
-from ..noise import DOMAINS
-from ..plan import Plan
-from ..tiles import members_on, tiles_of
+from ..core import segments
+from ..core.backends.tiles import members_on, tiles_of
+from ..core.noise import DOMAINS
+from ..core.plan import Plan
 
 FLOAT32, BFLOAT16 = tl.constexpr(segments.FLOAT32), tl.constexpr(segments.BFLOAT16)
 GAUSSIAN = tl.constexpr(DOMAINS["gaussian"])
@@ -110,7 +110,7 @@ def _tile(
 
 @triton.jit
 def randn4x_kernel(
-    tiles,  # int64 [tiles, 4], as in esfast/tiles.py
+    tiles,  # int64 [tiles, 4], as in esfast/core/backends/tiles.py
     seeds,  # int64 [members]
     coeffs,  # float32 [members]
     members,

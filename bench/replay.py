@@ -9,7 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from ..child import child
+from ..utils.child import child
 from . import BenchmarkError, countdown
 
 
@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict:
-    from ..journal import read
+    from ..journal.journal import read
 
     with tempfile.TemporaryDirectory(prefix="esfast-replay-") as scratch:
         folder, packed, again = (Path(scratch) / name for name in ("run", "run.safetensors", "again"))

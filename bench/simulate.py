@@ -92,10 +92,11 @@ def embedded_model(members: int) -> tuple[np.ndarray, float, float]:
     """Seconds of each of so many members, perturbing included; seconds of an update, per member; bytes of weights."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from .. import embedded, tasks
-    from ..es import ES
-    from ..ops import add_noise_
-    from ..rollout import TransformersEngine
+    from .. import tasks
+    from ..core.ops import add_noise_
+    from ..es.es import ES
+    from ..rollout.engine import TransformersEngine
+    from ..tasks import embedded
 
     folder = embedded.cached()
     model, task = AutoModelForCausalLM.from_pretrained(folder), tasks.get("countdown", style=embedded.STYLE)

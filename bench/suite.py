@@ -40,7 +40,7 @@ KILL_AFTER = 5  # seconds that a stage has to end by itself when its time is up
 ESFAST = "import sys; from esfast.cli import main; sys.exit(main(sys.argv[1:]))"
 READY = """
 import sys
-from esfast.ops import backend_report
+from esfast.core.ops import backend_report
 state = backend_report(sys.argv[1])
 for name in sys.argv[2:]:
     print(f"backend {name!r}: {state[name]}")

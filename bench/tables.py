@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from ..files import write_whole
+from ..utils.files import write_whole
 from . import (
     countdown,
     cycles,

@@ -15,8 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from ..child import child
 from ..tasks import MODULES
+from ..utils.child import child
 from .countdown import call, train_command
 
 LIMIT = 300  # seconds
@@ -53,7 +53,7 @@ def table(result: dict) -> tuple[list[str], list[list[str]]]:
 
 def _one(task: str, seed: int, folder: Path, environment: dict) -> dict:
     began = time.perf_counter()
-    code = f"from esfast.embedded import cached; cached(task={task!r})"
+    code = f"from esfast.tasks.embedded import cached; cached(task={task!r})"
     call(f"making the embedded model for {task}", child(code), environment)
     pretraining = time.perf_counter() - began
     call(f"`esfast train --task {task}`", train_command(seed, folder, ["--task", task]), environment)

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
-from ..files import write_whole
+from ..utils.files import write_whole
 from . import BenchmarkError, count, greedy
 from .provenance import git_state
 
@@ -136,7 +136,8 @@ def _model(prompts: int) -> str:
     """Folder of the embedded model, for which the engine was held to TransformersEngine."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from .. import embedded, tasks
+    from .. import tasks
+    from ..tasks import embedded
 
     path, task = str(embedded.cached()), tasks.get("countdown", style=embedded.STYLE)
     loaded = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
@@ -167,7 +168,8 @@ def train(settings: dict, folder: Path, model: str) -> dict:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
-    from .. import ESConfig, ESTrainer, embedded, tasks
+    from .. import ESConfig, ESTrainer, tasks
+    from ..tasks import embedded
     from .usual import UsualWeights
 
     torch.set_num_threads(1)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ..plan import Plan
-from ..update import Generation
+from ..core.plan import Plan
+from ..update.updater import Generation
 from . import rivals, today
 
 

@@ -8,8 +8,8 @@ import math
 import numpy as np
 import torch
 
-from ..ops import add_noise_
-from ..plan import Plan, Slice
+from ..core.ops import add_noise_
+from ..core.plan import Plan, Slice
 from . import BenchmarkError
 
 # Of one layer, in units of the model's width: the attention, the MLP, the two norms.

@@ -68,10 +68,11 @@ class Refused(Exception):
 
 def _train(name: str, folder: Path) -> dict:
     """Trains, saves, loads and replays. BenchmarkError if something differs; Refused."""
-    from .. import ESConfig, ESTrainer, Plan, embedded
-    from ..journal import replay
-    from ..models import load_model
-    from ..rollout import TransformersEngine
+    from .. import ESConfig, ESTrainer, Plan
+    from ..journal.journal import replay
+    from ..rollout.engine import TransformersEngine
+    from ..rollout.models import load_model
+    from ..tasks import embedded
     from .architectures import tiny_model
 
     tokenizer = embedded.make_tokenizer()

@@ -7,7 +7,7 @@ namespace esfast {
 // One matrix of weights: rows of `cols` contiguous elements. Element (r, c) lies at dst + r * dst_stride + c, is
 // computed from src + r * src_stride + c (and, with weight decay, from anchor + r * anchor_stride + c, where there is
 // one), and has number first + r * index_stride + c in its whole tensor and number flat + r * cols + c in the plan's
-// flat buffers. A plain tensor is one row. Strides and counts in elements. esfast/plan.py fills this table as rows of
+// flat buffers. A plain tensor is one row. Strides and counts in elements. esfast/core/plan.py fills this table as rows of
 // int64. The anchor is in dst's format, or bfloat16 if that is SPLIT.
 struct Segment {
     int64_t dst, src, anchor, rows, cols, dst_stride, src_stride, anchor_stride, index_stride, first, flat, tensor_id;

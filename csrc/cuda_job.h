@@ -11,7 +11,7 @@ namespace esfast {
 // Elements of a tile, which a block of threads takes.
 constexpr int CUDA_TILE = 8192;
 
-// esfast/tiles.py makes these records. dst, src and anchor are the addresses of the tile's element 0, which like all
+// esfast/core/backends/tiles.py makes these records. dst, src and anchor are the addresses of the tile's element 0, which like all
 // others outside [begin, end) may not be there.
 struct alignas(16) TileRecord {
     uint64_t dst, src;

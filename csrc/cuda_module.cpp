@@ -1,5 +1,5 @@
 // esfast._cuda: pointers and numbers in, a kernel started. No torch headers, and without a driver it can be imported all
-// the same. Everything is validated by esfast/plan.py and esfast/ops.py. Built without nvcc, the module only says so.
+// the same. Everything is validated by esfast/core/plan.py and esfast/core/ops.py. Built without nvcc, the module only says so.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

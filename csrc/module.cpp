@@ -1,5 +1,5 @@
 // esfast._cpu: pointers and numbers in, weights changed in place. No torch headers. Everything is validated by
-// esfast/plan.py and esfast/ops.py; this file only spreads tiles over threads.
+// esfast/core/plan.py and esfast/core/ops.py; this file only spreads tiles over threads.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

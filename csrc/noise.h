@@ -6,7 +6,7 @@
 // conversion, bit reinterpretation, float add, mul and fma, each in the order written here. There is no libm and no
 // special-function unit, so a CPU, Triton and CUDA agree in every bit. The build must not contract a mul and an add
 // into an fma (-ffp-contract=off); CUDA gets that from the _rn intrinsics. The slow and obvious twin of this file is
-// esfast/noise.py: change neither without the other, and neither without a new NOISE_VERSION.
+// esfast/core/noise.py: change neither without the other, and neither without a new NOISE_VERSION.
 #pragma once
 #include <stdint.h>
 #include <string.h>

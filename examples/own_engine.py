@@ -6,7 +6,7 @@ import argparse
 import torch
 
 import esfast
-from esfast import embedded
+from esfast.tasks import embedded
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--out", default="runs/own-engine", help="the run folder (default: %(default)s)")

@@ -7,7 +7,7 @@ place.
 import argparse
 
 import esfast
-from esfast import embedded
+from esfast.tasks import embedded
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--model", help="a Hugging Face name or folder (default: the embedded model)")

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 import esfast
-from esfast.journal import replay
+from esfast.journal.journal import replay
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--quick", action="store_true", help="a few generations only")

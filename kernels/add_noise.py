@@ -282,7 +282,7 @@ def _tile(
 
 @triton.jit
 def add_noise_kernel(
-    tiles,  # int64 [tiles, 4]: dst, src, number of the tile's first element, pack_span(...): esfast/tiles.py
+    tiles,  # int64 [tiles, 4]: dst, src, number of the tile's first element, pack_span(...), core/backends/tiles.py
     extras,  # int64 [tiles, 2]: anchor, place in the flat buffers; read only if one of them is needed
     seeds,  # int64 [members]: the bits of the 64-bit seeds
     coeffs,  # float32 [members]

@@ -1,4 +1,4 @@
-"""The noise (esfast/noise.py) as Triton device functions: explicit fma, and nothing that the hardware approximates.
+"""The noise (esfast/core/noise.py) as Triton device functions: explicit fma, nothing that the hardware approximates.
 
 Compile with enable_fp_fusion=False: a mul and an add that the compiler contracts into an fma change bits.
 """

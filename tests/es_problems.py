@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from esfast import ES
-from esfast.schedules import cosine
+from esfast.trainer.schedules import cosine
 
 
 class Quadratic(nn.Module):

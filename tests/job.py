@@ -25,11 +25,13 @@ import matplotlib.figure  # noqa: F401
 import torch
 
 import esfast
-import esfast.trainer  # these two before any fork, as they take a second
-from esfast import Team, embedded, lock
-from esfast.distributed import Stopped
-from esfast.interrupts import signal_of
-from esfast.journal import peek, read
+import esfast.trainer.trainer  # these two before any fork, as they take a second
+from esfast import Team
+from esfast.distributed.team import Stopped
+from esfast.journal.journal import peek, read
+from esfast.tasks import embedded
+from esfast.utils import lock
+from esfast.utils.interrupts import signal_of
 
 ROWS = [{"prompt": str(i)} for i in range(4)]
 SETTINGS = {"generations": 6, "population_size": 7, "sigma": 0.02, "lr": 0.02, "prompts_per_generation": 4,

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import esfast
-from esfast import embedded
+from esfast.tasks import embedded
 
 ROWS = [{"prompt": str(i)} for i in range(1, 5)]
 TOKENIZER = embedded.make_tokenizer()

@@ -17,10 +17,10 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from esfast import ES, Plan, Slice, add_noise_
-from esfast.distributed import Team
-from esfast.journal import replay
-from esfast.noise import noise
-from esfast.ops import AdamStep
+from esfast.core.noise import noise
+from esfast.core.ops import AdamStep
+from esfast.distributed.team import Team
+from esfast.journal.journal import replay
 
 CHECKS = {}
 SHAPES = {"even": (8, 12), "uneven": (7, 5), "few": (2, 3), "row": (1, 6), "vector": (13,), "cube": (5, 4, 6)}

@@ -15,8 +15,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from esfast import ES, Plan, add_noise_, embedded, shards, tensor_parallel
-from esfast.kl import KLToBase
+from esfast import ES, Plan, add_noise_
+from esfast.core import dtensors as shards
+from esfast.distributed import tensor_parallel
+from esfast.tasks import embedded
+from esfast.trainer.kl import KLToBase
 
 __all__ = ["CHECKS"]
 

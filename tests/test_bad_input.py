@@ -9,7 +9,7 @@ from torch import nn
 
 import esfast
 from esfast import ES, Plan, Slice, add_noise_
-from esfast.journal import replay
+from esfast.journal.journal import replay
 
 
 def ones(*shape, **options):

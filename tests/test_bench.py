@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from esfast import embedded, ops
 from esfast.bench import (
     BENCHMARKS,
     afternoon,
@@ -27,8 +26,10 @@ from esfast.bench import (
     workload,
 )
 from esfast.bench.provenance import caption
-from esfast.child import child
-from esfast.noise import tensor_id
+from esfast.core import ops
+from esfast.core.noise import tensor_id
+from esfast.tasks import embedded
+from esfast.utils.child import child
 
 NOISE = ["noise", "--numel", "3e4", "--tensors", "9", "--members", "3", "--repeats", "2", "--threads", "1"]
 

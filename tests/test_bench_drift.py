@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from esfast import Plan, ops
+from esfast import Plan
 from esfast.bench import drift, main
-from esfast.noise import noise
-from esfast.update import Generation, Rule
-from esfast.weights import MODES
+from esfast.core import ops
+from esfast.core.noise import noise
+from esfast.es.weights import MODES
+from esfast.update.updater import Generation, Rule
 
 TINY = ["drift", "--numel", "4000", "--generations", "3", "--members", "10"]
 

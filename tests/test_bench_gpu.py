@@ -104,8 +104,8 @@ def test_today_perturbs_restores_and_updates(kind, empties_cache):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_fused_rival_perturbs_all_weights(kind, dtype):
     pytest.importorskip("triton")
-    from esfast import triton_backend
     from esfast.bench import randn4x
+    from esfast.core.backends import triton as triton_backend
 
     if reason := triton_backend.missing(torch.device(DEVICE)):
         pytest.skip(reason)

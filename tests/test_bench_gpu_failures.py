@@ -8,9 +8,9 @@ import time
 import pytest
 import torch
 
-from esfast import ops
 from esfast.bench import BenchmarkError, gpu, gpu_race, gpu_rows, models, workload
 from esfast.bench.isolated import isolated
+from esfast.core import ops
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKEND = "triton" if DEVICE == "cuda" else "cpu"  # interpreted kernels are too slow for every row

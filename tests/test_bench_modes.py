@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from esfast import Plan, ops, update, weights
+from esfast import Plan
 from esfast.bench import figures, main, memory, modes, tables, today
+from esfast.core import ops
+from esfast.es import weights
+from esfast.update import updater as update
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"

@@ -6,10 +6,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from esfast import ES, Plan, embedded
+from esfast import ES, Plan
 from esfast.bench import BenchmarkError, greedy, main, today, training
 from esfast.bench.usual import UsualWeights
-from esfast.update import Generation
+from esfast.tasks import embedded
+from esfast.update.updater import Generation
 
 TINY = ["--repeats", "1", "--generations", "2", "--prompts", "4", "--eval-every", "1", "--eval-prompts", "20"]
 

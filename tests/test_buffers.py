@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import esfast
-from esfast.buffers import Buffers
+from esfast.es.buffers import Buffers
+from esfast.es.weights import MODES
 from esfast.integrations.ask_tell import AskTell
-from esfast.weights import MODES
 
 
 class Tricky(torch.nn.Module):
@@ -161,7 +161,7 @@ def test_constant_buffers_are_copied_once_and_large_ones_not_at_all(monkeypatch,
     model = torch.nn.Sequential(torch.nn.Linear(4, 4))
     model.register_buffer("mask", torch.ones(1000))
     model.register_buffer("cache", torch.zeros(2000))
-    monkeypatch.setattr("esfast.buffers.LEAST_BUDGET", 5000)
+    monkeypatch.setattr("esfast.es.buffers.LEAST_BUDGET", 5000)
     es, copies = esfast.ES(model, population_size=3), []
     for _ in range(2):
         for member in es.population():

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import esfast
-from esfast import chat, embedded
+from esfast.rollout import chat
+from esfast.tasks import embedded
 
 CHATML = (
     "{% if tools %}<tools>{% for t in tools %}{{ t | tojson }}{% endfor %}</tools>{% endif %}"

@@ -12,12 +12,13 @@ import yaml
 from transformers import Qwen2Config
 
 import esfast
-from esfast import cli, embedded
+from esfast import cli
 from esfast.bench import BENCHMARKS, parser_of
 from esfast.cli.models import task_of
 from esfast.cli.parser import parser_of_all
-from esfast.presets import PRESETS
-from esfast.run_options import FIELDS, TRAIN_DEFAULTS, RunOptions
+from esfast.cli.presets import PRESETS
+from esfast.cli.run_options import FIELDS, TRAIN_DEFAULTS, RunOptions
+from esfast.tasks import embedded
 
 FEW = ["--generations", "2", "--population-size", "4", "--prompts-per-generation", "4", "--eval-prompts", "6",
        "--max-completion-length", "4", "--no-progress"]  # fmt: skip
@@ -245,7 +246,16 @@ def test_info_names_backends_and_reasons(capsys):
     assert esfast.__version__ in printed and "takes 'cpu'" in printed and "reference  ready" in printed
 
 
-HEAVY = ("torch", "transformers", "datasets", "matplotlib", "safetensors", "tokenizers", "esfast.es", "esfast.trainer")
+HEAVY = (
+    "torch",
+    "transformers",
+    "datasets",
+    "matplotlib",
+    "safetensors",
+    "tokenizers",
+    "esfast.es.es",
+    "esfast.trainer.trainer",
+)
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["eval", "--help"], ["bench", "--help"], ["train", "--sigma"],

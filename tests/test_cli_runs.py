@@ -11,10 +11,11 @@ import pytest
 import yaml
 
 import esfast
-from esfast import cli, embedded
+from esfast import cli
 from esfast.cli.earlier_run import resumed
+from esfast.cli.run_options import FIELDS, RunOptions, in_flags
 from esfast.cli.train import _defaults
-from esfast.run_options import FIELDS, RunOptions, in_flags
+from esfast.tasks import embedded
 
 LONGEST_TOKEN = len("</answer>")
 REWARDS = "def brevity(prompts, completions, **columns):\n    return [-float(len(c)) for c in completions]\n"

@@ -9,10 +9,10 @@ import pytest
 import torch
 from es_problems import CartPole, LogisticRegression, Quadratic, Rosenbrock, maximise
 
-import esfast.es
+import esfast.es.es
 from esfast import ES
-from esfast.noise import KINDS
-from esfast.weights import MODES
+from esfast.core.noise import KINDS
+from esfast.es.weights import MODES
 
 SEEDS = (0, 1, 2)
 # Every seed with the first mode and every mode with the first seed: in float32 exact modes give the same bits anyway.
@@ -144,7 +144,7 @@ def test_the_estimate_is_the_gradient_within_error_bars(mirrored, noise, weights
 
 
 def scaled(factor):
-    """esfast.es.coefficients with its result multiplied by factor(number of members)."""
+    """esfast.es.es.coefficients with its result multiplied by factor(number of members)."""
 
     def wrap(right):
         def wrong(members, *rest):
@@ -172,7 +172,7 @@ FAULTS = {
 @pytest.mark.parametrize("mirrored", (False, True))
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faulty_coefficients_have_neither_rate_nor_gradient(fault, mirrored, monkeypatch):
-    monkeypatch.setattr(esfast.es, "coefficients", FAULTS[fault](esfast.es.coefficients))
+    monkeypatch.setattr(esfast.es.es, "coefficients", FAULTS[fault](esfast.es.es.coefficients))
     with pytest.raises(AssertionError, match="not the rate of theory"):
         check_rate("gaussian", mirrored)
     with pytest.raises(AssertionError, match="not the gradient"):
@@ -191,7 +191,7 @@ def test_faulty_coefficients_have_neither_rate_nor_gradient(fault, mirrored, mon
     ],
 )
 def test_faulty_coefficients_do_not_converge(name, fault, monkeypatch):
-    monkeypatch.setattr(esfast.es, "coefficients", FAULTS[fault](esfast.es.coefficients))
+    monkeypatch.setattr(esfast.es.es, "coefficients", FAULTS[fault](esfast.es.es.coefficients))
     with pytest.raises(AssertionError, match="not converged"):
         check_convergence(name, seed=SEEDS[0])
 

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 
 from esfast import Plan, Slice, _cpu, add_noise_
-from esfast.noise import DOMAINS, noise_at
+from esfast.core.noise import DOMAINS, noise_at
 
-reference = sys.modules["esfast.noise"]  # the module: esfast.noise is the function
+reference = sys.modules["esfast.core.noise"]  # the module: esfast.noise is the function
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KINDS = ("gaussian", "rademacher")
 CANARY = 77  # an exact value in every dtype, and no NaN

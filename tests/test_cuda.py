@@ -16,8 +16,8 @@ import pytest
 import torch
 
 import esfast
-from esfast import cuda_backend
-from esfast.ops import AdamStep, Call, check_members
+from esfast.core.backends import cuda as cuda_backend
+from esfast.core.ops import AdamStep, Call, check_members
 
 ROOT = Path(__file__).parent.parent
 CSRC = ROOT / "csrc"

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from esfast import Plan, Slice, add_noise_, custom_op
+from esfast import Plan, Slice, add_noise_
+from esfast.core import custom_op
 
 
 def two_plans(dtype=torch.bfloat16):

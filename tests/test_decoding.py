@@ -12,8 +12,9 @@ import pytest
 import torch
 from transformers import StaticCache
 
-from esfast import decoding, embedded, sampling
-from esfast.rollout import TransformersEngine, as_engine
+from esfast.rollout import decoding, sampling
+from esfast.rollout.engine import TransformersEngine, as_engine
+from esfast.tasks import embedded
 
 PROMPTS = ["1 2 3=6\n<think>", "a", "12 34 56 78=90\n<think>", "\u00e9", "1 2 3=7\n<think>", "no tags here", "a"]
 LONG = ["the same beginning of sixteen tokens and more, " + tail for tail in ("one", "two", "one")]
@@ -168,7 +169,7 @@ def test_static_shapes_are_few(tiny, engine, monkeypatch):
 
 def test_auto_on_a_gpu_goes_on_with_a_way_that_works(tiny, engine, monkeypatch, caplog):
     model, _ = tiny
-    monkeypatch.setattr("esfast.rollout.automatic", lambda model: ["continuous", "static", "plain"])
+    monkeypatch.setattr("esfast.rollout.engine.automatic", lambda model: ["continuous", "static", "plain"])
     monkeypatch.setitem(decoding.WAYS, "continuous", lambda *a: (_ for _ in ()).throw(RuntimeError("no pages")))
     e = engine()
     assert e.generate(PROMPTS) == engine(decoding="plain").generate(PROMPTS)

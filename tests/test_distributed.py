@@ -17,10 +17,10 @@ from job import free_port
 from safetensors.torch import load_file
 
 import esfast
-from esfast import distributed
-from esfast.distributed import Team, shares
-from esfast.journal import read
-from esfast.lock import Lock
+from esfast.distributed import team as distributed
+from esfast.distributed.team import Team, shares
+from esfast.journal.journal import read
+from esfast.utils.lock import Lock
 
 JOB = str(Path(__file__).parent / "job.py")
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 import esfast
-from esfast import embedded
+from esfast.tasks import embedded
 
 ROOT = Path(__file__).parent.parent
 TEXTS = {
@@ -105,7 +105,7 @@ def test_commands_parse(command):
 def test_what_replay_is_said_to_answer_is_what_the_code_says():
     said = {
         node.value
-        for path in (ROOT / "esfast").glob("*.py")
+        for path in (ROOT / "esfast").rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     }

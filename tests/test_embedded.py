@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from esfast import embedded, tasks
-from esfast.rollout import TransformersEngine
-from esfast.tasks import base, countdown
+from esfast import tasks
+from esfast.rollout.engine import TransformersEngine
+from esfast.tasks import base, countdown, embedded
 
 CORPUS_CRC = (2532954717, 3951788983)
 

@@ -15,10 +15,10 @@ from transformers import (
     XLNetConfig,
 )
 
-from esfast import embedded
-from esfast.encoding import PromptEncoder, context_limit
-from esfast.kl import KLToBase
-from esfast.rollout import TransformersEngine
+from esfast.rollout.encoding import PromptEncoder, context_limit
+from esfast.rollout.engine import TransformersEngine
+from esfast.tasks import embedded
+from esfast.trainer.kl import KLToBase
 
 EOS, BOS, SEP, CLS = "<|endoftext|>", "<s>", "[SEP]", "[CLS]"
 

@@ -15,7 +15,7 @@ from torch import nn
 
 import esfast
 from esfast import ES, Plan, add_noise_
-from esfast.es import Generation, Member, centered_rank, coefficients, member_seed, zscore
+from esfast.es.es import Generation, Member, centered_rank, coefficients, member_seed, zscore
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

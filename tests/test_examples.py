@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from esfast import embedded
+from esfast.tasks import embedded
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py"))

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import esfast
-from esfast import embedded
-from esfast.files import check_writable, whole_folder, write_whole
+from esfast.tasks import embedded
+from esfast.utils.files import check_writable, whole_folder, write_whole
 
 
 def mode(path):
@@ -89,7 +89,7 @@ def test_what_can_be_written_is_left_alone(tmp_path):
 
 
 def test_a_name_that_the_locale_has_no_letters_for_is_refused_at_the_door(tmp_path):
-    code = "from esfast.files import check_writable; check_writable('output_dir', 'l\\xe4ufe', True)"
+    code = "from esfast.utils.files import check_writable; check_writable('output_dir', 'l\\xe4ufe', True)"
     environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert r"output_dir: the name 'l\xe4ufe' can't be written" in done.stderr and not list(Path(tmp_path).iterdir())

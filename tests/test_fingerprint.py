@@ -8,8 +8,9 @@ import torch
 from hypothesis import given
 
 import esfast
-from esfast import Plan, Slice, fingerprint
-from esfast.noise import noise, tensor_id
+from esfast import Plan, Slice
+from esfast.core import fingerprint
+from esfast.core.noise import noise, tensor_id
 
 MASK = 2**64 - 1
 

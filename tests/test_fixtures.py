@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 import esfast
 from esfast import Plan
 from esfast.cli import main as command
-from esfast.journal import read, replay
-from esfast.run_folder import RunFolder
+from esfast.journal.journal import read, replay
 from esfast.tasks.file import reward_function
+from esfast.trainer.run_folder import RunFolder
 
 FOLDERS = sorted(p for p in (Path(__file__).parent / "fixtures").iterdir() if (p / "expected.json").is_file())
 EXPECTED = {folder: json.loads((folder / "expected.json").read_text()) for folder in FOLDERS}

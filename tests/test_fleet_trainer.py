@@ -7,11 +7,13 @@ from test_encoding import BOS, EOS, tokenizer_with
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import esfast
-from esfast import cli, embedded, journal
+from esfast import cli
 from esfast.integrations.fleet import FleetTrainer
 from esfast.integrations.ray import Fleet
 from esfast.integrations.vllm_engine import VLLMEngine
-from esfast.rollout import TransformersEngine
+from esfast.journal import journal
+from esfast.rollout.engine import TransformersEngine
+from esfast.tasks import embedded
 
 LIMIT = 48
 ROWS = [{"prompt": f"{i}+{i}="} for i in range(6)]

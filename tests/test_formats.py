@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from esfast import Plan, Slice, add_noise_
-from esfast.noise import KINDS, noise_at
-from esfast.ops import AdamStep, Call, check_members
-from esfast.reference import round_stochastically
+from esfast.core.backends.reference import round_stochastically
+from esfast.core.noise import KINDS, noise_at
+from esfast.core.ops import AdamStep, Call, check_members
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # what is written from what: itself, a copy, the plan's float32 master itself, the plan from it, from its upper halves
@@ -52,7 +52,7 @@ def call(dtype, mode, kind, rounding, decay, anchored, adam, members, backend, t
     if tile is None:
         add_noise_(plan, seeds, coeffs, base, kind, rounding, backend, decay=decay, anchor=anchor, adam=adam or None)
     else:
-        from esfast import triton_backend
+        from esfast.core.backends import triton as triton_backend
 
         options = base, kind, rounding == "stochastic", np.float32(decay), anchor, adam or None
         triton_backend.run(Call(plan, *check_members(seeds, coeffs), *options), tile)
@@ -240,7 +240,7 @@ def test_what_can_not_be_asked_for():
         (ValueError, "adam: works in place", {"adam": good, "base": plan.clone()}),
         (
             TypeError,
-            "adam: expected an esfast.ops.AdamStep",
+            "adam: expected an esfast.core.ops.AdamStep",
             {"adam": AdamStep.at(1, moments[:1], 1e-3, 0.9, 0.99, 1e-8)},
         ),
         # contiguous and of the right shape, but not where kernels can read 128 bits at once

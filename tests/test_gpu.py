@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import esfast
-from esfast import adapters, embedded
-from esfast.ops import AdamStep, Call, backend_report, check_members
+from esfast.core.ops import AdamStep, Call, backend_report, check_members
+from esfast.rollout import adapters
+from esfast.tasks import embedded
 
 pytestmark = [
     pytest.mark.gpu,
@@ -134,7 +135,7 @@ def test_equals_triton(same_bits):
 @pytest.mark.parametrize("tile", [512, 1024, 8192])
 def test_any_tile_gives_the_same_bits(tile, same_bits):
     require("triton")
-    from esfast import triton_backend
+    from esfast.core.backends import triton as triton_backend
 
     cpu, gpu = on_both(torch.bfloat16)
     base = gpu.clone()

@@ -4,8 +4,9 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from esfast import decoding, embedded
-from esfast.rollout import TransformersEngine
+from esfast.rollout import decoding
+from esfast.rollout.engine import TransformersEngine
+from esfast.tasks import embedded
 
 pytestmark = [
     pytest.mark.gpu,
@@ -56,7 +57,7 @@ def test_graphs_follow_the_weights_and_ways_agree(model, way):
 
 
 def test_grouped_heads_give_the_same_texts_from_a_static_cache(model):
-    """Compiled, by queries that share keys: esfast.grouped_attention."""
+    """Compiled, by queries that share keys: esfast.rollout.grouped_attention."""
     tokenizer = model[1]
     torch.manual_seed(3)
     config = Qwen2Config(

@@ -6,8 +6,9 @@ from torch.nn import functional
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from esfast import embedded, grouped_attention
-from esfast.rollout import TransformersEngine
+from esfast.rollout import grouped_attention
+from esfast.rollout.engine import TransformersEngine
+from esfast.tasks import embedded
 
 PROMPTS = ["a", "1 2 3=6\n<think>", "no tags here", "a"]
 

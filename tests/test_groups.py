@@ -5,8 +5,8 @@ import torch
 
 import esfast
 from esfast import ES, Group, Plan
-from esfast.run_options import dump, read_yaml
-from esfast.update import Rule
+from esfast.cli.run_options import dump, read_yaml
+from esfast.update.updater import Rule
 
 OPTIONS = {
     "sgd": {},

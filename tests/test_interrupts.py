@@ -7,8 +7,10 @@ import threading
 import pytest
 import torch
 
-from esfast import ES, Plan, journal, ops
-from esfast.interrupts import held
+from esfast import ES, Plan
+from esfast.core import ops
+from esfast.journal import journal
+from esfast.utils.interrupts import held
 
 
 @pytest.fixture(autouse=True)

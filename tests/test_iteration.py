@@ -6,8 +6,8 @@ import json
 import pytest
 import torch
 
-from esfast import embedded
 from esfast.bench import BenchmarkError, iteration, main
+from esfast.tasks import embedded
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from esfast import ES, NOISE_VERSION, Plan
-from esfast.journal import Journal, header_of, read, replay
-from esfast.update import Rule
+from esfast.journal.journal import Journal, header_of, read, replay
+from esfast.update.updater import Rule
 
 
 def plan_of(dtype=torch.float32, size=50):

@@ -7,7 +7,7 @@ import torch
 from transformers import OPTConfig, OPTForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import esfast
-from esfast.es import member_seed
+from esfast.es.es import member_seed
 from esfast.integrations.mezo import MeZOMixin, ZOParameters, zo_perturb_parameters, zo_update
 
 pytest.importorskip("accelerate", reason="transformers.Trainer needs accelerate: pip install esfast[mezo]")

@@ -38,12 +38,12 @@ def test_a_slow_down_fails_the_comparison(tmp_path):
     """Against itself it passes by far; with a wait planted into add_noise_ it is told as slower."""
     chosen = "-k", "cpu-cpu-float32-gaussian-perturb"
     (tmp_path / "slow.py").write_text(
-        "import time, esfast.ops\n"
-        "real = esfast.ops.add_noise_\n"
+        "import time, esfast.core.ops\n"
+        "real = esfast.core.ops.add_noise_\n"
         "def add_noise_(*args, **options):\n"
         "    time.sleep(0.1)\n"
         "    return real(*args, **options)\n"
-        "esfast.ops.add_noise_ = add_noise_\n"
+        "esfast.core.ops.add_noise_ = add_noise_\n"
     )
     compare = "--benchmark-compare", "--benchmark-compare-fail=min:400%"
     saved = micro(tmp_path, *chosen, "--benchmark-save", "before")

@@ -25,10 +25,10 @@ from transformers import (
 )
 
 import esfast
-from esfast import embedded
 from esfast.cli import main
-from esfast.models import load_model, load_tokenizer
-from esfast.rollout import TransformersEngine
+from esfast.rollout.engine import TransformersEngine
+from esfast.rollout.models import load_model, load_tokenizer
+from esfast.tasks import embedded
 
 BERT = dict(vocab_size=50, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
 LLAMA = BERT | {"num_key_value_heads": 2, "pad_token_id": 0}

@@ -14,9 +14,9 @@ from hypothesis import example, given, settings
 
 import esfast
 from esfast import _cpu
-from esfast.noise import DOMAINS, PHILOX_ROUNDS, fma, gaussian_pair, noise_at, philox, tensor_id
+from esfast.core.noise import DOMAINS, PHILOX_ROUNDS, fma, gaussian_pair, noise_at, philox, tensor_id
 
-reference = sys.modules["esfast.noise"]  # the module: esfast.noise is the function
+reference = sys.modules["esfast.core.noise"]  # the module: esfast.noise is the function
 U32 = st.integers(0, 2**32 - 1)
 U64 = st.integers(0, 2**64 - 1)
 

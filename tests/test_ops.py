@@ -12,7 +12,8 @@ import torch
 from hypothesis import given
 
 import esfast
-from esfast import Plan, Slice, add_noise_, ops
+from esfast import Plan, Slice, add_noise_
+from esfast.core import ops
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KINDS = ("gaussian", "rademacher")
@@ -282,6 +283,6 @@ def test_correlations(kind, sample):
 
 def test_the_statistics_see_a_fault(monkeypatch):
     """One Philox round leaves correlations that the test above must see."""
-    monkeypatch.setattr(sys.modules["esfast.noise"], "PHILOX_ROUNDS", 1)
+    monkeypatch.setattr(sys.modules["esfast.core.noise"], "PHILOX_ROUNDS", 1)
     weak = [esfast.noise(1, name, 2**16).double() for name in ("v", "w")]
     assert max(abs(e) for e in correlation_errors({k: (weak[1][:-k], weak[1][k:]) for k in range(1, 9)}).values()) > 5

@@ -8,11 +8,12 @@ import torch
 from transformers import GenerationConfig
 
 import esfast
-from esfast import adapters, embedded
 from esfast.cli import main
-from esfast.journal import replay
-from esfast.models import load_model, load_tokenizer
-from esfast.rollout import TransformersEngine
+from esfast.journal.journal import replay
+from esfast.rollout import adapters
+from esfast.rollout.engine import TransformersEngine
+from esfast.rollout.models import load_model, load_tokenizer
+from esfast.tasks import embedded
 
 peft = pytest.importorskip("peft", reason="needs peft, an optional package")
 

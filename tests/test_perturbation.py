@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import esfast
-from esfast import perturbation
+from esfast.es import perturbation
 
 
 def model():

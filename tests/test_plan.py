@@ -13,8 +13,8 @@ from torch import nn
 
 import esfast
 from esfast import Plan, Slice, add_noise_
-from esfast.plan import Entry
-from esfast.segments import FIELDS
+from esfast.core.plan import Entry
+from esfast.core.segments import FIELDS
 
 COLUMN = {name: i for i, name in enumerate(FIELDS)}
 

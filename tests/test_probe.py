@@ -20,9 +20,10 @@ from transformers import (
 from transformers.models.whisper.modeling_whisper import WhisperForCausalLM
 
 import esfast
-from esfast import embedded, probe
-from esfast.rollout import TransformersEngine
-from esfast.sampling import LogitsError, SeededSampling
+from esfast.rollout import probe
+from esfast.rollout.engine import TransformersEngine
+from esfast.rollout.sampling import LogitsError, SeededSampling
+from esfast.tasks import embedded
 
 PROMPTS = ["a", "12+3=", "xyz xyz", "12+4=", "What is the meaning of life, the universe and all?", "b"]
 TOKENIZER = embedded.make_tokenizer()

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 import esfast
-from esfast import cli, embedded
-from esfast.prompts import check_prompts
-from esfast.rollout import TransformersEngine, as_engine
-from esfast.rows import check_rows
+from esfast import cli
+from esfast.rollout.engine import TransformersEngine, as_engine
+from esfast.rollout.prompts import check_prompts
+from esfast.tasks import embedded
+from esfast.utils.rows import check_rows
 
 TEMPLATE = "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no such role') }}{% endif %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
 
@@ -201,8 +202,8 @@ def test_a_dict_of_columns_is_trained_on(tmp_path, model):
 
 
 def test_an_evaluation_by_hand_looks_first(model, caplog):
-    from esfast.evaluation import respond
     from esfast.tasks import Task
+    from esfast.trainer.evaluation import respond
 
     task = Task("t", (rewarded,), lambda *a: [], lambda count: [], None, 4)
     with caplog.at_level(logging.WARNING), pytest.raises(ValueError, match="exceeds the model's context"):

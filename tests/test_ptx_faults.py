@@ -24,8 +24,8 @@ from ptx_machine.cases import (
 from ptx_machine.memory import MemoryFault
 from ptx_machine.program import PtxError
 
-from esfast import tiles
-from esfast.noise import _Q, _S
+from esfast.core.backends import tiles
+from esfast.core.noise import _Q, _S
 
 BACKENDS = [pytest.param("cuda", marks=needs_nvcc), pytest.param("triton", marks=needs_triton)]
 PERTURB = ("float32", "gaussian", ONE, one_call())

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import esfast
-from esfast import embedded
+from esfast.tasks import embedded
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)

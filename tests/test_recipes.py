@@ -11,7 +11,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import esfast
 from esfast import zscore
-from esfast.es import member_seed
+from esfast.es.es import member_seed
 
 TEXT = (Path(__file__).parent.parent / "docs" / "how-to" / "recipes.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(# (?:before|after)\n.*?)```", TEXT, re.DOTALL)

@@ -243,7 +243,7 @@ def test_a_real_run_is_reported(tmp_path):
     import torch
 
     import esfast
-    from esfast import embedded
+    from esfast.tasks import embedded
 
     torch.manual_seed(0)
     tokenizer = embedded.make_tokenizer()

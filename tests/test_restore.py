@@ -15,9 +15,9 @@ from ptx_machine.memory import MemoryFault
 from ptx_machine.program import kernels_of, parse
 
 import esfast
-from esfast import cuda_backend
-from esfast.ops import Call, check_members
-from esfast.tiles import copy_base
+from esfast.core.backends import cuda as cuda_backend
+from esfast.core.backends.tiles import copy_base
+from esfast.core.ops import Call, check_members
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

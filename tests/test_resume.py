@@ -12,10 +12,11 @@ import pytest
 import torch
 
 import esfast
-from esfast import ES, Plan, cli, embedded
-from esfast.export import pack, unpack
-from esfast.journal import read, replay
-from esfast.update import Updater
+from esfast import ES, Plan, cli
+from esfast.journal.export import pack, unpack
+from esfast.journal.journal import read, replay
+from esfast.tasks import embedded
+from esfast.update.updater import Updater
 
 JOB = str(Path(job.__file__))
 

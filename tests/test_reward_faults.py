@@ -10,9 +10,9 @@ import odd_scoring as odd
 import pytest
 
 import esfast
-from esfast import embedded
-from esfast.rewards import RewardError, Scorer, check_metrics, combine, judge
-from esfast.time_limit import TooSlow, limited
+from esfast.rewards.scorer import RewardError, Scorer, check_metrics, combine, judge
+from esfast.tasks import embedded
+from esfast.utils.time_limit import TooSlow, limited
 
 TEXTS = ["one", "three"]
 
@@ -51,7 +51,7 @@ def test_what_cannot_be_copied_is_shared_with_one_warning(caplog):
         return [0.0] * len(completions)
 
     scorer = Scorer([keeps])
-    with caplog.at_level(logging.WARNING, "esfast.rows"):
+    with caplog.at_level(logging.WARNING, "esfast.utils.rows"):
         for _ in range(2):
             scorer.submit([keeps], [{"prompt": "a", "lock": lock}], ["b"]).result()
     assert seen == [lock, lock] and caplog.text.count("'lock': its values can't be copied") == 1
@@ -166,7 +166,7 @@ def test_a_limit_that_an_alarm_of_the_function_s_own_does_not_switch_off(hang):
 
 
 def test_a_limit_by_a_thread_where_there_is_no_timer_of_the_kernel(monkeypatch):
-    monkeypatch.setattr("esfast.time_limit._kernel_timer", lambda seconds: None)
+    monkeypatch.setattr("esfast.utils.time_limit._kernel_timer", lambda seconds: None)
     for hang in (spins, lambda: time.sleep(20)):
         with pytest.raises(TooSlow):
             limited(0.1, hang)
@@ -236,7 +236,7 @@ def test_an_evaluation_goes_without_what_fails_where_that_is_asked_for(caplog):
     arguments = ([1.0], metrics, rows, TEXTS)
     with pytest.raises(RewardError, match="reward function returns"):
         judge(scorer, [odd.length], *arguments)
-    with caplog.at_level(logging.WARNING, "esfast.rewards"):
+    with caplog.at_level(logging.WARNING, "esfast.rewards.scorer"):
         scores, figures = judge(scorer, [odd.length], *arguments, skip=True)
     assert scores == [[3.0, 5.0]] and figures == {"eval_reward": 4.0, "eval_reward_se": 1.0, "eval_short": 4.0}
     assert caplog.text.count("the evaluation goes without: reward function returns") == 1

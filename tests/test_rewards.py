@@ -10,7 +10,7 @@ import time
 import pytest
 import scoring
 
-from esfast.rewards import RewardError, Scorer, combine
+from esfast.rewards.scorer import RewardError, Scorer, combine
 
 ROWS = [{"prompt": "a", "target": 3, "note": "x"}, {"prompt": "b", "target": 4, "note": "x"}]
 TEXTS = ["one", "three"]
@@ -169,7 +169,7 @@ def test_what_cannot_be_imported_by_name_is_called_here_with_a_word(scorer, capl
         seen.append(os.getpid())
         return [1.0] * len(completions)
 
-    with caplog.at_level(logging.WARNING, "esfast.rewards"):
+    with caplog.at_level(logging.WARNING, "esfast.rewards.scorer"):
         s = scorer(scoring.length, closure, workers=2)
     assert "called in this process: closure can't be imported" in caplog.text
     assert s.submit([closure, scoring.length], ROWS, TEXTS).result() == [[1.0, 1.0], [3.0, 5.0]]
@@ -181,7 +181,7 @@ def test_what_cannot_be_imported_by_name_is_called_here_with_a_word(scorer, capl
 
 def test_rows_that_cannot_be_sent_are_scored_here_with_a_word(scorer, caplog):
     s = scorer(scoring.where, workers=1)
-    with caplog.at_level(logging.WARNING, "esfast.rewards"):
+    with caplog.at_level(logging.WARNING, "esfast.rewards.scorer"):
         for _ in range(2):
             assert (
                 s.submit([scoring.where], rows("x") and [r | {"f": lambda: 0} for r in ROWS], TEXTS).result()[0]

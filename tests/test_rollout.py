@@ -4,10 +4,9 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from esfast import embedded
-from esfast.probe import ROWS_UNKNOWN, Traits
-from esfast.rollout import TransformersEngine
-from esfast.tasks import countdown
+from esfast.rollout.engine import TransformersEngine
+from esfast.rollout.probe import ROWS_UNKNOWN, Traits
+from esfast.tasks import countdown, embedded
 
 PROMPTS = ["1 2 3=6\n<think>", "a", "12 34 56 78=90\n<think>", "\u00e9", "1 2 3=7\n<think>", "no tags here", "a"]
 
@@ -137,7 +136,7 @@ def test_out_of_memory_halves_the_batch(tiny, monkeypatch, caplog):
     expected = TransformersEngine(*tiny, 6).generate(PROMPTS)
     engine = TransformersEngine(*tiny, 6)
     device = Short(tiny[0], 2, monkeypatch)
-    with caplog.at_level(logging.WARNING, "esfast.rollout"):
+    with caplog.at_level(logging.WARNING, "esfast.rollout.engine"):
         assert engine.generate(PROMPTS) == expected
     assert device.sizes == [7, 3, 1, 1, 1, 1, 1, 1, 1]
     assert "7 prompts" in caplog.text and "going on with 3" in caplog.text and "going on with 1" in caplog.text

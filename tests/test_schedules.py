@@ -11,9 +11,11 @@ import yaml
 from hypothesis import given
 
 import esfast
-from esfast import cli, embedded, journal
-from esfast.run_options import FIELDS, es_config
-from esfast.schedules import SCHEDULES, constant, cosine, linear
+from esfast import cli
+from esfast.cli.run_options import FIELDS, es_config
+from esfast.journal import journal
+from esfast.tasks import embedded
+from esfast.trainer.schedules import SCHEDULES, constant, cosine, linear
 
 ROWS = [{"prompt": f"{i} {i + 1}={i}\n<think>"} for i in range(6)]
 

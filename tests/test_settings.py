@@ -13,8 +13,8 @@ import yaml
 
 import esfast
 from esfast import cli
-from esfast.config import ESConfig
-from esfast.run_options import FIELDS, RunOptions, read_yaml
+from esfast.cli.run_options import FIELDS, RunOptions, read_yaml
+from esfast.trainer.config import ESConfig
 
 
 class Schedule(enum.Enum):

@@ -7,8 +7,8 @@ import time
 import pytest
 
 from esfast import tasks
-from esfast.rows import draw
 from esfast.tasks import conciseness, data, file, math, sudoku
+from esfast.utils.rows import draw
 
 SOLVED = "1234341221434321"
 PUZZLE = "123.341.2143432."
@@ -234,8 +234,8 @@ def test_a_task_of_a_file_and_a_reward_function(tmp_path, monkeypatch):
 def test_the_kl_divergence_is_that_of_the_definition_and_leaves_the_weights():
     import torch
 
-    from esfast import embedded
-    from esfast.kl import KLToBase
+    from esfast.tasks import embedded
+    from esfast.trainer.kl import KLToBase
 
     torch.manual_seed(0)
     tokenizer = embedded.make_tokenizer()

@@ -13,9 +13,10 @@ import torch
 from job import free_port
 from test_distributed import by_hand, environment, outcome
 
-from esfast import cli, embedded
-from esfast.distributed import Team
-from esfast.journal import read
+from esfast import cli
+from esfast.distributed.team import Team
+from esfast.journal.journal import read
+from esfast.tasks import embedded
 
 REWARDS = """
 def luck(completions, **columns):

@@ -12,9 +12,10 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import esfast
-from esfast import embedded, journal
-from esfast.clock import PHASES
-from esfast.run_folder import RunFolder
+from esfast.journal import journal
+from esfast.tasks import embedded
+from esfast.trainer.clock import PHASES
+from esfast.trainer.run_folder import RunFolder
 
 ROWS = [{"prompt": f"{i} {i + 1} {i + 2}={i}\n<think>", "numbers": [i, i + 1, i + 2], "target": i} for i in range(1, 7)]
 

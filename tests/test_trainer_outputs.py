@@ -11,11 +11,11 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 import esfast
-from esfast import embedded
-from esfast.files import write_whole
-from esfast.loggers import Report
-from esfast.movement import Movement
 from esfast.report import load, page
+from esfast.tasks import embedded
+from esfast.trainer.loggers import Report
+from esfast.trainer.movement import Movement
+from esfast.utils.files import write_whole
 
 ROWS = [{"prompt": f"{i}\n", "n": i} for i in range(1, 7)]
 

@@ -16,11 +16,11 @@ import pytest
 import torch
 
 import esfast
-from esfast.ops import Call, check_members
+from esfast.core.ops import Call, check_members
 
 triton = pytest.importorskip("triton", reason="Triton is not installed: its kernels can't be interpreted")
-from esfast import triton_backend  # noqa: E402
-from esfast.tiles import tile_table  # noqa: E402
+from esfast.core.backends import triton as triton_backend  # noqa: E402
+from esfast.core.backends.tiles import tile_table  # noqa: E402
 
 CANNOT = triton_backend.missing(torch.device("cpu")) if os.environ.get("TRITON_INTERPRET") == "1" else None
 pytestmark = [

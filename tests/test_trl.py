@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import esfast
-from esfast import embedded
-from esfast.trl_names import translate
+from esfast.tasks import embedded
+from esfast.trainer.trl_names import translate
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 

@@ -6,10 +6,10 @@ import torch
 
 import esfast
 from esfast import ES, Adam, Momentum, Plan
-from esfast.journal import read, replay
-from esfast.noise import noise_at
-from esfast.update import Rule, Updater
-from esfast.weights import MODES
+from esfast.core.noise import noise_at
+from esfast.es.weights import MODES
+from esfast.journal.journal import read, replay
+from esfast.update.updater import Rule, Updater
 
 OPTIONS = {
     "momentum": {"optimizer": Momentum(0.8, 3)},

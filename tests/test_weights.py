@@ -7,10 +7,11 @@ import pytest
 import torch
 
 import esfast
-from esfast import ES, Plan, journal
-from esfast import weights as w
-from esfast.update import Rule
-from esfast.weights import MODES
+from esfast import ES, Plan
+from esfast.es import weights as w
+from esfast.es.weights import MODES
+from esfast.journal import journal
+from esfast.update.updater import Rule
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 EXACT = ("base", "master", "host")
@@ -52,7 +53,7 @@ def test_ten_thousand_rounds_change_no_bit(dtype, weights, same_bits):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_many_rounds_under_the_triton_interpreter(dtype, weights, same_bits, monkeypatch):
     """Ten thousand rounds take the interpreter minutes: ESFAST_LONG_TESTS=1."""
-    triton_backend = pytest.importorskip("esfast.triton_backend", reason="Triton is not installed")
+    triton_backend = pytest.importorskip("esfast.core.backends.triton", reason="Triton is not installed")
     if torch.cuda.is_available():
         pytest.skip("a GPU is here: nothing is interpreted")
     monkeypatch.setattr(triton_backend, "CONFIGS", ((128, 4, 144),))

@@ -6,9 +6,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import esfast
-from esfast import embedded
-from esfast.rows import check_rows
-from esfast.unwrap import named_parameters, unwrapped
+from esfast.tasks import embedded
+from esfast.utils.rows import check_rows
+from esfast.utils.unwrap import named_parameters, unwrapped
 
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 

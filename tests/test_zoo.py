@@ -8,9 +8,9 @@ import pytest
 import torch
 import transformers
 
-from esfast import embedded
 from esfast.bench import zoo
 from esfast.bench.architectures import MOST_WEIGHTS, NOT_MADE, architectures, tiny_model
+from esfast.tasks import embedded
 
 # One of each kind: dense, learned positions, ALiBi, sliding windows, experts, compressed keys and values, recurrent,
 # hybrid, states in modules, no padding, an encoder's decoder, part of a model of pictures.

@@ -22,8 +22,8 @@ import torch
 
 from esfast.bench import count, today
 from esfast.bench.workload import SIGMA, make_plan, population, verify, verify_ends
-from esfast.noise import KINDS
-from esfast.ops import add_noise_, auto_backend, backend_report
+from esfast.core.noise import KINDS
+from esfast.core.ops import add_noise_, auto_backend, backend_report
 
 DTYPES = ("bfloat16", "float32")
 # A member from a base; the base again; from one member in place to the next; the whole population's update.

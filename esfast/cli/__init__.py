@@ -9,9 +9,9 @@ from __future__ import annotations
 import logging
 import sys
 
-from ..interrupts import signal_of
-from ..run_options import in_flags
+from ..utils.interrupts import signal_of
 from .parser import parser_of_all
+from .run_options import in_flags
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..run_folder import RunFolder
-from ..run_options import as_flag, read_yaml
+from ..trainer.run_folder import RunFolder
+from .run_options import as_flag, read_yaml
 
 # Of RunOptions, what a resumed run may not change. What its model and its data are, the trainer compares.
 _FIXED = ("task", "style", "train_prompts", "reward")

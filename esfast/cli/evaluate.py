@@ -7,14 +7,14 @@ import json
 import logging
 from typing import Any
 
-from .. import chat
-from ..encoding import PromptEncoder, context_limit
-from ..evaluation import against, respond, summarize, table
-from ..files import check_writable, write_whole
-from ..run_options import run_options
+from ..rollout import chat
+from ..rollout.encoding import PromptEncoder, context_limit
+from ..trainer.evaluation import against, respond, summarize, table
+from ..utils.files import check_writable, write_whole
 from .earlier_run import asked_of, model_in, run_of
 from .models import load, task_of
 from .parser import EVAL_SETTINGS
+from .run_options import run_options
 
 log = logging.getLogger(__name__)
 

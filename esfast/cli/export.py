@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..export import pack
-from ..files import check_writable
-from ..journal import read
+from ..journal.export import pack
+from ..journal.journal import read
+from ..utils.files import check_writable
 
 
 def run(args: argparse.Namespace) -> None:

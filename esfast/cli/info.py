@@ -8,8 +8,9 @@ import platform
 import torch
 import transformers
 
-from .. import NOISE_VERSION, __version__, cuda_backend
-from ..ops import auto_backend, backend_report, instruction_set
+from .. import NOISE_VERSION, __version__
+from ..core.backends import cuda as cuda_backend
+from ..core.ops import auto_backend, backend_report, instruction_set
 
 
 def run(args: argparse.Namespace) -> None:

@@ -7,18 +7,19 @@ import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ..distributed import Team
-    from ..run_options import RunOptions
+    from ..distributed.team import Team
+    from .run_options import RunOptions
 
 
 def task_of(run: RunOptions):
     """The task; fills in what the options leave to the model: its task, and the style of its prompts."""
-    from .. import embedded, tasks
+    from .. import tasks
+    from ..tasks import embedded
 
     if run.model is None:
         run.task, run.style = run.task or "countdown", run.style or embedded.STYLE
     elif run.task is None or run.style is None:
-        from ..models import load_config
+        from ..rollout.models import load_config
 
         made = load_config(run.model)
         run.task = run.task or getattr(made, "prompt_task", "countdown")
@@ -29,7 +30,7 @@ def task_of(run: RunOptions):
 def device_of(args: argparse.Namespace) -> str:
     import torch
 
-    from ..ops import auto_backend
+    from ..core.ops import auto_backend
 
     if args.device != "auto":
         return args.device
@@ -42,16 +43,16 @@ def load(args: argparse.Namespace | RunOptions, team: Team | None = None):
     import torch
     from transformers.utils.logging import disable_progress_bar
 
-    from .. import embedded
-    from ..models import load_model, load_tokenizer
-    from ..rollout import is_small
+    from ..rollout.engine import is_small
+    from ..rollout.models import load_model, load_tokenizer
+    from ..tasks import embedded
 
     disable_progress_bar()  # the bars of loading and saving would tear that of the training
     path = args.model if args.model is not None else embedded.cached(task=args.task)
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
     model = load_model(path, dtype=dtype)
     if team is not None and team.shards > 1:
-        from ..tensor_parallel import shard
+        from ..distributed.tensor_parallel import shard
 
         shard(model, team.mesh(device_of(args)), device_of(args))
     else:

@@ -6,9 +6,9 @@ import argparse
 from collections.abc import Callable
 from importlib import import_module
 
-from ..command_help import looks
-from ..presets import PRESETS
-from ..run_options import add_arguments
+from .command_help import looks
+from .presets import PRESETS
+from .run_options import add_arguments
 
 # Settings of a run that `esfast eval` takes as options, too.
 EVAL_SETTINGS = ("task", "style", "data", "reward", "dtype", "device")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .. import adapters
-from ..files import check_writable
-from ..journal import replay
-from ..plan import Plan
-from ..run_folder import RunFolder, save_model
+from ..core.plan import Plan
+from ..journal.journal import replay
+from ..rollout import adapters
+from ..trainer.run_folder import RunFolder, save_model
+from ..utils.files import check_writable
 from .models import load
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..files import check_writable, write_whole
 from ..report import load, page
+from ..utils.files import check_writable, write_whole
 
 
 def run(args: argparse.Namespace) -> None:

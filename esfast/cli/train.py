@@ -8,15 +8,15 @@ import logging
 import secrets
 import time
 
-from .. import embedded
-from ..distributed import Team
-from ..files import check_writable
-from ..interrupts import stoppable
-from ..run_folder import RunFolder
-from ..run_options import TRAIN_DEFAULTS, RunOptions, dump, es_config, given, run_options
-from ..trainer import ESTrainer
+from ..distributed.team import Team
+from ..tasks import embedded
+from ..trainer.run_folder import RunFolder
+from ..trainer.trainer import ESTrainer
+from ..utils.files import check_writable
+from ..utils.interrupts import stoppable
 from .earlier_run import resumed
 from .models import device_of, load, task_of
+from .run_options import TRAIN_DEFAULTS, RunOptions, dump, es_config, given, run_options
 
 log = logging.getLogger(__name__)
 

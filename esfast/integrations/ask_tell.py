@@ -11,8 +11,8 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from ..es import ES, Member
-from ..plan import Plan
+from ..core.plan import Plan
+from ..es.es import ES, Member
 
 
 class Candidate:
@@ -68,7 +68,7 @@ class AskTell:
         return list(self._asked)
 
     def tell(self, candidates: Sequence[Candidate], fitness: Sequence[float]):
-        """Moves the weights by one ES step and returns what it did (`esfast.es.Generation`).
+        """Moves the weights by one ES step and returns what it did (`esfast.update.Generation`).
 
         Raises ValueError if candidates are not those that were asked for, each once and in any order, or if a fitness
         is missing or not finite. Weights are untouched.

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from ..config import ESConfig
-from ..es import ES, Member
-from ..plan import Plan
-from ..rewards import RewardFunc
-from ..trainer import ESTrainer
-from ..update import Generation, Rule
+from ..core.plan import Plan
+from ..es.es import ES, Member
+from ..rewards.scorer import RewardFunc
+from ..trainer.config import ESConfig
+from ..trainer.trainer import ESTrainer
+from ..update.updater import Generation, Rule
 from .ray import Fleet
 
 

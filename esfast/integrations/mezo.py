@@ -12,12 +12,12 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from ..es import member_seed
-from ..plan import Plan
-from ..plan_source import missing_parameter
-from ..unwrap import named_parameters
-from ..update import Generation, Rule
-from ..weights import MODES
+from ..core.plan import Plan
+from ..core.plan_source import missing_parameter
+from ..es.es import member_seed
+from ..es.weights import MODES
+from ..update.updater import Generation, Rule
+from ..utils.unwrap import named_parameters
 from .offsets import Offsets
 
 NOT_DECAYED = ("bias", "layer_norm", "layernorm")  # as in MeZO: weights with these in their name don't decay
@@ -33,7 +33,7 @@ class ZOParameters:
         model: an nn.Module (those of its parameters that require grad), a Plan, or an iterable of (name, tensor).
         zo_eps: size of the perturbation. > 0.
         weights: "base" (exact; one copy of the weights), "master" (exact, updates in float32), "host" or "inplace" (no
-            copy, and the rounding errors of MeZO); see esfast.weights.
+            copy, and the rounding errors of MeZO); see esfast.es.weights.
         noise, rounding, backend: as in `add_noise_`.
         weight_decay: of `zo_update`, for all weights but those with "bias" or "layer norm" in their name.
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..interrupts import held
+from ..utils.interrupts import held
 
 
 class Offsets:
@@ -14,7 +14,7 @@ class Offsets:
     are written anew from the base, in one pass: they are the rounded sum at any time, and when all terms have cancelled
     they are the base, to the bit.
 
-    mode: one of esfast.weights, which says where the base is. Several seeds at once need a mode with a base on the
+    mode: one of esfast.es.weights, which says where the base is. Several seeds at once need a mode with a base on the
         device (base, master).
     on_change: called before noise is added to clean weights that somebody else has written; default: they become the
         base.

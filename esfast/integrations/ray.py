@@ -14,11 +14,11 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ..door import open_tokenizer
-from ..encoding import PromptReader
-from ..es import Member
-from ..interrupts import kept_handlers
-from ..update import Generation, Rule
+from ..es.es import Member
+from ..rollout.encoding import PromptReader
+from ..trainer.door import open_tokenizer
+from ..update.updater import Generation, Rule
+from ..utils.interrupts import kept_handlers
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from datetime import timedelta
 
 import numpy as np
 
-from ..update import Generation, Rule
+from ..update.updater import Generation, Rule
 
 GROUP_TIMEOUT = timedelta(minutes=10)  # the longest that engines wait for each other
 

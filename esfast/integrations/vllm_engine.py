@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..encoding import PromptReader
+from ..rollout.encoding import PromptReader
 
 EXTENSION = "esfast.integrations.vllm.WorkerExtension"
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ..files import whole_folder
-from ..plan import Plan
-from ..segments import Entry
+from ..core.plan import Plan
+from ..core.segments import Entry
+from ..utils.files import whole_folder
 from .vllm_layout import Shape
 
 

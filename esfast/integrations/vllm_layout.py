@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..segments import Slice
+from ..core.segments import Slice
 
 Shape = tuple[int, ...]
 Piece = tuple[str, torch.Tensor, Slice]

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ..fingerprint import MASK, window_sums
-from ..journal import Journal, header_of
-from ..plan import Plan
-from ..update import Generation, Rule
-from ..weights import MODES
+from ..core.fingerprint import MASK, window_sums
+from ..core.plan import Plan
+from ..es.weights import MODES
+from ..journal.journal import Journal, header_of
+from ..update.updater import Generation, Rule
 from . import vllm_files, vllm_layout
 from .offsets import Offsets
 

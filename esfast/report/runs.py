@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..journal import peek
-from ..run_folder import RunFolder, read_lines
+from ..journal.journal import peek
+from ..trainer.run_folder import RunFolder, read_lines
 
 _OF_A_REPEAT = ("seed", "output_dir", "progress", "resume")  # settings in which repeats of an experiment differ
 

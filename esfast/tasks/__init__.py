@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Sequence
 from types import ModuleType
 
-from ..suggest import unknown
+from ..utils.suggest import unknown
 from . import conciseness, countdown, file, math, sudoku
 from .base import Recipe, Task
 from .data import DATASETS

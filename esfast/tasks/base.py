@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..rows import draw
+from ..utils.rows import draw
 
 HELD_OUT = 0.25  # share of all problems that belongs to the split "test"
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 
-from ..rows import check_prompt
+from ..utils.rows import check_prompt
 from . import data
 from .base import Recipe, Task, distinct, require_text, styled, texts, thousands_of
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ..rows import check_prompt
+from ..utils.rows import check_prompt
 from . import data
 from .base import Task
 

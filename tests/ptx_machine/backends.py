@@ -21,9 +21,9 @@ from unittest import mock
 import numpy as np
 import torch
 
-from esfast import cuda_backend
-from esfast.ops import Call
-from esfast.segments import BFLOAT16, FLOAT16
+from esfast.core.backends import cuda as cuda_backend
+from esfast.core.ops import Call
+from esfast.core.segments import BFLOAT16, FLOAT16
 
 from .machine import Compiled, compile_kernel, run
 from .memory import GlobalMemory
@@ -185,7 +185,7 @@ class TritonPtx:
         self.compile = functools.cache(lambda text: compile_kernel(parse(next(iter(kernels_of(text).values())))))
 
     def run(self, call: Call) -> None:
-        from esfast import triton_backend
+        from esfast.core.backends import triton as triton_backend
 
         self.call = call
         compiled = SimpleNamespace(value=False)  # the launch code asks whether kernels are interpreted

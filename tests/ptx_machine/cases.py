@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import esfast
-from esfast.ops import AdamStep, Call, check_members
-from esfast.segments import BFLOAT16, FLOAT16, FLOAT32, SPLIT
+from esfast.core.ops import AdamStep, Call, check_members
+from esfast.core.segments import BFLOAT16, FLOAT16, FLOAT32, SPLIT
 
 from . import backends
 from .backends import ADAM, ADD, ONE

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from esfast.noise import fma
+from esfast.core.noise import fma
 
 from .program import WIDTHS
 

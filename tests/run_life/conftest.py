@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from life import bits, trainer
 
-from esfast import lock
+from esfast.utils import lock
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,9 @@ import pytest
 from life import ROWS, contents, facts, make_model, other_value, stopped, trainer, value
 
 from esfast import Plan, report
-from esfast.export import pack
-from esfast.journal import replay
-from esfast.run_folder import RunFolder
+from esfast.journal.export import pack
+from esfast.journal.journal import replay
+from esfast.trainer.run_folder import RunFolder
 
 # ---- what a run is --------------------------------------------------------------------------------------------------
 

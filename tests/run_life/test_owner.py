@@ -11,15 +11,16 @@ import pytest
 import torch
 from life import bits, contents, other_value, stopped, trainer
 
-from esfast import ES, Plan, lock
-from esfast.journal import read
-from esfast.lock import InUse, Lock
+from esfast import ES, Plan
+from esfast.journal.journal import read
+from esfast.utils import lock
+from esfast.utils.lock import InUse, Lock
 
 # ---- one owner ------------------------------------------------------------------------------------------------------
 
 HOLDER = """
 import sys, time
-from esfast.lock import Lock
+from esfast.utils.lock import Lock
 lock = Lock.take(sys.argv[1])
 print("held", flush=True)
 time.sleep(600)

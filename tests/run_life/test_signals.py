@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 from life import ROWS, bits, trainer, value
 
-from esfast import Plan, embedded, interrupts
+from esfast import Plan
 from esfast.integrations import ray as fleet_of_ray
-from esfast.interrupts import Interrupted, stoppable
-from esfast.journal import read
+from esfast.journal.journal import read
+from esfast.tasks import embedded
+from esfast.utils import interrupts
+from esfast.utils.interrupts import Interrupted, stoppable
 
 # ---- signals --------------------------------------------------------------------------------------------------------
 
@@ -104,7 +106,7 @@ def test_in_other_threads_signals_are_left_alone(tmp_path, default_signals):
 
 SECOND = """
 import os, signal, sys, time
-from esfast.interrupts import stoppable
+from esfast.utils.interrupts import stoppable
 with stoppable():
     try:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -142,7 +144,7 @@ def test_an_error_that_the_same_signal_made_elsewhere_is_no_error(tmp_path, defa
 def test_workers_outlive_the_signals_of_their_parent():
     import scoring
 
-    from esfast.rewards import Scorer
+    from esfast.rewards.scorer import Scorer
 
     scorer = Scorer([scoring.length], workers=1)
     try:

@@ -29,7 +29,7 @@ def folder(tmp_path_factory):
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-    from esfast import embedded
+    from esfast.tasks import embedded
 
     made = {}
 

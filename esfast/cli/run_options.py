@@ -1,0 +1,177 @@
+"""Everything that a run of `esfast train` can be told: what to tune on what (RunOptions) and how (ESConfig).
+
+The options of the command line, the keys of a YAML file and the fields of these two dataclasses are the same names,
+documented once, where they are defined.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..core.noise import check_int
+from ..trainer.config import ESConfig, option
+from ..trainer.trl_names import translate
+from ..utils.settings import convert_fields, number, whole_number
+from .presets import NEEDS_DATA, preset
+
+
+@dataclass
+class RunOptions:
+    """What is tuned on what. `None` leaves it to the model or the task."""
+
+    model: str | None = option(None, "Hugging Face name or folder (default: the embedded small model)")
+    task: str | None = option(
+        None, "countdown, conciseness, math, sudoku, or file:PATH or dataset:NAME with --reward "
+        "(default: what the model was made for, else countdown)"
+    )  # fmt: skip
+    style: str | None = option(
+        None, "prompts of the task (default: those that the model was made with; else paper)", ("paper", "compact")
+    )
+    data: str | None = option(
+        None, "file of problems (.jsonl, .json, .csv, .parquet, ...) or dataset:NAME, instead of the task's generator"
+    )
+    train_prompts: int | None = option(None, "train on so many fixed problems (default: fresh ones every generation)")
+    reward: list[str] | None = option(None, "reward functions MODULE:FUNCTION instead of the task's")
+    dtype: str = option("auto", "dtype of the weights; auto: the checkpoint's", ("auto", "float32", "bfloat16",
+                        "float16"))  # fmt: skip
+    device: str = option(
+        "auto", "cpu, cuda:1, ...; auto: what a backend is ready for, under torchrun a GPU for each process"
+    )
+    engine: str = option(
+        "transformers", "what generates, in this process; vllm: in processes that Ray starts, which hold the weights",
+        ("transformers", "vllm"),
+    )  # fmt: skip
+    num_engines: int = option(1, "vLLM engines")
+    tensor_parallel_size: int = option(
+        1, "processes, of those that torchrun starts, that hold one model together, each a part of it; "
+        "with --engine vllm: GPUs of each engine"
+    )  # fmt: skip
+
+    def __post_init__(self):
+        convert_fields(self)
+        for name in ("train_prompts", "num_engines", "tensor_parallel_size"):
+            if getattr(self, name) is not None:
+                check_int(name, getattr(self, name), 1, 2**31)
+
+
+# What `esfast train` changes of ESConfig's defaults; a text where it depends on the task.
+TRAIN_DEFAULTS: dict[str, Any] = {
+    "output_dir": "runs/TASK-DATE-TIME",
+    "max_completion_length": "the task's",
+    "reward_workers": 1,  # tasks' rewards are functions of a module, and of their arguments alone
+}
+
+GROUPS = {  # of options in the help, each by its first one
+    "model": "model and task",
+    "output_dir": "run",
+    "population_size": "evolution strategies (defaults: the paper's for Countdown; the embedded model has its own)",
+    "weights": "weights and their updates",
+    "prompts_per_generation": "prompts and responses",
+    "reward_weights": "rewards",
+    "eval_every": "evaluation and logging",
+}
+
+FIELDS = {f.name: f for kind in (RunOptions, ESConfig) for f in dataclasses.fields(kind)}
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Settings from a YAML file, such as a run folder's config.yaml or the output of --print-config.
+
+    Raises FileNotFoundError; ValueError for what is no mapping, or for unknown keys, with the closest known one.
+    """
+    try:
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: no YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path}: expected lines of the form NAME: VALUE, got {type(settings).__name__}")
+    try:
+        return translate({str(name): value for name, value in settings.items()}, FIELDS, str(path))
+    except TypeError as error:
+        raise ValueError(str(error)) from None
+
+
+def dump(*parts: RunOptions | ESConfig) -> str:
+    """Settings as YAML, which read_yaml reads."""
+    return yaml.safe_dump({k: v for part in parts for k, v in dataclasses.asdict(part).items()}, sort_keys=False)
+
+
+def as_flag(name: str) -> str:
+    """The option of a setting."""
+    return "--out" if name == "output_dir" else "--" + name.replace("_", "-")
+
+
+def in_flags(message: str) -> str:
+    """An error's message with the options' names for the settings that it speaks of."""
+    message = re.sub(r"\b(?:ESConfig|RunOptions)\.(\w+)", lambda m: as_flag(m[1]) if m[1] in FIELDS else m[0], message)
+    message = re.sub(r"\Aresume: the run has (\w+) ", lambda m: f"{as_flag(m[1])}: the run has ", message)
+    message = re.sub(r"\A(\w+):", lambda m: f"{as_flag(m[1])}:" if m[1] in FIELDS else m[0], message)
+    long = {**{name: name for name in FIELDS if "_" in name}, "max_new_tokens": "max_completion_length"}
+    names = "|".join(sorted(long, key=len, reverse=True))
+    # not of a path or of a text in quotes
+    return re.sub(rf"(?<![\w/.'\"-])(?:{names})(?![\w/'\"-])(?!\.\w)", lambda m: as_flag(long[m[0]]), message)
+
+
+def add_arguments(parser: argparse.ArgumentParser, only: Collection[str] = tuple(FIELDS)) -> None:
+    """An option for each field. One that isn't given leaves no trace: that is not the same as the default, since
+    presets, tasks and the embedded model have defaults of their own."""
+    group: argparse._ArgumentGroup | None = None
+    for name, f in FIELDS.items():
+        if name in GROUPS:
+            group = parser.add_argument_group(GROUPS[name])
+        if name not in only:
+            continue
+        names = ["--out", "--output-dir"] if name == "output_dir" else [as_flag(name)]
+        text = f.metadata["help"]
+        default = TRAIN_DEFAULTS.get(name, f.default)
+        if default is not None and "default:" not in text:
+            text += f" (default: {'yes' if default is True else 'no' if default is False else default})"
+        options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
+        if f.type == "bool":
+            group.add_argument(*names, action=argparse.BooleanOptionalAction, **options)
+            continue
+        kind = f.type.replace("list[", "").split("]")[0].split(" |")[0]
+        if f.type.startswith("list["):
+            options |= {"nargs": "+", "metavar": name.upper()}
+        elif not f.metadata["choices"]:
+            options |= {"metavar": {"int": "N", "float": "X", "dict": "JSON"}.get(kind, name.upper())}
+        group.add_argument(*names, type=_TYPES.get(kind, str), choices=f.metadata["choices"], **options)
+
+
+def _int(text: str) -> int:
+    return whole_number("", text)
+
+
+def _float(text: str) -> float:
+    return number("", text)
+
+
+# argparse's errors name them
+_int.__name__, _float.__name__ = "int", "float"
+_TYPES = {"int": _int, "float": _float}
+
+
+def given(args: argparse.Namespace) -> dict[str, Any]:
+    """What the command line, the file of --config and the --preset say, in this order of precedence."""
+    settings = preset(args.preset) if args.preset else {}
+    settings |= read_yaml(args.config) if args.config else {}
+    settings |= {name: getattr(args, name) for name in FIELDS if hasattr(args, name)}
+    if args.preset in NEEDS_DATA and not settings.get("data"):
+        raise ValueError(f"preset {args.preset}: name a file of {NEEDS_DATA[args.preset]} with --data")
+    return settings
+
+
+def run_options(settings: Mapping[str, Any]) -> RunOptions:
+    return RunOptions(**{f.name: settings[f.name] for f in dataclasses.fields(RunOptions) if f.name in settings})
+
+
+def es_config(settings: Mapping[str, Any]) -> ESConfig:
+    return ESConfig(**{f.name: settings[f.name] for f in dataclasses.fields(ESConfig) if f.name in settings})

@@ -1,0 +1,1 @@
+"""The noise, and the one pass over the weights that adds it."""

@@ -1,0 +1,67 @@
+"""Launches the CUDA kernels of csrc/cuda_kernel.cu over a plan: tables made once, one launch per pair of formats."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+
+import torch
+
+from ..noise import DOMAINS
+from .tiles import copy_base, members_on, tiles_of
+
+
+def run(call) -> None:
+    """See ops.add_noise_; `call` is an ops.Call. Members that are tensors on the device are not copied, so that after a
+    first call, which makes the table and loads the code, the next can be captured in a CUDA graph."""
+    extension, device = importlib.import_module("esfast._cuda"), call.plan.device
+    where = {"device": device.index or 0, "stream": torch.cuda.current_stream(device).cuda_stream}
+    add_noise, copy_tiles = (
+        functools.partial(launch, **where) for launch in (extension.add_noise, extension.copy_tiles)
+    )
+    run_with(call, add_noise, extension.TILE, copy_tiles)
+
+
+def run_with(call, add_noise: Callable[..., None], tile: int, copy_tiles: Callable[..., None] | None = None) -> None:
+    """`run` with functions to launch the kernels, which take the arguments of _cuda.add_noise and _cuda.copy_tiles; the
+    latter may be absent where nothing is restored."""
+    plan, adam = call.plan, call.adam
+    if call.is_copy:
+        return copy_base(
+            call, tile, lambda records, size: copy_tiles(tiles=records.data_ptr(), tile_count=len(records), size=size)
+        )
+    seeds, coeffs = members_on(plan.device, call.seeds, call.coeffs)
+    for t in tiles_of(call.table, tile, plan.device, call.needs_extras):
+        add_noise(
+            tiles=t.records.data_ptr(), extras=t.extras.data_ptr() if t.extras is not None else 0,
+            tile_count=len(t.records), src_format=t.src_format, dst_format=t.dst_format, seeds=seeds.data_ptr(),
+            coeffs=coeffs.data_ptr(), members=len(seeds), kind=DOMAINS[call.kind], stochastic=call.stochastic,
+            decay=float(call.decay), low=call.low.data_ptr() if call.low is not None else 0,
+            moments=[m.data_ptr() for m in adam.moments] if adam is not None else (0, 0),
+            adam=adam.numbers if adam is not None else (0.0,) * 4,
+        )  # fmt: skip
+
+
+@functools.cache
+def missing(device: torch.device) -> str | None:
+    """Why CUDA kernels can't run on tensors of this device, or None."""
+    try:
+        extension = importlib.import_module("esfast._cuda")
+    except ImportError as error:
+        return f"its extension is not built ({error}); run `pip install .` with nvcc on the PATH"
+    if extension.ABSENT:
+        return f"not built: {extension.ABSENT}; install the CUDA toolkit, then esfast again"
+    reason = extension.unusable(-1 if device.type != "cuda" else device.index or 0)
+    if reason:
+        return reason
+    return None if device.type == "cuda" else f"it needs tensors on a GPU, and these are on {device}"
+
+
+def build() -> str:
+    """What this build has: `esfast info` shows it."""
+    try:
+        extension = importlib.import_module("esfast._cuda")
+    except ImportError as error:
+        return f"not built ({error})"
+    return f"not built: {extension.ABSENT}" if extension.ABSENT else f"built for {extension.ARCHITECTURES}"

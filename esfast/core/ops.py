@@ -1,0 +1,323 @@
+"""The one primitive, `add_noise_`, and the backends that can run it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import math
+import os
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..utils.names import ROUNDINGS
+from . import custom_op
+from .noise import DOMAINS, check_kind, check_seed
+from .plan import Plan
+from .segments import Table
+
+
+@dataclass(frozen=True)
+class AdamStep:
+    """One step of Adam (Kingma and Ba, arXiv 1412.6980) up the gradient g = sum_j coeffs[j] * noise(seeds[j]):
+
+        m += (1 - beta1) (g - m);  v += (1 - beta2) (g^2 - v);  weight += step * m / (sqrt(v) + eps)
+
+    in float32, with m and v kept between steps in the flat buffers `moments`, a float32 tensor (2, plan.flat_numel) on
+    the plan's device, zero at first. `step` and `eps` hold the correction of the bias: see `AdamStep.at`.
+    """
+
+    moments: torch.Tensor
+    one_minus_beta1: np.float32
+    one_minus_beta2: np.float32
+    step: np.float32
+    eps: np.float32
+
+    @classmethod
+    def at(cls, t: int, moments: torch.Tensor, lr: float, beta1: float, beta2: float, eps: float) -> AdamStep:
+        """Step number t = 1, 2, ... with learning rate lr: lr' = lr sqrt(1 - beta2^t) / (1 - beta1^t) and
+        eps' = eps sqrt(1 - beta2^t), which make m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps) of the paper."""
+        root = math.sqrt(1 - beta2**t)
+        numbers = 1 - beta1, 1 - beta2, lr * root / (1 - beta1**t), eps * root
+        return cls(moments, *(np.float32(x) for x in numbers))
+
+    @property
+    def numbers(self) -> tuple[float, float, float, float]:
+        return tuple(float(x) for x in (self.one_minus_beta1, self.one_minus_beta2, self.step, self.eps))
+
+
+@dataclass(frozen=True)
+class Call:
+    """A checked call of add_noise_, as every backend gets it."""
+
+    plan: Plan
+    seeds: np.ndarray | torch.Tensor  # uint64 (int64 on the device)
+    coeffs: np.ndarray | torch.Tensor  # float32
+    base: Plan | None = None
+    kind: str = "gaussian"
+    stochastic: bool = False
+    decay: np.float32 = np.float32(0)
+    anchor: Plan | None = None
+    adam: AdamStep | None = None
+
+    @functools.cached_property  # looking whether memory moved takes 22 us for 400 tensors
+    def table(self) -> Table:
+        return self.plan.table(self.base, self.anchor)
+
+    @property
+    def low(self) -> torch.Tensor | None:
+        """The flat buffer of low halves, of the side that has one."""
+        return self.plan.low if self.plan.low is not None else self.base.low if self.base is not None else None
+
+    @property
+    def needs_extras(self) -> bool:
+        """Whether it reads an anchor or a flat buffer."""
+        return self.low is not None or self.adam is not None or (bool(self.decay) and self.anchor is not None)
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether it writes the base as it is: round(src) is src, whatever a NaN's payload."""
+        if len(self.seeds) or self.decay or self.adam is not None:
+            return False
+        return bool((self.table.column("src_format") == self.table.column("dst_format")).all())
+
+
+def add_noise_(
+    plan: Plan,
+    seeds: Sequence[int],
+    coeffs: Sequence[float],
+    base: Plan | None = None,
+    noise: str = "gaussian",
+    rounding: str = "nearest",
+    backend: str = "auto",
+    *,
+    decay: float = 0.0,
+    anchor: Plan | None = None,
+    adam: AdamStep | None = None,
+) -> None:
+    """`plan = round(base + sum_j coeffs[j] * noise(seeds[j]))` in one pass over the weights, in place.
+
+    For every weight: acc = float32(base); acc = fma(coeffs[j], noise(seeds[j]), acc) for each j in order; the weight
+    becomes acc rounded once to its dtype. One seed perturbs, two move from one member to the next, a population's make
+    the ES update, none copies the base.
+
+    Args:
+        plan: the weights that are written.
+        seeds: K ints, 0 <= seed < 2**64; K may be 0. For a plan on a GPU also an int64 tensor of their bits there.
+        coeffs: K finite numbers, rounded to float32. With a tensor of seeds a float32 tensor there, whose values are
+            not looked at: such a call copies nothing from the host and can be captured in a CUDA graph.
+        base: what is read; the same tensors as `plan` (`plan.clone()` is), or float32 ones (`plan.master()`). Default:
+            `plan` itself, in place.
+        noise: "gaussian" or "rademacher".
+        rounding: "nearest" (to even), or "stochastic": up or down to a neighbour with probabilities that make the mean
+            exact, drawn from seeds[0] in a domain of its own, so the noise is independent of it. With no seeds, and for
+            float32 weights, both are the same.
+        backend: "auto", "cpu", "cuda", "triton" or "reference". All give the same bits; a NaN weight stays some NaN.
+        decay: weight decay, 0 <= decay <= 1: the base is moved by this fraction towards `anchor`, before the noise.
+        anchor: a plan of the same tensors and dtypes, for example of the initial weights; default: zero.
+        adam: the sum is the gradient of a step of Adam instead; its moments are changed too.
+
+    Raises:
+        TypeError, ValueError: an argument outside the above; no weight was changed.
+        RuntimeError: the backend can't run here (it says why), or the plan's memory moved.
+    """
+    if torch.compiler.is_compiling():
+        return custom_op.traced(plan, seeds, coeffs, base, noise, rounding, backend, decay, anchor, adam)
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan: expected an esfast.Plan, got {type(plan).__name__}; write esfast.Plan(model)")
+    check_kind(noise)
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"rounding: expected one of {', '.join(map(repr, ROUNDINGS))}, got {rounding!r}")
+    if not isinstance(decay, (int, float, np.floating)) or not 0 <= decay <= 1:
+        raise ValueError(f"decay: expected a number from 0 to 1, got {decay!r}")
+    run = get_backend(backend, plan.device)
+    with _subnormals_kept():
+        if isinstance(seeds, torch.Tensor) and run in (_cuda, _triton):
+            _check_device_members(plan, seeds, coeffs)
+        else:
+            seeds, coeffs = check_members(seeds, coeffs)
+        if adam is not None:
+            _check_adam(plan, base, adam)
+        call = Call(plan, seeds, coeffs, base, noise, rounding == "stochastic", np.float32(decay), anchor, adam)
+        call.table  # noqa: B018  for its checks, before anything changes
+        if len(plan):  # all the shards on this rank may be empty
+            run(call)
+
+
+def _check_adam(plan: Plan, base: Plan | None, adam: AdamStep) -> None:
+    m = adam.moments if isinstance(adam, AdamStep) else None
+    if base is not None and base is not plan:
+        raise ValueError("adam: works in place, without a base")
+    if not (
+        isinstance(m, torch.Tensor) and m.dtype is torch.float32 and m.device == plan.device and m.is_contiguous()
+        and m.shape == (2, plan.flat_numel)
+    ):  # fmt: skip
+        raise TypeError(
+            f"adam: expected an esfast.core.ops.AdamStep with moments = torch.zeros(2, plan.flat_numel) in float32 on "
+            f"{plan.device}, got {adam!r:.80}"
+        )
+    if m.data_ptr() % 16:
+        raise ValueError(
+            f"adam: the moments begin at address {m.data_ptr():#x}, no multiple of 16 bytes, and kernels read 128 bits "
+            "at once; pass a tensor of its own, torch.zeros(2, plan.flat_numel), and no slice of another"
+        )
+
+
+@contextlib.contextmanager
+def _subnormals_kept():
+    """This thread calculates as IEEE 754 says, torch.set_flush_denormal or not; csrc/module.cpp sees to its own."""
+    flushing = (np.ones(1, dtype=np.uint32).view(np.float32) * np.float32(1))[0] == 0
+    if flushing:
+        torch.set_flush_denormal(False)
+    try:
+        yield
+    finally:
+        if flushing:
+            torch.set_flush_denormal(True)
+
+
+def check_members(seeds: Sequence[int], coeffs: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Seeds as uint64 and coefficients as float32, equally many and finite; TypeError or ValueError otherwise."""
+    if not all(isinstance(x, Iterable) and not isinstance(x, str) for x in (seeds, coeffs)):
+        raise TypeError("seeds and coeffs: expected sequences of equal length, for example [seed], [sigma]")
+    seeds = np.array([check_seed(s) for s in seeds], dtype=np.uint64)
+    try:
+        wide = np.array([float(c) for c in coeffs], dtype=np.float64)
+    except (TypeError, ValueError, OverflowError):
+        raise TypeError(f"coeffs: expected numbers, got {coeffs!r:.80}") from None
+    if len(seeds) != len(wide):
+        raise ValueError(f"seeds and coeffs: expected equally many, got {len(seeds)} and {len(wide)}")
+    with np.errstate(over="ignore"):
+        coeffs = wide.astype(np.float32)
+    if not np.isfinite(coeffs).all():
+        j = int(np.flatnonzero(~np.isfinite(coeffs))[0])
+        raise ValueError(f"coeffs[{j}]: expected a finite float32, got {wide[j]}")
+    return seeds, coeffs
+
+
+def _check_device_members(plan: Plan, seeds: torch.Tensor, coeffs) -> None:
+    for what, values, dtype in (("seeds", seeds, torch.int64), ("coeffs", coeffs, torch.float32)):
+        if not (
+            isinstance(values, torch.Tensor) and values.dtype is dtype and values.device == plan.device
+            and values.shape == (len(seeds),) and values.is_contiguous()
+        ):  # fmt: skip
+            got = (
+                f"{values.dtype} {tuple(values.shape)} on {values.device}"
+                if isinstance(values, torch.Tensor)
+                else values
+            )
+            raise TypeError(
+                f"{what}: with a tensor of seeds, expected a contiguous {dtype} vector on {plan.device}, "
+                f"got {got!r:.80}"
+            )
+
+
+# ---- backends: a function of a Call each, and the reason why it can't run, if any -----------------------------------
+
+
+def _reference(call: Call) -> None:
+    from .backends import reference
+
+    reference.run(call)
+
+
+def _cpu(call: Call) -> None:
+    from .. import _cpu as extension
+
+    m, v = (b.data_ptr() for b in call.adam.moments) if call.adam is not None else (0, 0)
+    extension.add_noise(
+        call.table.rows, call.seeds, call.coeffs, DOMAINS[call.kind], call.stochastic, call.decay,
+        call.low.data_ptr() if call.low is not None else 0, m, v,
+        call.adam.numbers if call.adam is not None else (0.0,) * 4,
+        torch.get_num_threads(), instruction_set(extension.instruction_sets()),
+    )  # fmt: skip
+
+
+def instruction_set(sets: Sequence[str]) -> str:
+    """The one of `sets`, the best first, that the CPU backend uses: the first, or where the environment variable
+    ATEN_CPU_CAPABILITY ("avx2" or "default") keeps PyTorch from better ones, the first that it allows."""
+    allowed = {"default": ("baseline",), "avx2": ("avx2", "baseline")}.get(os.environ.get("ATEN_CPU_CAPABILITY", ""))
+    return next(s for s in sets if allowed is None or s in allowed)
+
+
+@functools.cache
+def _cpu_missing() -> str | None:
+    try:
+        importlib.import_module("esfast._cpu")
+    except ImportError as error:
+        return f"its C++ extension is not built ({error}); run `pip install .` with a C++ compiler"
+    return None
+
+
+def _cuda(call: Call) -> None:
+    from .backends import cuda as cuda_backend
+
+    cuda_backend.run(call)
+
+
+def _triton(call: Call) -> None:
+    from .backends import triton as triton_backend
+
+    triton_backend.run(call)
+
+
+def _triton_missing(device: torch.device) -> str | None:
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"Triton is not installed ({error}); pip install triton"
+    return importlib.import_module(".backends.triton", __package__).missing(device)
+
+
+@functools.cache
+def _why_not(name: str, device: torch.device) -> str | None:
+    """Why the backend can't work on tensors of this device, or None if it can."""
+    if name == "cuda":
+        return importlib.import_module(".backends.cuda", __package__).missing(device)
+    if name == "triton":
+        return _triton_missing(device)
+    if name == "cpu":
+        return _cpu_missing() if device.type == "cpu" else f"it works on CPU tensors, and these are on {device}"
+    return None
+
+
+# Best first: the order in which "auto" tries them. cuda before triton by instructions per bf16 weight on sm_90
+# (bench/results/sass.json): perturb 27.5 against 29.4, update 24.1 against 25.6; rademacher 6.7 against 9.0 and 2.8
+# against 5.3. Timings on a GPU will decide once there are any.
+_BACKENDS = {"cpu": _cpu, "cuda": _cuda, "triton": _triton, "reference": _reference}
+
+
+def get_backend(name: str, device: torch.device):
+    """The function that runs backend `name` on `device`; RuntimeError says why it can't."""
+    if name == "auto":
+        return _BACKENDS[auto_backend(device)]
+    if not isinstance(name, str) or name not in _BACKENDS:
+        known = ", ".join(map(repr, ("auto", *_BACKENDS)))
+        raise ValueError(f"backend: expected one of {known}, got {name!r}")
+    reason = _why_not(name, device)
+    if reason:
+        raise RuntimeError(f"backend {name!r} can't run: {reason}")
+    return _BACKENDS[name]
+
+
+@functools.cache
+def auto_backend(device: torch.device) -> str:
+    """What backend="auto" takes for tensors of this device."""
+    chosen = next(name for name in _BACKENDS if _why_not(name, device) is None)
+    if chosen == "reference":
+        better = "cpu" if device.type == "cpu" else "triton"
+        warnings.warn(
+            f"esfast uses its slow reference on {device}, as backend {better!r} can't run: {_why_not(better, device)}",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+    return chosen
+
+
+def backend_report(device: torch.device | str = "cpu") -> dict[str, str]:
+    """For each backend "ready" or the reason why it can't run on `device`: what `esfast info` prints."""
+    return {name: _why_not(name, torch.device(device)) or "ready" for name in _BACKENDS}

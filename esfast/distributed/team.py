@@ -1,0 +1,360 @@
+"""Training in several processes: who scores which member, and how rewards come together.
+
+Processes share torch.distributed's store, a table of small values, and between generations nothing else goes from one
+to another but N rewards. Every process draws the same noise and takes the same step, so the weights stay equal to the
+bit. torchrun starts them, on one machine or several:
+
+    torchrun --nproc-per-node 8 -m esfast train ...
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import logging
+import math
+import os
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+from ..core.noise import check_int
+from ..update.updater import Adam, Generation, Updater
+from ..utils.interrupts import Interrupted, signal_of
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+log = logging.getLogger(__name__)
+
+BEAT = 3.0  # seconds between the signs of life of a process
+SILENCE = 30.0  # seconds without one after which it is taken for dead
+GRACE = 10.0  # seconds that other processes then have to notice
+
+
+class Stopped(RuntimeError):
+    """Another process failed, or is gone; the message names it."""
+
+
+class Team:
+    """The processes that train together; `Team()` is this process alone.
+
+        with Team.join() as team:      # at the end all wait for each other; an error or Ctrl-C in one stops all
+            es = ES(model, team=team)
+
+    rank, size     this process's number, and how many there are
+    shards         so many processes, of consecutive ranks, hold one model in shards and score its members together
+    restarted      whether torchrun started these processes after others died (--max-restarts): they resume
+    at_work        whether this process has something to do with others, and can't go on without them
+    """
+
+    def __init__(self, store: dist.Store | None = None, rank: int = 0, size: int = 1, shards: int = 1):
+        if size % check_int("shards", shards, 1, 2**31):
+            raise ValueError(
+                f"Team: {size} processes can't be grouped by {shards}; start a multiple of {shards} with torchrun"
+            )
+        self.rank, self.size, self.shards = rank, size, shards
+        self._store, self._lost, self._own_group, self._runs = store, None, False, 0
+        self._ended, self._noticed = threading.Event(), threading.Event()
+        self.restarted = self.at_work = False
+        if size > 1:
+            threading.Thread(target=self._beat, name="esfast-heartbeat", daemon=True).start()
+
+    @classmethod
+    def join(cls, device: torch.device | str = "cpu", shards: int = 1) -> Team:
+        """The team that torchrun's environment variables or torch.distributed's default group describe; this process
+        alone if there is neither. Makes the default group if there is none: gloo, and NCCL for GPUs."""
+        made, attempts = not dist.is_initialized(), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+        if made:
+            if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+                alone = cls(shards=shards)
+                alone.restarted = attempts > 0  # of several machines one may be left
+                return alone
+            found, rank, size = next(rendezvous("env://"))
+            # torchrun's store may outlive the processes, and what they left there must not meet their successors
+            attempt = dist.PrefixStore(f"attempt {attempts}", found)
+            device, backend = torch.device(device), "gloo"
+            if device.type == "cuda":  # what processes tell each other about shards goes by the current device
+                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index)
+                backend = "cpu:gloo,cuda:nccl"
+            dist.init_process_group(backend, store=attempt, rank=rank, world_size=size)
+        store = dist.PrefixStore("esfast", dist.distributed_c10d._get_default_store())
+        team = cls(store, dist.get_rank(), dist.get_world_size(), shards)
+        team._own_group, team.restarted = made, attempts > 0
+        return team
+
+    def mesh(self, device: torch.device | str) -> DeviceMesh:
+        """The processes that hold the model of this one together, `shards` of them, as a mesh of one dimension. All
+        processes call it."""
+        from torch.distributed.device_mesh import init_device_mesh
+
+        shape = self.size // self.shards, self.shards
+        return init_device_mesh(torch.device(device).type, shape, mesh_dim_names=("replicas", "shards"))["shards"]
+
+    def run(self) -> str:
+        """A name for another run of this team, by which its keys are told from those of runs before: all processes
+        ask for it in the same order."""
+        self._runs += 1
+        return f"run {self._runs}"
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process speaks for the model that it holds or has a shard of."""
+        return self.rank % self.shards == 0
+
+    @property
+    def part(self) -> str:
+        """What the names of files say that hold a part of the model: which, of how many."""
+        return f"-{self.rank % self.shards + 1}of{self.shards}" if self.shards > 1 else ""
+
+    def members(self, turn: str, count: int) -> Iterator[int]:
+        """Numbers below `count`, each handed to one process (or group of shards) of all that ask under this `turn`,
+        as they are ready for it: a slow one gets fewer, and delays nobody."""
+        if self.size == 1:
+            yield from range(count)
+            return
+        for asked in itertools.count():
+            self.check()
+            key = f"{turn}/group {self.rank // self.shards}/{asked}"
+            if self.leads:
+                index = self._store.add(f"{turn}/next", 1) - 1
+                if self.shards > 1:
+                    self._store.set(key, str(index))
+            else:
+                index = int(self._wait(key))
+            if index >= count:
+                return
+            yield index
+
+    def exchange(self, turn: str, mine: Mapping[int, float | None], count: int) -> list[float | None]:
+        """The rewards of all `count` members from those that each process has. None stays None. Each process
+        sends 12 bytes for each of its own, and gets 8 for each of all."""
+        if self.size == 1:
+            return [mine.get(i) for i in range(count)]
+        if self.leads:  # one value a process: a request for each member would take 100 us of all, one after another
+            parts = (struct.pack("<Id", i, math.nan if r is None else r) for i, r in mine.items())
+            self._store.set(f"{turn}/from {self.rank}", b"".join(parts))
+        if self.rank == 0:
+            found = [math.nan] * count
+            for rank in range(0, self.size, self.shards):
+                for index, reward in struct.iter_unpack("<Id", self._wait(f"{turn}/from {rank}")):
+                    found[index] = reward
+                self._store.delete_key(f"{turn}/from {rank}")
+            gathered = struct.pack(f"<{count}d", *found)
+        values = struct.unpack(f"<{count}d", self.tell(f"{turn}/rewards", lambda: gathered))
+        return [None if math.isnan(v) else v for v in values]
+
+    def tell(self, key: str, value: Callable[[], bytes]) -> bytes:
+        """What `value()` is in process 0, in all of them."""
+        if self.size == 1:
+            return value()
+        if self.rank == 0:
+            self._store.set(key, value())
+        return self._wait(key)
+
+    def gather(self, key: str, value: str) -> list[str]:
+        """Everybody's values by rank, in process 0; elsewhere an empty list."""
+        if self.rank:
+            try:
+                self._store.set(f"{key}/{self.rank}", value)
+            except dist.DistError:
+                self.check()  # says who is gone
+                raise
+            return []
+        return [value] + [self._wait(f"{key}/{rank}").decode() for rank in range(1, self.size)]
+
+    def agree(self, what: str, value: str) -> None:
+        """RuntimeError in process 0, which stops all, if the value is not the same everywhere."""
+        for rank, other in enumerate(self.gather(what, value)):
+            if other != value:
+                raise RuntimeError(f"{what}: {value} in process 0, but {other} in process {rank}")
+
+    def fail(self, error: BaseException) -> None:
+        """Lets the others know why this process stops. If it is for a connection that broke, Stopped says to whom."""
+        if self.size > 1 and not isinstance(error, Stopped) and self._lost is None:
+            if isinstance(error, dist.DistError) or "gloo" in str(error):
+                until = time.monotonic() + SILENCE + 2 * BEAT
+                while time.monotonic() < until:
+                    self.check()
+                    time.sleep(BEAT / 10)
+            text = f"failed: process {self.rank} stopped with {type(error).__name__}: {error}"
+            if isinstance(error, KeyboardInterrupt):
+                signum = signal_of(error)
+                text = f"interrupted {int(signum)}: process {self.rank} was interrupted by {signum.name}"
+            try:
+                self._store.compare_set("stop", "", text)  # the first reason is the one
+            except dist.DistError:
+                pass
+
+    @contextlib.contextmanager
+    def telling(self) -> Iterator[None]:
+        """A block whose error stops the others, too, and tells them why."""
+        try:
+            yield
+        except BaseException as error:
+            self.fail(error)
+            if self.rank == 0 and self.size > 1:
+                time.sleep(BEAT / 2)  # the store that says so may end with this process
+            raise
+
+    def check(self) -> None:
+        """Stopped, or Interrupted (a KeyboardInterrupt), if another process stopped."""
+        if self._lost is not None:
+            self._noticed.set()
+            raise Stopped(self._lost)
+        try:
+            reason = self._store.get("stop").decode() if self._store.check(["stop"]) else ""
+        except dist.DistError as error:
+            raise Stopped(f"the process that keeps the store is gone (rank 0, or torchrun): {error}") from None
+        if reason.startswith("interrupted "):
+            signum, _, text = reason.removeprefix("interrupted ").partition(": ")
+            raise Interrupted(int(signum), text)
+        if reason:
+            raise Stopped(reason.removeprefix("failed: "))
+
+    @contextlib.contextmanager
+    def working(self) -> Iterator[None]:
+        """A block in which this process is `at_work`."""
+        self.at_work = True
+        try:
+            yield
+        finally:
+            self.at_work = False
+
+    def __enter__(self) -> Team:
+        return self
+
+    def __exit__(self, kind, error: BaseException | None, traceback) -> None:
+        if error is None:
+            self.close()
+        else:
+            self.fail(error)
+
+    def close(self) -> None:
+        """All processes meet for the last time: none goes while another still needs it."""
+        if self.size > 1 and self._lost is None:
+            try:
+                self.agree("finished", "yes")
+            finally:
+                self._ended.set()
+                if self._own_group:
+                    dist.destroy_process_group()
+
+    def _wait(self, key: str) -> bytes:
+        while True:
+            try:
+                self._store.wait([key], timedelta(seconds=1))
+                return self._store.get(key)
+            except dist.DistError:  # time is up, or the store is gone: check() tells
+                self.check()
+
+    def _beat(self) -> None:
+        """A thread's work: to watch, and to end this process if it is amidst a sum or a broadcast that will never end,
+        or a long generation that is of no use any more. The journal holds all generations that are complete."""
+        self._watch()
+        if self._lost and not self._noticed.wait(GRACE) and self.at_work:
+            log.error("stopped: %s", self._lost)
+            os._exit(1)
+
+    def _watch(self) -> None:
+        """Signs of life, and a look at the others' (all by rank 0, rank 0's by all)."""
+        watched = [r for r in range(self.size) if r != self.rank and (self.rank == 0 or r == 0)]
+        heard = {r: (b"", time.monotonic()) for r in watched}
+        for number in itertools.count():
+            try:
+                self._store.set(f"beat/{self.rank}", str(number))
+                for r in watched:
+                    value = self._store.get(f"beat/{r}") if self._store.check([f"beat/{r}"]) else b""
+                    if value != heard[r][0]:
+                        heard[r] = value, time.monotonic()
+                    elif time.monotonic() - heard[r][1] > SILENCE and not self._ended.is_set():
+                        self._lost = f"process {r} has not been heard of for {SILENCE:.0f} s: it died, or hangs"
+                        self._store.compare_set("stop", "", f"failed: {self._lost}")
+                        return
+            except dist.DistError as error:
+                if not self._ended.is_set():
+                    self._lost = f"the process that keeps the store is gone (rank 0, or torchrun): {error}"
+                return
+            if self._ended.wait(BEAT):
+                return
+
+
+class SharedUpdates:
+    """An Updater's work over a team, by the faster of two plans that give the same bits: every process does all of it,
+    or each its share of the tensors, and the shares are broadcast.
+
+    The first calls try both, twice, as the first call of either loads code; the slowest process decides. Adam's moments
+    stay with the one who calculates them, so with Adam it is always all. `chosen` says which.
+    """
+
+    TRIED = ("all", "share") * 2
+
+    def __init__(self, updater: Updater, team: Team, run: str):
+        self._updater, self._team, self._run_name = updater, team, run
+        self._seconds: list[float] = []
+        self.chosen: str | None = "all"
+        bounds = shares([t.numel() for t in updater.plan.tensors], team.size)
+        contiguous = all(t.is_contiguous() for t in updater.plan.tensors)
+        if contiguous and not isinstance(updater.rule.optimizer, Adam) and not updater.plan.sharded:
+            self.chosen = None  # to be found out
+            self._parts = [updater.part(range(*b)) for b in bounds]
+
+    def __getattr__(self, name: str):
+        return getattr(self._updater, name)
+
+    def __call__(self, record: Generation) -> None:
+        if self.chosen is not None:
+            self._run(self.chosen, record)
+            return
+        began = time.perf_counter()
+        self._run(self.TRIED[len(self._seconds)], record)
+        if self._updater.plan.device.type == "cuda":
+            torch.cuda.synchronize(self._updater.plan.device)
+        self._seconds.append(time.perf_counter() - began)
+        if len(self._seconds) == len(self.TRIED):
+            self._choose()
+
+    def _run(self, plan: str, record: Generation) -> None:
+        if plan == "all":
+            self._updater(record)
+            return
+        self._parts[self._team.rank](record)
+        for rank, part in enumerate(self._parts):
+            for e in part.plan.entries:
+                dist.broadcast(e.tensor.detach().reshape(-1).view(torch.uint8), src=rank)
+                if e.split:
+                    low = part.plan.low[e.flat : e.flat + e.tensor.numel()]
+                    dist.broadcast(low.view(torch.uint8), src=rank)
+
+    def _choose(self) -> None:
+        found = self._team.gather(f"{self._run_name}: update seconds", json.dumps(self._seconds[-2:]))
+        worst = [max(each) for each in zip(*map(json.loads, found), strict=True)]
+        best = self._team.tell(
+            f"{self._run_name}: update plan", lambda: self.TRIED[-2:][worst.index(min(worst))].encode()
+        )
+        self.chosen = best.decode()
+        if found:
+            log.warning("updates: %s (every process all of it: %.3g s, its share and a broadcast: %.3g s)",
+                        self.chosen, *worst)  # fmt: skip
+
+
+def shares(sizes: list[int], count: int) -> list[tuple[int, int]]:
+    """`count` ranges of neighbours, some perhaps empty, of about equal sums of sizes."""
+    ends, total, done = [], sum(sizes), 0
+    limits = iter([total * (r + 1) / count for r in range(count - 1)])
+    limit = next(limits, math.inf)
+    for i, size in enumerate(sizes):
+        while done + size / 2 > limit:
+            ends.append(i)
+            limit = next(limits, math.inf)
+        done += size
+    ends += [len(sizes)] * (count - len(ends))
+    return list(zip([0, *ends[:-1]], ends, strict=True))

@@ -1,0 +1,18 @@
+"""ES: the population's members, shaping, and where the weights come back from."""
+
+from ..utils.lazy import lazily
+
+__getattr__, __dir__ = lazily(
+    __name__,
+    {
+        "ES": "es",
+        "Member": "es",
+        "Population": "es",
+        "member_seed": "es",
+        "coefficients": "es",
+        "perturbed": "perturbation",
+        "zscore": "shaping",
+        "centered_rank": "shaping",
+        "MODES": "weights",
+    },
+)

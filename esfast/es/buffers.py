@@ -1,0 +1,140 @@
+"""Buffers of a model: BatchNorm's statistics, counters, tables. What a member changes of them is put back.
+
+Each member must begin with the model that the one before began with, and a population must leave it as it was, in train
+mode, too. The copies that this takes are made once, not once a member: at a member's end tensors are compared with them
+and written only where they differ.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from ..core.plan import Plan
+from ..utils.changes import same_bits, version
+from ..utils.interrupts import held
+
+log = logging.getLogger(__name__)
+
+LEAST_BUDGET = 64 * 2**20  # bytes of copies, of models whose weights are small
+WEIGHTS_SHARE = 8  # copies of buffers may take an eighth of the weights' bytes
+KEPT_AS_IT_IS = frozenset({"training"})  # of a module's attributes: whether it is in train mode is its user's to say
+
+
+class Buffers:
+    """The buffers of a plan's module, if it was made of one.
+
+        buffers = Buffers(plan)
+        buffers.note()       # as they are now
+        ...                  # members run
+        buffers.put_back()   # as they were; may be called any number of times
+
+    Put back are values, also those changed through `.data`; buffers that a module replaced, added or removed, and then
+    this module's other attributes too, since they tell of its buffers (for which length a table was made). The smallest
+    are copied first, until copies take an eighth of the weights' bytes, at least 64 MiB; of the rest (caches, quantized
+    weights) a change is seen by its version counter, stays, and is told of once.
+    """
+
+    def __init__(self, plan: Plan):
+        self._module = plan.module
+        self._budget = max(LEAST_BUDGET, plan.nbytes // WEIGHTS_SHARE)
+        self._places: list[_Place] = []
+        self._kept: dict[int, _Kept] = {}
+        self._told: set[int] = set()
+
+    def note(self) -> None:
+        """What the buffers are now is what `put_back` leads to."""
+        if self._module is None:
+            return
+        self._places = [_Place(module) for module in self._module.modules()]
+        tensors = {id(t): t for place in self._places for t in place.buffers.values() if t is not None}
+        before, self._kept, room = self._kept, {}, self._budget
+        for key, tensor in sorted(tensors.items(), key=lambda item: _size(item[1])):
+            room -= _size(tensor)
+            kept = before.get(key)  # which holds the tensor, so that its id is no other's
+            self._kept[key] = kept if kept is not None else _Kept(tensor, copied=room >= 0)
+            self._kept[key].note()
+
+    def put_back(self) -> None:
+        """Buffers as they were when they were noted."""
+        if self._module is None:
+            return
+        with held(), torch.no_grad():
+            for place in self._places:
+                place.put_back()
+            stayed = [key for key, kept in self._kept.items() if not kept.put_back()]
+        self._tell([key for key in stayed if key not in self._told])
+
+    def _tell(self, keys: list[int]) -> None:
+        names = [name for name, tensor in self._module.named_buffers() if id(tensor) in keys]
+        for name in names:
+            log.warning("the buffer %r, which a member changed, is too large to be copied and stays as it is now", name)
+        self._told.update(keys)
+
+
+class _Place:
+    """A module: which tensors are its buffers, and its attributes."""
+
+    def __init__(self, module: torch.nn.Module):
+        self.module, self.buffers, self.attributes = module, dict(module._buffers), dict(vars(module))
+        self.transient = set(module._non_persistent_buffers_set)
+
+    def put_back(self) -> None:
+        now, before = self.module._buffers, self.buffers
+        if now.keys() == before.keys() and all(now[name] is before[name] for name in before):
+            return
+        attributes = vars(self.module)
+        for name in attributes.keys() - self.attributes.keys() - KEPT_AS_IT_IS:
+            del attributes[name]
+        attributes.update({n: v for n, v in self.attributes.items() if n not in KEPT_AS_IT_IS})
+        for mutable, value in (
+            (self.module._buffers, before),
+            (self.module._non_persistent_buffers_set, self.transient),
+        ):
+            mutable.clear()
+            mutable.update(value)
+
+
+class _Kept:
+    """A buffer's tensor: the memory it had, its version, and a copy of its values if there is room for one."""
+
+    def __init__(self, tensor: torch.Tensor, copied: bool):
+        self.tensor, self.copied = tensor, copied and _is_plain(tensor)
+        self.memory = self.copy = self.version = None
+
+    def note(self) -> None:
+        if self.copied and not (self.memory is not None and self._in_place() and self._same()):
+            self.memory, self.copy = self.tensor.detach(), self.tensor.detach().clone()
+        self.version = version(self.tensor)
+
+    def put_back(self) -> bool:
+        """False if it was changed and there is no copy of what it was."""
+        if not self.copied:
+            before, self.version = self.version, version(self.tensor)
+            return before == self.version
+        if not self._in_place():
+            self.tensor.data = self.memory
+        if not self._same():
+            with torch.inference_mode(self.tensor.is_inference()):  # elsewhere such a tensor can't be written
+                self.tensor.copy_(self.copy)
+            self.version = version(self.tensor)
+        return True
+
+    def _same(self) -> bool:
+        return version(self.tensor) == self.version and same_bits(self.tensor, self.copy)
+
+    def _in_place(self) -> bool:
+        """Whether the tensor is what and where it was: not given other memory by `.data = ...`, nor resized."""
+        t, m = self.tensor, self.memory
+        return (t.data_ptr(), t.shape, t.stride(), t.dtype) == (m.data_ptr(), m.shape, m.stride(), m.dtype)
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether its bytes can be copied and compared: no wrapper, no sparse or quantized tensor, and not on "meta"."""
+    known = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
+    return known and not tensor.is_meta and not tensor.is_quantized
+
+
+def _size(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size() if _is_plain(tensor) else 0

@@ -1,0 +1,388 @@
+"""Evolution strategies: seeds, mirrored sampling, fitness shaping and coefficients as pure functions, and `ES`.
+
+The method is that of "Evolution Strategies at Scale" (arXiv 2509.24372): theta += lr / N * sum_n z_n eps_n, where z are
+the shaped rewards of N members theta + sigma eps_n, and 1/sigma is absorbed into lr.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..core.finite import check_finite
+from ..core.noise import DOMAINS, check_int, check_seed, philox
+from ..core.ops import get_backend
+from ..core.plan import Plan
+from ..distributed.team import SharedUpdates, Team
+from ..journal.journal import header_of
+from ..update.updater import Generation, Group, Optimizer, Rule, check_groups, check_optimizer
+from ..utils.interrupts import held
+from ..utils.names import ROUNDINGS
+from ..utils.settings import check_positive as _check_positive
+from .buffers import Buffers
+from .history import History
+from .shaping import SHAPINGS, centered_rank, zscore  # noqa: F401
+from .weights import MODES, InplaceWeights, automatic
+
+
+def member_seed(seed: int, generation: int, index: int) -> int:
+    """The 64-bit noise seed of one member (of one pair, if mirrored): Philox of (generation, index) under the run's
+    seed, in a domain of its own."""
+    words = philox(seed, np.uint64(generation << 32 | index), 0, DOMAINS["member_seeds"])
+    return int(words[0]) | int(words[1]) << 32
+
+
+@dataclass
+class Member:
+    """One perturbed model: theta + sign * sigma * noise(seed). Set `reward` (higher is better) in the loop's body."""
+
+    index: int
+    seed: int
+    sign: int
+    reward: float | None = None
+
+
+def coefficients(members: Sequence[Member], shaped: Sequence[float], lr: float) -> tuple[list[int], list[float]]:
+    """Seeds and float32 coefficients lr / N * sum over the members of a seed of sign * shaped reward."""
+    total: dict[int, float] = {}
+    for m, z in zip(members, shaped, strict=True):
+        total[m.seed] = total.get(m.seed, 0.0) + m.sign * z
+    with np.errstate(over="ignore"):  # ES.step refuses what is not finite
+        return list(total), [float(np.float32(lr / len(members) * t)) for t in total.values()]
+
+
+class ES:
+    """Evolution strategies over the weights of a model, with the feel of torch.optim.
+
+        es = ES(model, sigma=1e-3, lr=5e-4, population_size=30)
+        for generation in range(100):
+            for member in es.population():        # inside the body the model IS that member
+                member.reward = evaluate(model)
+            es.step()
+
+    Between populations the weights belong to ES: change them only through it (RuntimeError where others are found).
+    Buffers, such as BatchNorm's statistics, are put back after each member; see esfast.es.buffers.
+
+    Args:
+        model: an nn.Module, a Plan, or an iterable of (name, tensor); its weights are changed in place.
+        sigma: standard deviation of the perturbation, in units of the weights. > 0.
+        lr: step size of the update (alpha in the paper). > 0.
+        population_size: members a generation, at least 2; even if mirrored.
+        seed: the run's seed, 0 <= seed < 2**64. Same seed and same rewards give the same weights to the bit.
+        mirrored: members come in pairs +noise, -noise of one seed.
+        noise: "gaussian" or "rademacher".
+        shaping: "zscore", "centered_rank", or a function from the list of rewards to a list of as many numbers.
+        weights: "base" (exact; one extra copy of the weights), "master" (exact, and updates are not rounded to 16 bits;
+            two extra copies), "host" (exact; the copy is in host memory), "inplace" (no extra memory, not exact:
+            bfloat16 weights drift by about as much as they learn) or "auto" (the most exact that fits, and it says
+            which). See esfast.es.weights.
+        rounding: of updates, "nearest" or "stochastic"; see `add_noise_`.
+        perturb_rounding: of members, likewise.
+        weight_decay: an update first moves the weights by lr * weight_decay of their way to `decay_to`. >= 0.
+        decay_to: "zero", or "initial": the weights of now, of which a further copy is kept.
+        optimizer: "sgd" (the paper's), "momentum", "adam", or an esfast.Momentum or Adam with numbers of its own; see
+            esfast.update.
+        groups: esfast.Group's, for weights with a sigma and an lr of their own, or texts such as "*embed*:lr=0.1"; the
+            first whose pattern matches a name counts.
+        backend: as in `add_noise_`.
+        journal: a path; every step is appended to it before the weights change. See esfast.journal.
+        team: an esfast.Team of several processes: each gets some of a population's members, and `step` brings the
+            rewards together. See esfast.distributed.
+        resume: if the journal is there, go on where it ends: the model must be the one that the run began with.
+        checkpoints: a folder for `checkpoint()`, and to resume from.
+
+    Raises:
+        TypeError, ValueError: an argument outside the above; what Plan refuses; weights that are NaN or infinite.
+            Weights are untouched.
+        FileExistsError: there is a journal already and no `resume`, or another process trains with it (InUse).
+
+    Attributes: `plan`, `generation` (steps taken so far), `members` (of the current generation); `sigma` and `lr` may
+    be changed between generations.
+    """
+
+    modes = MODES
+
+    def __init__(
+        self,
+        model: torch.nn.Module | Plan | Iterable[tuple],
+        sigma: float = 1e-3,
+        lr: float = 5e-4,
+        population_size: int = 30,
+        seed: int = 0,
+        mirrored: bool = False,
+        noise: str = "gaussian",
+        shaping: str | Callable[[Sequence[float]], Sequence[float]] = "zscore",
+        weights: str = "base",
+        backend: str = "auto",
+        journal: str | Path | None = None,
+        rounding: str = "nearest",
+        weight_decay: float = 0.0,
+        decay_to: str = "zero",
+        optimizer: str | Optimizer = "sgd",
+        perturb_rounding: str = "nearest",
+        team: Team | None = None,
+        resume: bool = False,
+        checkpoints: str | Path | None = None,
+        groups: Sequence[Group | str] = (),
+    ):
+        self.sigma, self.lr = _check_positive("sigma", sigma), _check_positive("lr", lr)
+        self.population_size = check_int("population_size", population_size, 2, 2**32)
+        if mirrored and population_size % 2:
+            raise ValueError(f"population_size: mirrored sampling needs an even number, got {population_size}")
+        self.seed, self.mirrored = check_seed(seed), bool(mirrored)
+        self._shape = _check_shaping(shaping)
+        if not isinstance(weights, str) or weights not in (*MODES, "auto"):
+            raise ValueError(f"weights: expected one of {', '.join(map(repr, (*MODES, 'auto')))}, got {weights!r}")
+        if perturb_rounding not in ROUNDINGS:
+            known = ", ".join(map(repr, ROUNDINGS))
+            raise ValueError(f"perturb_rounding: expected one of {known}, got {perturb_rounding!r}")
+        if weight_decay != 0:
+            _check_positive("weight_decay", weight_decay)
+        self.weight_decay, self._perturb_rounding = float(weight_decay), perturb_rounding
+        self.rule = Rule(noise, rounding, check_optimizer(optimizer), decay_to, check_groups(groups))
+        self.plan = model if isinstance(model, Plan) else Plan(model)
+        self.rule.check_names(self.plan.whole_names)
+        weights = automatic(self.plan, self.rule) if weights == "auto" else weights
+        get_backend(backend, self.plan.device)
+        check_finite((e.name, e.tensor) for e in self.plan.entries)
+        self.generation = 0
+        self.members: list[Member] = []
+        self._inside: Member | None = None
+        self._buffers = Buffers(self.plan)
+        self.team = team if team is not None else Team()
+        self._run = self.team.run()
+        if self.plan.sharded and self.team.size > 1 and self.team.shards == 1:
+            raise ValueError(
+                "the weights are in shards: say how many processes hold a model: Team.join(device, shards=)"
+            )
+        if self.team.size > 1 and weights == "inplace":
+            raise ValueError('weights: "inplace" drifts apart in several processes; take "base", "master" or "host"')
+        header = header_of(self.rule, self.seed, weights, self.plan) if journal is not None else None
+        self._weights = self.modes[weights](self.plan, self.rule, backend)
+        self._asked, self._mine = 0, []
+        self._history = History(self.team, self._run, checkpoints)
+        if header is not None:
+            self.generation = self._history.begin(Path(journal), header, resume, self._weights)
+        if self.team.size > 1:  # not before: what a process replays depends on the checkpoints that it finds
+            self._weights.updater = SharedUpdates(self._weights.updater, self.team, self._run)
+
+    def population(self) -> Population:
+        """The members of this generation: iterate over it, directly or in a `with` block.
+
+            with es.population() as members:      # restored when the block is left, on any interpreter
+                for member in members: ...
+
+        Asked for again before `step`, it begins the same generation anew.
+        """
+        if self._inside is not None:
+            raise RuntimeError(f"population(): member {self._inside.index} is still in place; leave its loop first")
+        self._check_own("population()")
+        self.members, self._mine = [self._member(i) for i in range(self.population_size)], []
+        self._asked += 1
+        self.team.at_work = True
+        return Population(self, self.members)
+
+    def _member(self, index: int) -> Member:
+        pair, sign = (index // 2, 1 - 2 * (index % 2)) if self.mirrored else (index, 1)
+        return Member(index, member_seed(self.seed, self.generation, pair), sign)
+
+    def step(self, set_aside: bool = False) -> Generation:
+        """Moves the weights along the reward-weighted noise of the population, in one fused pass.
+
+        Args:
+            set_aside: members whose reward is None are left out, and the update is that of the others, at least two.
+
+        Raises:
+            RuntimeError: no population was evaluated, it is called from inside a member's body, or somebody else
+                changed the weights since ES last wrote them.
+            ValueError: a reward is missing or not finite (the member is named), or the shaping function returns
+                nonsense. Weights are untouched.
+        """
+        if self._inside is not None:
+            raise RuntimeError(f"step(): member {self._inside.index} is still in place; leave its loop first")
+        if not self.members:
+            raise RuntimeError("step(): no population to learn from; iterate over population() first")
+        self._check_own("step()")
+        self._exchange(set_aside)
+        scored = [m for m in self.members if m.reward is not None] if set_aside else self.members
+        rewards = {m.index: _check_reward(m) for m in scored}
+        if len(scored) < 2:
+            raise ValueError(f"step(): only {len(scored)} of {len(self.members)} members have a reward; two are needed")
+        shaped = self._shape(list(rewards.values()))
+        sigma, lr = _check_positive("sigma", self.sigma), _check_positive("lr", self.lr)
+        seeds, coeffs = coefficients(scored, shaped, self.rule.gradient_lr(lr))
+        most = self.rule.largest("lr")  # what a group can't take must be refused before another one has moved
+        if not most * max(map(abs, coeffs)) <= float(np.finfo(np.float32).max):
+            raise ValueError(f"step(): lr {self.lr} and the shaped rewards give coefficients that are not finite")
+        decay = float(np.float32(lr * self.weight_decay))
+        if not most * decay <= 1:
+            raise ValueError(f"step(): lr {lr} times weight_decay {self.weight_decay} is more than all of the weights")
+        record = Generation(
+            self.generation, seeds, coeffs, [rewards.get(m.index) for m in self.members], sigma, lr, decay
+        )
+        with held():  # all of it or nothing: a step half taken would be taken again
+            self._history.append(record)  # on disk first: a journal that can't be written changes no weight
+            self._weights.update(record)
+            self.generation += 1
+            self.members = []
+        self.team.at_work = False
+        return record
+
+    def _exchange(self, set_aside: bool) -> None:
+        """Rewards of members that other processes scored come here, and ours go there."""
+        if self.team.size == 1:
+            return
+        scored = self._mine if self.team.leads else ()  # of processes that hold a model together one speaks
+        mine = {m.index: None if set_aside and m.reward is None else _check_reward(m) for m in scored}
+        found = self.team.exchange(self._turn, mine, self.population_size)
+        for member, reward in zip(self.members, found, strict=True):
+            member.reward = reward
+
+    @property
+    def _turn(self) -> str:
+        return f"{self._run}: {self.generation}.{self._asked}"
+
+    def vouch(self) -> None:
+        """Writes the weights' fingerprint into the journal, for a replay to compare. In a team, all processes call it:
+        RuntimeError if their weights are not the same."""
+        with self.team.working():
+            found = self.plan.fingerprint()
+        self.team.agree(f"{self._run}: fingerprint after generation {self.generation}", found)
+        self._history.check(self.generation, found)
+
+    def checkpoint(self) -> None:
+        """Saves the full state in `checkpoints`, to resume from, and vouches for it. OSError if it can't be written.
+
+        Of a model in shards the processes of the first group save a part each, from which as many shards resume.
+        Without a team nothing is saved of one: it resumes from the journal alone.
+        """
+        if self.team.rank < self.team.shards and (self.team.shards > 1 or not self.plan.sharded):
+            self._history.save(self.generation, self._weights.updater)
+        self.vouch()
+
+    def drift(self) -> float | None:
+        """With weights="inplace" the RMS distance of sampled weights from exact float32 arithmetic (see
+        esfast.es.weights), None in the modes that restore exactly."""
+        return self._weights.drift() if type(self._weights) is InplaceWeights else None
+
+    @property
+    def journal_seconds(self) -> float:
+        """Spent so far until its lines were on disk."""
+        return self._history.seconds
+
+    def _enter(self, member: Member) -> None:
+        if self._inside is None:
+            self._check_own(f"member {member.index}")
+            self._buffers.note()
+        else:
+            self._buffers.put_back()
+        self._inside = member
+        sigma = _check_positive("sigma", self.sigma)
+        _check_positive("sigma, times the largest factor of a group,", sigma * self.rule.largest("sigma"))
+        coeff = member.sign * sigma
+        self._weights.perturb(member.seed, coeff, self._perturb_rounding)
+
+    def _leave(self) -> None:
+        try:
+            self._restore()
+        except KeyboardInterrupt:  # pressed in the very moment of restoring: finish that, then obey
+            self._restore()
+            raise
+        finally:
+            self._inside = None
+
+    def _restore(self) -> None:
+        self._weights.restore()
+        self._buffers.put_back()
+
+    def _check_own(self, what: str) -> None:
+        self.plan.check_module()
+        if self._weights.changed_elsewhere():
+            raise RuntimeError(
+                f"{what}: the weights were changed since ES last wrote them, by something else (load_state_dict?); ES "
+                "would undo that. Make a new ES of the model as it is"
+            )
+
+
+class Population:
+    """The members of one generation, each in place while the body of the loop runs.
+
+    From one member to the next there is one pass over the weights; they are restored after the last, on break, return
+    or an exception. Leaving a `for` loop early restores at once on CPython, which closes the abandoned iterator; the
+    `with` form doesn't lean on that.
+    """
+
+    def __init__(self, es: ES, members: list[Member]):
+        self._es, self.members = es, members
+
+    def __iter__(self) -> Iterator[Member]:
+        es, mine = self._es, []
+        try:
+            for index in es.team.members(es._turn, len(self.members)):
+                member = self.members[index]
+                if self.members is not es.members:
+                    raise RuntimeError("this population is of the past; ask for a new one with es.population()")
+                if es._inside is not (mine[-1] if mine else None):
+                    raise RuntimeError("population: this loop was left, or another loop has its member in place")
+                mine.append(member)
+                es._mine.append(member)
+                es._enter(member)
+                yield member
+        finally:
+            try:
+                self._leave(mine)
+            except KeyboardInterrupt:  # pressed on the way to restoring, before ES._leave could see to it
+                self._leave(mine)
+                raise
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def __enter__(self) -> Population:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        try:
+            self._leave(self.members)
+        except KeyboardInterrupt:
+            self._leave(self.members)
+            raise
+
+    def _leave(self, members: Sequence[Member]) -> None:
+        # not the member of a later loop: an abandoned iterator may be closed at any time
+        inside = self._es._inside
+        if inside is not None and id(inside) in map(id, members):
+            self._es._leave()
+
+
+def _check_shaping(shaping) -> Callable[[Sequence[float]], list[float]]:
+    if isinstance(shaping, str) and shaping in SHAPINGS:
+        return SHAPINGS[shaping]
+    if not callable(shaping):
+        known = ", ".join(map(repr, SHAPINGS))
+        raise ValueError(f"shaping: expected one of {known}, or a function of the rewards, got {shaping!r}")
+
+    def checked(rewards: Sequence[float]) -> list[float]:
+        shaped = [float(z) for z in shaping(rewards)]
+        if len(shaped) != len(rewards) or not np.isfinite(shaped).all():
+            raise ValueError(f"shaping: expected {len(rewards)} finite numbers from the function, got {shaped!r:.80}")
+        return shaped
+
+    return checked
+
+
+def _check_reward(member: Member) -> float:
+    if member.reward is None:
+        raise ValueError(f"step(): member {member.index} has no reward; set member.reward in the loop's body")
+    try:
+        reward = float(member.reward if not isinstance(member.reward, str) else None)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last is PyTorch's, for several numbers
+        raise ValueError(f"step(): the reward of member {member.index} is {member.reward!r}, no number") from None
+    if not math.isfinite(reward):
+        raise ValueError(f"step(): the reward of member {member.index} is {reward}, not a finite number")
+    return reward

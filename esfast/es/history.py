@@ -1,0 +1,119 @@
+"""What outlasts a process of a run of ES: its journal and checkpoints, and how the run goes on from them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+from pathlib import Path
+
+from ..distributed.team import Team
+from ..journal import checkpoint
+from ..journal.journal import Journal, parse, peek, verify
+from ..update.updater import Generation, Updater
+from ..utils.lock import Lock
+
+log = logging.getLogger(__name__)
+
+
+class History:
+    """The generations that a run has behind it. Process 0 of a team has the journal, and what it holds the others are
+    told.
+
+    identities  what the run was after 0, 1, ... generations: a hash of the journal's header and of so many records,
+                by which its checkpoints are told from those of another run. Empty without a journal
+    seconds     spent so far until lines of the journal were on disk
+    """
+
+    def __init__(self, team: Team, run: str, checkpoints: str | Path | None):
+        self.identities: list[str] = []
+        self._team, self._run = team, run
+        self._checkpoints = Path(checkpoints) if checkpoints is not None else None
+        self._journal: Journal | None = None
+        self._checked = -1
+
+    def begin(self, path: Path, header: dict, resume: bool, weights) -> int:
+        """Begins the journal, or with `resume` goes on with the one that is there: brings `weights` (of a mode of
+        esfast.es.weights) to where it ends. Returns the generations done.
+
+        Raises FileExistsError, FileNotFoundError, InUse or ValueError as ES says.
+        """
+        team, leads = self._team, self._team.rank == 0
+        lock = Lock.take(path, shared=True) if leads else None
+        team.agree(f"{self._run}: fingerprint of the base weights", header["base"])
+        there = team.gather(f"{self._run}: journal", "yes" if _has_generations(path) else "no")
+        if resume and there[:1] == ["no"] and "yes" in there:
+            raise FileNotFoundError(
+                f"resume: {path} is on the machine of process {there.index('yes')}, not on that of process 0, which "
+                "goes on with it: start the machines in the order of before, or keep the run folder where all see it"
+            )
+        found = peek(path) if resume and leads else None
+        # What the run was to be may change as long as nothing was done.
+        goes_on = found is not None and bool(found.records or found.header == header)
+        goes_on = team.tell(f"{self._run}: resume", lambda: b"yes" if goes_on else b"no") == b"yes"
+        self._note(header)
+        if not goes_on:
+            if leads and team.restarted:
+                log.warning("started again, but there is no journal %s: beginning anew", path)
+            if found is not None:
+                path.unlink()
+            self._journal = Journal.create(path, header) if leads else None
+            return 0
+        if header["weights"] == "inplace":
+            raise ValueError(
+                'resume: a run with weights="inplace" can\'t be resumed: no journal holds its rounding errors'
+            )
+        if leads:
+            self._journal, _ = Journal.take_up(path, header)
+        del lock  # which the journal has
+        _, records, checks = parse(team.tell(f"{self._run}: journal", path.read_bytes), path)
+        for record in records:
+            self._note(dataclasses.asdict(record))
+        updater, start = weights.updater, 0
+        if self._checkpoints is not None:
+            start = checkpoint.load_newest(self._checkpoints, len(records), updater, team.part, self.identities, checks)
+        log.warning("resuming after generation %d: %d of them from a checkpoint, %d from the journal",
+                    len(records), start, len(records) - start)  # fmt: skip
+        for record in records[:start]:
+            updater.recall(record)
+        for record in records[start:]:
+            updater(record)
+        weights.settle()
+        verify(weights.plan, len(records), checks)
+        self._checked = max(checks, default=-1)
+        return len(records)
+
+    def append(self, record: Generation) -> None:
+        """Adds a generation to the journal, if there is one, and waits until it is on disk."""
+        if self._journal is not None:
+            self._journal.append(record)
+        if self.identities:
+            self._note(dataclasses.asdict(record))
+
+    def check(self, generation: int, fingerprint: str) -> None:
+        """Writes the weights' fingerprint into the journal, if there is one and it does not hold it yet."""
+        if self._journal is not None and self._checked < generation:
+            self._journal.check(generation, fingerprint)
+            self._checked = generation
+
+    def save(self, generation: int, updater: Updater) -> None:
+        """Saves the full state in `checkpoints`. OSError if it can't be written."""
+        identity = self.identities[generation] if self.identities else ""
+        checkpoint.save(self._checkpoints, generation, updater, self._team.part, identity)
+
+    @property
+    def seconds(self) -> float:
+        return self._journal.seconds if self._journal is not None else 0.0
+
+    def _note(self, fields: dict) -> None:
+        text = "".join(self.identities[-1:]) + json.dumps(fields, sort_keys=True)
+        self.identities.append(hashlib.sha256(text.encode()).hexdigest()[:32])
+
+
+def _has_generations(path: Path) -> bool:
+    try:
+        found = peek(path)
+    except ValueError:
+        return True  # damaged, which process 0 says
+    return found is not None and bool(found.records)

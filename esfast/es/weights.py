@@ -1,0 +1,286 @@
+"""How a member's weights are made and undone.
+
+| mode    | copies         | after the population | an update                          |
+|---------|----------------|----------------------|------------------------------------|
+| master  | float32        | the same bits        | float32's, nothing is lost         |
+| base    | one            | the same bits        | rounded once to the weights' dtype |
+| host    | one, elsewhere | the same bits        | as with base                       |
+| inplace | none           | rounding errors stay | as with base, and on top of them   |
+
+What each takes is stated by its `cost`, which `esfast bench modes` measures. For float32 weights master and base are
+the same thing. `host` keeps the base in (pinned) host memory and copies it back once a generation; its members move in
+place from one to the next, so they carry the rounding of those moves.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+
+from ..core.ops import add_noise_
+from ..core.plan import Plan
+from ..core.segments import Slice
+from ..update.updater import Generation, Rule, Updater
+from ..utils.changes import same_bits, versions
+from ..utils.interrupts import held
+from ..utils.names import WEIGHT_MODES
+
+log = logging.getLogger(__name__)
+
+WEIGHTS_SHARE = 0.6  # of the device's memory that `auto` gives to weights and their copies; the rest is for generating
+DRIFT_SAMPLE = 256  # weights of each tensor that `inplace` watches
+
+
+class Cost(NamedTuple):
+    """What a mode takes of one weight of some dtype, in bytes."""
+
+    device: int  # kept beside the weights, on their device
+    host: int  # kept in host memory
+    member: int  # read and written to make a member; noise is calculated, never read
+    restore: int  # read and written when the population is left
+    update: int  # read and written by an update of however many members, after which the weights are restored
+
+
+class _Stored:
+    """What modes with a copy share: they see that somebody else wrote the live weights, which the copy would undo."""
+
+    def changed_elsewhere(self) -> bool:
+        """Whether the live weights are others than those that this mode wrote last, no member being in place.
+
+        Seen are writes that PyTorch counts (esfast.utils.changes), and not those to DTensors. Without any it takes
+        microseconds; after one, the weights are compared with the copy, and what has the same bits counts as its own.
+        """
+        tensors = self.plan.tensors
+        if self.plan.sharded or (now := versions(tensors)) == self._seen:
+            return False
+        if not all(same_bits(t, self._stored(i)) for i, t in enumerate(tensors)):
+            return True
+        self._seen = now
+        return False
+
+    def _note(self) -> None:
+        self._seen = versions(self.plan.tensors)
+
+
+class BaseWeights(_Stored):
+    """Members are written from a copy that is only read, so nothing is ever subtracted and restoring is a copy.
+
+    The base is the truth: whatever interrupts a member, `restore` gives back the bits.
+    """
+
+    def __init__(self, plan: Plan, rule: Rule, backend: str = "auto"):
+        self.plan, self.truth = plan, self._truth(plan)
+        self.base = self.truth.high() if self.truth.low is not None else self.truth  # what members are written from
+        self.updater = Updater(self.truth, rule, backend)
+        self._parts = rule.split(plan, self.base)
+        self._options = {"noise": rule.noise, "backend": backend}
+        self._note()
+
+    @staticmethod
+    def cost(dtype: torch.dtype) -> Cost:
+        size = dtype.itemsize
+        return Cost(device=size, host=0, member=2 * size, restore=2 * size, update=4 * size)
+
+    def _truth(self, plan: Plan) -> Plan:
+        return plan.clone()
+
+    def perturb(self, seed: int, coeff: float, rounding: str = "nearest") -> None:
+        self.place({seed: coeff}, rounding)
+
+    def place(self, terms: Mapping[int, float], rounding: str = "nearest") -> None:
+        """The base plus any number of seeds' noise, each times its coefficient."""
+        for group, plan, base in self._parts:
+            coeffs = [group.sigma * c for c in terms.values()]
+            add_noise_(plan, list(terms), coeffs, base=base, rounding=rounding, **self._options)
+
+    def restore(self) -> None:
+        add_noise_(self.plan, [], [], base=self.truth, **self._options)
+        self._note()
+
+    def adopt(self) -> None:
+        """The live weights were written by somebody else, and are the truth from now on."""
+        for mine, live in zip(self.truth.tensors, self.plan.tensors, strict=True):
+            mine.copy_(live.detach())
+        if self.truth.low is not None:
+            self.truth.low.zero_()
+        self._note()
+
+    def _stored(self, i: int) -> torch.Tensor:
+        """What the live tensor i is when no member is in place."""
+        copy = self.plan.part([i]).clone()
+        add_noise_(copy, [], [], base=self.truth.part([i]), **self._options)
+        return copy.tensors[0]
+
+    def update(self, record: Generation) -> None:
+        self.updater(record)
+        self.settle()
+
+    def settle(self) -> None:
+        """The truth was changed: the live weights follow it."""
+        self.restore()
+
+
+class MasterWeights(BaseWeights):
+    """The truth is float32 (Plan.master): updates are not rounded to 16 bits. Members are written from its upper
+    halves, and the weights between generations are the truth rounded once."""
+
+    @staticmethod
+    def cost(dtype: torch.dtype) -> Cost:
+        """Members of float16 weights read all 4 bytes: float32 can't be split into a half and 16 bits (Plan.master)."""
+        size, truth, upper = dtype.itemsize, 4, 2 if dtype is torch.bfloat16 else 4
+        return Cost(device=truth, host=0, member=upper + size, restore=truth + size, update=3 * truth + size)
+
+    def _truth(self, plan: Plan) -> Plan:
+        return plan.master()
+
+
+class _MovingWeights:
+    """Members are made in the live weights, which are the truth in between."""
+
+    def __init__(self, plan: Plan, rule: Rule, backend: str = "auto"):
+        self.plan, self.truth = plan, plan
+        self.updater = Updater(plan, rule, backend)
+        self._parts = rule.split(plan)
+        self._options = {"noise": rule.noise, "backend": backend}
+        self._applied: list[tuple[int, float]] = []
+
+    def update(self, record: Generation) -> None:
+        self.restore()
+        self.updater(record)
+        self.settle()
+
+    def settle(self) -> None:
+        """The live weights, which are the truth, were changed."""
+
+    def changed_elsewhere(self) -> bool:
+        """Never: whatever the live weights are, they are the truth."""
+        return False
+
+    def _move(self, target: list[tuple[int, float]], rounding: str = "nearest") -> None:
+        terms = [(s, -c) for s, c in self._applied] + target
+        with held():  # what is applied and what is noted down must not part
+            for group, plan in self._parts if terms else ():  # in one pass, rounded once
+                seeds, coeffs = [s for s, _ in terms], [group.sigma * c for _, c in terms]
+                add_noise_(plan, seeds, coeffs, rounding=rounding, **self._options)
+            self._applied = target
+
+
+class InplaceWeights(_MovingWeights):
+    """Members are made in place, and the noise is subtracted again, in a pass of its own: what was just added and
+    rounded mostly comes back, while moves from member to member in one pass go ever farther. After 3000 members of
+    sigma 1e-3 bfloat16 weights of scale 0.02 are off by 3.4e-4 and 1.8e-3 (`esfast bench drift`). Not exact.
+
+    `drift()` measures what that and the rounding of updates have done, on a sample of the weights.
+    """
+
+    def __init__(self, plan: Plan, rule: Rule, backend: str = "auto"):
+        super().__init__(plan, rule, backend)
+        self._watched = sample(plan)
+        copies = [(name, t.to(torch.float32, copy=True), w) for name, t, w in self._watched]
+        self._exact = Updater(Plan(copies), rule, backend) if copies else None
+
+    @staticmethod
+    def cost(dtype: torch.dtype) -> Cost:
+        size = dtype.itemsize
+        return Cost(device=0, host=0, member=4 * size, restore=2 * size, update=2 * size)
+
+    def perturb(self, seed: int, coeff: float, rounding: str = "nearest") -> None:
+        self.restore()
+        self._move([(seed, coeff)], rounding)
+
+    def restore(self) -> None:
+        self._move([])
+
+    def update(self, record: Generation) -> None:
+        super().update(record)
+        if self._exact is not None:
+            self._exact(record)
+
+    def adopt(self) -> None:
+        """The live weights were written by somebody else: drift is counted from here."""
+        for (_, live, _), exact in zip(self._watched, self._exact.plan.tensors if self._exact else (), strict=True):
+            exact.copy_(live)
+
+    def drift(self) -> float | None:
+        """RMS distance of the watched weights, while no member is in place, from what float32 arithmetic that restores
+        exactly would hold. None if no tensor is contiguous and whole."""
+        if self._exact is None:
+            return None
+        exact = self._exact.plan.tensors
+        apart = [(t.float() - e).double() for (_, t, _), e in zip(self._watched, exact, strict=True)]
+        return float(torch.cat(apart).square().mean().sqrt())
+
+
+class HostWeights(_Stored, _MovingWeights):
+    """Members move in place, from one to the next in one pass, and the weights come back from a copy in host memory
+    when the population is left. A member carries the rounding of the moves before it, so in a team its reward may
+    depend, in the last bits, on who scored which members; the step that given rewards lead to does not."""
+
+    def __init__(self, plan: Plan, rule: Rule, backend: str = "auto"):
+        super().__init__(plan, rule, backend)
+        pinned = plan.device.type == "cuda"
+        self._host = [torch.empty_like(t, device="cpu", pin_memory=pinned) for t in self.plan.tensors]
+        self.settle()
+
+    @staticmethod
+    def cost(dtype: torch.dtype) -> Cost:
+        """Restoring, and so an update, counts what is read and written on either side of the copy."""
+        size = dtype.itemsize
+        return Cost(device=0, host=size, member=2 * size, restore=2 * size, update=6 * size)
+
+    def perturb(self, seed: int, coeff: float, rounding: str = "nearest") -> None:
+        self._move([(seed, coeff)], rounding)
+
+    def restore(self) -> None:
+        with held():
+            for t, mine in zip(self.plan.tensors, self._host, strict=True):
+                t.detach().copy_(mine)  # complete before the next kernel
+            self._applied = []
+        self._note()
+
+    def settle(self) -> None:
+        for t, mine in zip(self.plan.tensors, self._host, strict=True):
+            mine.copy_(t.detach())
+        self._note()
+
+    adopt = settle
+
+    def _stored(self, i: int) -> torch.Tensor:
+        return self._host[i].to(self.plan.device)
+
+
+def sample(plan: Plan) -> list[tuple[str, torch.Tensor, Slice]]:
+    """Up to DRIFT_SAMPLE neighbouring weights from the middle of each whole, contiguous tensor, as views."""
+    views = []
+    for e in plan.entries:
+        n, t = e.tensor.numel(), e.tensor.detach()
+        if t.is_contiguous() and tuple(t.shape) == e.window.shape:
+            start = max(0, n // 2 - DRIFT_SAMPLE // 2)
+            views.append((e.name, t.view(-1)[start : start + DRIFT_SAMPLE], Slice((n,), (start,))))
+    return views
+
+
+MODES = dict(zip(WEIGHT_MODES, (BaseWeights, MasterWeights, HostWeights, InplaceWeights), strict=True))
+
+
+def automatic(plan: Plan, rule: Rule) -> str:
+    """The most exact mode whose copies, with the weights, take at most WEIGHTS_SHARE of the device's memory.
+
+    Of all memory, not of what is free just now: the same run on the same machine shall take the same mode.
+    """
+    if plan.device.type == "cuda":
+        total = torch.cuda.get_device_properties(plan.device).total_memory
+    else:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    room = WEIGHTS_SHARE * total - plan.nbytes - rule.extra_bytes(plan)
+    extra = {m: sum(MODES[m].cost(t.dtype).device * t.numel() for t in plan.tensors) for m in ("master", "base")}
+    if extra["base"] < extra["master"] <= room:
+        mode = "master"
+    else:  # a host copy of what lies in host memory anyway saves nothing
+        mode = "base" if extra["base"] <= room else "host" if plan.device.type != "cpu" else "inplace"
+    log.warning('weights="auto" takes %r: %.2f GB of weights, %.1f GB of memory', mode, plan.nbytes / 1e9, total / 1e9)
+    return mode

@@ -1,0 +1,248 @@
+"""The functions that score completions, in TRL's conventions, in this process or in others."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import math
+import pickle
+import re
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.connection import wait
+
+from ..utils.interrupts import came_by_signal
+from ..utils.rows import Rows, check_text, columns
+from ..utils.stats import mean, standard_error
+from ..utils.time_limit import TooSlow, limited
+from .worker import NotRewards, Task, Worker, importable, now, numbers, raised
+
+log = logging.getLogger(__name__)
+
+RewardFunc = Callable[..., Sequence[float]]
+
+LARGEST = 3.4e38  # a reward's size, as float32 has it: what is larger makes sums and squares of rewards infinite
+# Exceptions that count as the function's failure: KeyboardInterrupt only if no signal raised it. Others that are no
+# Exception belong to somebody else, to a test's time limit for example, and pass.
+FAILURES = (Exception, SystemExit, GeneratorExit, asyncio.CancelledError, KeyboardInterrupt)
+# Names that metrics can't have: the trainer logs the first four as eval_NAME itself, the others are in each row.
+RESERVED = ("reward", "reward_se", "length", "kl_to_base", "generation", "seconds")
+
+
+class RewardError(ValueError):
+    """A reward function raised, exited, took too long, or gave something other than one finite number a completion; the
+    message begins with its name."""
+
+
+class Scores:
+    """The rewards of one member's completions, which may still be in the making."""
+
+    def __init__(self, result: Callable[[], list[list[float | None]]]):
+        self._result = result
+
+    def result(self) -> list[list[float | None]]:
+        """A list for each function, of one reward a completion; waits for them. Raises RewardError."""
+        return self._result()
+
+
+class Scorer:
+    """Calls reward functions, in this process or in processes of their own.
+
+        scorer = Scorer([accuracy, brevity], workers=1, timeout=60)
+        scores = scorer.submit([accuracy], rows, completions)  # returns at once; the next member may be generated
+        scores.result()                                        # [[1.0, 0.0, ...]]: a list for each function
+
+    functions   all that will ever be submitted, each f(prompts=, completions=, **columns) -> one number a completion
+    workers     processes that score, each one member at a time; 0: in this process, during `submit`. A process imports
+                the functions by name and sees neither this process's variables nor its model. Where one of them has no
+                name to import it by (a closure, a lambda, the script that runs), all are called here, with a word
+    timeout     seconds that a function may take for one member's completions. A worker that takes longer is killed; in
+                this process, the function is interrupted, see time_limit.limited for what escapes that
+
+    Each call gets arguments of its own: what a function changes in them, no other call sees.
+    Workers start when they are first needed, and again after one was killed. They are handed their next member, and it
+    is seen that one hangs, in `submit` and in `result`: where scoring takes longer than generating, take more workers.
+    """
+
+    def __init__(self, functions: Sequence[RewardFunc], workers: int = 0, timeout: float = math.inf):
+        self._functions = list(dict.fromkeys(functions))
+        self._workers, self._timeout = workers, timeout
+        names = [importable(f) for f in self._functions]
+        if workers and None in names:
+            alone = name_of(self._functions[names.index(None)])
+            log.warning("reward functions are called in this process: %s can't be imported by name in another; "
+                        "a function at the top of a module of its own can", alone)  # fmt: skip
+            self._workers = 0
+        self._names = names
+        self._running: list[Worker] = []
+        self._waiting: deque[Task] = deque()
+
+    def submit(self, functions: Sequence[RewardFunc], rows: Rows, completions: Sequence[str]) -> Scores:
+        """Their rewards, soon."""
+        if self._workers:
+            try:
+                pickled = pickle.dumps(columns(rows, completions))
+            except Exception as error:  # pickle has no one kind of its own
+                log.warning("reward functions are called in this process: the rows can't be sent to another: %s", error)
+                self._workers = 0
+        if not self._workers:
+            try:
+                scores = [self._call(f, columns(rows, completions)) for f in functions]
+            except RewardError as error:
+                return Scores(functools.partial(_raise, error))
+            return Scores(lambda: scores)
+        task = Task([self._functions.index(f) for f in functions], pickled)
+        self._waiting.append(task)
+        self._look()
+        return Scores(lambda: self._result(task, len(completions)))
+
+    def close(self) -> None:
+        """Ends the processes; what is not scored yet fails. It may be used again."""
+        for worker in self._running:
+            worker.stop("was stopped: the scorer was closed")
+        for task in self._waiting:
+            task.error = "was not called: the scorer was closed"
+        self._running, self._waiting = [], deque()
+
+    def _look(self, until: Task | None = None) -> None:
+        """Hands out tasks and takes what answers are there, or waits until the task is done."""
+        while True:
+            self._running = [worker for worker in self._running if worker.alive or worker.task is not None]
+            idle = [worker for worker in self._running if worker.task is None]
+            while self._waiting and (idle or len(self._running) < self._workers):
+                if not idle:
+                    idle.append(Worker(self._names, self._timeout))
+                    self._running.append(idle[-1])
+                idle.pop().give(self._waiting.popleft())
+            busy = {worker.connection: worker for worker in self._running if worker.task is not None}
+            first = min((worker.deadline for worker in busy.values()), default=math.inf)
+            patience = 0.0 if until is None else None if first == math.inf else max(0.0, first - now())
+            answered = [] if until is not None and until.done else wait(list(busy), patience)
+            for connection in answered:
+                busy[connection].take()
+            for worker in busy.values():
+                if worker.task is not None and worker.connection not in answered and now() > worker.deadline:
+                    worker.expire()
+            if not answered if until is None else until.done:
+                return
+
+    def _result(self, task: Task, count: int) -> list[list[float | None]]:
+        self._look(task)
+        functions = [self._functions[job] for job in task.jobs]
+        if task.error is not None:
+            raise RewardError(f"reward function {name_of(functions[len(task.answers)])} {task.error}")
+        return [
+            check_rewards(function, values, count) for function, values in zip(functions, task.answers, strict=True)
+        ]
+
+    def _call(self, function: RewardFunc, arguments: Mapping[str, list]) -> list[float | None]:
+        count = len(arguments["completions"])
+        try:
+            values = limited(self._timeout, lambda: numbers(function(**arguments), count))
+        except TooSlow:
+            raise RewardError(f"reward function {name_of(function)} gave no rewards in {self._timeout:g} s") from None
+        except NotRewards as error:
+            raise RewardError(f"reward function {name_of(function)} {error}") from None
+        except FAILURES as error:
+            if isinstance(error, KeyboardInterrupt) and came_by_signal(error):
+                raise
+            raise RewardError(f"reward function {name_of(function)} {raised(error)}") from error
+        return check_rewards(function, values, count)
+
+
+def name_of(function: RewardFunc) -> str:
+    """The function's name in messages; of a functools.partial that of its function, of an object that of its class."""
+    function = getattr(function, "func", function)
+    return getattr(function, "__name__", None) or type(function).__name__
+
+
+def check_metrics(metrics: Mapping[str, RewardFunc] | None) -> dict[str, RewardFunc]:
+    """The metrics as a dict. TypeError if they are no mapping, ValueError for a name that can't be logged as
+    eval_NAME."""
+    if metrics is not None and not isinstance(metrics, Mapping):
+        raise TypeError(f"metrics: expected functions by name, as {{'accuracy': f}}, got {type(metrics).__name__}")
+    for name in metrics or ():
+        if isinstance(name, str):
+            check_text("metrics", name)
+        if not isinstance(name, str) or not re.fullmatch(r"[^\W_][\w./-]{0,63}", name):
+            raise ValueError(
+                f"metrics: expected a name of at most 64 letters, digits and . _ - /, a letter first, got {name!r:.80}"
+            )
+        if name in RESERVED:
+            raise ValueError(f"metrics: {name!r} is a name of the trainer's own; choose one other than "
+                             f"{', '.join(RESERVED)}")  # fmt: skip
+    return dict(metrics or {})
+
+
+def judge(
+    scorer: Scorer,
+    reward_funcs: Sequence[RewardFunc],
+    weights: Sequence[float],
+    metrics: Mapping[str, RewardFunc],
+    rows: Rows,
+    completions: Sequence,
+    skip: bool = False,
+) -> tuple[list[list[float | None]], dict[str, float]]:
+    """Scores of an evaluation: a list for each reward function, and the figures to be logged, eval_reward with its
+    standard error and eval_NAME of each metric.
+
+    With `skip` a function that fails is warned about and its figures are left out (of a reward function eval_reward;
+    its list holds None alone); otherwise it is RewardError. A metric that is None for every row is left out, too."""
+
+    def of(scores: Callable[[], list]) -> list:
+        try:
+            return scores()
+        except RewardError as error:
+            if not skip:
+                raise
+            log.warning("the evaluation goes without: %s", error)
+            return []
+
+    pending = [scorer.submit([f], rows, completions) for f in [*reward_funcs, *metrics.values()]]
+    values = [of(lambda p=p: p.result()[0]) for p in pending]
+    scores, named = values[: len(reward_funcs)], zip(metrics, values[len(reward_funcs) :], strict=True)
+    rewards = of(lambda: combine(scores, weights)) if all(scores) else []
+    figures = {"eval_reward": mean(rewards)} if rewards else {}
+    if len(rewards) > 1:
+        figures["eval_reward_se"] = standard_error(rewards)
+    for name, each in named:
+        if said := [value for value in each if value is not None]:
+            figures[f"eval_{name}"] = mean(said)
+    return [s or [None] * len(completions) for s in scores], figures
+
+
+def combine(scores: Sequence[Sequence[float | None]], weights: Sequence[float]) -> list[float]:
+    """Each completion's reward: the weighted sum of the functions' (`scores`, a list each). As in TRL, a function that
+    returns None has no say in that completion, and a completion on which all do is left out; RewardError if all are."""
+    rewards = []
+    for i, values in enumerate(zip(*scores, strict=True)):
+        said = [weight * value for weight, value in zip(weights, values, strict=True) if value is not None]
+        if said and not sum(map(abs, said)) <= LARGEST:
+            raise RewardError(f"reward functions: the weighted sum for completion {i} is too large ({said}): rewards, "
+                              f"and their sums with reward_weights, are limited to {LARGEST:g}")  # fmt: skip
+        if said:
+            rewards.append(math.fsum(said))
+    if not rewards:
+        raise RewardError("reward functions: there is no completion of which one of them returned anything but None")
+    return rewards
+
+
+def check_rewards(function: RewardFunc, values: list, count: int) -> list[float | None]:
+    """Raises RewardError unless they are `count` finite numbers, or None where the function abstains."""
+    if len(values) != count:
+        got = len(values) if len(values) < count else "more"
+        raise RewardError(f"reward function {name_of(function)}: expected {count} rewards, got {got}")
+    for i, value in enumerate(values):
+        wrong = None
+        if isinstance(value, str) or (value is not None and not math.isfinite(value)):
+            wrong = "no finite number"
+        elif value is not None and abs(value) > LARGEST:
+            wrong = f"too large: rewards are limited to {LARGEST:g}"
+        if wrong:
+            raise RewardError(f"reward function {name_of(function)}: its reward for completion {i} is {value}, {wrong}")
+    return values
+
+
+def _raise(error: Exception):
+    raise error

@@ -1,0 +1,13 @@
+"""How members answer: prompts in, completions out."""
+
+from ..utils.lazy import lazily
+
+__getattr__, __dir__ = lazily(
+    __name__,
+    {
+        "Engine": "engine",
+        "TransformersEngine": "engine",
+        "CallableEngine": "engine",
+        "as_engine": "engine",
+    },
+)

@@ -1,0 +1,189 @@
+"""Prompts that are chats, lists of messages {"role", "content"}, as TRL has them beside plain texts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..utils.rows import Rows
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
+ANSWERED = ("user", "tool", "function", "ipython")  # roles whose message the assistant answers
+OWN = ("tokenize", "add_generation_prompt", "continue_final_message", "return_dict", "conversation", "tools")
+PROBE = "esfast"
+
+
+def is_chat(prompt) -> bool:
+    return isinstance(prompt, (list, tuple))
+
+
+def texts(rows: Rows, tokenizer, options: Mapping[str, Any] | None = None) -> list[str]:
+    """What the model is to go on with: a row's prompt, or its chat in the tokenizer's template.
+
+    A chat that ends with a user's or a tool's message is followed by the beginning of the assistant's answer; one that
+    ends with the assistant's words is continued, in the same message. `options` are variables of the template; a row's
+    columns "chat_template_kwargs" and "tools" (a list of JSON schemas, or its JSON text) add to them and replace them.
+
+    Raises ValueError for a chat without messages, a message of an unknown role or with content other than text, a chat
+    that ends with a system message, a tokenizer without a template, and for what the template refuses.
+    """
+    form, rendered = None, []
+    for row in rows:
+        prompt = row["prompt"]
+        if is_chat(prompt):
+            form = _forms(tokenizer) if form is None else form
+            prompt = _render(prompt, tokenizer, form, {**(options or {}), **_options(row)}, _tools(row))
+        rendered.append(prompt)
+    return rendered
+
+
+def answered(rows: Rows, responses: Sequence[str]) -> tuple[Rows, list]:
+    """Rows and completions as reward functions get them: for a chat the completion is a list of one message.
+
+    As in TRL, a message that was continued is whole in the completion, and no longer in the prompt: prompt + completion
+    is the conversation.
+    """
+    asked, completions = [], []
+    for row, response in zip(rows, responses, strict=True):
+        prompt = row["prompt"]
+        if is_chat(prompt):
+            if prompt[-1]["role"] == "assistant":
+                row = {**row, "prompt": list(prompt[:-1])}
+                response = _joined(prompt[-1]["content"]) + response
+            response = [{"role": "assistant", "content": response}]
+        asked.append(row)
+        completions.append(response)
+    return asked, completions
+
+
+def _render(
+    messages: Sequence[Mapping], tokenizer, form: tuple[bool, bool], options: dict[str, Any], tools: list | None
+) -> str:
+    continued = _check(messages) == "assistant"
+    chat = [_in_form(message, *form) for message in messages]
+    try:
+        text = tokenizer.apply_chat_template(
+            chat, tools=tools, tokenize=False, add_generation_prompt=not continued,
+            continue_final_message=continued, **options,
+        )  # fmt: skip
+    except Exception as error:  # Jinja's, those that templates raise, and what goes wrong inside them
+        raise ValueError(f"prompt: the tokenizer's chat template refuses the chat: {error}") from None
+    # A template may write the token that a text begins with, and a tokenizer put it before any text: once is enough.
+    begin = tokenizer.bos_token
+    if begin and text.startswith(begin) and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
+        text = text.removeprefix(begin)
+    return text
+
+
+def _check(messages: Sequence[Mapping]) -> str:
+    """The last message's role. ValueError for what is no chat of texts that somebody is to go on with."""
+    if not messages:
+        raise ValueError("prompt: a chat needs at least one message")
+    for place, message in enumerate(messages):
+        role, content = message.get("role"), message.get("content")
+        if role not in ROLES:
+            raise ValueError(f"prompt: message {place} has the role {role!r}, expected one of {', '.join(ROLES)}")
+        if isinstance(content, (list, tuple)):
+            for part in content:
+                kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+                if kind != "text" or not isinstance(part.get("text"), str):
+                    raise ValueError(
+                        f"prompt: message {place} has content of type {kind!r}; only text can be had, as a str or as "
+                        'parts {"type": "text", "text": ...}: esfast asks models of text'
+                    )
+        elif not isinstance(content, str) and (content is not None or not message.get("tool_calls")):
+            raise ValueError(f"prompt: message {place} has the content {content!r:.60}, expected a text")
+    if role == "assistant" and content is None:
+        raise ValueError("prompt: the last message is the assistant's and has no text that could be continued")
+    if role != "assistant" and role not in ANSWERED:
+        raise ValueError(
+            f"prompt: the last message has the role {role!r}, expected user or tool (to be answered), or assistant (to "
+            "be continued)"
+        )
+    return role
+
+
+def _options(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Variables of the template that a row names. Those that are None are left out: in a datasets.Dataset all rows
+    have the keys of all."""
+    given = _column(row, "chat_template_kwargs") or {}
+    if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+        raise ValueError(
+            f"chat_template_kwargs: expected a dict with texts as its keys, or its JSON, got {given!r:.60}"
+        )
+    return check_options("chat_template_kwargs", {k: v for k, v in given.items() if v is not None})
+
+
+def check_options(what: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options, if a template may be given them; ValueError otherwise."""
+    for name in options:
+        if name in OWN:
+            raise ValueError(
+                f"{what}: {name!r} is not to be chosen: a chat's last message decides how it goes on, and tools have a "
+                "column of their own"
+            )
+    return dict(options)
+
+
+def _tools(row: Mapping[str, Any]) -> list | None:
+    tools = _column(row, "tools")
+    if tools and not isinstance(tools, (list, tuple)):
+        raise ValueError(f"tools: expected a list of JSON schemas, got {tools!r:.60}")
+    # Templates write headings for an empty list.
+    return [_without_none(_from_json("tools", tool)) for tool in tools] if tools else None
+
+
+def _column(row: Mapping[str, Any], name: str):
+    """The row's value, read if it is JSON; None where a table has a blank or NaN for a value that is missing."""
+    value = row.get(name)
+    missing = value != value if isinstance(value, float) else isinstance(value, str) and not value.strip()
+    return None if missing else _from_json(name, value)
+
+
+def _from_json(what: str, value):
+    """What a JSON text says; other values are as they are."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise ValueError(f"{what}: expected JSON, got {value!r:.60}: {error}") from None
+
+
+def _without_none(value):
+    """What a datasets.Dataset made of a record whose fields other records don't have is taken out again."""
+    if isinstance(value, Mapping):
+        return {k: _without_none(v) for k, v in value.items() if v is not None}
+    return [_without_none(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def _forms(tokenizer) -> tuple[bool, bool]:
+    """Whether the template reads a message's content as a text, and as a list of parts."""
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise ValueError(
+            "prompt: a list of chat messages needs a tokenizer with a chat template; this one has none. Take an "
+            "instruction-tuned model, or prompts that are texts"
+        )
+
+    def rendered(content) -> str:
+        try:
+            return tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+        except Exception:  # whatever a template that knows no such content raises
+            return ""
+
+    text, parts = rendered(PROBE), rendered([{"type": "text", "text": PROBE}])
+    return PROBE in text, parts == text if PROBE in text else PROBE in parts
+
+
+def _in_form(message: Mapping, reads_text: bool, reads_parts: bool) -> dict[str, Any]:
+    """The message with its content as the template reads it; as it is, if the template reads both."""
+    content = message.get("content")
+    if isinstance(content, (list, tuple)) and not reads_parts:
+        content = _joined(content)
+    elif isinstance(content, str) and reads_parts and not reads_text:
+        content = [{"type": "text", "text": content}]
+    others = {name: value for name, value in message.items() if name != "content"}
+    return {**_without_none(others), "content": _without_none(content)}
+
+
+def _joined(content) -> str:
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)

@@ -1,0 +1,52 @@
+"""Prompts of a data set, looked at before anything is generated: what is wrong with one is said with its row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tqdm import tqdm
+
+from ..utils.rows import Rows, check_text
+
+BATCH = 1000  # prompts that are tokenized together
+QUIET_SECONDS = 5  # a look that takes longer shows how far it is
+NAMED = 5  # rows with faults that a message names
+
+
+def check_prompts(what: str, rows: Rows, render: Callable[[Rows], list[str]], engine, progress: bool = True) -> None:
+    """ValueError if one of the rows has a prompt that can't be rendered, that UTF-8 has no form for, or that the engine
+    refuses (its method `check`, where it has one): all rows are looked at, the first fault is told, the others counted.
+
+    render  turns rows into the texts that the engine gets
+    """
+
+    def check(batch: Rows) -> None:
+        texts = render(batch)
+        for text in texts:
+            check_text("prompt", text)
+        getattr(engine, "check", _anything)(texts)
+
+    faults: list[tuple[int, Exception]] = []
+    starts = range(0, len(rows), BATCH)
+    for start in tqdm(starts, what, disable=not progress, delay=QUIET_SECONDS, leave=False, dynamic_ncols=True):
+        batch = [rows[i] for i in range(start, min(start + BATCH, len(rows)))]
+        if _fault(check, batch) is not None:  # one by one, to say which
+            found = [(start + i, _fault(check, [row])) for i, row in enumerate(batch)]
+            faults += [(i, error) for i, error in found if error is not None]
+    if faults:
+        row, error = faults[0]
+        others = ", ".join(str(i) for i, _ in faults[1 : 1 + NAMED])
+        more = f" (and {len(faults) - 1} more rows: {others}{', ...' * (len(faults) > 1 + NAMED)})" if others else ""
+        raise ValueError(f"{what}: row {row}: {error}{more}") from error
+
+
+def _anything(prompts: list[str]) -> None:
+    """The check of an engine that has none."""
+
+
+def _fault(check: Callable[[Rows], None], batch: Rows) -> Exception | None:
+    try:
+        check(batch)
+    except Exception as error:  # a chat template may raise anything
+        return error
+    return None

@@ -1,0 +1,85 @@
+"""Sampling that can be repeated: a response is a function of its seed and of the probabilities of its tokens.
+
+One uniform number a token, from Philox under the response's seed, picks the token by inversion of the cumulative
+probabilities. Neither the other rows of a batch nor the size of the batch decide anything; members that answer with the
+same seeds differ by their weights alone (common random numbers).
+"""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import torch
+from transformers import LogitsProcessor
+
+from ..core.noise import DOMAINS, philox
+
+
+class LogitsError(ValueError):
+    """A model's logits are NaN or infinite, so that it says nothing of the next token."""
+
+
+class FiniteLogits(LogitsProcessor):
+    """Leaves scores as they are, and remembers whether all were numbers, without waiting for the device.
+
+    The greatest of a row tells: it is NaN if one is NaN, and infinite if one is inf or all are -inf.
+    """
+
+    def __init__(self):
+        self._fine: torch.Tensor | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        fine = scores.amax(-1).isfinite().all()
+        self._fine = fine if self._fine is None else self._fine & fine
+        return scores
+
+    def check(self) -> None:
+        """LogitsError unless all scores so far were numbers."""
+        if self._fine is not None and not self._fine:
+            raise LogitsError("the model's logits are NaN or infinite")
+
+
+def response_seeds(seed: int, generation: int, prompts: int, responses: int) -> list[int]:
+    """The 64-bit seeds of `responses` answers to each of `prompts` prompts, in the order prompt by prompt."""
+    blocks = np.arange(prompts, dtype=np.uint64) | np.uint64(generation << 32)
+    words = [philox(seed, blocks, response, DOMAINS["response_seeds"]) for response in range(responses)]
+    return [int(w[0][prompt]) | int(w[1][prompt]) << 32 for prompt in range(prompts) for w in words]
+
+
+def uniforms(seed: int, count: int) -> np.ndarray:
+    """float32 (count,) in [0, 1), multiples of 2^-24: the numbers that pick the tokens of one response."""
+    words = philox(seed, np.arange(-(-count // 4), dtype=np.uint64), 0, DOMAINS["tokens"])
+    return ((np.stack(words, 1).reshape(-1)[:count] >> np.uint32(8)) * np.float32(2**-24)).astype(np.float32)
+
+
+class SeededSampling(LogitsProcessor):
+    """Leaves of each row's scores only the token that its uniform number picks, so that greedy search samples.
+
+    seeds        one a row
+    temperature  divides the scores, > 0
+    steps        most tokens of a response
+    """
+
+    def __init__(self, seeds: list[int], temperature: float, steps: int, device: torch.device | str = "cpu"):
+        self.temperature = temperature
+        self._numbers = torch.tensor(np.stack([uniforms(seed, steps) for seed in seeds])).to(device)
+        self._width = 0
+
+    def after(self, width: int, rows: int) -> SeededSampling:
+        """This, for prompts padded to `width` tokens, in a batch filled up to so many rows."""
+        made = copy.copy(self)
+        made._width = width
+        made._numbers = torch.cat([self._numbers, self._numbers[-1:].expand(rows - len(self._numbers), -1)])
+        return made
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        step = input_ids.shape[1] - self._width
+        sums = torch.softmax(scores.float() / self.temperature, -1).cumsum(-1)
+        total = sums[:, -1:]
+        point = torch.minimum(
+            self._numbers[:, step : step + 1] * total, torch.nextafter(total, torch.zeros_like(total))
+        )
+        # the first whose sum exceeds it: it has a probability; of sums that are NaN none does, see FiniteLogits
+        token = torch.searchsorted(sums, point, right=True).clamp(max=scores.shape[-1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter_(-1, token, 0)

@@ -1,0 +1,51 @@
+"""What ESTrainer is given, brought to one form at its door: the model, its tokenizer, the reward functions."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Mapping, Sequence
+
+from ..rewards.scorer import RewardFunc
+from ..rollout.models import load_model, load_tokenizer
+from ..utils.unwrap import unwrap
+
+
+def open_model(model):
+    """The plain model: of a name or folder the loaded one, of a wrapper the one in it."""
+    return load_model(os.fspath(model)) if isinstance(model, (str, os.PathLike)) else unwrap(model)
+
+
+def open_tokenizer(processing_class, model):
+    """The tokenizer: the model's own if none is given, that of a name or folder, of a processor the one in it, with the
+    processor's chat template if it has none. TypeError for anything else."""
+    given = model.config._name_or_path if processing_class is None else processing_class
+    if given == "":
+        raise TypeError("processing_class: the model was not loaded by a name or from a folder; give its tokenizer")
+    if isinstance(given, (str, os.PathLike)):
+        return load_tokenizer(os.fspath(given))
+    tokenizer = getattr(given, "tokenizer", given)
+    if not callable(tokenizer) or not hasattr(tokenizer, "save_pretrained"):
+        raise TypeError(f"processing_class: expected a tokenizer, or a processor that has one, got {given!r:.60}")
+    template = getattr(given, "chat_template", None)
+    if tokenizer is not given and template and not getattr(tokenizer, "chat_template", None):
+        tokenizer = copy.copy(tokenizer)
+        tokenizer.chat_template = template
+    return tokenizer
+
+
+def open_rewards(
+    reward_funcs, metrics: Mapping[str, RewardFunc], weights: Sequence[float] | None
+) -> tuple[list[Callable], list[float]]:
+    """The reward functions as a list, and a weight for each. TypeError or ValueError for anything else."""
+    functions = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
+    for f in [*functions, *metrics.values()]:
+        if not callable(f):
+            raise TypeError(f"reward_funcs and metrics: expected functions, got {type(f).__name__} {f!r:.60}")
+    if not functions:
+        raise ValueError("reward_funcs: expected at least one function")
+    if weights and len(weights) != len(functions):
+        raise ValueError(
+            f"reward_weights: expected one for each of the {len(functions)} reward functions, got {weights}"
+        )
+    return functions, weights or [1.0] * len(functions)

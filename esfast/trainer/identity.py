@@ -1,0 +1,81 @@
+"""What a run is beyond its settings: its reward functions, its training data and its model. A resumed run must be of
+the same ones; the weights themselves are guarded by the journal's fingerprint."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ..utils.rows import Rows
+
+# Settings of a model that say where it came from, or how it is run, and not what it computes.
+_OF_NO_CONSEQUENCE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache",
+                      "id2label", "label2id", "prompt_task", "prompt_style")  # fmt: skip
+
+
+def identity(
+    model, reward_funcs: Sequence[Callable], train_dataset: Rows | Callable, more: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """What must be the same when the run is resumed, as JSON has it: names of settings and what they were."""
+    found = {
+        "model": type(model).__qualname__,
+        "model config": config_of(model),
+        "reward_funcs": [name_of(f) for f in reward_funcs],
+    }
+    if not callable(train_dataset):
+        found["train_dataset"] = digest(train_dataset)
+    elif not name_of(train_dataset).startswith("esfast."):  # the command line compares tasks by their names
+        found["train_dataset"] = f"the function {name_of(train_dataset)}"
+    return _plain(found | dict(more or {}))
+
+
+def check(found: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
+    """ValueError if a run of the identity `found` can't go on as `mine`; what differs is named. What only one of them
+    says is not compared: folders of older versions say less."""
+    for name in found.keys() & mine.keys():
+        before, now = found[name], mine[name]
+        if isinstance(before, dict) and isinstance(now, dict):
+            check({f"{name}: {k}": v for k, v in before.items()}, {f"{name}: {k}": v for k, v in now.items()})
+        elif before != now:
+            raise ValueError(f"resume: the run has {name} {_shown(before)}, asked for is {_shown(now)}")
+
+
+def name_of(function: Callable) -> str:
+    """`module:qualname` of a function, or of the type of a callable object."""
+    if isinstance(function, functools.partial):
+        return name_of(function.func)
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}:{named.__qualname__}"
+
+
+def config_of(model) -> dict[str, Any]:
+    """The configuration of a Hugging Face model, less what makes no difference to what it computes."""
+    to_dict = getattr(getattr(model, "config", None), "to_dict", None)
+    settings = to_dict() if to_dict is not None else {}
+    return {k: v for k, v in settings.items() if k not in _OF_NO_CONSEQUENCE and not k.startswith("_")}
+
+
+def digest(rows: Rows) -> str:
+    """So many rows, and a hash of what they hold."""
+    found = hashlib.sha256()
+    for i in range(len(rows)):
+        row = sorted(rows[i].items())
+        found.update(json.dumps(row, skipkeys=True, default=_stated).encode(errors="surrogatepass") + b"\n")
+    return f"of {len(rows)} rows (sha256 {found.hexdigest()[:16]})"
+
+
+def _stated(value) -> Any:
+    """What JSON has no form for: arrays as lists, of other objects their type (a repr may name an address)."""
+    return value.tolist() if hasattr(value, "tolist") else type(value).__qualname__
+
+
+def _plain(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(fields, default=_stated))
+
+
+def _shown(value) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 200 else f"{text[:197]}..."

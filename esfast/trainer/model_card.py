@@ -1,0 +1,45 @@
+"""The model card of a tuned model: what it came from, how it was tuned, and how it did."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from ..rollout.adapters import is_peft
+from .config import ESConfig
+
+
+def model_card(model, config: ESConfig, generations: int, before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """Markdown with the metadata that the Hugging Face hub reads. `before` and `after` are rows of metrics; the latter
+    may be of an earlier generation than the model."""
+    from .. import __version__
+
+    origin = getattr(model.config, "_name_or_path", "") or "a model without a name"
+    library = "peft" if is_peft(model) else "transformers"
+    header: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation",
+                              "tags": ["esfast", "evolution-strategies"]}  # fmt: skip
+    if "/" in origin and not origin.startswith(("/", ".")):
+        header["base_model"] = origin
+    measured = [n for n in {**before, **after} if n.startswith("eval_") and not n.endswith("_se")]
+    rows = [f"| {n.removeprefix('eval_')} | {_value(before, n)} | {_value(after, n)} |" for n in measured]
+    when = "after" if after.get("generation") == generations else f"after generation {after.get('generation')}"
+    table = [""]
+    if any(name in after for name in measured):
+        table = ["", f"| on held-out prompts | before | {when} |", "|---|--:|--:|", *rows, ""]
+    settings = "\n".join(
+        f"    {field}: {getattr(config, field)}"
+        for field in ("seed", "population_size", "sigma", "lr", "noise", "mirrored", "shaping", "optimizer", "weights",
+                      "prompts_per_generation", "max_completion_length", "include", "exclude", "groups")
+    )  # fmt: skip
+    return "\n".join([
+        "---", yaml.safe_dump(header, sort_keys=False) + "---", "", "# Tuned by evolution strategies", "",
+        f"{origin}, all of its selected weights tuned for {generations} generations with esfast {__version__}: no",
+        "gradients, rewards only (arXiv 2509.24372).", *table, "Settings:", "", settings, "",
+        "The run's journal, seeds and coefficients alone, leads from the base weights to these, to the bit.", "",
+    ])  # fmt: skip
+
+
+def _value(row: Mapping[str, Any], name: str) -> str:
+    return f"{row[name]:.4g}" if name in row else "not known"

@@ -1,0 +1,203 @@
+"""RunRecorder: what a run leaves in its folder beside the journal."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from ..core.dtensors import in_shards, whole_state_dict
+from ..distributed.team import Team
+from ..journal.journal import read
+from ..update.updater import Generation
+from ..utils.files import write_whole
+from ..utils.interrupts import signal_of
+from .clock import PHASES, Clock, account
+from .config import ESConfig
+from .loggers import Report
+from .model_card import model_card
+from .run_folder import RunFolder, readable_lines
+
+log = logging.getLogger(__name__)
+
+
+class RunRecorder:
+    """Settings, metrics, the best and the last model, the summary. Process 0 of a team writes; those that hold its
+    model's other shards call the same methods, as they take part where a model is saved.
+
+    rows    of metrics.jsonl, in process 0: one a generation, the first one of the base model
+    best    reward of an evaluation so far
+    clock   of the training
+    """
+
+    def __init__(self, folder: RunFolder, config: ESConfig, model, tokenizer, team: Team):
+        self.folder = folder
+        self.rows: list[dict[str, Any]] = []
+        self.best, self.clock = -math.inf, Clock(torch.device("cpu"))
+        self._config, self._model, self._tokenizer, self._team = config, model, tokenizer, team
+        self._report: Report | None = None
+        self._evaluation: dict[str, float] = {}
+
+    def finished(self, generation: int, evaluates: bool) -> dict[str, Any] | None:
+        """The summary of a run that has done all of its generations, and all that follows them; else None."""
+        try:
+            rows, summary = self.folder.read_metrics(), self.folder.read_summary()
+        except ValueError:  # what is damaged is written anew
+            return None
+        complete = (
+            generation >= self._config.generations
+            and [r.get("generation") for r in rows] == list(range(generation + 1))
+            and ("eval_length" in rows[-1] or not evaluates)
+            and summary.get("generations") == generation
+            and summary.get("after") == _evaluated(rows[-1])
+            and self.folder.model.is_dir()
+        )
+        return summary if complete else None
+
+    def open(self, settings: Mapping[str, Any], identity: Mapping[str, Any], generation: int) -> dict[str, Any]:
+        """In process 0: writes down what the run is, and completes the metrics of a resumed one from its journal.
+        Returns the best evaluation so far, and whether the weights of now were evaluated."""
+        write_whole(self.folder.config, yaml.safe_dump(dict(settings), sort_keys=False))
+        write_whole(self.folder.identity, json.dumps(identity, indent=1) + "\n")
+        self._report = Report(self._config.report_to, self.folder.path, vars(self._config))
+        if generation:
+            self.rows = self._completed(read(self.folder.journal).records)
+            for phase, seconds in earlier_seconds(self.rows).items():
+                self.clock.seconds[phase] = self.clock.seconds.get(phase, 0.0) + seconds
+        best = max((r["eval_reward"] for r in self.rows if "eval_reward" in r), default=-math.inf)
+        return {"best": best, "evaluated": bool(self.rows) and "eval_length" in self.rows[-1]}
+
+    def _completed(self, records: Sequence[Generation]) -> list[dict[str, Any]]:
+        """A row for each generation: those of the file, and from the journal those that it lacks, or that are damaged
+        or of another run."""
+        found = readable_lines(self.folder.metrics)
+        by_generation = {r["generation"]: r for r in found if type(r.get("generation")) is int}
+        rows, lost = [by_generation.get(0, {"generation": 0})], 0
+        for record in records:
+            row, known = by_generation.get(record.generation + 1, {}), of_rewards(record)
+            fits = math.isclose(row.get("reward_mean", math.nan), known["reward_mean"], rel_tol=1e-9)
+            rows.append(row if fits else known)
+            lost += not fits and record is not records[-1]  # which is what a kill costs
+        if 0 not in by_generation:
+            log.warning("%s: the evaluation of the base model is lost", self.folder.metrics)
+        if lost:
+            log.warning("%s lacked %d of %d generations: their rewards are taken from the journal",
+                        self.folder.metrics, lost, len(records))  # fmt: skip
+        if rows != found:
+            self.folder.write_metrics(rows)
+        return rows
+
+    def log(self, row: dict[str, Any]) -> None:
+        """A generation is done (or none yet). Its metrics go to disk, and the model if it is the best so far."""
+        self._keep_best(row)
+        if self._team.rank == 0:
+            self.rows.append(row)
+            self.folder.append_metrics(row)
+            self._report.log(row)
+
+    def amend(self, evaluation: dict[str, Any], generation: int) -> None:
+        """The last generation was evaluated later than it was done."""
+        self._keep_best({"generation": generation, **evaluation})
+        if self._team.rank == 0:
+            self.rows[-1].update(evaluation)
+            self.folder.write_metrics(self.rows)
+            self._report.log(self.rows[-1])
+
+    def _keep_best(self, row: Mapping[str, Any]) -> None:
+        reward = row.get("eval_reward", -math.inf)
+        if reward > self.best:
+            self.best = reward
+            if self._config.save_best and row["generation"]:
+                self.save_model(self.folder.best.name, row["generation"], row)
+
+    def save_model(self, name: str, generation: int, after: Mapping[str, Any]) -> None:
+        """The model of now, under this name; all that hold shards of it call this."""
+        with self._team.working():
+            weights = whole_state_dict(self._model, keep=self._team.rank == 0) if in_shards(self._model) else None
+        if self._team.rank == 0:
+            card = model_card(self._model, self._config, generation, self.rows[0], after) if self.rows else ""
+            self.folder.save_model(self._model, self._tokenizer, card, name, weights)
+        self.clock.lap("save")
+
+    def finish(self, generation: int, eval_prompts: int) -> dict[str, Any]:
+        """Saves the model of now, writes the summary and returns it; {} but in process 0."""
+        evaluated = [r for r in self.rows[1:] if "eval_length" in r]
+        after = evaluated[-1] if evaluated else {}
+        self.save_model(self.folder.model.name, generation, after)
+        if not self._team.rank == 0:
+            return {}
+        seconds = {phase: round(s, 3) for phase, s in self.clock.seconds.items()}
+        summary = {
+            "generations": generation, "seed": self._config.seed, "eval_prompts": eval_prompts,
+            "before": _evaluated(self.rows[0]), "after": _evaluated(after),
+            "after_generation": after.get("generation"), **account(self.clock.seconds, _tokens(self.rows)),
+            "seconds": seconds | {"total": round(sum(seconds.values()), 3)},
+        }  # fmt: skip
+        write_whole(self.folder.summary, json.dumps(summary, indent=2) + "\n")
+        self.folder.draw_curves(self.rows)
+        return summary
+
+    def save_interrupted(self, interrupt: BaseException, generation: int, eval_prompts: int) -> dict[str, Any]:
+        """Does what `finish` does, if it can, in process 0 of a model in one piece, and says how to go on."""
+        by = f"interrupted by {signal_of(interrupt).name}" if isinstance(interrupt, KeyboardInterrupt) else "stopped"
+        summary = {}
+        if self._team.rank == 0 and self._team.shards == 1 and self.rows and generation:
+            log.warning("%s: saving the model after generation %d", by, generation)
+            try:
+                summary = self.finish(generation, eval_prompts)
+            except Exception as error:  # engines that the same signal ended, a full disk
+                log.warning("the model could not be saved: %s: %s", type(error).__name__, error)
+        self.say_how_to_go_on(by, generation)
+        return summary
+
+    def say_how_to_go_on(self, stopped: str, generation: int) -> None:
+        then = "nothing is lost, start it again"
+        if generation:
+            then = "what was done is in the journal: resume to go on (--resume, or ESConfig(resume=True))"
+        if not self.folder.journal.exists():
+            then = "its journal is gone"
+        if self._team.rank == 0:
+            log.warning("%s after generation %d: %s", stopped, generation, then)
+
+    def progress(self, row: Mapping[str, Any]) -> dict[str, str]:
+        """What the progress bar shows: rewards of the generation, metrics of the last evaluation."""
+        hidden = ("eval_reward", "eval_reward_se", "eval_length")
+        self._evaluation |= {k.removeprefix("eval_"): v for k, v in _evaluated(row).items() if k not in hidden}
+        shown = {"reward": row["reward_mean"], "best": row["reward_max"], **self._evaluation}
+        return {name: f"{value:.3f}" for name, value in shown.items()}
+
+    def close(self) -> None:
+        if self._report is not None:
+            self._report.close()
+
+
+def of_rewards(record: Generation) -> dict[str, Any]:
+    """What a generation's line of metrics says that its record in the journal knows. The journal numbers generations
+    from 0; metrics say how many are done, so their first line of training is 1."""
+    rewards = np.array([r for r in record.rewards if r is not None])
+    return {
+        "generation": record.generation + 1, "reward_mean": float(rewards.mean()), "reward_max": float(rewards.max()),
+        "reward_min": float(rewards.min()), "reward_std": float(rewards.std()), "sigma": record.sigma, "lr": record.lr,
+        **({"set_aside": n} if (n := record.rewards.count(None)) else {}),
+    }  # fmt: skip
+
+
+def earlier_seconds(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """By phase, what the rows say. They know nothing of saving, nor of generations whose line was lost."""
+    seconds = {phase: math.fsum(r.get(f"seconds_{phase}", 0.0) for r in rows) for phase in PHASES}
+    return seconds | {"evaluate": math.fsum(r.get("evaluate_seconds", 0.0) for r in rows)}
+
+
+def _tokens(rows: Sequence[Mapping[str, Any]]) -> int:
+    """Generated in training."""
+    return round(math.fsum(r.get("tokens_per_second", 0.0) * r.get("seconds", 0.0) for r in rows))
+
+
+def _evaluated(row: Mapping[str, Any]) -> dict[str, float]:
+    return {k: v for k, v in row.items() if k.startswith("eval_")}

@@ -1,0 +1,376 @@
+"""ESTrainer: the loop from a model, prompts and reward functions to a tuned model in a run folder.
+
+The conventions are those of TRL's GRPOTrainer: rows have a "prompt" column, and reward functions are called with
+prompts, completions and the rows' other columns as keyword lists.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from ..core.plan import Plan
+from ..distributed.team import Team
+from ..es.es import ES, Member
+from ..rewards.scorer import RewardError, RewardFunc, Scorer, check_metrics, combine, judge
+from ..rollout import adapters, chat
+from ..rollout.engine import TransformersEngine, as_engine
+from ..rollout.prompts import check_prompts
+from ..rollout.sampling import LogitsError, response_seeds
+from ..utils.files import check_writable
+from ..utils.interrupts import Stops, stoppable
+from ..utils.rows import Rows, check_rows, draw
+from ..utils.stats import mean
+from .clock import Clock, account
+from .config import ESConfig
+from .door import open_model, open_rewards, open_tokenizer
+from .identity import check as check_identity
+from .identity import identity as identity_of
+from .kl import KLToBase
+from .loggers import require
+from .movement import Movement
+from .recorder import RunRecorder, of_rewards
+from .run_folder import RunFolder
+from .trl_trainer import SavesLikeTRL, check_not_resumed_here
+
+log = logging.getLogger(__name__)
+
+
+class ESTrainer(SavesLikeTRL):
+    """Fine-tunes all weights of a causal language model by evolution strategies.
+
+    Args:
+        model: a Hugging Face causal LM, or the name or folder of one or of a PEFT adapter. It is tuned in place.
+        reward_funcs: one function or several, whose rewards are added: f(prompts=, completions=, **columns) -> list of
+            floats, one a completion (a list of str), higher is better. A member's reward is the mean over the prompts.
+            As in TRL: a chat (a list of messages) as prompt has its completion as a list of one message; None for a
+            completion leaves it to the other functions; args.reward_weights weighs them.
+        args: an ESConfig.
+        train_dataset: rows (a list of dicts, a datasets.Dataset, a DataFrame, a dict of columns) with a "prompt", drawn
+            without repetition until all were used; or a function (generation, count) -> rows, fresh ones every time.
+        eval_dataset: rows that are never trained on (optional).
+        processing_class: the tokenizer, or a processor that has one; by default the model's own.
+        metrics: further functions of the reward functions' form, evaluated on eval_dataset and logged under their name.
+        peft_config: a PEFT configuration (optional): its adapters are put into the model. Of a PeftModel, made so or
+            given as `model`, what requires a gradient is tuned, if args.include does not choose.
+        engine: what generates, a function from prompts to completions or an esfast.rollout.Engine; default
+            TransformersEngine.
+        team: the processes that train together (Team.join()), each with a model of its own or a part of one, see
+            esfast.distributed.tensor_parallel; default: this one alone.
+
+    Raises:
+        TypeError, ValueError: arguments outside the above, or other ones than the run has that is resumed, before
+            anything is written.
+        FileExistsError: the run folder holds a run already, or another process or trainer is at work there.
+        FileNotFoundError: the run to resume has no journal, but other files.
+
+    A trainer owns its run folder until it has trained, or is deleted.
+    """
+
+    es_class = ES
+
+    def __init__(
+        self,
+        model: torch.nn.Module | str | os.PathLike,
+        reward_funcs: RewardFunc | Sequence[RewardFunc],
+        args: ESConfig | None = None,
+        train_dataset: Rows | Callable[[int, int], Rows] | None = None,
+        eval_dataset: Rows | None = None,
+        processing_class=None,
+        metrics: Mapping[str, RewardFunc] | None = None,
+        engine=None,
+        peft_config=None,
+        team: Team | None = None,
+    ):
+        self.args = args if args is not None else ESConfig()
+        if not isinstance(self.args, ESConfig):
+            raise TypeError(f"args: expected an esfast.ESConfig, got {type(args).__name__}")
+        self.args.check()
+        self.metrics = check_metrics(metrics)
+        self.reward_funcs, self.reward_weights = open_rewards(reward_funcs, self.metrics, self.args.reward_weights)
+        if callable(train_dataset):  # a batch that was looked at is the one that is trained on
+            self._fresh_rows = functools.lru_cache(1)(train_dataset)
+        else:
+            train_dataset = check_rows("train_dataset", train_dataset)
+        eval_dataset = check_rows("eval_dataset", eval_dataset, required=False)
+        self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
+        self.team = team if team is not None else Team()
+        if self.team.shards > 1 and (
+            isinstance(model, (str, os.PathLike)) or peft_config is not None or adapters.is_peft(model)
+        ):
+            raise ValueError(
+                "a model in shards: expected the model itself, without adapters; see esfast.distributed.tensor_parallel"
+            )
+        model = open_model(model)
+        processing_class = open_tokenizer(processing_class, model)
+        c = self.args
+        if peft_config is not None:
+            model = adapters.wrap(model, peft_config, c.seed)
+        adapters.check(model)
+        include = c.include or adapters.patterns(model)
+        self.model, self.processing_class = model, processing_class
+        if engine is None:
+            adapters.check_generates(model)
+        self.engine = as_engine(engine) if engine is not None else TransformersEngine(
+            model, processing_class, c.max_completion_length, c.batch_size, c.temperature or 1.0, c.decoding
+        )  # fmt: skip
+        if engine is None:
+            self.engine.prompts.length_setting = "max_completion_length"
+        for what, rows in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+            if rows is not None and not callable(rows):
+                check_prompts(what, rows, self._texts, self.engine, c.progress and self.team.rank == 0)
+        self._evaluates = self.team.rank < self.team.shards  # process 0, with those that hold its model's other shards
+        workers = c.reward_workers if self.team.leads else 0
+        self.scorer = Scorer([*self.reward_funcs, *self.metrics.values()], workers, c.reward_timeout)
+        require(c.report_to)
+        self.identity = identity_of(model, self.reward_funcs, self.train_dataset, adapters.identity(model))
+        self.described: dict[str, Any] = {}  # what else goes into config.yaml, from the command line
+        self.summary: dict[str, Any] = {}
+        self.folder = RunFolder(c.output_dir)
+        try:
+            with self.team.telling():
+                self._begin(model if isinstance(model, Plan) else Plan(model, include, c.exclude))
+        except BaseException:
+            self.folder.release()
+            raise
+
+    def _begin(self, plan: Plan) -> None:
+        """Takes the run folder, and makes ES: a resumed run's is brought to where its journal ends."""
+        c, resume = self.args, self.args.resume or self.team.restarted
+        adapters.check_saved(self.model, plan.whole_names)
+        if self.team.rank == 0:
+            self.folder = RunFolder.claim(check_writable("output_dir", c.output_dir, folder=True), resume)
+            if self.folder.begun():
+                c.check_resumes(self.folder.read_config())
+                check_identity(self.folder.read_identity(), self.identity)
+            self.folder.prepare()
+        adapters.begin(self.model, self.folder.adapter, resume and self.folder.begun(), self.team.rank == 0)
+        kl = c.kl_to_base and self._evaluates
+        self.kl = KLToBase(self.model, self.processing_class, c.max_completion_length) if kl else None
+        self.movement = Movement(plan)
+        self.es = self.es_class(
+            plan, c.sigma, c.lr, c.population_size, c.seed, c.mirrored, c.noise, c.shaping, c.weights,
+            journal=self.folder.journal, rounding=c.rounding, weight_decay=c.weight_decay, decay_to=c.decay_to,
+            optimizer=c.make_optimizer(), perturb_rounding=c.perturb_rounding, team=self.team, resume=resume,
+            checkpoints=self.folder.checkpoints, groups=c.groups or (),
+        )  # fmt: skip
+        self.movement.norms()  # of a resumed run, the next update's norm is that of the next update
+        self.clock = Clock(self.es.plan.device)
+        self.recorder = RunRecorder(self.folder, c, self.model, self.processing_class, self.team)
+        self._told, self._run, self._stops = 0, self.team.run(), Stops()
+
+    def train(self, resume_from_checkpoint: bool | str | None = None) -> dict[str, Any]:
+        """Runs all generations and saves; returns the summary. A run that has them all is left as it is.
+
+        Ctrl-C, SIGTERM and SIGHUP stop it where it is: the last completed generation is saved, and KeyboardInterrupt
+        raised. Signal handlers that the caller installed stay; one that raises KeyboardInterrupt or SystemExit does the
+        same. In a team, process 0 alone writes, evaluates and shows progress; whatever stops one process stops all. Of
+        a model in shards nothing is saved then, since that takes all of its processes: the journal holds the run.
+        A run is resumed by ESConfig(resume=True) when the trainer is made, and not here.
+        """
+        check_not_resumed_here(resume_from_checkpoint, self.args.resume)
+        try:
+            with stoppable() as self._stops:
+                try:
+                    self._train()
+                except (KeyboardInterrupt, SystemExit) as interrupt:
+                    self.team.fail(interrupt)
+                    self.summary = self.recorder.save_interrupted(
+                        interrupt, self.es.generation, len(self.eval_dataset or ()))  # fmt: skip
+                    raise
+        except Exception as error:
+            self.recorder.say_how_to_go_on("stopped", self.es.generation)
+            self.team.fail(error)
+            raise
+        finally:
+            self.recorder.close()
+            self.scorer.close()
+            self.engine.close()
+            self.folder.release()
+        return self.summary
+
+    def _train(self) -> None:
+        try:
+            if self.team.rank == 0:
+                self.folder.own()
+            if not self._is_finished():
+                self._generations()
+            self.team.close()
+        except Exception:
+            self._stops.settle()
+            raise
+
+    def _is_finished(self) -> bool:
+        """Whether a resumed run has nothing left to do, and was left as it is."""
+        finished = self.recorder.finished
+        told = self.team.tell(f"{self._run}: finished", lambda: json.dumps(
+            finished(self.es.generation, self.eval_dataset is not None)).encode())  # fmt: skip
+        self.summary = json.loads(told) or {}
+        if self.summary and self.team.rank == 0:
+            log.warning("the run in %s is finished, all of its %d generations: nothing is done; more generations "
+                        "would go on with it", self.folder.path, self.es.generation)  # fmt: skip
+        return bool(self.summary)
+
+    def _generations(self) -> None:
+        c, recorder, leads = self.args, self.recorder, self.team.rank == 0
+        self.clock = recorder.clock = Clock(self.es.plan.device)
+        self._check_first_batch()
+        if self._evaluates:
+            self._open()
+        with tqdm(total=c.generations, initial=self.es.generation, unit="gen", disable=not (c.progress and leads),
+                  dynamic_ncols=True, smoothing=0.1) as bar:  # fmt: skip
+            while self.es.generation < c.generations:
+                row = self._generation()
+                if self._evaluates:
+                    row |= self._evaluate() if self._evaluation_is_due() else {}
+                    recorder.log(row)
+                last = self.es.generation == c.generations
+                if c.checkpoint_every and self.es.generation % c.checkpoint_every == 0 and not last:
+                    self.es.checkpoint()
+                    self.clock.lap("save")
+                bar.set_postfix(recorder.progress(row), refresh=False)
+                bar.update()
+        self.es.vouch()
+        if self._evaluates:
+            self.summary = recorder.finish(self.es.generation, len(self.eval_dataset or ()))
+
+    def _open(self) -> None:
+        """Opens the run folder, and evaluates what should be and is not: the base model, or the last generation of a
+        run that was killed on the way to that."""
+        settings = self.described | dataclasses.asdict(self.args)
+        state = self._tell(lambda: self.recorder.open(settings, self.identity, self.es.generation))
+        self.recorder.best = state["best"]
+        if self.es.generation == 0:
+            self.recorder.log({"generation": 0, **self._evaluate()})
+        elif self.eval_dataset is not None and self._evaluation_is_due() and not state["evaluated"]:
+            self.recorder.amend(self._evaluate(), self.es.generation)
+
+    def _evaluation_is_due(self) -> bool:
+        done, every = self.es.generation, self.args.eval_every
+        return done >= self.args.generations or bool(every) and done % every == 0
+
+    def _tell(self, value: Callable[[], Any]) -> Any:
+        """What `value()` is in process 0, in all that hold its model's shards."""
+        self._told += 1
+        return json.loads(self.team.tell(f"{self._run}: {self._told}", lambda: json.dumps(value()).encode()))
+
+    def _generation(self) -> dict[str, Any]:
+        generation, c = self.es.generation, self.args
+        self.clock.lap("other")
+        before, tokens, journal = dict(self.clock.seconds), self._tokens(), self.es.journal_seconds
+        rows = [row for row in self._train_rows(generation) for _ in range(c.num_generations)]
+        texts = self._texts(rows)
+        seeds = None  # greedy
+        if c.temperature > 0:  # the same for every member: they differ by their weights alone
+            seeds = response_seeds(c.seed, generation, len(rows) // c.num_generations, c.num_generations)
+        self.es.sigma, self.es.lr = self.args.rates(generation)
+        self.clock.lap("other")
+        scores = []  # workers score a member while the next one generates
+        with contextlib.closing(self._answers(texts, seeds)) as answers:
+            for member, responses in answers:
+                if self.team.leads:  # one of the processes that hold a model together
+                    answered = chat.answered(rows, responses)
+                    scores.append((member, self.scorer.submit(self.reward_funcs, *answered)))
+                self._stops.check()
+                self.clock.lap("score")
+        self.clock.lap("perturb")
+        for member, rewards in scores:
+            member.reward = self._reward(member, rewards)
+        self.clock.lap("wait")
+        record = self.es.step(set_aside=c.on_reward_error == "skip")
+        self.clock.lap("update")
+        self.clock.move(self.es.journal_seconds - journal, "update", "journal")
+        drift = self.es.drift()
+        self.clock.lap("other")
+        seconds, tokens = self.clock.since(before), self._tokens() - tokens
+        return ({} if drift is None else {"drift": drift}) | self.movement.norms() | {
+            **of_rewards(record), "seconds": sum(seconds.values()), **{f"seconds_{k}": v for k, v in seconds.items()},
+            **account(seconds, tokens),
+        }  # fmt: skip
+
+    def _reward(self, member: Member, rewards: Future) -> float | None:
+        try:
+            return mean(combine(rewards.result(), self.reward_weights))
+        except RewardError as error:
+            self._set_aside(member, error)
+            return None
+
+    def _set_aside(self, member: Member, error: Exception) -> None:
+        """Leaves the member without a reward, or raises the error, as on_reward_error says."""
+        if self.args.on_reward_error == "stop":
+            raise error
+        log.warning("member %d of generation %d is set aside: %s", member.index, self.es.generation, error)
+
+    def _answers(self, texts: list[str], seeds: Sequence[int] | None) -> Iterator[tuple[Member, list[str]]]:
+        """This process's members of the population, each with its responses."""
+        with self.es.population() as members:
+            for member in members:
+                self.clock.lap("perturb")
+                whose = f"member {member.index} of generation {self.es.generation} (sigma {self.es.sigma:g})"
+                try:
+                    responses = self._generate(texts, seeds, whose)
+                except LogitsError as error:
+                    self._set_aside(member, error)
+                    continue
+                self.clock.lap("generate")
+                yield member, responses
+
+    def _texts(self, rows: Rows) -> list[str]:
+        return chat.texts(rows, self.processing_class, self.args.chat_template_kwargs)
+
+    def _check_first_batch(self) -> None:
+        """Of fresh rows; those of a fixed dataset were all looked at before."""
+        if callable(self.train_dataset) and self.es.generation < self.args.generations:
+            rows = self._train_rows(self.es.generation)
+            check_prompts("train_dataset", rows, self._texts, self.engine, self.args.progress)
+
+    def _train_rows(self, generation: int) -> Rows:
+        count = self.args.prompts_per_generation
+        if callable(self.train_dataset):
+            return check_rows(f"train_dataset({generation}, {count})", self._fresh_rows(generation, count))
+        return draw(self.train_dataset, generation, count, self.args.seed)
+
+    def _generate(self, texts: list[str], seeds: Sequence[int] | None, whose: str) -> list[str]:
+        try:
+            return self.engine.generate(texts) if seeds is None else self.engine.generate(texts, seeds)
+        except LogitsError:
+            raise LogitsError(
+                f"{whose} gives logits that are not numbers (NaN or infinite): lower sigma, or lr"
+            ) from None
+
+    def _tokens(self) -> int:
+        return getattr(self.engine, "tokens", 0)
+
+    def _evaluate(self) -> dict[str, float]:
+        if self.eval_dataset is None:
+            return {}
+        began = self.clock.seconds.get("evaluate", 0.0)
+        texts = self._texts(self.eval_dataset)
+        with self.team.working():
+            responses = self._generate(texts, None, f"the model after generation {self.es.generation}")
+            # needs the model, so it can't be scored elsewhere
+            named = {} if self.kl is None else {"kl_to_base": self.kl(texts, responses)}
+            found = self._tell(lambda: self._score(texts, responses, named))
+        self._stops.check()
+        self.clock.lap("evaluate")
+        return found | {"evaluate_seconds": self.clock.seconds["evaluate"] - began}
+
+    def _score(self, texts: list[str], responses: list[str], named: dict[str, list]) -> dict[str, float]:
+        c, answered = self.args, chat.answered(self.eval_dataset, responses)
+        scores, figures = judge(self.scorer, self.reward_funcs, self.reward_weights, self.metrics, *answered,
+                                skip=c.on_reward_error == "skip")  # fmt: skip
+        for text, response, *each in list(zip(texts, responses, *scores, strict=True))[: c.samples]:
+            self.folder.append_samples({"generation": self.es.generation, "prompt": text, "completion": response,
+                                        "rewards": each})  # fmt: skip
+        return figures | {f"eval_{name}": mean(values) for name, values in named.items()} | {
+            "eval_length": mean(list(map(len, responses)))}  # fmt: skip

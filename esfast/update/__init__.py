@@ -1,0 +1,16 @@
+"""What a generation does to the weights."""
+
+from ..utils.lazy import lazily
+
+__getattr__, __dir__ = lazily(
+    __name__,
+    {
+        "Updater": "updater",
+        "Rule": "updater",
+        "Generation": "updater",
+        "SGD": "optimizers",
+        "Momentum": "optimizers",
+        "Adam": "optimizers",
+        "Group": "optimizers",
+    },
+)

@@ -1,0 +1,178 @@
+"""How a generation changes the weights: the optimizer's rule, and the Updater that training and replay share.
+
+An optimizer says what becomes of the reward-weighted noise g = sum_j coeffs[j] * noise(seeds[j]) of a generation:
+
+| optimizer | step                                                        | extra memory     | work of an update     |
+|-----------|-------------------------------------------------------------|------------------|-----------------------|
+| SGD       | w += lr g, as in the paper                                  | none             | N members             |
+| Momentum  | v = beta v + lr g;  w += v, the last `window` generations   | none             | up to window N members|
+| Adam      | w += lr m / (sqrt(v) + eps), m and v running means          | 8 bytes a weight | N members             |
+
+Momentum keeps no buffer: noise is a function of its seed, so the velocity is drawn anew from the seeds of the last
+`window` generations, each with beta to the power of its age (Sutskever et al., ICML 2013, cut off where beta^window is
+left). Adam is that of Kingma and Ba (arXiv 1412.6980), its weight decay decoupled (Loshchilov and Hutter, arXiv
+1711.05101). Either is one fused pass over the weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..core.noise import check_kind
+from ..core.ops import AdamStep, add_noise_
+from ..core.plan import Plan
+from ..utils.names import DECAY_TO, ROUNDINGS
+from .optimizers import OPTIMIZERS, SGD, Adam, Group, Momentum, Optimizer, check_groups, check_optimizer
+
+__all__ = [
+    "DECAY_TO", "OPTIMIZERS", "SGD", "Adam", "Generation", "Group", "Momentum", "Optimizer", "Rule", "Updater",
+    "check_groups", "check_optimizer",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What one `ES.step` did: the weights moved by `decay` of themselves (or of their way back to the initial ones),
+    and along sum_j coeffs[j] * noise(seeds[j]), as the optimizer says."""
+
+    generation: int
+    seeds: list[int]
+    coeffs: list[float]  # float32 values, lr included (but for Adam, whose lr is no factor of the gradient)
+    rewards: list[float | None]  # None: the member was set aside
+    sigma: float
+    lr: float
+    decay: float = 0.0  # a float32 value
+
+
+@dataclass(frozen=True)
+class Rule:
+    """All that decides, with a generation's seeds and coefficients, what becomes of the weights.
+
+    noise, rounding: as in `add_noise_`. decay_to: "zero", or "initial" for the weights of before the first update.
+    groups: the first whose pattern matches a name has its weights. Raises TypeError or ValueError for anything else.
+    """
+
+    noise: str = "gaussian"
+    rounding: str = "nearest"
+    optimizer: Optimizer = SGD()
+    decay_to: str = "zero"
+    groups: tuple[Group, ...] = ()
+
+    def __post_init__(self):
+        check_kind(self.noise)
+        for what, value, known in (("rounding", self.rounding, ROUNDINGS), ("decay_to", self.decay_to, DECAY_TO)):
+            if value not in known:
+                raise ValueError(f"{what}: expected one of {', '.join(map(repr, known))}, got {value!r}")
+        if not isinstance(self.optimizer, Optimizer):
+            raise TypeError(
+                f"optimizer: expected {', '.join(map(repr, OPTIMIZERS))} or an esfast.SGD, Momentum or Adam, "
+                f"got {self.optimizer!r:.80}"
+            )
+
+    def gradient_lr(self, lr: float) -> float:
+        """The factor of g that a generation's coefficients hold."""
+        return 1.0 if isinstance(self.optimizer, Adam) else lr
+
+    def extra_bytes(self, plan: Plan) -> int:
+        """Memory that an Updater takes: the moments and the anchor."""
+        moments = 8 * plan.flat_numel if isinstance(self.optimizer, Adam) else 0
+        return moments + (plan.nbytes if self.decay_to == "initial" else 0)
+
+    def split(self, *plans: Plan | None) -> list[tuple]:
+        """The weights by their group: for each one (group, *parts), the parts those of plans of the same tensors. With
+        no groups it is one, of the plans themselves. As noise is a function of names, no split changes it."""
+        rest = Group("*")
+        if not self.groups:
+            return [(rest, *plans)]
+        numbers: dict[Group, list[int]] = {}
+        for i, name in enumerate(plans[0].names):
+            group = next((g for g in self.groups if fnmatch.fnmatchcase(name, g.pattern)), rest)
+            numbers.setdefault(group, []).append(i)
+        return [(g, *(p.part(which) if p is not None else None for p in plans)) for g, which in numbers.items()]
+
+    def check_names(self, names: Sequence[str]) -> None:
+        """ValueError if the pattern of a group matches none of the names."""
+        for group in self.groups:
+            if not any(fnmatch.fnmatchcase(name, group.pattern) for name in names):
+                raise ValueError(
+                    f"groups: the pattern {group.pattern!r} matches no tensor; a name here is {names[0]!r}"
+                )
+
+    def largest(self, factor: str) -> float:
+        """The largest factor, of "sigma" or "lr", that any weights have."""
+        return max([1.0, *(getattr(group, factor) for group in self.groups)])
+
+    def to_json(self) -> dict:
+        name = next(n for n, kind in OPTIMIZERS.items() if type(self.optimizer) is kind)
+        optimizer = {"name": name, **dataclasses.asdict(self.optimizer)}
+        fields = {"noise": self.noise, "rounding": self.rounding, "optimizer": optimizer, "decay_to": self.decay_to}
+        groups = {"groups": [[g.pattern, g.sigma, g.lr] for g in self.groups]}
+        return fields | (groups if self.groups else {})  # journals of before groups were there are the same as ever
+
+    @classmethod
+    def from_json(cls, fields: dict) -> Rule:
+        """What `to_json` gave; KeyError or TypeError for anything else. Further fields are left alone."""
+        optimizer = dict(fields["optimizer"])
+        made = OPTIMIZERS[optimizer.pop("name")](**optimizer)
+        groups = tuple(Group(*group) for group in fields.get("groups", ()))
+        return cls(fields["noise"], fields["rounding"], made, fields["decay_to"], groups)
+
+
+class Updater:
+    """Applies generations, in their order, to the weights of a plan: in ES.step and in a replay alike.
+
+    It holds what the rule needs from one generation to the next: `past`, seeds and coefficients (Momentum); `moments`,
+    float32 (2, plan.flat_numel) (Adam); `anchor`, a plan of the initial weights (decay_to="initial": 1x the weights, of
+    a float32 master's their upper halves).
+    """
+
+    def __init__(self, plan: Plan, rule: Rule, backend: str = "auto"):
+        self.plan, self.rule, self.backend = plan, rule, backend
+        self.anchor = plan.anchor() if rule.decay_to == "initial" else None
+        self.moments: torch.Tensor | None = None
+        if isinstance(rule.optimizer, Adam):
+            self.moments = torch.zeros(2, plan.flat_numel, dtype=torch.float32, device=plan.device)
+        window = rule.optimizer.window if isinstance(rule.optimizer, Momentum) else 1
+        self.past: deque[tuple[list[int], list[float]]] = deque(maxlen=window - 1)
+        self._parts = rule.split(self.plan, self.anchor)
+
+    def __call__(self, record: Generation) -> None:
+        rule, o = self.rule, self.rule.optimizer
+        seeds, coeffs = self._with_past(record.seeds, record.coeffs)
+        for group, plan, anchor in self._parts:
+            adam, scaled = None, [group.lr * c for c in coeffs]
+            if isinstance(o, Adam):
+                lr = group.lr * record.lr
+                adam, scaled = AdamStep.at(record.generation + 1, self.moments, lr, o.beta1, o.beta2, o.eps), coeffs
+            add_noise_(
+                plan, seeds, scaled, noise=rule.noise, rounding=rule.rounding, backend=self.backend,
+                decay=group.lr * record.decay, anchor=anchor, adam=adam,
+            )  # fmt: skip
+        self.recall(record)
+
+    def part(self, which: Sequence[int]) -> Updater:
+        """For some of the tensors, by their numbers, in the same memory; it takes note of generations for both."""
+        part = Updater.__new__(Updater)
+        part.plan, part.rule, part.backend = self.plan.part(which), self.rule, self.backend
+        part.anchor = self.anchor.part(which) if self.anchor is not None else None
+        part.moments, part.past = self.moments, self.past
+        part._parts = self.rule.split(part.plan, part.anchor)
+        return part
+
+    def recall(self, record: Generation) -> None:
+        """Takes note of a generation that the weights have seen already."""
+        self.past.appendleft((record.seeds, record.coeffs))
+
+    def _with_past(self, seeds: list[int], coeffs: list[float]) -> tuple[list[int], list[float]]:
+        seeds, coeffs = list(seeds), list(coeffs)
+        for age, (earlier, values) in enumerate(self.past, start=1):
+            seeds += earlier
+            coeffs += [float(np.float32(self.rule.optimizer.beta**age * c)) for c in values]
+        return seeds, coeffs

@@ -1,0 +1,6 @@
+"""The names that settings take, apart from what they stand for: the command line lists them without loading torch."""
+
+ROUNDINGS = ("nearest", "stochastic")  # of updates and of members, see esfast.core.ops
+WEIGHT_MODES = ("base", "master", "host", "inplace")  # where weights come back from, see esfast.es.weights
+DECAY_TO = ("zero", "initial")  # where weight decay leads, see esfast.update
+DECODINGS = ("auto", "plain", "static", "continuous")  # how Transformers generates, see esfast.rollout.decoding
