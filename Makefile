@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 
 VLLM := .venv-vllm
 
-.PHONY: train test test-vllm lint bench examples clean
+.PHONY: train test test-vllm lint bench examples docs clean
 
 train: $(VENV)/installed
 	$(BIN)/esfast train $(ARGS)
@@ -26,6 +26,10 @@ bench: $(VENV)/installed
 
 examples: $(VENV)/installed
 	for script in examples/*.py; do echo "== $$script"; $(BIN)/python $$script --quick $(ARGS) || exit 1; done
+
+# the site, in build/site; a warning (a dead link, a page outside the nav) fails
+docs: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet $(ARGS)
 
 $(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

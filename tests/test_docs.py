@@ -14,11 +14,19 @@ from esfast.tasks import embedded
 
 ROOT = Path(__file__).parent.parent
 TEXTS = {
-    p.relative_to(ROOT): p.read_text(encoding="utf-8") for p in (*sorted(ROOT.glob("docs/*/*.md")), ROOT / "README.md")
+    p.relative_to(ROOT): p.read_text(encoding="utf-8")
+    for p in (*sorted(ROOT.glob("docs/**/*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md")
 }
 PAGES = {page.name: text for page, text in TEXTS.items() if page.parts[0] == "docs"}
 # pages whose Python blocks another test runs
-ELSEWHERE = {"coming-from.md": "test_recipes.py", "recipes.md": "test_recipes.py", "rollouts.md": "test_decoding.py"}
+ELSEWHERE = {
+    "coming-from.md": "test_recipes.py",
+    "recipes.md": "test_recipes.py",
+    "rollouts.md": "test_decoding.py",
+    "es.md": "test_readme.py",
+    "primitive.md": "test_readme.py",
+    "your_task.md": "test_readme.py",
+}
 
 
 def blocks(page):
@@ -91,7 +99,7 @@ def test_every_page_with_python_is_run():
     here = {"choosing.md", "training.md", "coming-from-grpo.md", "replay.md", "distributed.md"}
     assert here | set(ELSEWHERE) == {page for page in PAGES if blocks(page)}
     for page, test in ELSEWHERE.items():
-        assert f'"{page}"' in (ROOT / "tests" / test).read_text(encoding="utf-8")
+        assert re.search(rf'[/"]{page}"', (ROOT / "tests" / test).read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("command", sorted({c for text in PAGES.values() for c in commands.in_page(text)}))
@@ -125,8 +133,11 @@ def test_every_link_leads_to_a_file_and_a_heading():
                 assert anchor in {slug(h) for h in headings}, f"{page}: {target}#{anchor}"
 
 
-def test_the_readme_lists_every_page():
-    assert set(re.findall(r"\]\(docs/[\w-]+/([\w-]+\.md)\)", TEXTS[Path("README.md")])) == set(PAGES)
+@pytest.mark.parametrize("front", ["README.md", "docs/index.md"])
+def test_the_front_pages_list_every_page(front):
+    text = (ROOT / front).read_text(encoding="utf-8")
+    linked = {(ROOT / front).parent / target for target in re.findall(r"\]\(([\w/.-]+\.(?:md|ipynb))\)", text)}
+    assert linked >= {*ROOT.glob("docs/*/*.md"), *ROOT.glob("docs/*/*.ipynb")}
 
 
 def slug(heading):

@@ -1,4 +1,4 @@
-"""What the README shows is run: its Python blocks, the output it prints, and the options of its commands."""
+"""What the README and the first pages show is run: Python blocks, the output that they print, options of commands."""
 
 import re
 from pathlib import Path
@@ -10,9 +10,11 @@ import torch
 import esfast
 from esfast.tasks import embedded
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-COMMANDS = commands.in_page(README)
+ROOT = Path(__file__).parent.parent
+FILES = ("README.md", "docs/start/your_task.md", "docs/concepts/es.md", "docs/how-to/primitive.md")
+PAGES = {file: (ROOT / file).read_text(encoding="utf-8") for file in FILES}
+PYTHON = {file: re.findall(r"```python\n(.*?)```", text, re.DOTALL) for file, text in PAGES.items()}
+COMMANDS = commands.in_page(PAGES["README.md"])
 
 
 @pytest.fixture(scope="module")
@@ -20,10 +22,10 @@ def tiny(tmp_path_factory):
     return embedded.build(tmp_path_factory.mktemp("model") / "tiny", steps=2, progress=False)
 
 
-@pytest.mark.parametrize("block", range(len(PYTHON)))
-def test_python_blocks_run(block, tiny, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("file", "block"), [(file, n) for file in FILES for n in range(len(PYTHON[file]))])
+def test_python_blocks_run(file, block, tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    code = PYTHON[block].replace("Qwen/Qwen2.5-0.5B-Instruct", str(tiny))
+    code = PYTHON[file][block].replace("Qwen/Qwen2.5-0.5B-Instruct", str(tiny))
     code = code.replace("generations=50", "generations=1").replace("completion_length=64", "completion_length=4")
     model = torch.nn.ModuleDict({"embed": torch.nn.Embedding(3, 4), "head": torch.nn.Linear(4, 2)})
     scope = {
@@ -33,7 +35,7 @@ def test_python_blocks_run(block, tiny, tmp_path, monkeypatch, capsys):
     exec(code, scope)
     printed = capsys.readouterr().out
     if "print(" in code:
-        shown = README.split(PYTHON[block] + "```\n\nprints\n\n```\n")[1].split("```")[0]
+        shown = PAGES[file].split(PYTHON[file][block] + "```\n\nprints\n\n```\n")[1].split("```")[0]
         number = r"\d+\.\d+"
         assert re.sub(number, "#", shown) == re.sub(number, "#", printed)
         # another processor may round a matrix product differently, and a count then moves by a point or two
@@ -47,5 +49,6 @@ def test_commands_parse(command):
     commands.parse(command)
 
 
-def test_the_readme_has_blocks_and_commands():
-    assert len(PYTHON) >= 4 and any(c.startswith("esfast train") for c in COMMANDS)
+def test_the_readme_is_short_and_has_blocks_and_commands():
+    assert sum(map(len, PYTHON.values())) >= 7 and any(c.startswith("esfast train") for c in COMMANDS)
+    assert len(PAGES["README.md"].splitlines()) < 170
