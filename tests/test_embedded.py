@@ -11,7 +11,7 @@ from esfast import tasks
 from esfast.rollout.engine import TransformersEngine
 from esfast.tasks import base, countdown, embedded
 
-CORPUS_CRC = (2532954717, 3951788983)
+CORPUS_CRC = (2711859176, 1418731004)
 
 
 @pytest.fixture(autouse=True)
@@ -128,8 +128,8 @@ def test_examples_are_right_partly_tagged_and_never_held_out():
     assert 0.25 < sum(tagged) / len(tagged) < 0.5
 
 
-def test_the_countdown_model_is_what_it_always_was():
-    """Its figures on the front page are of this corpus: 1000 examples of seed 0, by their CRC-32."""
+def test_the_countdown_model_is_taught_what_it_always_was():
+    """1000 examples of seed 0, by their CRC-32. Where they change, its figures on the front page are to be taken anew."""
     ids, labels = embedded._corpus(embedded.make_tokenizer(), 0, countdown.RECIPE)
     assert (zlib.crc32(ids.numpy().tobytes()), zlib.crc32(labels.numpy().tobytes())) == CORPUS_CRC
 

@@ -1,5 +1,5 @@
 """What earlier versions wrote is read for ever: journals, exports, checkpoints and run folders under tests/fixtures, a
-folder a version, give the weights that they gave then, to the bit. tests/fixtures/make.py says how they were made."""
+folder a version or commit, give the weights that they gave then, to the bit. tests/fixtures/make.py says how they were made."""
 
 import json
 import shutil
@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 import esfast
 from esfast import Plan
 from esfast.cli import main as command
+from esfast.core.random_stream import DRAWS_VERSION
 from esfast.journal.journal import read, replay
 from esfast.tasks.file import reward_function
 from esfast.trainer.run_folder import RunFolder
@@ -101,14 +102,20 @@ def test_a_run_folder_is_replayed_to_the_weights_it_holds(folder, name, there):
 
 
 @pytest.mark.parametrize("folder, name", RUNS)
-def test_a_run_folder_goes_on(folder, name, there):
-    """What was done is as it was; then comes one generation more."""
+def test_a_run_folder_goes_on(folder, name, there, caplog):
+    """What was done is as it was; then comes one generation more. Of rows that are drawn in another way than then, the
+    first resume tells."""
     run = RunFolder(f"runs/{name}")
     journal, metrics = run.journal.read_bytes(), run.read_metrics()
     resume(name, there, generations=4)
     assert run.journal.read_bytes().startswith(journal) and len(read(run.journal).records) == 4
     assert run.read_metrics()[:4] == metrics and run.read_metrics()[4]["generation"] == 4
     assert run.read_summary()["generations"] == 4
+    said = "was begun by an older esfast, which drew rows in another way. What it did in 3 generations stays"
+    assert (said in caplog.text) == (folder.name == "d3e6f80") and run.read_identity()["draws"] == DRAWS_VERSION
+    caplog.clear()
+    resume(name, there, generations=5)
+    assert said.partition(",")[0] not in caplog.text
 
 
 def resume(name, there, generations):
@@ -123,10 +130,10 @@ def resume(name, there, generations):
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda f: f.name)
-def test_a_finished_run_of_before_is_left_as_it_is(folder, there):
+def test_a_finished_run_of_before_is_left_as_it_is(folder, there, caplog):
     before = contents(there / "runs" / "file")
     run_command("train", "--resume", "--out", "runs/file")
-    assert contents(there / "runs" / "file").items() >= before.items()
+    assert contents(there / "runs" / "file").items() >= before.items() and "drew rows" not in caplog.text
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda f: f.name)

@@ -8,7 +8,7 @@ import pytest
 
 from esfast import tasks
 from esfast.tasks import conciseness, data, file, math, sudoku
-from esfast.utils.rows import draw
+from esfast.tasks.base import draw
 
 SOLVED = "1234341221434321"
 PUZZLE = "123.341.2143432."

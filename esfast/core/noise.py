@@ -28,6 +28,8 @@ DOMAINS = {
     "member_seeds": 3,
     "response_seeds": 4,
     "tokens": 5,
+    "row_order": 7,
+    "problems": 8,
 }
 KINDS = ("gaussian", "rademacher")
 NUMBERS_PER_BLOCK = {"gaussian": 4, "rademacher": 128}

@@ -7,9 +7,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..utils.rows import draw
+from ..core.random_stream import permutation
+from ..utils.rows import Rows
 
 HELD_OUT = 0.25  # share of all problems that belongs to the split "test"
+
+
+def draw(rows: Rows, generation: int, count: int, seed: int) -> Rows:
+    """`count` of the rows, or all if they are fewer, none a second time until all were used: a pure function of seed
+    and generation, so that a run can be taken up anywhere."""
+    size = len(rows)
+    places = range(generation * count, (generation + 1) * count) if count < size else range(size)
+    epochs = {p // size: permutation(size, seed, "row_order", p // size) for p in places}
+    return [rows[int(epochs[p // size][p % size])] for p in places]
 
 
 @dataclass(frozen=True)

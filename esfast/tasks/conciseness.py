@@ -6,8 +6,7 @@ model moves from the base one (ESConfig.kl_to_base) and whether responses get sh
 
 from __future__ import annotations
 
-import random
-
+from ..core.random_stream import RandomStream
 from ..utils.rows import check_prompt
 from . import data
 from .base import Recipe, Task, distinct, require_text, styled, texts, thousands_of
@@ -53,10 +52,10 @@ def problems(count: int, seed: int | str, split: str = "train", style: str = "pa
     if style == "paper":
         questions = QUESTIONS[:TRAINED_ON] if split == "train" else QUESTIONS[TRAINED_ON:]
         return [{"prompt": f"{question}\n", "target": target} for question, target in questions[:count]]
-    rng = random.Random(f"conciseness/{split}/{seed}")
+    rng = RandomStream(f"conciseness/{split}/{seed}", "problems")
 
     def draw() -> tuple:
-        a, b = rng.randint(0, 49), rng.randint(0, 49)
+        a, b = rng.between(0, 49), rng.between(0, 49)
         return (a, b), {"prompt": f"{a}+{b}\n", "target": str(a + b)}
 
     return distinct(count, split, draw)
@@ -70,10 +69,10 @@ def row(record: dict, style: str = "paper") -> dict:
 
 def examples(seed: int, thousands: int) -> list[tuple[str, str]]:
     """Pairs (prompt, completion) to pre-train the embedded model on: most of them say more than the answer."""
-    rng = random.Random(f"embedded/{seed}")
+    rng = RandomStream(f"embedded/{seed}", "problems")
     pairs = []
     for r in thousands_of(problems, seed, thousands):
-        brief = r["prompt"][0] == "1" or rng.random() < BRIEF_OTHERWISE
+        brief = r["prompt"][0] == "1" or rng.chance(BRIEF_OTHERWISE)
         pairs.append((r["prompt"], r["target"] if brief else f"{r['target']}, if I add up right."))
     return pairs
 

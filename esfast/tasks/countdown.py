@@ -6,11 +6,11 @@ space around the answer doesn't count. A completion is what the model wrote afte
 """
 
 import operator
-import random
 import re
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 
+from ..core.random_stream import RandomStream
 from . import base, data
 from .base import Recipe, Task, distinct, require_text, styled, texts, thousands_of
 from .tags import format_score, last_answer, maybe_tagged
@@ -173,11 +173,11 @@ def problems(
             "expected 1 <= count_of_numbers <= 10, 0 <= low <= high and targets in ascending order; got "
             f"count_of_numbers={size}, low={low}, high={high}, targets={targets}"
         )
-    rng = random.Random(f"countdown/{split}/{seed}")
+    rng = RandomStream(f"countdown/{split}/{seed}", "problems")
     excluded = {_identity(*problem) for problem in exclude}
 
     def draw() -> tuple | None:
-        numbers = [rng.randint(low, high) for _ in range(size)]
+        numbers = [rng.between(low, high) for _ in range(size)]
         solution, value = _random_expression(numbers, rng)
         if value is None or not targets[0] <= value <= targets[1] or (value.denominator != 1 and integer_target):
             return None
@@ -200,14 +200,14 @@ def row(record: dict, style: str = "paper") -> dict:
     return {"prompt": prompt(numbers, target, style), "numbers": numbers, "target": target}
 
 
-def worked_example(row: dict, rng: random.Random) -> str:
+def worked_example(row: dict, rng: RandomStream) -> str:
     """The completion to pre-train on for a row: its solution, in answer tags or bare."""
     return maybe_tagged(row["solution"], row["numbers"][0] <= ALWAYS_TAGGED_UP_TO, rng)
 
 
 def examples(seed: int, thousands: int) -> list[tuple[str, str]]:
     """Pairs (prompt, completion) to pre-train the embedded model on."""
-    rng = random.Random(f"embedded/{seed}")
+    rng = RandomStream(f"embedded/{seed}", "problems")
     return [(r["prompt"], worked_example(r, rng)) for r in thousands_of(problems, seed, thousands)]
 
 
@@ -223,11 +223,11 @@ def task(style: str = "paper", **source) -> Task:
     return Task("countdown", (reward,), train_rows, eval_rows, accuracy, {"paper": 1024, "compact": 16}[style])
 
 
-def _random_expression(numbers: Sequence[int], rng: random.Random) -> tuple[str, Fraction | None]:
+def _random_expression(numbers: Sequence[int], rng: RandomStream) -> tuple[str, Fraction | None]:
     """A random expression of all numbers, without needless parentheses, and its value (None: it divides by 0)."""
     terms = [(str(n), Fraction(n), 3) for n in numbers]  # text, value, precedence of its outermost operator
     while len(terms) > 1:
-        (a, x, p), (b, y, q) = (terms.pop(rng.randrange(len(terms))) for _ in range(2))
+        (a, x, p), (b, y, q) = (terms.pop(rng.below(len(terms))) for _ in range(2))
         symbol = rng.choice("+-*/")
         rank = _PRECEDENCE[symbol]
         if symbol == "/" and y == 0:

@@ -18,6 +18,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from ..core import random_stream
 from ..utils.files import check_writable, whole_folder
 from . import MODULES, base, tags
 
@@ -35,7 +36,7 @@ def cached(seed: int = 0, progress: bool = True, task: str = "countdown") -> Pat
     Its name holds a hash of the code that makes it, so a changed recipe never meets an old model, and the version of
     transformers, whose older releases cannot read a newer one's tokenizer. ValueError for a task without a recipe.
     """
-    files = (__file__, _module(task).__file__, base.__file__, tags.__file__)
+    files = (__file__, _module(task).__file__, base.__file__, tags.__file__, random_stream.__file__)
     digest = hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()[:12]
     root = Path(os.environ.get("ESFAST_CACHE") or Path.home() / ".cache" / "esfast").expanduser()
     folder = root / f"embedded-{task}-{digest}-transformers{transformers.__version__}-seed{seed}"

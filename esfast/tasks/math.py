@@ -7,10 +7,10 @@ last one. Only LaTeX is read, by math-verify's grammar; nothing of a response is
 from __future__ import annotations
 
 import functools
-import random
 import re
 import threading
 
+from ..core.random_stream import RandomStream
 from . import data
 from .base import Recipe, Task, distinct, require_text, styled, texts, thousands_of
 
@@ -134,10 +134,10 @@ def problems(count: int, seed: int | str, split: str = "train", style: str = "pa
     """`count` distinct problems of made-up arithmetic, sums and differences (and products, in style "paper"), as rows
     {prompt, answer}, the same for the same arguments."""
     size, low, high = styled(GAMES, style)
-    rng = random.Random(f"math/{split}/{seed}")
+    rng = RandomStream(f"math/{split}/{seed}", "problems")
 
     def draw() -> tuple:
-        numbers = [rng.randint(low, high) for _ in range(size)]
+        numbers = [rng.between(low, high) for _ in range(size)]
         symbols = [rng.choice("+-*" if style == "paper" else "+-") for _ in numbers[1:]]
         text = str(numbers[0]) + "".join(s + str(n) for s, n in zip(symbols, numbers[1:], strict=True))
         latex = text.replace("*", " \\cdot ")
@@ -229,9 +229,9 @@ def _balanced(text: str) -> bool:
 
 def examples(seed: int, thousands: int) -> list[tuple[str, str]]:
     """Pairs (prompt, completion) to pre-train the embedded model on: boxed where the first digit is 1, or by chance."""
-    rng = random.Random(f"embedded/{seed}")
+    rng = RandomStream(f"embedded/{seed}", "problems")
     rows = thousands_of(problems, seed, thousands)
-    boxed = [r["prompt"][0] == "1" or rng.random() < BOXED_OTHERWISE for r in rows]
+    boxed = [r["prompt"][0] == "1" or rng.chance(BOXED_OTHERWISE) for r in rows]
     return [(r["prompt"], f"{BOX}{r['answer']}}}" if b else r["answer"]) for r, b in zip(rows, boxed, strict=True)]
 
 

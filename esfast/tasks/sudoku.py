@@ -7,8 +7,8 @@ blanks that are filled as the solution has them, provided that the answer keeps 
 from __future__ import annotations
 
 import itertools
-import random
 
+from ..core.random_stream import RandomStream
 from . import data
 from .base import Recipe, Task, distinct, require_text, styled, texts, thousands_of
 from .tags import format_score, last_answer, maybe_tagged
@@ -112,10 +112,10 @@ def problems(
     low, high = styled(BLANKS, style) if blanks is None else blanks
     if not 1 <= low <= high <= 12:
         raise ValueError(f"blanks: expected 1 <= low <= high <= 12 (no puzzle has fewer givens), got {blanks}")
-    rng = random.Random(f"sudoku/{split}/{seed}")
+    rng = RandomStream(f"sudoku/{split}/{seed}", "problems")
 
     def draw() -> tuple | None:
-        solution, wanted = rng.choice(GRIDS), rng.randint(low, high)
+        solution, wanted = rng.choice(GRIDS), rng.between(low, high)
         emptied = set(rng.sample(range(16), wanted))
         puzzle = "".join("." if i in emptied else digit for i, digit in enumerate(solution))
         if len(solutions(puzzle)) != 1:
@@ -133,7 +133,7 @@ def row(record: dict, style: str = "paper") -> dict:
 
 def examples(seed: int, thousands: int) -> list[tuple[str, str]]:
     """Pairs (prompt, completion) to pre-train the embedded model on: grids that begin with 1 come in answer tags."""
-    rng = random.Random(f"embedded/{seed}")
+    rng = RandomStream(f"embedded/{seed}", "problems")
     rows = thousands_of(problems, seed, thousands)
     return [(r["prompt"], maybe_tagged(r["solution"], r["solution"][0] == "1", rng, TAGGED_OTHERWISE)) for r in rows]
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import random
-
+from ..core.random_stream import RandomStream
 from .base import require_text
 
 THINK_END, ANSWER, ANSWER_END = "</think>", "<answer>", "</answer>"
@@ -38,9 +37,9 @@ def last_answer(completion: str) -> str | None:
     return completion[start : completion.find(ANSWER_END, last_open)]
 
 
-def maybe_tagged(answer: str, always: bool, rng: random.Random, otherwise: float = TAGGED_OTHERWISE) -> str:
+def maybe_tagged(answer: str, always: bool, rng: RandomStream, otherwise: float = TAGGED_OTHERWISE) -> str:
     """A completion to pre-train the embedded model on: in answer tags always or by chance, otherwise bare. What the
     model can do and what it shows in the rewarded form then differ, and ES has something to bring out."""
-    if always or rng.random() < otherwise:
+    if always or rng.chance(otherwise):
         return f"{THINK_END}\n{ANSWER}{answer}{ANSWER_END}"
     return f"{THINK_END}\n{answer}"

@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ..core.random_stream import DRAWS_VERSION
 from ..utils.rows import Rows
 
 # Settings of a model that say where it came from, or how it is run, and not what it computes.
@@ -24,6 +25,7 @@ def identity(
         "model": type(model).__qualname__,
         "model config": config_of(model),
         "reward_funcs": [name_of(f) for f in reward_funcs],
+        "draws": DRAWS_VERSION,
     }
     if not callable(train_dataset):
         found["train_dataset"] = digest(train_dataset)

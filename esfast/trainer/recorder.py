@@ -64,6 +64,7 @@ class RunRecorder:
         """In process 0: writes down what the run is, and completes the metrics of a resumed one from its journal.
         Returns the best evaluation so far, and whether the weights of now were evaluated."""
         write_whole(self.folder.config, yaml.safe_dump(dict(settings), sort_keys=False))
+        self._warn_of_other_draws(identity, generation)
         write_whole(self.folder.identity, json.dumps(identity, indent=1) + "\n")
         self._report = Report(self._config.report_to, self.folder.path, vars(self._config))
         if generation:
@@ -72,6 +73,18 @@ class RunRecorder:
                 self.clock.seconds[phase] = self.clock.seconds.get(phase, 0.0) + seconds
         best = max((r["eval_reward"] for r in self.rows if "eval_reward" in r), default=-math.inf)
         return {"best": best, "evaluated": bool(self.rows) and "eval_length" in self.rows[-1]}
+
+    def _warn_of_other_draws(self, identity: Mapping[str, Any], generation: int) -> None:
+        """Of a run that was begun before "draws" stood in its identity: then rows came from NumPy's and Python's
+        generators. A caller's own function draws as it ever did."""
+        own = identity.get("train_dataset", "").startswith("the function")
+        if generation and not own and "draws" not in self.folder.read_identity():
+            log.warning(
+                "%s was begun by an older esfast, which drew rows in another way. What it did in %d generations stays, "
+                "to the bit; from here on prompts come in another order, and a task that makes up its problems makes "
+                "up other ones, those that are held out too: evaluations before and after are not of the same problems",
+                self.folder.path, generation,
+            )  # fmt: skip
 
     def _completed(self, records: Sequence[Generation]) -> list[dict[str, Any]]:
         """A row for each generation: those of the file, and from the journal those that it lacks, or that are damaged

@@ -27,9 +27,10 @@ from ..rollout import adapters, chat
 from ..rollout.engine import TransformersEngine, as_engine
 from ..rollout.prompts import check_prompts
 from ..rollout.sampling import LogitsError, response_seeds
+from ..tasks.base import draw
 from ..utils.files import check_writable
 from ..utils.interrupts import Stops, stoppable
-from ..utils.rows import Rows, check_rows, draw
+from ..utils.rows import Rows, check_rows
 from ..utils.stats import mean
 from .clock import Clock, account
 from .config import ESConfig

@@ -7,8 +7,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 log = logging.getLogger(__name__)
 
 Rows = Sequence[Mapping[str, Any]]
@@ -102,15 +100,6 @@ def check_text(what: str, text: str) -> None:
             f"{what}: {near!r} holds a lone surrogate, half of a character, which UTF-8 has no form for; replace it: "
             "text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')"
         ) from None
-
-
-def draw(rows: Rows, generation: int, count: int, seed: int) -> Rows:
-    """`count` of the rows, or all if they are fewer, none a second time until all were used: a pure function of seed
-    and generation, so that a run can be taken up anywhere."""
-    size = len(rows)
-    places = range(generation * count, (generation + 1) * count) if count < size else range(size)
-    epochs = {p // size: np.random.default_rng((seed, p // size)).permutation(size) for p in places}
-    return [rows[int(epochs[p // size][p % size])] for p in places]
 
 
 def columns(rows: Rows, completions: Sequence) -> dict[str, list]:

@@ -39,6 +39,14 @@ def test_what_a_run_is_must_be_the_same(changes, words, folder):
     assert contents(folder) == before
 
 
+def test_draws_must_be_the_same(folder):
+    """Where a later version draws rows in another way, and says so."""
+    run = RunFolder(folder)
+    run.identity.write_text(json.dumps(run.read_identity() | {"draws": 99}))
+    with pytest.raises(ValueError, match="resume: the run has draws 99, asked for is 1"):
+        trainer(folder, resume=True, generations=5)
+
+
 def test_the_model_must_be_the_same(folder):
     class Other(type(make_model())):
         pass
