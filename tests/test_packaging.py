@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import esfast
+
 ROOT = Path(__file__).parent.parent
 PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
@@ -50,6 +52,18 @@ def test_the_source_archive_holds_what_it_takes_to_build_and_to_run_the_tests(tm
     assert not [name for name in found if name.endswith((".so", ".pyc")) or "__pycache__" in name]
 
 
+def test_the_version_stands_in_one_place_and_the_papers_agree():
+    done = setup_py("-q", "--version")
+    assert done.returncode == 0 and done.stdout.split()[-1] == esfast.__version__, done.stderr[-2000:]
+    assert "version" not in re.findall(
+        r"^(\w+) = ", PYPROJECT.partition("[project]\n")[2].partition("\n[")[0], re.MULTILINE
+    )
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert re.search(r"^version: (.*)$", citation, re.MULTILINE)[1] == esfast.__version__
+    newest = re.search(r"^## (\S+?)(,| |$)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)[1]
+    assert newest == esfast.__version__
+
+
 def test_every_package_is_named():
     named = set(re.findall(r'"([\w.]+)"', re.search(r"^packages = (\[.*?\])", PYPROJECT, re.MULTILINE | re.DOTALL)[1]))
     here = {".".join(p.parent.relative_to(ROOT).parts) for p in (ROOT / "esfast").rglob("__init__.py")}
@@ -83,7 +97,7 @@ def test_what_tests_are_skipped_without_is_in_the_development_extra():
     (dev,) = re.findall(r"^dev = \[\n(.*?)^\]", extras, re.DOTALL | re.MULTILINE)
     asked = re.findall(r'^ +"([\w-]+)', dev, re.MULTILINE)
     for name in re.search(r"esfast\[(.*?)\]", dev)[1].split(","):
-        asked += re.findall(r'"([\w-]+)', re.search(rf"^{name} = \[(.*)\]$", extras, re.MULTILINE)[1])
+        asked += re.findall(r'"([\w-]+)', re.search(rf"^{name} = \[(.*?)\]$", extras, re.MULTILINE | re.DOTALL)[1])
     brought = {*asked, *(re.match(r"[\w-]+", text)[0] for text in metadata("datasets").get_all("Requires-Dist"))}
     skips = [re.findall(r'importorskip\(\s*"(\w+)', path.read_text("utf-8")) for path in (ROOT / "tests").rglob("*.py")]
     needed = {name.replace("_", "-") for names in skips for name in names} - {"esfast", "vllm", "ray"}
