@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from ..core.noise import KINDS
+from ..core.noise import ELEMENTWISE
 from . import BenchmarkError, clocks, count
 from .clocks import Clocks
 from .isolated import isolated
@@ -46,7 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help=f"of {', '.join(MODELS)} (default: all but tiny; on a CPU, tiny)")  # fmt: skip
     parser.add_argument("--dtypes", nargs="+", choices=["bfloat16", "float32", "float16"],
                         default=["bfloat16", "float32"], help="of the weights (default: bfloat16 float32)")  # fmt: skip
-    parser.add_argument("--noise", nargs="+", choices=KINDS, default=list(KINDS), help="kinds of noise (default: both)")
+    parser.add_argument(
+        "--noise", nargs="+", choices=ELEMENTWISE, default=list(ELEMENTWISE), help="kinds of noise (default: both)"
+    )
     parser.add_argument("--backends", nargs="+", help="that are measured (default: all that are ready there)")
     parser.add_argument("--members", type=count, default=30, help="members of the update (default: 30)")
     parser.add_argument("--repeats", type=count, default=20, help="rounds of each row, at most (default: 20)")

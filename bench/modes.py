@@ -15,7 +15,7 @@ from statistics import median
 
 import torch
 
-from ..core.noise import KINDS
+from ..core.noise import ELEMENTWISE
 from ..core.plan import Plan
 from ..es.weights import MODES, Cost
 from ..update.updater import Generation, Rule
@@ -34,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--members", type=count, default=30, help="members of the update (default: 30)")
     parser.add_argument("--dtypes", nargs="+", choices=["bfloat16", "float16", "float32"],
                         default=["bfloat16", "float16", "float32"], help="of the weights (default: all)")  # fmt: skip
-    parser.add_argument("--noise", nargs="+", choices=KINDS, default=list(KINDS), help="kinds of noise (default: both)")
+    parser.add_argument(
+        "--noise", nargs="+", choices=ELEMENTWISE, default=list(ELEMENTWISE), help="kinds of noise (default: both)"
+    )
     parser.add_argument("--threads", type=count, default=torch.get_num_threads(), help="of all modes")
     parser.add_argument("--repeats", type=count, default=5, help="rounds (default: 5)")
 

@@ -19,7 +19,7 @@ from statistics import median
 
 import torch
 
-from ..core.noise import KINDS
+from ..core.noise import ELEMENTWISE
 from ..core.ops import add_noise_, auto_backend
 from ..core.plan import Plan
 from . import BenchmarkError, afternoon, count, memory, today
@@ -45,7 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--members", type=count, default=30, help="members of the update (default: 30)")
     parser.add_argument("--dtypes", nargs="+", choices=["bfloat16", "float32", "float16"],
                         default=["bfloat16", "float32"], help="of the weights (default: bfloat16 float32)")  # fmt: skip
-    parser.add_argument("--noise", nargs="+", choices=KINDS, default=list(KINDS), help="kinds of noise (default: both)")
+    parser.add_argument(
+        "--noise", nargs="+", choices=ELEMENTWISE, default=list(ELEMENTWISE), help="kinds of noise (default: both)"
+    )
     parser.add_argument("--threads", type=count, default=torch.get_num_threads(),
                         help="threads of all contenders (default: %(default)s)")  # fmt: skip
     parser.add_argument("--repeats", type=count, default=7, help="rounds of each row (default: 7)")

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from ..core.noise import KINDS
+from ..core.noise import ELEMENTWISE
 from ..core.ops import add_noise_, backend_report
 from ..utils.child import child
 from . import BenchmarkError, count
@@ -51,7 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--numel", type=count, default=2**28, help="weights of each launch (default: 2**28)")
     parser.add_argument("--dtypes", nargs="+", choices=["bfloat16", "float32", "float16"],
                         default=["bfloat16", "float32"], help="of the weights (default: bfloat16 float32)")  # fmt: skip
-    parser.add_argument("--noise", nargs="+", choices=KINDS, default=list(KINDS), help="kinds of noise (default: both)")
+    parser.add_argument(
+        "--noise", nargs="+", choices=ELEMENTWISE, default=list(ELEMENTWISE), help="kinds of noise (default: both)"
+    )
     parser.add_argument("--seconds", type=float, default=240.0, help="for each backend, at most (default: 240)")
 
 

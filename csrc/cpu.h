@@ -12,6 +12,10 @@ namespace esfast {
 struct Segment {
     int64_t dst, src, anchor, rows, cols, dst_stride, src_stride, anchor_stride, index_stride, first, flat, tensor_id;
     int64_t src_format, dst_format;
+    // Of a block of a matrix that gets low-rank noise: (r, c) has number flat + r * flat_stride + c in the flat buffers,
+    // and its factors q are numbers a_first + q * a_step + r of the gaussian noise of tensor a_id, and b_first + q * b_step
+    // + c of that of b_id. The last six are 0 for all others.
+    int64_t flat_stride, a_id, b_id, a_first, b_first, a_step, b_step;
 };
 
 // Work is cut at multiples of TILE of the element's number, never of its address: a Philox block then lies in one

@@ -94,6 +94,8 @@ void add_noise(Array<int64_t> segments, Array<uint64_t> seeds, Array<float> coef
     constexpr int64_t FIELDS = sizeof(Segment) / sizeof(int64_t);
     if (segments.ndim() != 2 || segments.shape(1) != FIELDS) throw std::invalid_argument("segments: one int64 per field of a segment expected");
     if (seeds.size() != coeffs.size()) throw std::invalid_argument("seeds and coeffs differ in length");
+    if (kind != GAUSSIAN && kind != RADEMACHER)
+        throw std::invalid_argument("kind: no noise has the number " + std::to_string(kind));
     TileFunction run = nullptr;
     for (auto& v : variants())
         if (v.first == instruction_set) run = v.second;

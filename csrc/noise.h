@@ -21,8 +21,9 @@ namespace esfast {
 
 constexpr int NOISE_VERSION = 1;
 
-// The fourth counter word: one domain per use, so that no two uses ever share a random number.
-enum Domain : uint32_t { GAUSSIAN = 0, RADEMACHER = 1, STOCHASTIC_ROUNDING = 2, MEMBER_SEEDS = 3 };
+// The fourth counter word: one domain per use, so that no two uses ever share a random number. Kinds of noise are told by
+// it too. The table of all is USES in esfast/noise.py; LOW_RANK draws none of its own.
+enum Domain : uint32_t { GAUSSIAN = 0, RADEMACHER = 1, STOCHASTIC_ROUNDING = 2, MEMBER_SEEDS = 3, LOW_RANK = 6 };
 
 constexpr int GAUSSIANS_PER_BLOCK = 4;     // one Philox call gives four words: two Box-Muller pairs (and four to round with)
 constexpr int SIGNS_PER_BLOCK = 128;       // or 128 bits: a sign each

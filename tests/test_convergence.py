@@ -11,7 +11,7 @@ from es_problems import CartPole, LogisticRegression, Quadratic, Rosenbrock, max
 
 import esfast.es.es
 from esfast import ES
-from esfast.core.noise import KINDS
+from esfast.core.noise import ELEMENTWISE
 from esfast.es.weights import MODES
 
 SEEDS = (0, 1, 2)
@@ -54,7 +54,7 @@ def test_converges_within_its_budget(name, weights, seed):
     check_convergence(name, weights=weights, seed=seed)
 
 
-@pytest.mark.parametrize("noise", KINDS)
+@pytest.mark.parametrize("noise", ELEMENTWISE)
 @pytest.mark.parametrize("mirrored", (False, True))
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("name", CHEAP)
@@ -100,7 +100,7 @@ def check_rate(noise, mirrored, weights="base", d=50, n=40, sigma=0.2, lr=0.02):
 
 
 @pytest.mark.parametrize("weights", MODES)
-@pytest.mark.parametrize("noise", KINDS)
+@pytest.mark.parametrize("noise", ELEMENTWISE)
 @pytest.mark.parametrize("mirrored", (False, True))
 def test_a_quadratic_decreases_at_the_rate_of_theory(mirrored, noise, weights):
     check_rate(noise, mirrored, weights)
@@ -134,7 +134,7 @@ def check_gradient(noise, mirrored, weights="base", d=50, n=600, sigma=1e-2):
 
 
 @pytest.mark.parametrize("weights", MODES)
-@pytest.mark.parametrize("noise", KINDS)
+@pytest.mark.parametrize("noise", ELEMENTWISE)
 @pytest.mark.parametrize("mirrored", (False, True))
 def test_the_estimate_is_the_gradient_within_error_bars(mirrored, noise, weights):
     check_gradient(noise, mirrored, weights)
@@ -215,6 +215,6 @@ def test_perturbations_of_a_wrong_scale_have_neither_rate_nor_gradient(factor, m
     monkeypatch.setattr(ES, "_enter", wrong)
     with pytest.raises(AssertionError, match="not the rate of theory"):
         check_rate("gaussian", mirrored)
-    for noise in KINDS:
+    for noise in ELEMENTWISE:
         with pytest.raises(AssertionError, match="not the gradient"):
             check_gradient(noise, mirrored)

@@ -9,7 +9,7 @@ import torch
 
 from esfast import Plan, Slice, add_noise_
 from esfast.core.backends.reference import round_stochastically
-from esfast.core.noise import KINDS, noise_at
+from esfast.core.noise import ELEMENTWISE, noise_at
 from esfast.core.ops import AdamStep, Call, check_members
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -73,7 +73,7 @@ def raw(x):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_cpu_is_the_reference(dtype, mode):
     cases = itertools.product(
-        KINDS, ("nearest", "stochastic"), ((0, False), (0.1, False), (0.1, True)), (False, True), (0, 1, 3)
+        ELEMENTWISE, ("nearest", "stochastic"), ((0, False), (0.1, False), (0.1, True)), (False, True), (0, 1, 3)
     )
     for kind, rounding, (decay, anchored), adam, members in cases:
         if adam and mode not in ("in place", "master"):

@@ -24,16 +24,27 @@ def add_noise_op(
     rounding: str,
     backend: str,
     decay: float,
+    rank: int = 1,
 ) -> None:
     from .ops import add_noise_
 
     whole = PLANS[plan]
     source = _over(whole, base) if base else None
-    add_noise_(_over(whole, tensors), [s % 2**64 for s in seeds], coeffs, source, noise, rounding, backend, decay=decay)
+    add_noise_(
+        _over(whole, tensors),
+        [s % 2**64 for s in seeds],
+        coeffs,
+        source,
+        noise,
+        rounding,
+        backend,
+        decay=decay,
+        rank=rank,
+    )
 
 
 @add_noise_op.register_fake
-def _(tensors, base, plan, seeds, coeffs, noise, rounding, backend, decay) -> None:
+def _(tensors, base, plan, seeds, coeffs, noise, rounding, backend, decay, rank=1) -> None:
     return None
 
 
@@ -44,12 +55,12 @@ def _over(plan: Plan, tensors: Sequence[torch.Tensor]) -> Plan:
     return Plan([(e.name, t, e.window) for e, t in zip(plan.entries, tensors, strict=True)])
 
 
-def traced(plan: Plan, seeds, coeffs, base, noise, rounding, backend, decay, anchor, adam) -> None:
+def traced(plan: Plan, seeds, coeffs, base, noise, rounding, backend, decay, anchor, adam, rank) -> None:
     """What add_noise_ does while torch.compile traces it."""
     if anchor is not None or adam is not None or plan.low is not None or (base is not None and base.low is not None):
         raise RuntimeError("add_noise_: under torch.compile without anchor, adam and split masters; call it outside")
     signed = [int(s) - 2**64 if int(s) >= 2**63 else int(s) for s in seeds]  # an op's ints have 64 bits with sign
     add_noise_op(
         plan._tensors, base._tensors if base is not None and base is not plan else [], plan.number,
-        signed, [float(c) for c in coeffs], noise, rounding, backend, float(decay),
+        signed, [float(c) for c in coeffs], noise, rounding, backend, float(decay), rank,
     )  # fmt: skip

@@ -11,7 +11,7 @@ import math
 import operator
 import zlib
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -20,19 +20,34 @@ if TYPE_CHECKING:
 
 NOISE_VERSION = 1
 
-# The fourth counter word of Philox: one domain per use, so that no two uses ever share a random number.
-DOMAINS = {
-    "gaussian": 0,
-    "rademacher": 1,
-    "stochastic_rounding": 2,
-    "member_seeds": 3,
-    "response_seeds": 4,
-    "tokens": 5,
-    "row_order": 7,
-    "problems": 8,
+
+class Use(NamedTuple):
+    """A use of random numbers: its `domain`, how many `numbers` one Philox call gives, and what they are."""
+
+    domain: int
+    numbers: int
+    what: str
+
+
+# Every use of random numbers. `domain` is the fourth counter word of Philox: one per use, so that no two uses share
+# a number; kernels are told the kind of noise by it. csrc/noise.h and kernels/noise.py are tested against this table.
+USES = {
+    "gaussian": Use(0, 4, "noise: standard normal numbers"),
+    "rademacher": Use(1, 128, "noise: signs, a bit each"),
+    "stochastic_rounding": Use(2, 4, "words whose upper 16 bits decide which neighbour a weight is rounded to"),
+    "member_seeds": Use(3, 1, "seeds of a generation's members"),
+    "response_seeds": Use(4, 1, "seeds of a prompt's responses"),
+    "tokens": Use(5, 4, "numbers that tokens are sampled with"),
+    "low_rank": Use(6, 0, "noise: it draws none of its own, its factors are gaussian noise of virtual tensors"),
+    "row_order": Use(7, 1, "the order in which a run takes its rows"),
+    "problems": Use(8, 4, "what made-up problems are drawn from"),
 }
-KINDS = ("gaussian", "rademacher")
-NUMBERS_PER_BLOCK = {"gaussian": 4, "rademacher": 128}
+DOMAINS = {name: use.domain for name, use in USES.items()}
+NUMBERS_PER_BLOCK = {name: use.numbers for name, use in USES.items()}
+# Kinds of noise; of the first ones an element's noise depends on its number, but not on its tensor's shape.
+ELEMENTWISE = ("gaussian", "rademacher")
+KINDS = (*ELEMENTWISE, "low_rank")
+MAX_RANK = 256
 
 # Seven rounds are the fewest that pass BigCrush (Salmon et al., SC'11); ten would cost 3 more GPU issue slots a number.
 PHILOX_ROUNDS = 7
@@ -47,32 +62,46 @@ _S = (_f(1.57079351), _f(-0.645893872), _f(0.0794344693), _f(-0.00433310214))
 _C = (_f(0.999994874), _f(-1.23348641), _f(0.252580702), _f(-0.0190958101))
 
 
-def noise(seed: int, name: str, shape: int | tuple[int, ...], kind: str = "gaussian") -> torch.Tensor:
+def noise(seed: int, name: str, shape: int | tuple[int, ...], kind: str = "gaussian", rank: int = 1) -> torch.Tensor:
     """The noise that `seed` gives to the tensor called `name`: the reference.
 
     Args:
         seed: 0 <= seed < 2**64.
         name: the tensor's canonical name; equal names get equal noise, whatever else is in the model.
-        shape: shape of the whole, unsharded tensor. Element i in row-major order depends on i alone, so a longer
-            tensor begins with the numbers of a shorter one.
-        kind: "gaussian" (standard normal, within 2e-4 of Box-Muller in float64) or "rademacher" (+1 or -1).
+        shape: shape of the whole, unsharded tensor. Of "gaussian" and "rademacher" noise, element i in row-major order
+            depends on i alone, so a longer tensor begins with the numbers of a shorter one.
+        kind: "gaussian" (standard normal, within 2e-4 of Box-Muller in float64), "rademacher" (+1 or -1), or
+            "low_rank": a matrix [rows, cols] gets A^T B / sqrt(rank), where A [rank, rows] and B [rank, cols] are the
+            gaussian noise of tensors called `name + "/A"` and `name + "/B"`. Three dimensions are a batch of matrices,
+            four and more a matrix of the first by all others. With none or one the noise is gaussian.
+        rank: of "low_rank", 1 to 256.
 
     Returns:
-        A float32 CPU tensor of that shape.
+        A float32 CPU tensor of that shape. Low-rank noise is summed in float32 from factors scaled by 1 / sqrt(rank):
+        what `add_noise_` adds to zeros with the coefficient 1.
 
     Raises:
-        TypeError, ValueError: a seed, name, shape or kind outside the above.
+        TypeError, ValueError: a seed, name, shape, kind or rank outside the above.
     """
     import torch
 
     dims = tuple(check_int("shape", d, 0, 2**63) for d in (shape if isinstance(shape, Iterable) else (shape,)))
-    values = noise_at(seed, name, np.arange(math.prod(dims), dtype=np.uint64), kind)
+    rank = check_rank(check_kind(kind), rank)
+    index = np.arange(math.prod(dims), dtype=np.uint64)
+    if kind == "low_rank":
+        values = add_low_rank(np.zeros(len(index), np.float32), _f(1), check_seed(seed), name, dims, index, rank)
+    else:
+        values = noise_at(seed, name, index, kind)
     return torch.from_numpy(values).reshape(dims)
 
 
 def noise_at(seed: int, name: str, index: np.ndarray, kind: str = "gaussian") -> np.ndarray:
-    """The noise of single elements: float32 array of the shape of `index` (row-major element numbers, uint64)."""
+    """The noise of single elements: float32 array of the shape of `index` (row-major element numbers, uint64).
+
+    ValueError for "low_rank" noise, which depends on the tensor's shape too: see `add_low_rank`."""
     seed, kind = check_seed(seed), check_kind(kind)
+    if kind == "low_rank":
+        raise ValueError("noise: 'low_rank' noise of an element depends on the tensor's shape; ask esfast.noise for it")
     index = np.asarray(index, dtype=np.uint64)
     if index.ndim == 0:  # NumPy warns where a scalar wraps, and for arrays it doesn't
         return noise_at(seed, name, index[None], kind)[0]
@@ -83,6 +112,47 @@ def noise_at(seed: int, name: str, index: np.ndarray, kind: str = "gaussian") ->
         word = np.choose(lane // 32, words)
         return np.where((word >> (lane % 32).astype(np.uint32)) & np.uint32(1), _f(-1), _f(1))
     return np.choose(lane, (*gaussian_pair(words[0], words[1]), *gaussian_pair(words[2], words[3])))
+
+
+def matrices_of(shape: tuple[int, ...]) -> tuple[int, int, int] | None:
+    """(matrices, rows, columns) as which low-rank noise takes a whole tensor of this shape; None: as a vector."""
+    if len(shape) < 2:
+        return None
+    return tuple(shape) if len(shape) == 3 else (1, shape[0], math.prod(shape[1:]))
+
+
+def factor_names(name: str) -> tuple[str, str]:
+    """Names of the virtual tensors whose gaussian noise is the factors of a matrix called `name`: A [rank, matrices,
+    rows] and B [rank, matrices, columns]."""
+    return f"{name}/A", f"{name}/B"
+
+
+def low_rank_scale(rank: int) -> np.float32:
+    """float32(1 / sqrt(rank)), rounded once from float64."""
+    return _f(1 / math.sqrt(rank))
+
+
+def add_low_rank(
+    acc: np.ndarray, coeff: np.float32, seed: int, name: str, shape: tuple[int, ...], index: np.ndarray, rank: int
+) -> np.ndarray:
+    """acc + coeff * low-rank noise of the elements `index` (uint64, row-major numbers) of a tensor of this shape.
+
+    With c = coeff / sqrt(rank): acc = fma(c * A[q], B[q], acc) for q = 0 .. rank - 1, each product c * A[q] rounded.
+    """
+    matrices = matrices_of(shape)
+    if matrices is None:
+        return fma(coeff, noise_at(seed, name, index), acc)
+    count, rows, cols = map(np.uint64, matrices)
+    # through all matrices of a batch
+    row, place = np.divmod(index, cols)
+    column = row // rows * cols + place
+    a_name, b_name = factor_names(name)
+    scaled = _f(coeff) * low_rank_scale(rank)
+    for q in range(rank):
+        a = noise_at(seed, a_name, np.uint64(q) * count * rows + row)
+        b = noise_at(seed, b_name, np.uint64(q) * count * cols + column)
+        acc = fma(scaled * a, b, acc)
+    return acc
 
 
 def tensor_id(name: str) -> int:
@@ -177,3 +247,11 @@ def check_kind(kind: str) -> str:
     if kind not in KINDS:
         raise ValueError(f"noise: expected one of {', '.join(map(repr, KINDS))}, got {kind!r}")
     return kind
+
+
+def check_rank(kind: str, rank: int) -> int:
+    """The rank of noise of this kind: 1 to MAX_RANK, and 1 of what has none. TypeError or ValueError otherwise."""
+    rank = check_int("rank", rank, 1, MAX_RANK + 1)
+    if rank != 1 and kind != "low_rank":
+        raise ValueError(f"rank: {kind!r} noise has no rank, got {rank}; write noise='low_rank'")
+    return rank

@@ -16,7 +16,7 @@ import torch
 
 from ..utils.names import ROUNDINGS
 from . import custom_op
-from .noise import DOMAINS, check_kind, check_seed
+from .noise import DOMAINS, check_kind, check_rank, check_seed
 from .plan import Plan
 from .segments import Table
 
@@ -63,10 +63,12 @@ class Call:
     decay: np.float32 = np.float32(0)
     anchor: Plan | None = None
     adam: AdamStep | None = None
+    rank: int = 1
 
     @functools.cached_property  # looking whether memory moved takes 22 us for 400 tensors
     def table(self) -> Table:
-        return self.plan.table(self.base, self.anchor)
+        # restoring needs no factors, and is done in longer rows without them
+        return self.plan.table(self.base, self.anchor, self.kind == "low_rank" and len(self.seeds) > 0)
 
     @property
     def low(self) -> torch.Tensor | None:
@@ -98,6 +100,7 @@ def add_noise_(
     decay: float = 0.0,
     anchor: Plan | None = None,
     adam: AdamStep | None = None,
+    rank: int = 1,
 ) -> None:
     """`plan = round(base + sum_j coeffs[j] * noise(seeds[j]))` in one pass over the weights, in place.
 
@@ -112,7 +115,9 @@ def add_noise_(
             not looked at: such a call copies nothing from the host and can be captured in a CUDA graph.
         base: what is read; the same tensors as `plan` (`plan.clone()` is), or float32 ones (`plan.master()`). Default:
             `plan` itself, in place.
-        noise: "gaussian" or "rademacher".
+        noise: "gaussian", "rademacher" or "low_rank"; see `noise`. Of low-rank noise each weight of a matrix becomes
+            acc = fma(c_j * A_jq, B_jq, acc) for each j, and in it each q < rank, in order, where c_j * A_jq is rounded
+            to float32 and c_j = coeffs[j] * float32(1 / sqrt(rank)) is too.
         rounding: "nearest" (to even), or "stochastic": up or down to a neighbour with probabilities that make the mean
             exact, drawn from seeds[0] in a domain of its own, so the noise is independent of it. With no seeds, and for
             float32 weights, both are the same.
@@ -120,21 +125,22 @@ def add_noise_(
         decay: weight decay, 0 <= decay <= 1: the base is moved by this fraction towards `anchor`, before the noise.
         anchor: a plan of the same tensors and dtypes, for example of the initial weights; default: zero.
         adam: the sum is the gradient of a step of Adam instead; its moments are changed too.
+        rank: of low-rank noise, 1 to 256.
 
     Raises:
         TypeError, ValueError: an argument outside the above; no weight was changed.
         RuntimeError: the backend can't run here (it says why), or the plan's memory moved.
     """
     if torch.compiler.is_compiling():
-        return custom_op.traced(plan, seeds, coeffs, base, noise, rounding, backend, decay, anchor, adam)
+        return custom_op.traced(plan, seeds, coeffs, base, noise, rounding, backend, decay, anchor, adam, rank)
     if not isinstance(plan, Plan):
         raise TypeError(f"plan: expected an esfast.Plan, got {type(plan).__name__}; write esfast.Plan(model)")
-    check_kind(noise)
+    rank = check_rank(check_kind(noise), rank)
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding: expected one of {', '.join(map(repr, ROUNDINGS))}, got {rounding!r}")
     if not isinstance(decay, (int, float, np.floating)) or not 0 <= decay <= 1:
         raise ValueError(f"decay: expected a number from 0 to 1, got {decay!r}")
-    run = get_backend(backend, plan.device)
+    run = get_backend(backend, plan.device, noise)
     with _subnormals_kept():
         if isinstance(seeds, torch.Tensor) and run in (_cuda, _triton):
             _check_device_members(plan, seeds, coeffs)
@@ -142,7 +148,7 @@ def add_noise_(
             seeds, coeffs = check_members(seeds, coeffs)
         if adam is not None:
             _check_adam(plan, base, adam)
-        call = Call(plan, seeds, coeffs, base, noise, rounding == "stochastic", np.float32(decay), anchor, adam)
+        call = Call(plan, seeds, coeffs, base, noise, rounding == "stochastic", np.float32(decay), anchor, adam, rank)
         call.table  # noqa: B018  for its checks, before anything changes
         if len(plan):  # all the shards on this rank may be empty
             run(call)
@@ -289,29 +295,36 @@ def _why_not(name: str, device: torch.device) -> str | None:
 # (bench/results/sass.json): perturb 27.5 against 29.4, update 24.1 against 25.6; rademacher 6.7 against 9.0 and 2.8
 # against 5.3. Timings on a GPU will decide once there are any.
 _BACKENDS = {"cpu": _cpu, "cuda": _cuda, "triton": _triton, "reference": _reference}
+_LOW_RANK = ("reference",)  # that have kernels for it
 
 
-def get_backend(name: str, device: torch.device):
-    """The function that runs backend `name` on `device`; RuntimeError says why it can't."""
+def get_backend(name: str, device: torch.device, kind: str = "gaussian"):
+    """The function that runs backend `name` on `device` for this kind of noise; RuntimeError says why it can't."""
     if name == "auto":
-        return _BACKENDS[auto_backend(device)]
+        return _BACKENDS[auto_backend(device, kind)]
     if not isinstance(name, str) or name not in _BACKENDS:
         known = ", ".join(map(repr, ("auto", *_BACKENDS)))
         raise ValueError(f"backend: expected one of {known}, got {name!r}")
-    reason = _why_not(name, device)
+    reason = _why_not(name, device) or _lacks(name, kind)
     if reason:
         raise RuntimeError(f"backend {name!r} can't run: {reason}")
     return _BACKENDS[name]
 
 
+def _lacks(name: str, kind: str) -> str | None:
+    """Why the backend has no noise of this kind, or None if it has."""
+    return f"it has no kernels for {kind!r} noise" if kind == "low_rank" and name not in _LOW_RANK else None
+
+
 @functools.cache
-def auto_backend(device: torch.device) -> str:
-    """What backend="auto" takes for tensors of this device."""
-    chosen = next(name for name in _BACKENDS if _why_not(name, device) is None)
+def auto_backend(device: torch.device, kind: str = "gaussian") -> str:
+    """What backend="auto" takes for tensors of this device and noise of this kind."""
+    chosen = next(name for name in _BACKENDS if _why_not(name, device) is None and _lacks(name, kind) is None)
     if chosen == "reference":
         better = "cpu" if device.type == "cpu" else "triton"
         warnings.warn(
-            f"esfast uses its slow reference on {device}, as backend {better!r} can't run: {_why_not(better, device)}",
+            f"esfast uses its slow reference on {device}, as backend {better!r} can't run: "
+            f"{_why_not(better, device) or _lacks(better, kind)}",
             RuntimeWarning,
             stacklevel=4,
         )

@@ -12,7 +12,7 @@ import torch
 
 from . import dtensors as shards
 from .fingerprint import MASK, window_sums
-from .plan_source import check_names, check_tensor, entries, merge_tied, missing_parameter, select
+from .plan_source import check_factor_names, check_names, check_tensor, entries, merge_tied, missing_parameter, select
 from .segments import BFLOAT16, FLOAT16, FLOAT32, SPLIT, Entry, Slice, Table, check_overlap, describe, lay_out
 
 __all__ = ["Entry", "Plan", "Slice"]
@@ -76,7 +76,9 @@ class Plan:
     def _finish(self) -> None:
         self.entries = [e for e in self._held if e.tensor.numel()]  # a shard may be empty, even all of them here
         self._tensors = [e.tensor for e in self.entries]
-        self._tables: list[tuple[weakref.ref[Plan], weakref.ref[Plan] | None, Table]] = []  # others are not kept alive
+        self._tables: list[
+            tuple[weakref.ref[Plan], weakref.ref[Plan] | None, bool, Table]
+        ] = []  # others aren't kept alive
         self._table = Table(self.entries, self.entries)
         self.number = next(_numbers)  # by which a traced call finds it
         PLANS[self.number] = self
@@ -195,34 +197,38 @@ class Plan:
         copy._finish()
         return copy
 
-    def table(self, base: Plan | None = None, anchor: Plan | None = None) -> Table:
+    def table(self, base: Plan | None = None, anchor: Plan | None = None, matrices: bool = False) -> Table:
         """The segments that a pass over the weights needs: destinations here, sources in `base` (default: here too),
-        and the weights that it decays to in `anchor`.
+        and the weights that it decays to in `anchor`. `matrices`: cut for low-rank noise.
 
         Raises:
             TypeError, ValueError: `base` or `anchor` is no plan of the same tensors, is of a format that can't be
-                converted, or shares memory with this one.
+                converted, or shares memory with this one; low-rank noise of two tensors would be the same.
             RuntimeError: a tensor was moved or replaced since its plan was made.
         """
         self._check_addresses()
         self._reshard()
         base = self if base is None else base
-        if base is self and anchor is None:
+        if base is self and anchor is None and not matrices:
             return self._table
         for what, other in (("base", base), ("anchor", anchor)):
             if other is not None and other is not self:
                 if not isinstance(other, Plan):
                     raise TypeError(f"{what}: expected a Plan (for example plan.clone()), got {type(other).__name__}")
                 other._check_addresses()
-        for b, a, table in self._tables:
-            if b() is base and (anchor is None if a is None else a() is anchor):
+        for b, a, cut, table in self._tables:
+            if b() is base and (anchor is None if a is None else a() is anchor) and cut == matrices:
                 return table
         self._check_other("base", base, _BASES)
         if anchor is not None:
             self._check_other("anchor", anchor, _ANCHORS)
-        table = Table(self.entries, base.entries, anchor.entries if anchor is not None else None)
+        if matrices:
+            check_factor_names(self._held)
+        table = Table(self.entries, base.entries, anchor.entries if anchor is not None else None, matrices)
         alive = [t for t in self._tables if t[0]() is not None and (t[1] is None or t[1]() is not None)]
-        self._tables = [*alive, (weakref.ref(base), weakref.ref(anchor) if anchor is not None else None, table)]
+        self._tables = [
+            *alive, (weakref.ref(base), weakref.ref(anchor) if anchor is not None else None, matrices, table)
+        ]  # fmt: skip
         return table
 
     def _check_other(self, what: str, other: Plan, formats: dict[int, tuple[int, ...]]) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..utils.unwrap import named_parameters
-from .noise import check_int, tensor_id
+from .noise import check_int, factor_names, matrices_of, tensor_id
 from .segments import FORMATS, Entry, Slice, describe
 
 MAX_NUMEL = 2**62  # of a whole: tiles end behind the last element, and their numbers must fit an int64
@@ -157,6 +157,19 @@ def check_names(entries: list[Entry]) -> None:
                     "only disjoint slices of one whole may share a name"
                 )
         by_name[e.name].append(e)
+
+
+def check_factor_names(entries: list[Entry]) -> None:
+    """ValueError if low-rank noise would draw a factor of one tensor from the numbers of another's noise or factor."""
+    owners: dict[int, str] = {}
+    for e in {e.name: e for e in entries}.values():
+        for name in (e.name, *(factor_names(e.name) if matrices_of(e.window.shape) else ())):
+            if (other := owners.get(tensor_id(name))) is not None:
+                raise ValueError(
+                    f"Plan: {other!r} and {name!r}, tensors or factors of low-rank noise, have the same 32-bit id "
+                    f"{tensor_id(name):08x}, so they would get the same noise; rename one, or take another noise"
+                )
+            owners[tensor_id(name)] = name
 
 
 def _windows_meet(a: Entry, b: Entry) -> bool:

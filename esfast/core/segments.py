@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from .noise import tensor_id
+from .noise import MAX_RANK, factor_names, matrices_of, tensor_id
 
 # The formats of csrc/dtypes.h. SPLIT is a float32 held as a bfloat16 tensor and, in the plan's flat buffer, the 16 bits
 # that this leaves out.
@@ -18,7 +20,8 @@ FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 FLOAT32, BFLOAT16, FLOAT16, SPLIT = range(4)
 # Columns of the segment table, the fields of csrc/cpu.h's Segment.
 FIELDS = ("dst", "src", "anchor", "rows", "cols", "dst_stride", "src_stride", "anchor_stride", "index_stride", "first",
-          "flat", "tensor_id", "src_format", "dst_format")  # fmt: skip
+          "flat", "tensor_id", "src_format", "dst_format",
+          "flat_stride", "a_id", "b_id", "a_first", "b_first", "a_step", "b_step")  # fmt: skip
 MAX_SEGMENTS_PER_TENSOR = 65536
 
 
@@ -73,11 +76,18 @@ class Table:
     """The segments of one pass over the weights, as csrc/cpu.h reads them.
 
     Attributes: `rows` (int64 array (segments, len(FIELDS))); `device` is for what a backend makes of them there.
+
+    With `matrices` they are cut for low-rank noise: each segment is a block of one matrix, or a piece of a vector. In a
+    block, the noise of element (r, c) has factor q of its row at number a_first + q * a_step + r of the gaussian noise
+    of tensor a_id, and that of its column at b_first + q * b_step + c of b_id. Of a vector these six are 0. Otherwise
+    matrices whose rows follow one another are one long row, and the six are 0.
     """
 
-    def __init__(self, dst: list[Entry], src: list[Entry], anchor: list[Entry] | None = None):
+    def __init__(self, dst: list[Entry], src: list[Entry], anchor: list[Entry] | None = None, matrices: bool = False):
         rows = [
-            row for d, s, a in zip(dst, src, anchor or [None] * len(dst), strict=True) for row in _segments(d, s, a)
+            row
+            for d, s, a in zip(dst, src, anchor or [None] * len(dst), strict=True)
+            for row in _segments(d, s, a, matrices)
         ]
         self.rows = np.array(rows, dtype=np.int64).reshape(len(rows), len(FIELDS))
         self.device: dict = {}
@@ -96,42 +106,71 @@ def lay_out(entries: list[Entry]) -> tuple[list[Entry], int]:
     return [dataclasses.replace(e, flat=start) for e, start in zip(entries, starts, strict=True)], ends[-1]
 
 
-def _segments(dst: Entry, src: Entry, anchor: Entry | None) -> list[tuple[int, ...]]:
+def _segments(dst: Entry, src: Entry, anchor: Entry | None, matrices: bool = False) -> list[tuple[int, ...]]:
     """The tensor as matrices whose rows are contiguous in all memories and in the numbering of the whole.
 
-    Each dimension is (size, stride in dst, in src, in the anchor, in the numbering). A dimension that continues the
-    next one in all of them is merged with it; what is left beyond a matrix is enumerated.
+    Each dimension is (size, strides), where the strides are those in dst, in src, in the anchor, in the numbering, in
+    the flat buffers, and in factors A and B of low-rank noise, 0 where that does not matter. A dimension that continues
+    the next one in all of them is merged with it. Columns are the last one if it is contiguous, rows the last of the
+    others along which B stays the same; what is left beyond a matrix is enumerated.
     """
     shape, window, tensors = dst.tensor.shape, dst.window, [e.tensor for e in (dst, src, anchor or dst)]
-    numbering = [math.prod(window.shape[d + 1 :]) for d in range(len(shape))]
-    first = sum(o * n for o, n in zip(window.offset, numbering, strict=True))
+    numbering, flat = _row_major(window.shape), _row_major(shape)
+    factors = matrices_of(window.shape) if matrices else None
+    a, b = _factor_strides(window.shape) if factors else ((0,) * len(shape), (0,) * len(shape))
+    first, a_first, b_first = (sum(map(operator.mul, window.offset, strides)) for strides in (numbering, a, b))
     dims: list[tuple[int, ...]] = []
-    for n, *strides in reversed(list(zip(shape, *(t.stride() for t in tensors), numbering, strict=True))):
+    for n, *strides in reversed(list(zip(shape, *(t.stride() for t in tensors), numbering, flat, a, b, strict=True))):
         if n == 1:
             continue
         if dims and all(s == dims[0][0] * t for s, t in zip(strides, dims[0][1:], strict=True)):
             dims[0] = (n * dims[0][0], *dims[0][1:])
         else:
             dims.insert(0, (n, *strides))
-    if not dims or dims[-1][1:] != (1, 1, 1, 1):
-        dims.append((1, 1, 1, 1, 1))  # a column: rows of one element
-    if len(dims) == 1:
-        dims.insert(0, (1, 0, 0, 0, 0))
-    *outer, (rows, *strides, index_stride), (cols, *_) = dims
-    if math.prod(d[0] for d in outer) > MAX_SEGMENTS_PER_TENSOR:
+    cols, rows, row_strides = 1, 1, (0,) * 7
+    if dims and dims[-1][1:7] == (1, 1, 1, 1, 1, 0):
+        cols = dims.pop()[0]
+    # without columns: rows of one element
+    if along := [d for d, dim in enumerate(dims) if dim[7] == 0]:
+        rows, *row_strides = dims.pop(along[-1])
+    if math.prod(d[0] for d in dims) > MAX_SEGMENTS_PER_TENSOR:
         raise ValueError(
             f"Plan: {dst.name!r} with strides {dst.tensor.stride()} is scattered over more than "
             f"{MAX_SEGMENTS_PER_TENSOR} matrices; make it .contiguous()"
         )
+    ids, steps = (0, 0), (0, 0)
+    if factors:
+        ids = tuple(map(tensor_id, factor_names(dst.name)))
+        steps = factors[0] * factors[1], factors[0] * factors[2]
     segments = []
-    for number, place in enumerate(np.ndindex(*(d[0] for d in outer))):
-        *offsets, index = (int(sum(p * dim[k] for p, dim in zip(place, outer, strict=True))) for k in range(1, 5))
+    for place in np.ndindex(*(d[0] for d in dims)):
+        *offsets, index, at_flat, at_a, at_b = (
+            int(sum(p * dim[k] for p, dim in zip(place, dims, strict=True))) for k in range(1, 8)
+        )
         at = [t.data_ptr() + o * t.element_size() for t, o in zip(tensors, offsets, strict=True)]
         segments.append(
-            (*at[:2], at[2] if anchor else 0, rows, cols, *strides, index_stride, first + index,
-             dst.flat + number * rows * cols, tensor_id(dst.name), src.format, dst.format)
+            (*at[:2], at[2] if anchor else 0, rows, cols, *row_strides[:4], first + index,
+             dst.flat + at_flat, tensor_id(dst.name), src.format, dst.format,
+             row_strides[4], *ids, a_first + at_a, b_first + at_b, *steps)
         )  # fmt: skip
     return segments
+
+
+def _row_major(shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(math.prod(shape[d + 1 :]) for d in range(len(shape)))
+
+
+def _factor_strides(whole: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """By how much the numbers of factors A and B grow along each dimension of a whole that low-rank noise takes for
+    matrices; ValueError if they don't fit 64 bits."""
+    matrices, rows, cols = matrices_of(whole)
+    if matrices * max(rows, cols) * MAX_RANK > 2**62:
+        raise ValueError(
+            f"Plan: a whole of {whole} has factors of more than 2**62 numbers, too many for low-rank noise"
+        )
+    if len(whole) == 3:
+        return (rows, 1, 0), (cols, 0, 1)
+    return (1, *(0,) * (len(whole) - 1)), (0, *_row_major(whole[1:]))
 
 
 def check_overlap(entries: list[Entry], *tables: Table) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ..noise import DOMAINS, fma, noise_at, philox, tensor_id
+from ..noise import DOMAINS, add_low_rank, fma, noise_at, philox, tensor_id
 from ..segments import FLOAT16, SPLIT, Entry
 
 
@@ -22,7 +22,10 @@ def run(call) -> None:
         index = element_numbers(dst).reshape(-1)
         acc = np.zeros_like(x) if call.adam is not None else x
         for seed, coeff in zip(call.seeds, call.coeffs, strict=True):
-            acc = fma(coeff, noise_at(int(seed), dst.name, index, call.kind), acc)
+            if call.kind == "low_rank":
+                acc = add_low_rank(acc, coeff, int(seed), dst.name, dst.window.shape, index, call.rank)
+            else:
+                acc = fma(coeff, noise_at(int(seed), dst.name, index, call.kind), acc)
         if call.adam is not None:
             x = _adam(x, acc, call.adam, flat)
         elif len(call.seeds) or call.decay:

@@ -51,7 +51,7 @@ def tiles_of(table: Table, tile: int, device: torch.device, extras: bool) -> lis
     """The tiles of a table's segments, kept with it. `extras`: with anchors and places in the flat buffers."""
     key = tile, extras
     if key not in table.device:
-        pairs = table.rows[:, -2:]
+        pairs = np.stack([table.column("src_format"), table.column("dst_format")], axis=1)
         found = []
         for src, dst in np.unique(pairs, axis=0):
             records, more = tile_table(table.rows[(pairs == (src, dst)).all(axis=1)], tile, extras)
