@@ -1,7 +1,7 @@
-"""add_noise_ as a torch custom op, for code that torch.compile traces; eager calls are spared the dispatcher.
+"""add_noise_ as a torch custom op, for code that torch.compile traces. Eager calls skip the dispatcher.
 
-The op is given the tensors and the number of their plan, which knows their names and places. Functionalisation may hand
-it copies of the tensors: then it works on these.
+The op gets the tensors and the number of their plan, which knows their names and places. Functionalisation may pass
+copies of the tensors instead; the op then works on the copies.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def _(tensors, base, plan, seeds, coeffs, noise, rounding, backend, decay, rank=
 
 
 def _over(plan: Plan, tensors: Sequence[torch.Tensor]) -> Plan:
-    """The plan itself if the tensors are its own, or one of the same names and places over them."""
+    """The plan itself if the tensors are its own; otherwise a plan of the same names and places over these tensors."""
     if [t.data_ptr() for t in tensors] == [t.data_ptr() for t in plan._tensors]:
         return plan
     return Plan([(e.name, t, e.window) for e, t in zip(plan.entries, tensors, strict=True)])

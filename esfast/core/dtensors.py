@@ -1,8 +1,8 @@
-"""Sharded weights: what a DTensor holds here, as slices of its whole, and what ranks that share a model must exchange.
+"""Sharded weights: the part of a DTensor on this rank, as slices of the whole tensor, and what ranks exchange.
 
-`Plan` takes DTensors as it takes any tensor (tensor parallelism by transformers' `tp_plan`, FSDP2's `fully_shard`, any
-mesh): every shard gets the noise that its elements have in the whole, so no rank needs to know of another to perturb,
-restore or update. Ranks that hold a model together must only evaluate the same member at the same time.
+`Plan` takes DTensors like any tensor (tensor parallelism by transformers' `tp_plan`, FSDP2's `fully_shard`, any mesh).
+Every shard gets the noise that its elements have in the whole tensor, so ranks perturb, restore and update without
+communication. Ranks that hold a model together must evaluate the same member at the same time.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ def is_dtensor(tensor: torch.Tensor) -> bool:
 
 
 def local_entries(e: Entry) -> list[Entry]:
-    """What this rank holds of a DTensor: a list of slices, mostly one. A shard without elements is one too.
+    """The part of a DTensor on this rank, as a list of slices, mostly one. An empty shard counts as a slice.
 
-    `e.window` says where the DTensor as a whole lies in its whole, which is itself unless it is part of a fused one.
+    `e.window` says where the whole DTensor lies in a larger tensor, if it is a part of a fused one.
 
     Raises:
         TypeError: a placement that is neither Shard nor Replicate, such as Partial.
-        ValueError: this rank isn't in its mesh, or its local tensor isn't of the size that the placements tell.
+        ValueError: this rank isn't in the DTensor's mesh, or its local tensor hasn't the size that the placements
+            imply.
     """
     spans = _spans(e)
     local = e.tensor._local_tensor.detach()  # what to_local() gives, without its 10 us of autograd
@@ -52,7 +53,7 @@ def local_entries(e: Entry) -> list[Entry]:
 
 
 def _spans(e: Entry) -> list[list[tuple[int, int]]]:
-    """For each dimension of a DTensor the (start, length) of what this rank has of it, in the order it lies here.
+    """For each dimension of a DTensor: (start, length) of the pieces on this rank, in the order of local memory.
 
     Placements apply from left to right. Shard(d) takes one of torch.chunk's chunks; _StridedShard(d, split_factor=k)
     one of each of k equal parts: that is how FSDP2 cuts what tensor parallelism has cut already, and how the halves of
@@ -113,8 +114,8 @@ def _with_local_starts(spans: list[tuple[int, int]]) -> list[tuple[int, int, int
 
 
 def fsdp_modules(source) -> list[torch.nn.Module]:
-    """The modules under FSDP2. What they gathered for a forward pass is of the past once a shard has changed, and
-    FSDP2 keeps the root's until a backward pass, which never comes: Plan tells them to `reshard`."""
+    """The modules under FSDP2. Weights that they gathered for a forward pass are stale once a shard has changed. FSDP2
+    keeps the root module's until a backward pass, which never comes here, so Plan tells them to `reshard`."""
     module = sys.modules.get("torch.distributed.fsdp")
     if module is None or not isinstance(source, torch.nn.Module):
         return []
@@ -122,20 +123,20 @@ def fsdp_modules(source) -> list[torch.nn.Module]:
 
 
 def reshard(modules: Iterable[torch.nn.Module]) -> None:
-    """Lets go of what `fsdp_modules` gathered for a forward pass."""
+    """Frees the weights that `fsdp_modules` gathered for a forward pass."""
     for module in modules:
         module.reshard()
 
 
 def in_shards(model) -> bool:
-    """Whether it is a module of which other ranks hold parts."""
+    """Whether other ranks hold parts of this module."""
     if not isinstance(model, torch.nn.Module):
         return False
     return bool(fsdp_modules(model)) or any(map(is_dtensor, model.parameters()))
 
 
 def whole_state_dict(model: torch.nn.Module, keep: bool) -> dict[str, torch.Tensor]:
-    """The state dict of a model in shards with whole tensors in host memory, tied ones as one; {} without `keep`.
+    """The state dict of a sharded model, as whole tensors in host memory, with tied tensors once; {} without `keep`.
     A collective call of the ranks that hold the model."""
     wholes: dict[int, torch.Tensor] = {}
     found = {}

@@ -1,11 +1,11 @@
-"""A checksum of weights' bits that depends on no device, no order and no sharding: shards' sums add up to the whole's.
+"""A checksum of the weights' bits, independent of device, order and sharding: the sums of shards add up to the whole's.
 
     sum over all elements of row(tensor, i) * col(j) * bits   mod 2^64
 
-`bits` is the element as a signed integer, i its row and j its column in its whole tensor (the last dimension is the
-columns, the others together are the rows), and row and col are odd 64-bit hashes. A flipped bit changes the sum for
-certain, since an odd number times 2^k is no multiple of 2^64; elements that change places do but for a chance of 2^-32
-or less. It guards against accidents, not against somebody who looks for a collision.
+`bits` is the element as a signed integer, i its row and j its column in the whole tensor (the last dimension is the
+columns, the others together are the rows). row and col are odd 64-bit hashes. A flipped bit always changes the sum,
+since an odd number times 2^k is no multiple of 2^64. Two elements that swap places change it with a probability of at
+least 1 - 2^-32. The checksum guards against accidents, not against somebody who looks for a collision.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _CHUNK = {"cpu": 2**20, "cuda": 2**24}  # elements in flight, as int64: enough w
 
 
 def window_sums(entries: Sequence[Entry], low: torch.Tensor | None = None) -> list[int]:
-    """The sum of each entry's elements, 0 <= sum < 2^64. `low`: the flat buffer of the low halves of split entries,
-    whose bits are those of the float32 weights that they are."""
+    """The sum of each entry's elements, 0 <= sum < 2^64. A split entry (float32 weights held as two halves) is summed
+    as float32; `low` is the flat buffer of the low halves."""
     if not entries:
         return []
     device = entries[0].tensor.device
@@ -70,7 +70,7 @@ def _sum(bits: torch.Tensor, name: str, window: Slice, buffer: torch.Tensor) -> 
 
 
 def _matrices(bits: torch.Tensor, start: int = 0) -> Iterator[tuple[torch.Tensor, int]]:
-    """The tensor as matrices of its columns, each with the number of its first row, without a copy."""
+    """The tensor as matrices, without a copy, each with the number of its first row."""
     try:
         yield bits.view(-1, bits.shape[-1]), start
     except RuntimeError:  # of strides that no two dimensions have

@@ -1,4 +1,4 @@
-"""Weights that are numbers: a run that begins with a NaN or an infinite weight can only lose."""
+"""Refuses weights that are NaN or infinite: no run can learn from them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ SHOWN = 3  # names in a message
 
 
 def check_finite(named: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """ValueError, which names them, if there are weights that are NaN or infinite. It reads all weights once."""
+    """ValueError, with their names, if weights are NaN or infinite. It reads all weights once."""
     named = list(named)
     names = [name for name, tensor in named if tensor.numel() and not _is_finite(tensor)]
     if names:

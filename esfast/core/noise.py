@@ -1,8 +1,8 @@
 """The noise: one pure function of (seed, tensor name, element), written slowly and obviously.
 
-Every backend is held to this file to the bit. Only operations that IEEE 754 and two's complement fix are used: integer
-arithmetic, int-to-float conversion, bit reinterpretation, and float32 add, mul and fma, each in a stated order. Its
-compiled twin is csrc/noise.h. Version 1 is frozen: journals depend on it.
+Tests compare every backend with this file, to the bit. It uses only operations whose results IEEE 754 and two's
+complement define: integer arithmetic, int-to-float conversion, bit reinterpretation, and float32 add, mul and fma, each
+in a stated order. csrc/noise.h is the same in C++. Version 1 is frozen: journals depend on it.
 """
 
 from __future__ import annotations
@@ -63,11 +63,11 @@ _C = (_f(0.999994874), _f(-1.23348641), _f(0.252580702), _f(-0.0190958101))
 
 
 def noise(seed: int, name: str, shape: int | tuple[int, ...], kind: str = "gaussian", rank: int = 1) -> torch.Tensor:
-    """The noise that `seed` gives to the tensor called `name`: the reference.
+    """The noise of a tensor: a pure function of seed, name, shape and kind. This is the reference.
 
     Args:
         seed: 0 <= seed < 2**64.
-        name: the tensor's canonical name; equal names get equal noise, whatever else is in the model.
+        name: the tensor's canonical name. Equal names get equal noise, whatever else is in the model.
         shape: shape of the whole, unsharded tensor. Of "gaussian" and "rademacher" noise, element i in row-major order
             depends on i alone, so a longer tensor begins with the numbers of a shorter one.
         kind: "gaussian" (standard normal, within 2e-4 of Box-Muller in float64), "rademacher" (+1 or -1), or

@@ -27,8 +27,8 @@ class AdamStep:
 
         m += (1 - beta1) (g - m);  v += (1 - beta2) (g^2 - v);  weight += step * m / (sqrt(v) + eps)
 
-    in float32, with m and v kept between steps in the flat buffers `moments`, a float32 tensor (2, plan.flat_numel) on
-    the plan's device, zero at first. `step` and `eps` hold the correction of the bias: see `AdamStep.at`.
+    All of it is float32. `moments` keeps m and v between steps: a float32 tensor (2, plan.flat_numel) on the plan's
+    device, zero at first. `step` and `eps` include the bias correction: see `AdamStep.at`.
     """
 
     moments: torch.Tensor
@@ -52,7 +52,7 @@ class AdamStep:
 
 @dataclass(frozen=True)
 class Call:
-    """A checked call of add_noise_, as every backend gets it."""
+    """A call of add_noise_ whose arguments are checked, as every backend gets it."""
 
     plan: Plan
     seeds: np.ndarray | torch.Tensor  # uint64 (int64 on the device)
@@ -72,7 +72,7 @@ class Call:
 
     @property
     def low(self) -> torch.Tensor | None:
-        """The flat buffer of low halves, of the side that has one."""
+        """The flat buffer of low halves: the plan's, else the base's; None if neither has one."""
         return self.plan.low if self.plan.low is not None else self.base.low if self.base is not None else None
 
     @property
@@ -82,7 +82,7 @@ class Call:
 
     @property
     def is_copy(self) -> bool:
-        """Whether it writes the base as it is: round(src) is src, whatever a NaN's payload."""
+        """Whether the call copies the base into the plan, without arithmetic. NaNs then keep their payload."""
         if len(self.seeds) or self.decay or self.adam is not None:
             return False
         return bool((self.table.column("src_format") == self.table.column("dst_format")).all())
@@ -105,26 +105,28 @@ def add_noise_(
     """`plan = round(base + sum_j coeffs[j] * noise(seeds[j]))` in one pass over the weights, in place.
 
     For every weight: acc = float32(base); acc = fma(coeffs[j], noise(seeds[j]), acc) for each j in order; the weight
-    becomes acc rounded once to its dtype. One seed perturbs, two move from one member to the next, a population's make
-    the ES update, none copies the base.
+    becomes acc, rounded once to its dtype. With one seed the call perturbs; with two it moves from one member to the
+    next; with the seeds of a population it is the ES update; with none it copies the base.
 
     Args:
         plan: the weights that are written.
-        seeds: K ints, 0 <= seed < 2**64; K may be 0. For a plan on a GPU also an int64 tensor of their bits there.
-        coeffs: K finite numbers, rounded to float32. With a tensor of seeds a float32 tensor there, whose values are
-            not looked at: such a call copies nothing from the host and can be captured in a CUDA graph.
-        base: what is read; the same tensors as `plan` (`plan.clone()` is), or float32 ones (`plan.master()`). Default:
-            `plan` itself, in place.
+        seeds: K ints, 0 <= seed < 2**64; K may be 0. For a plan on a GPU also an int64 tensor (K,) on that device,
+            which holds their bits.
+        coeffs: K finite numbers, rounded to float32. With a tensor of seeds, a float32 tensor (K,) on the same device.
+            Its values are not checked: such a call copies nothing from the host and can be captured in a CUDA graph.
+        base: the plan that is read: the same tensors as `plan` (`plan.clone()`), or float32 ones (`plan.master()`).
+            Default: `plan` itself, in place.
         noise: "gaussian", "rademacher" or "low_rank"; see `noise`. Of low-rank noise each weight of a matrix becomes
             acc = fma(c_j * A_jq, B_jq, acc) for each j, and in it each q < rank, in order, where c_j * A_jq is rounded
             to float32 and c_j = coeffs[j] * float32(1 / sqrt(rank)) is too.
-        rounding: "nearest" (to even), or "stochastic": up or down to a neighbour with probabilities that make the mean
-            exact, drawn from seeds[0] in a domain of its own, so the noise is independent of it. With no seeds, and for
-            float32 weights, both are the same.
+        rounding: "nearest" (to even), or "stochastic": up or down, with probabilities that make the mean exact. The
+            random numbers come from seeds[0] in a domain of their own, so they are independent of the noise. With no
+            seeds, and for float32 weights, both are the same.
         backend: "auto", "cpu", "cuda", "triton" or "reference". All give the same bits; a NaN weight stays some NaN.
-        decay: weight decay, 0 <= decay <= 1: the base is moved by this fraction towards `anchor`, before the noise.
-        anchor: a plan of the same tensors and dtypes, for example of the initial weights; default: zero.
-        adam: the sum is the gradient of a step of Adam instead; its moments are changed too.
+        decay: weight decay, 0 <= decay <= 1: moves the base by this fraction towards `anchor`, before the noise is
+            added.
+        anchor: a plan of the same tensors and dtypes, for example of the initial weights. Default: zero.
+        adam: takes the sum as the gradient of a step of Adam instead, and updates Adam's moments.
         rank: of low-rank noise, 1 to 256.
 
     Raises:
@@ -175,7 +177,8 @@ def _check_adam(plan: Plan, base: Plan | None, adam: AdamStep) -> None:
 
 @contextlib.contextmanager
 def _subnormals_kept():
-    """This thread calculates as IEEE 754 says, torch.set_flush_denormal or not; csrc/module.cpp sees to its own."""
+    """Switches flush-to-zero (torch.set_flush_denormal) off for this thread. csrc/module.cpp does so for its
+    threads."""
     flushing = (np.ones(1, dtype=np.uint32).view(np.float32) * np.float32(1))[0] == 0
     if flushing:
         torch.set_flush_denormal(False)
@@ -187,7 +190,8 @@ def _subnormals_kept():
 
 
 def check_members(seeds: Sequence[int], coeffs: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """Seeds as uint64 and coefficients as float32, equally many and finite; TypeError or ValueError otherwise."""
+    """Seeds as a uint64 array and coefficients as a finite float32 array, equally long; TypeError or ValueError
+    otherwise."""
     if not all(isinstance(x, Iterable) and not isinstance(x, str) for x in (seeds, coeffs)):
         raise TypeError("seeds and coeffs: expected sequences of equal length, for example [seed], [sigma]")
     seeds = np.array([check_seed(s) for s in seeds], dtype=np.uint64)
@@ -244,8 +248,8 @@ def _cpu(call: Call) -> None:
 
 
 def instruction_set(sets: Sequence[str]) -> str:
-    """The one of `sets`, the best first, that the CPU backend uses: the first, or where the environment variable
-    ATEN_CPU_CAPABILITY ("avx2" or "default") keeps PyTorch from better ones, the first that it allows."""
+    """The instruction set that the CPU backend uses, of `sets`, which has the best first. The environment variable
+    ATEN_CPU_CAPABILITY ("avx2" or "default") rules out better ones, as it does for PyTorch."""
     allowed = {"default": ("baseline",), "avx2": ("avx2", "baseline")}.get(os.environ.get("ATEN_CPU_CAPABILITY", ""))
     return next(s for s in sets if allowed is None or s in allowed)
 

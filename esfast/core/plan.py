@@ -1,4 +1,4 @@
-"""Which weights: a Plan is validated once, then every call over it is cheap."""
+"""Plan: the weights that calls work on. A Plan is validated once; then every call over it is cheap."""
 
 from __future__ import annotations
 
@@ -25,24 +25,25 @@ _numbers = itertools.count()
 
 
 class Plan:
-    """The weights that ES changes: float32, bfloat16 and float16 tensors on one device, each with its name.
+    """The weights that ES changes: float32, bfloat16 and float16 tensors on one device, each with a name.
 
     Args:
-        source: an nn.Module (its parameters under their `named_parameters` names, whether or not they require grad; no
-            buffers), or an iterable of (name, tensor) or (name, tensor, Slice). Tied weights, that is tensors that are
-            the same memory, are one tensor under the name that comes first. Any strides will do, but rows that are not
-            contiguous are slow. Of a DTensor it takes what lies on this rank, which may be nothing (core/dtensors.py).
-        include: glob pattern or patterns (fnmatch); only the names that match one are taken. Default: all.
-        exclude: glob pattern or patterns; names that match one are left out.
+        source: an nn.Module (its parameters under their `named_parameters` names, whether or not they require a
+            gradient; no buffers), or an iterable of (name, tensor) or (name, tensor, Slice). Tied weights (tensors with
+            the same memory) count once, under the first name. Any strides work; rows that are not contiguous are slow.
+            Of a DTensor the plan takes the part on this rank, which may be empty (core/dtensors.py).
+        include: glob pattern or patterns (fnmatch): selects the names that match one. Default: all.
+        exclude: glob pattern or patterns: leaves out the names that match one.
 
     Raises:
-        TypeError, ValueError: what can't be perturbed is refused by name, with what to do: other dtypes, meta, sparse
-            and wrapper tensors, several devices, tensors without elements, overlapping memory, one name twice, names
-            with the same 32-bit id, slices outside their whole, patterns that match nothing, nothing left.
+        TypeError, ValueError: something can't be perturbed; the message names it and says what to do. Refused are other
+            dtypes, meta, sparse and wrapper tensors, several devices, tensors without elements, overlapping memory,
+            a name that stands twice, names with the same 32-bit id, slices outside their whole tensor, patterns that
+            match nothing, and an empty selection.
 
-    Attributes: `names` (list of str), `tensors` (list), `numel` (weights in all), `nbytes`, `device`: of a DTensor what
-    lies on this rank; `flat_numel`, elements of a flat buffer that holds a number for each weight; `module`, the
-    nn.Module that it was made of, or None.
+    Attributes: `names` (list of str), `tensors` (list), `numel` (number of weights), `nbytes` and `device`, all of the
+    parts on this rank; `flat_numel`, elements of a flat buffer with one number for each weight; `module`, the nn.Module
+    that the plan was made of, or None.
     """
 
     module: torch.nn.Module | None = None
@@ -98,17 +99,17 @@ class Plan:
 
     @property
     def whole_numel(self) -> int:
-        """Weights of the whole tensors, of which `numel` lie here."""
+        """Number of weights of the whole tensors; `numel` of them lie on this rank."""
         return sum({e.name: math.prod(e.window.shape) for e in self._held}.values())
 
     @property
     def whole_names(self) -> list[str]:
-        """Names of the whole tensors, also of those of which nothing lies here."""
+        """Names of the whole tensors, also of those without a part on this rank."""
         return list(dict.fromkeys(e.name for e in self._held))
 
     @property
     def sharded(self) -> bool:
-        """Whether some of the tensors are DTensors, of which other ranks have other parts."""
+        """Whether some of the tensors are DTensors, so that other ranks hold other parts."""
         return bool(self._sharded)
 
     @property
@@ -117,17 +118,16 @@ class Plan:
 
     @property
     def layout(self) -> str:
-        """Eight hex digits for the names, shapes and dtypes of the whole tensors, in order: what a journal depends on.
-
-        It is the same for all ways to shard them."""
+        """Checksum of the names, shapes and dtypes of the whole tensors, in order: eight hex digits. A journal can be
+        replayed on plans with the same layout. Sharding does not change it."""
         wholes = dict.fromkeys(describe(e, whole=True) for e in self._held)
         return f"{zlib.crc32(repr(list(wholes)).encode()):08x}"
 
     def fingerprint(self) -> str:
-        """16 hex digits for the bits of all weights, equal for equal weights on every device and however they are
-        sharded: see esfast.core.fingerprint. It reads the weights once and takes 8 MiB (128 MiB on a GPU).
+        """Checksum of the bits of all weights, 16 hex digits: the same on every device and for every sharding. See
+        esfast.core.fingerprint. It reads the weights once and takes 8 MiB (128 MiB on a GPU).
 
-        With DTensors it is a collective call of the ranks of their meshes. RuntimeError if replicas differ."""
+        With DTensors it is a collective call of the ranks of their meshes; RuntimeError if replicas differ."""
         self._check_addresses()
         places = ((e.name, e.window.offset, tuple(e.tensor.shape)) for e in self.entries)
         sums = dict(zip(places, window_sums(self.entries, self.low), strict=True))
@@ -142,7 +142,7 @@ class Plan:
         return f"Plan({len(self)} tensors, {self.numel:,}{of} weights, {dtypes}, {self.device})"
 
     def clone(self) -> Plan:
-        """A plan of the same names over copies of the tensors: the base that members are written from."""
+        """A plan of the same names over copies of the tensors, for example the base that members are written from."""
         return self._copy(
             lambda e: (e.tensor.detach().clone(), e.split), None if self.low is None else self.low.clone()
         )
@@ -150,10 +150,10 @@ class Plan:
     def master(self) -> Plan:
         """A plan of the same names over float32 copies, which updates change without rounding to 16 bits.
 
-        A bfloat16 tensor becomes a split one: its upper halves as bfloat16 (`high()`), from which members are written
-        at the cost of 2 bytes a weight, and the lower 16 bits in a buffer that only updates read. Their arithmetic is
-        float32's, to the bit. A float16 tensor becomes a float32 one: 2^30 floats round to the same half, zero, and no
-        16 bits more can tell them apart. A float32 tensor is copied.
+        A bfloat16 tensor becomes a split one. Its upper 16 bits are a bfloat16 tensor (`high()`), from which members
+        are written at 2 bytes a weight; the lower 16 bits are in a buffer that only updates read. The arithmetic is
+        that of float32, to the bit. A float16 tensor becomes a float32 one: 2^30 floats round to zero in float16, and
+        16 further bits can't tell them apart. A float32 tensor is copied.
         """
 
         def as_master(e: Entry) -> tuple[torch.Tensor, bool]:
@@ -166,17 +166,17 @@ class Plan:
         return self._copy(as_master, low)
 
     def part(self, which: Sequence[int]) -> Plan:
-        """A plan over the same memory, and the same flat buffers, of some of the tensors, by their numbers."""
+        """A plan of some of the tensors, given by their numbers, over the same memory and the same flat buffers."""
         part = self._copy(lambda e: (e.tensor, e.split), self.low, [self.entries[i] for i in which])
         part._private, part._gathering = self._private, self._gathering
         return part
 
     def anchor(self) -> Plan:
-        """A copy of the weights for decay to come back to; of split tensors, their upper halves."""
+        """A copy of the weights as the target of weight decay; of split tensors only the upper halves."""
         return (self if self.low is None else self.high()).clone()
 
     def high(self) -> Plan:
-        """A plan over the same memory that leaves out the low halves of split tensors."""
+        """A plan over the same memory without the low halves of split tensors."""
         return self._copy(lambda e: (e.tensor, False), None)
 
     def _copy(
@@ -252,8 +252,8 @@ class Plan:
         return addresses + [t._local_tensor.data_ptr() for _, t in self._sharded]
 
     def check_module(self) -> None:
-        """RuntimeError if the module has other parameters now, as after `load_state_dict(..., assign=True)`: noise
-        would go into tensors that nobody reads. Parameters that FSDP gathers are not looked at."""
+        """RuntimeError if the module now has other parameters, as after `load_state_dict(..., assign=True)`: noise
+        would go into tensors that nobody reads. Parameters that FSDP gathers are not checked."""
         if self.module is None or self.sharded or self._gathering:
             return
         if name := missing_parameter(self.module, self.names, self._tensors):

@@ -1,4 +1,4 @@
-"""What a Plan is made of: a source's tensors by their names, those that patterns select, and what is refused."""
+"""From a source to the tensors of a Plan: names, patterns, and what is refused."""
 
 from __future__ import annotations
 
@@ -69,7 +69,8 @@ def _check_window(name: str, tensor: torch.Tensor, window: Slice | None) -> Slic
 
 
 def select(entries: list[Entry], include, exclude) -> list[Entry]:
-    """Those whose names match a pattern of `include` and none of `exclude`. ValueError if a pattern matches nothing."""
+    """Entries whose names match a pattern of `include` and none of `exclude`. ValueError if a pattern matches
+    nothing."""
     names = [e.name for e in entries]
 
     def matching(what: str, patterns) -> set[str]:
@@ -97,7 +98,7 @@ def select(entries: list[Entry], include, exclude) -> list[Entry]:
 
 
 def missing_parameter(module: torch.nn.Module, names: Iterable[str], tensors: Iterable[torch.Tensor]) -> str | None:
-    """The first name whose tensor is in no memory of the module's parameters, None if all are there."""
+    """The first name whose tensor is not in the memory of the module's parameters; None if all are."""
     memory = {p.untyped_storage().data_ptr() for p in module.parameters()}
     return next((n for n, t in zip(names, tensors) if t.untyped_storage().data_ptr() not in memory), None)  # noqa: B905
 
@@ -130,7 +131,7 @@ def check_tensor(entry: Entry) -> None:
 
 
 def merge_tied(entries: list[Entry]) -> list[Entry]:
-    """Tied weights once, under their first name."""
+    """Merges tied weights into one entry, under the first name."""
     first: dict[tuple, Entry] = {}
     for e in entries:
         t = e.tensor
@@ -140,7 +141,8 @@ def merge_tied(entries: list[Entry]) -> list[Entry]:
 
 
 def check_names(entries: list[Entry]) -> None:
-    """ValueError for names that would share their noise, and for one name of several wholes."""
+    """ValueError for two names that would get the same noise, and for one name that stands for several whole
+    tensors."""
     by_name: dict[str, list[Entry]] = {}
     by_id: dict[int, str] = {}
     for e in entries:

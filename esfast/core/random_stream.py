@@ -22,7 +22,7 @@ _T = TypeVar("_T")
 
 
 class RandomStream:
-    """A sequence of random numbers: uint32 words, of which every method takes as many as it says.
+    """A sequence of random uint32 words. Each method says how many words it takes.
 
     Word i is word i % 4 of Philox with the seed as its key and the counter (i // 4, `index`, DOMAINS[domain]).
 
@@ -36,8 +36,8 @@ class RandomStream:
         self._words = _words(seed, DOMAINS[domain], check_int("index", index, 0, 2**32))
 
     def below(self, n: int) -> int:
-        """An integer from 0 to n - 1, each as likely. One word where n <= 2**32, the lowest first where it is more;
-        numbers above the largest multiple of n are drawn again."""
+        """A uniform integer from 0 to n - 1. Takes one word if n <= 2**32, else several, the lowest first. Numbers
+        above the largest multiple of n are drawn again."""
         if n < 1:
             raise ValueError(f"n: expected at least 1, got {n}")
         count = max(1, -(-(n - 1).bit_length() // 32))
@@ -53,7 +53,7 @@ class RandomStream:
         return low + self.below(high - low + 1)
 
     def chance(self, share: float) -> bool:
-        """True in that share of calls, 0 to 1. Takes one word."""
+        """True with this probability, 0 to 1. Takes one word."""
         return next(self._words) < share * 2**32
 
     def choice(self, values: Sequence[_T]) -> _T:

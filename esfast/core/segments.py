@@ -1,4 +1,4 @@
-"""Tensors as the kernels see them: a table of matrices, each with its addresses, strides and element numbers."""
+"""Tensors as kernels see them: a table of matrices with their addresses, strides and element numbers."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ MAX_SEGMENTS_PER_TENSOR = 65536
 
 @dataclass(frozen=True)
 class Slice:
-    """Where a tensor lies in a larger one: `tensor = whole[offset[0] : offset[0] + tensor.shape[0], ...]`.
+    """Says that a tensor is a part of a larger one: `tensor = whole[offset[0] : offset[0] + tensor.shape[0], ...]`.
 
-    It gets the noise that these elements have in the whole: shards of a matrix, and the parts of a fused one, are
-    perturbed exactly as the matrix they come from.
+    The tensor gets the noise that its elements have in the whole. So shards of a matrix, and the parts of a fused
+    matrix, are perturbed exactly as the matrix that they come from.
 
     Args:
         shape: shape of the whole tensor.
@@ -66,7 +66,7 @@ class Entry:
 
 
 def describe(e: Entry, whole: bool = False) -> str:
-    """Name, shape, dtype and place of a tensor in words; `whole`: those of the tensor that it is a part of."""
+    """Name, shape, dtype and place of a tensor in words; with `whole`, those of the tensor that it is a part of."""
     shape = e.window.shape if whole else tuple(e.tensor.shape)
     window = f" at {e.window.offset} of {e.window.shape}" if shape != e.window.shape else ""
     return f"{e.name!r} {shape} {str(e.tensor.dtype).removeprefix('torch.')}{' split' * e.split}{window}"
@@ -97,7 +97,7 @@ class Table:
 
 
 def lay_out(entries: list[Entry]) -> tuple[list[Entry], int]:
-    """The tensors with their places in flat buffers of their own, and the length of these.
+    """Gives each tensor its place in the flat buffers; returns the entries and the buffers' length.
 
     Tensors begin at multiples of 16 elements, so that a GPU reads the buffers 128 bits at once.
     """
@@ -174,7 +174,7 @@ def _factor_strides(whole: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int,
 
 
 def check_overlap(entries: list[Entry], *tables: Table) -> None:
-    """No byte may belong to two tensors, or twice to one: it would be perturbed twice."""
+    """ValueError if a byte belongs to two tensors, or twice to one: it would be perturbed twice."""
     if not entries:
         return
     owner = np.repeat(np.arange(len(entries)), [len(_segments(e, e, None)) for e in entries])

@@ -1,1 +1,1 @@
-"""add_noise_ by backend; reference.py is what the others are held to."""
+"""The backends of add_noise_. Tests compare all others with reference.py."""

@@ -1,4 +1,4 @@
-"""add_noise_ in NumPy, written slowly and obviously: every backend is held to it to the bit."""
+"""add_noise_ in NumPy, slow and obvious. Tests compare every backend with it, to the bit."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def run(call) -> None:
 
 
 def element_numbers(e: Entry) -> np.ndarray:
-    """Row-major numbers that the tensor's elements have in their whole: uint64 array of the tensor's shape."""
+    """Row-major numbers of the tensor's elements in the whole tensor: a uint64 array of the tensor's shape."""
     corner = np.ix_(*(np.arange(o, o + n) for o, n in zip(e.window.offset, e.tensor.shape, strict=True)))
     return np.asarray(np.ravel_multi_index(corner, e.window.shape) if corner else np.zeros(()), dtype=np.uint64)
 
@@ -70,11 +70,11 @@ def _write(e: Entry, low: torch.Tensor | None, flat: int, x: np.ndarray, words: 
 
 
 def round_stochastically(x: np.ndarray, words: np.ndarray, fmt: int) -> np.ndarray:
-    """uint16 bits of float16s or bfloat16s for float32 `x`: of its two neighbours the one farther from zero with the
-    probability of x's distance from the other, in units of theirs; decided by the upper 16 bits of `words`.
+    """Rounds float32 `x` stochastically to float16 or bfloat16; returns the uint16 bits.
 
-    What a float16 or bfloat16 drops of a normal float32 are 13 or 16 bits, so the probability is exact; of a subnormal
-    float16 it is cut to 16 bits.
+    x lies between two 16-bit neighbours. It becomes the one farther from zero with probability (x - the other) divided
+    by their distance, so the mean is x. The upper 16 bits of `words` decide. Rounding drops 13 or 16 bits of a normal
+    float32, so the probability is exact; for a subnormal float16 it is cut to 16 bits.
     """
     bits, random = (
         x.view(np.uint32).astype(np.uint64),

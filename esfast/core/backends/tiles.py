@@ -1,4 +1,5 @@
-"""What the GPU backends share: tiles of a plan's segments, one launch for each pair of formats, and members there."""
+"""Shared by the GPU backends: tiles of a plan's segments, one launch for each pair of formats, members on the
+device."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ _SIZES = np.array([4, 2, 2, 2])  # bytes of an element, by format
 
 
 def members_on(device: torch.device, seeds, coeffs) -> tuple[torch.Tensor, torch.Tensor]:
-    """NumPy seeds (uint64) and coefficients (float32) as tensors there, int64 and float32; tensors as they are."""
+    """Seeds (uint64) and coefficients (float32) as int64 and float32 tensors on the device. Tensors are returned as
+    is."""
     if isinstance(seeds, torch.Tensor):
         return seeds, coeffs
     # the driver stages small pageable copies, so the host does not wait for the stream
@@ -23,13 +25,13 @@ def members_on(device: torch.device, seeds, coeffs) -> tuple[torch.Tensor, torch
 
 
 def copy_base(call, tile: int, copy_tiles: Callable[[torch.Tensor, int], None]) -> None:
-    """Runs a Call whose `is_copy` says that it writes the base as it is: `copy_tiles(records, bytes of a weight)` is
-    launched once for each format of weights, and so once for a model.
+    """Copies base into plan. Used when no arithmetic is needed (`call.is_copy`).
 
-    A 7B model's 15 GB take 10 ms at 3 TB/s. PyTorch's _foreach_copy_ makes about 360 launches of them, of 320 blocks
-    each, which 132 multiprocessors share unevenly, and begins anew every 28 us. copy_ for each of 339 tensors waits
-    1 to 2 us between them, and 141 are norms and biases, whose copying takes no longer than that. One launch fills the
-    GPU once, with the tiles that perturbing from the base has already.
+    It launches `copy_tiles(records, bytes of a weight)` once for each format of weights, so mostly once for a model.
+    The alternatives are slower. A 7B model's 15 GB take 10 ms at 3 TB/s. PyTorch's _foreach_copy_ makes about 360
+    launches of 320 blocks, one every 28 us, which 132 multiprocessors share unevenly. copy_ for each of 339 tensors
+    waits 1 to 2 us between them; 141 of these are norms and biases, whose copying takes no longer than the wait. One
+    launch fills the GPU once, and the tiles are there already, for perturbing from the base.
     """
     if call.base is None or call.base is call.plan:
         return
@@ -39,7 +41,8 @@ def copy_base(call, tile: int, copy_tiles: Callable[[torch.Tensor, int], None]) 
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tiles of one pair of formats, on the device: `records` int64 (tiles, 4), `extras` int64 (tiles, 2) or None."""
+    """Tiles of one pair of formats, on the device: `records`, int64 (tiles, 4), and `extras`, int64 (tiles, 2) or
+    None."""
 
     src_format: int
     dst_format: int

@@ -81,8 +81,8 @@ def autotune(plan, noise: str = "gaussian", members: int = 1, repeats: int = 10)
     """Times the configurations for this plan's device, keeps the fastest for later calls with this noise and as many
     members (one, or several), and returns the milliseconds of each: {(tile, warps, registers): ms}.
 
-    Opt-in, since the default is meant to be good everywhere and a measurement takes a copy of the weights: each
-    configuration writes into that copy from the plan, which is only read, so nothing is ever applied twice.
+    Autotuning is opt-in: the default should be good everywhere, and the measurement needs a copy of the weights. Each
+    configuration writes into the copy and only reads the plan, so nothing is applied twice.
     """
     from ..ops import Call, check_members
 
@@ -138,8 +138,8 @@ def _count(out, number):
 
 @functools.cache
 def _interpreter_fails() -> str | None:
-    """Why the interpreter can't run a loop here, or None. That of Triton before 3.9 counts by int() of an array of one
-    element, which NumPy 2.5 refuses."""
+    """Why the interpreter can't run a loop here, or None. Before Triton 3.9 it calls int() on an array of one element,
+    which NumPy 2.5 refuses."""
     out = torch.zeros(2, dtype=torch.int32)
     try:
         _count[(1,)](out, 2)
