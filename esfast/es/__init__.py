@@ -1,4 +1,4 @@
-"""ES: the population's members, shaping, and where the weights come back from."""
+"""ES: members, shaping, and the weight modes."""
 
 from ..utils.lazy import lazily
 

@@ -1,8 +1,8 @@
-"""Buffers of a model: BatchNorm's statistics, counters, tables. What a member changes of them is put back.
+"""Puts back the buffers that a member changed: BatchNorm's statistics, counters, tables.
 
-Each member must begin with the model that the one before began with, and a population must leave it as it was, in train
-mode, too. The copies that this takes are made once, not once a member: at a member's end tensors are compared with them
-and written only where they differ.
+Every member must begin with the same model, and a population must leave the model as it was, also in train mode. Copies
+of the buffers are made once, not once a member. At a member's end the buffers are compared with the copies, and written
+only where they differ.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ class Buffers:
     """The buffers of a plan's module, if it was made of one.
 
         buffers = Buffers(plan)
-        buffers.note()       # as they are now
+        buffers.note()       # remembers the buffers as they are now
         ...                  # members run
-        buffers.put_back()   # as they were; may be called any number of times
+        buffers.put_back()   # restores them; may be called any number of times
 
-    Put back are values, also those changed through `.data`; buffers that a module replaced, added or removed, and then
-    this module's other attributes too, since they tell of its buffers (for which length a table was made). The smallest
-    are copied first, until copies take an eighth of the weights' bytes, at least 64 MiB; of the rest (caches, quantized
-    weights) a change is seen by its version counter, stays, and is told of once.
+    Restored are values, also those changed through `.data`, and buffers that a module replaced, added or removed. With
+    the latter the module's other attributes are restored too, since they may describe the buffers (for which length a
+    table was made). The smallest buffers are copied first, until the copies take an eighth of the weights' bytes (at
+    least 64 MiB). For the rest (caches, quantized weights) a change shows in the version counter; it stays, and a
+    warning names it once.
     """
 
     def __init__(self, plan: Plan):
@@ -44,7 +45,7 @@ class Buffers:
         self._told: set[int] = set()
 
     def note(self) -> None:
-        """What the buffers are now is what `put_back` leads to."""
+        """Remembers the buffers as they are now, for `put_back`."""
         if self._module is None:
             return
         self._places = [_Place(module) for module in self._module.modules()]
@@ -57,7 +58,7 @@ class Buffers:
             self._kept[key].note()
 
     def put_back(self) -> None:
-        """Buffers as they were when they were noted."""
+        """Restores the buffers as they were at `note`."""
         if self._module is None:
             return
         with held(), torch.no_grad():
@@ -97,7 +98,7 @@ class _Place:
 
 
 class _Kept:
-    """A buffer's tensor: the memory it had, its version, and a copy of its values if there is room for one."""
+    """A buffer's tensor: its memory, its version, and a copy of its values if there is room for one."""
 
     def __init__(self, tensor: torch.Tensor, copied: bool):
         self.tensor, self.copied = tensor, copied and _is_plain(tensor)
@@ -109,7 +110,7 @@ class _Kept:
         self.version = version(self.tensor)
 
     def put_back(self) -> bool:
-        """False if it was changed and there is no copy of what it was."""
+        """Restores the values. False if they were changed and there is no copy."""
         if not self.copied:
             before, self.version = self.version, version(self.tensor)
             return before == self.version
@@ -125,7 +126,7 @@ class _Kept:
         return version(self.tensor) == self.version and same_bits(self.tensor, self.copy)
 
     def _in_place(self) -> bool:
-        """Whether the tensor is what and where it was: not given other memory by `.data = ...`, nor resized."""
+        """Whether the tensor still has its memory and size; `.data = ...` and a resize change them."""
         t, m = self.tensor, self.memory
         return (t.data_ptr(), t.shape, t.stride(), t.dtype) == (m.data_ptr(), m.shape, m.stride(), m.dtype)
 

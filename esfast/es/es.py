@@ -48,7 +48,7 @@ class Member:
 
 
 def coefficients(members: Sequence[Member], shaped: Sequence[float], lr: float) -> tuple[list[int], list[float]]:
-    """Seeds and float32 coefficients lr / N * sum over the members of a seed of sign * shaped reward."""
+    """Seeds, and for each its float32 coefficient lr / N * (sum of sign * shaped reward over the seed's members)."""
     total: dict[int, float] = {}
     for m, z in zip(members, shaped, strict=True):
         total[m.seed] = total.get(m.seed, 0.0) + m.sign * z
@@ -65,44 +65,45 @@ class ES:
                 member.reward = evaluate(model)
             es.step()
 
-    Between populations the weights belong to ES: change them only through it (RuntimeError where others are found).
-    Buffers, such as BatchNorm's statistics, are put back after each member; see esfast.es.buffers.
+    Between populations the weights belong to ES: change them only through it. If something else has changed them, the
+    next call raises RuntimeError. Buffers, such as BatchNorm's statistics, are put back after each member (see
+    esfast.es.buffers).
 
     Args:
         model: an nn.Module, a Plan, or an iterable of (name, tensor); its weights are changed in place.
         sigma: standard deviation of the perturbation, in units of the weights. > 0.
         lr: step size of the update (alpha in the paper). > 0.
-        population_size: members a generation, at least 2; even if mirrored.
-        seed: the run's seed, 0 <= seed < 2**64. Same seed and same rewards give the same weights to the bit.
-        mirrored: members come in pairs +noise, -noise of one seed.
+        population_size: members a generation, at least 2; an even number if mirrored.
+        seed: the run's seed, 0 <= seed < 2**64. The same seed and the same rewards give the same weights to the bit.
+        mirrored: members come in pairs, +noise and -noise of one seed.
         noise: "gaussian" or "rademacher".
         shaping: "zscore", "centered_rank", or a function from the list of rewards to a list of as many numbers.
-        weights: "base" (exact; one extra copy of the weights), "master" (exact, and updates are not rounded to 16 bits;
-            two extra copies), "host" (exact; the copy is in host memory), "inplace" (no extra memory, not exact:
-            bfloat16 weights drift by about as much as they learn) or "auto" (the most exact that fits, and it says
-            which). See esfast.es.weights.
+        weights: where members are written from and restored to. "base": exact; one extra copy of the weights. "master":
+            exact, and updates are not rounded to 16 bits; two extra copies. "host": exact; the copy is in host memory.
+            "inplace": no extra memory and not exact; bfloat16 weights drift by about as much as they learn. "auto": the
+            most exact mode that fits, which it logs. See esfast.es.weights.
         rounding: of updates, "nearest" or "stochastic"; see `add_noise_`.
         perturb_rounding: of members, likewise.
         weight_decay: an update first moves the weights by lr * weight_decay of their way to `decay_to`. >= 0.
-        decay_to: "zero", or "initial": the weights of now, of which a further copy is kept.
-        optimizer: "sgd" (the paper's), "momentum", "adam", or an esfast.Momentum or Adam with numbers of its own; see
-            esfast.update.
-        groups: esfast.Group's, for weights with a sigma and an lr of their own, or texts such as "*embed*:lr=0.1"; the
-            first whose pattern matches a name counts.
+        decay_to: "zero", or "initial": the weights that the model has now; ES then keeps a further copy of them.
+        optimizer: "sgd" (the paper's), "momentum", "adam", or an esfast.Momentum or esfast.Adam with its own numbers;
+            see esfast.update.
+        groups: esfast.Group objects, or texts such as "*embed*:lr=0.1", which give weights their own sigma and lr. The
+            first group whose pattern matches a name counts.
         backend: as in `add_noise_`.
-        journal: a path; every step is appended to it before the weights change. See esfast.journal.
-        team: an esfast.Team of several processes: each gets some of a population's members, and `step` brings the
-            rewards together. See esfast.distributed.
-        resume: if the journal is there, go on where it ends: the model must be the one that the run began with.
-        checkpoints: a folder for `checkpoint()`, and to resume from.
+        journal: path of the journal. Every step is appended to it before the weights change. See esfast.journal.
+        team: an esfast.Team of several processes. Each scores some members of a population, and `step` collects the
+            rewards. See esfast.distributed.
+        resume: continue where the journal ends, if there is one. The model must be the one that the run began with.
+        checkpoints: folder that `checkpoint()` writes to and a resume reads from.
 
     Raises:
-        TypeError, ValueError: an argument outside the above; what Plan refuses; weights that are NaN or infinite.
-            Weights are untouched.
-        FileExistsError: there is a journal already and no `resume`, or another process trains with it (InUse).
+        TypeError, ValueError: an argument outside the above; weights that Plan refuses, or that are NaN or infinite. No
+            weight has changed.
+        FileExistsError: there is a journal already and no `resume`, or another process uses it (InUse).
 
-    Attributes: `plan`, `generation` (steps taken so far), `members` (of the current generation); `sigma` and `lr` may
-    be changed between generations.
+    Attributes: `plan`; `generation`, the number of steps taken; `members` of the current generation; `sigma` and `lr`,
+    which may be changed between generations.
     """
 
     modes = MODES
@@ -177,7 +178,7 @@ class ES:
             with es.population() as members:      # restored when the block is left, on any interpreter
                 for member in members: ...
 
-        Asked for again before `step`, it begins the same generation anew.
+        If it is called again before `step`, the same generation begins anew.
         """
         if self._inside is not None:
             raise RuntimeError(f"population(): member {self._inside.index} is still in place; leave its loop first")
@@ -195,13 +196,13 @@ class ES:
         """Moves the weights along the reward-weighted noise of the population, in one fused pass.
 
         Args:
-            set_aside: members whose reward is None are left out, and the update is that of the others, at least two.
+            set_aside: leave out members whose reward is None. The update is that of the others, at least two.
 
         Raises:
-            RuntimeError: no population was evaluated, it is called from inside a member's body, or somebody else
+            RuntimeError: no population was evaluated, `step` is called from inside a member's body, or something else
                 changed the weights since ES last wrote them.
-            ValueError: a reward is missing or not finite (the member is named), or the shaping function returns
-                nonsense. Weights are untouched.
+            ValueError: a reward is missing or not finite (the message names the member), or the shaping function does
+                not return as many finite numbers. No weight has changed.
         """
         if self._inside is not None:
             raise RuntimeError(f"step(): member {self._inside.index} is still in place; leave its loop first")
@@ -234,7 +235,7 @@ class ES:
         return record
 
     def _exchange(self, set_aside: bool) -> None:
-        """Rewards of members that other processes scored come here, and ours go there."""
+        """Exchanges rewards with the other processes of the team, so that all members have one."""
         if self.team.size == 1:
             return
         scored = self._mine if self.team.leads else ()  # of processes that hold a model together one speaks
@@ -248,31 +249,31 @@ class ES:
         return f"{self._run}: {self.generation}.{self._asked}"
 
     def vouch(self) -> None:
-        """Writes the weights' fingerprint into the journal, for a replay to compare. In a team, all processes call it:
-        RuntimeError if their weights are not the same."""
+        """Writes the weights' fingerprint into the journal, so that a replay can compare. In a team all processes call
+        it; RuntimeError if their weights differ."""
         with self.team.working():
             found = self.plan.fingerprint()
         self.team.agree(f"{self._run}: fingerprint after generation {self.generation}", found)
         self._history.check(self.generation, found)
 
     def checkpoint(self) -> None:
-        """Saves the full state in `checkpoints`, to resume from, and vouches for it. OSError if it can't be written.
+        """Saves the full state in `checkpoints`, and its fingerprint in the journal. OSError if it can't be written.
 
-        Of a model in shards the processes of the first group save a part each, from which as many shards resume.
-        Without a team nothing is saved of one: it resumes from the journal alone.
+        Of a model in shards, the processes of the first group save a part each, and the same number of shards resumes
+        from them. A sharded model without a team is not saved: it resumes from the journal alone.
         """
         if self.team.rank < self.team.shards and (self.team.shards > 1 or not self.plan.sharded):
             self._history.save(self.generation, self._weights.updater)
         self.vouch()
 
     def drift(self) -> float | None:
-        """With weights="inplace" the RMS distance of sampled weights from exact float32 arithmetic (see
-        esfast.es.weights), None in the modes that restore exactly."""
+        """With weights="inplace", the RMS distance of sampled weights from exact float32 arithmetic, in units of the
+        weights (see esfast.es.weights). None in the modes that restore exactly."""
         return self._weights.drift() if type(self._weights) is InplaceWeights else None
 
     @property
     def journal_seconds(self) -> float:
-        """Spent so far until its lines were on disk."""
+        """Seconds spent so far waiting for lines of the journal to be on disk."""
         return self._history.seconds
 
     def _enter(self, member: Member) -> None:

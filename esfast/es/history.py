@@ -1,4 +1,4 @@
-"""What outlasts a process of a run of ES: its journal and checkpoints, and how the run goes on from them."""
+"""The journal and the checkpoints of a run of ES, and how a run resumes from them."""
 
 from __future__ import annotations
 
@@ -18,12 +18,11 @@ log = logging.getLogger(__name__)
 
 
 class History:
-    """The generations that a run has behind it. Process 0 of a team has the journal, and what it holds the others are
-    told.
+    """The generations that a run has done. Process 0 of a team holds the journal and sends its contents to the others.
 
-    identities  what the run was after 0, 1, ... generations: a hash of the journal's header and of so many records,
-                by which its checkpoints are told from those of another run. Empty without a journal
-    seconds     spent so far until lines of the journal were on disk
+    identities  after 0, 1, ... generations, a hash of the journal's header and records up to there. A checkpoint holds
+                one, so that a checkpoint of another run is recognised. Empty without a journal
+    seconds     spent so far waiting for lines of the journal to be on disk
     """
 
     def __init__(self, team: Team, run: str, checkpoints: str | Path | None):
@@ -34,10 +33,10 @@ class History:
         self._checked = -1
 
     def begin(self, path: Path, header: dict, resume: bool, weights) -> int:
-        """Begins the journal, or with `resume` goes on with the one that is there: brings `weights` (of a mode of
-        esfast.es.weights) to where it ends. Returns the generations done.
+        """Begins the journal. With `resume`, brings `weights` (a mode of esfast.es.weights) to the end of the journal
+        that is there. Returns the number of generations done.
 
-        Raises FileExistsError, FileNotFoundError, InUse or ValueError as ES says.
+        Raises FileExistsError, FileNotFoundError, InUse or ValueError, as ES documents.
         """
         team, leads = self._team, self._team.rank == 0
         lock = Lock.take(path, shared=True) if leads else None
@@ -85,14 +84,14 @@ class History:
         return len(records)
 
     def append(self, record: Generation) -> None:
-        """Adds a generation to the journal, if there is one, and waits until it is on disk."""
+        """Appends a generation to the journal, if there is one, and waits until it is on disk."""
         if self._journal is not None:
             self._journal.append(record)
         if self.identities:
             self._note(dataclasses.asdict(record))
 
     def check(self, generation: int, fingerprint: str) -> None:
-        """Writes the weights' fingerprint into the journal, if there is one and it does not hold it yet."""
+        """Writes the weights' fingerprint into the journal, if there is a journal and it doesn't hold one yet."""
         if self._journal is not None and self._checked < generation:
             self._journal.check(generation, fingerprint)
             self._checked = generation

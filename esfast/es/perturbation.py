@@ -1,4 +1,4 @@
-"""`perturbed`: one perturbed model for the time of a block, for loops that keep their own books."""
+"""`perturbed`: a perturbed model for the time of a block, for loops that choose seeds and coefficients themselves."""
 
 from __future__ import annotations
 
@@ -22,9 +22,11 @@ def perturbed(
     noise: str = "gaussian",
     backend: str = "auto",
 ) -> Iterator[Plan]:
-    """Inside the block the weights are round(weights + sigma * noise(seed)); after it, however it is left, they are the
-    same bits as before, and so are the buffers of a module (see es/buffers.py). Blocks may be nested. What is loaded
-    into the model inside a block is gone after it.
+    """Perturbs a model inside a `with` block.
+
+    Inside the block the weights are round(weights + sigma * noise(seed)). After it, however it is left, they have the
+    same bits as before, and so have the buffers of a module (see es/buffers.py). Blocks may be nested. Weights that are
+    loaded into the model inside a block are lost after it.
 
         with esfast.perturbed(model, seed, sigma):
             reward = evaluate(model)
@@ -32,13 +34,17 @@ def perturbed(
     Args:
         model: an nn.Module, a Plan, or an iterable of (name, tensor).
         seed: 0 <= seed < 2**64.
-        sigma: factor of the noise, in units of the weights; with -sigma it is the mirrored member.
-        base: a copy of the weights (`plan.clone()`), which members are written from and restored to; make a new one
-            after other weights were loaded into the model. Without one each block makes a copy of its own: one more
-            pass over the weights, and memory to fetch.
+        sigma: factor of the noise, in units of the weights. -sigma gives the mirrored member.
+        base: a copy of the weights (`plan.clone()`), from which the member is written and restored. Make a new one
+            after loading other weights into the model. Without a base each block makes its own copy, which costs one
+            more pass over the weights and the allocation.
         noise, backend: as in `add_noise_`.
 
-    Yields the Plan. Raises TypeError or ValueError for what Plan and `add_noise_` refuse, before any weight changes.
+    Yields:
+        The Plan.
+
+    Raises:
+        TypeError, ValueError: Plan or `add_noise_` refuses an argument. No weight has changed.
     """
     plan = model if isinstance(model, Plan) else Plan(model)
     plan.check_module()
@@ -62,7 +68,7 @@ _IDLE: weakref.WeakKeyDictionary[Plan, Buffers] = weakref.WeakKeyDictionary()  #
 
 @contextlib.contextmanager
 def unchanged_buffers(plan: Plan) -> Iterator[None]:
-    """After the block the buffers of the plan's module are as before it."""
+    """Restores the buffers of the plan's module after the block."""
     buffers = _IDLE.pop(plan, None) or Buffers(plan)  # of nested blocks each has its own
     buffers.note()
     try:

@@ -1,4 +1,4 @@
-"""How a member's weights are made and undone.
+"""The weight modes: where members are written from, and how the weights come back.
 
 | mode    | copies         | after the population | an update                          |
 |---------|----------------|----------------------|------------------------------------|
@@ -7,9 +7,9 @@
 | host    | one, elsewhere | the same bits        | as with base                       |
 | inplace | none           | rounding errors stay | as with base, and on top of them   |
 
-What each takes is stated by its `cost`, which `esfast bench modes` measures. For float32 weights master and base are
-the same thing. `host` keeps the base in (pinned) host memory and copies it back once a generation; its members move in
-place from one to the next, so they carry the rounding of those moves.
+Each mode states its memory and traffic in `cost`, which `esfast bench modes` measures. For float32 weights master and
+base are the same. `host` keeps the base in (pinned) host memory and copies it back once a generation. Its members are
+made in place, each from the one before, so they carry the rounding errors of these moves.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ DRIFT_SAMPLE = 256  # weights of each tensor that `inplace` watches
 
 
 class Cost(NamedTuple):
-    """What a mode takes of one weight of some dtype, in bytes."""
+    """Bytes that a mode needs for one weight of some dtype."""
 
     device: int  # kept beside the weights, on their device
     host: int  # kept in host memory
@@ -46,13 +46,14 @@ class Cost(NamedTuple):
 
 
 class _Stored:
-    """What modes with a copy share: they see that somebody else wrote the live weights, which the copy would undo."""
+    """Shared by the modes with a copy: detects that something else wrote the live weights, which the copy would
+    undo."""
 
     def changed_elsewhere(self) -> bool:
-        """Whether the live weights are others than those that this mode wrote last, no member being in place.
+        """Whether something else changed the live weights since this mode last wrote them. Call it between members.
 
-        Seen are writes that PyTorch counts (esfast.utils.changes), and not those to DTensors. Without any it takes
-        microseconds; after one, the weights are compared with the copy, and what has the same bits counts as its own.
+        It detects writes that PyTorch counts (esfast.utils.changes), but not writes to DTensors. Without a write it
+        takes microseconds. After one, it compares the weights with the copy; equal bits count as unchanged.
         """
         tensors = self.plan.tensors
         if self.plan.sharded or (now := versions(tensors)) == self._seen:
@@ -67,9 +68,8 @@ class _Stored:
 
 
 class BaseWeights(_Stored):
-    """Members are written from a copy that is only read, so nothing is ever subtracted and restoring is a copy.
-
-    The base is the truth: whatever interrupts a member, `restore` gives back the bits.
+    """Members are written from a read-only copy, the base, so nothing is ever subtracted. Restoring copies the base:
+    whatever interrupts a member, `restore` gives back the bits.
     """
 
     def __init__(self, plan: Plan, rule: Rule, backend: str = "auto"):
@@ -92,7 +92,7 @@ class BaseWeights(_Stored):
         self.place({seed: coeff}, rounding)
 
     def place(self, terms: Mapping[int, float], rounding: str = "nearest") -> None:
-        """The base plus any number of seeds' noise, each times its coefficient."""
+        """Writes the base plus the noise of any number of seeds, each times its coefficient, into the live weights."""
         for group, plan, base in self._parts:
             coeffs = [group.sigma * c for c in terms.values()]
             add_noise_(plan, list(terms), coeffs, base=base, rounding=rounding, **self._options)
@@ -102,7 +102,7 @@ class BaseWeights(_Stored):
         self._note()
 
     def adopt(self) -> None:
-        """The live weights were written by somebody else, and are the truth from now on."""
+        """Takes the live weights, which something else has written, as the new base."""
         for mine, live in zip(self.truth.tensors, self.plan.tensors, strict=True):
             mine.copy_(live.detach())
         if self.truth.low is not None:
@@ -110,7 +110,7 @@ class BaseWeights(_Stored):
         self._note()
 
     def _stored(self, i: int) -> torch.Tensor:
-        """What the live tensor i is when no member is in place."""
+        """The bits of live tensor i when no member is in place."""
         copy = self.plan.part([i]).clone()
         add_noise_(copy, [], [], base=self.truth.part([i]), **self._options)
         return copy.tensors[0]
@@ -120,17 +120,18 @@ class BaseWeights(_Stored):
         self.settle()
 
     def settle(self) -> None:
-        """The truth was changed: the live weights follow it."""
+        """Brings the live weights up to date after an update of the base."""
         self.restore()
 
 
 class MasterWeights(BaseWeights):
-    """The truth is float32 (Plan.master): updates are not rounded to 16 bits. Members are written from its upper
-    halves, and the weights between generations are the truth rounded once."""
+    """The base is float32 (Plan.master), so updates are not rounded to 16 bits. Members are written from its upper
+    halves. Between generations the live weights are the master, rounded once."""
 
     @staticmethod
     def cost(dtype: torch.dtype) -> Cost:
-        """Members of float16 weights read all 4 bytes: float32 can't be split into a half and 16 bits (Plan.master)."""
+        """Members of float16 weights read 4 bytes: a float32 can't be split into a float16 and 16 bits
+        (Plan.master)."""
         size, truth, upper = dtype.itemsize, 4, 2 if dtype is torch.bfloat16 else 4
         return Cost(device=truth, host=0, member=upper + size, restore=truth + size, update=3 * truth + size)
 
@@ -139,7 +140,7 @@ class MasterWeights(BaseWeights):
 
 
 class _MovingWeights:
-    """Members are made in the live weights, which are the truth in between."""
+    """Members are made in place, in the live weights; between populations these are the only copy."""
 
     def __init__(self, plan: Plan, rule: Rule, backend: str = "auto"):
         self.plan, self.truth = plan, plan
@@ -154,10 +155,10 @@ class _MovingWeights:
         self.settle()
 
     def settle(self) -> None:
-        """The live weights, which are the truth, were changed."""
+        """Called after an update has changed the live weights. There is no copy to bring up to date here."""
 
     def changed_elsewhere(self) -> bool:
-        """Never: whatever the live weights are, they are the truth."""
+        """Always False: there is no copy that could differ."""
         return False
 
     def _move(self, target: list[tuple[int, float]], rounding: str = "nearest") -> None:
@@ -170,11 +171,13 @@ class _MovingWeights:
 
 
 class InplaceWeights(_MovingWeights):
-    """Members are made in place, and the noise is subtracted again, in a pass of its own: what was just added and
-    rounded mostly comes back, while moves from member to member in one pass go ever farther. After 3000 members of
-    sigma 1e-3 bfloat16 weights of scale 0.02 are off by 3.4e-4 and 1.8e-3 (`esfast bench drift`). Not exact.
+    """Members are made in place, and their noise is subtracted again. Not exact: rounding errors stay.
 
-    `drift()` measures what that and the rounding of updates have done, on a sample of the weights.
+    The subtraction is a pass of its own. Then most weights come back, since the noise that is subtracted was just added
+    and rounded. Moving from member to member in one pass would drift much farther: after 3000 members of sigma 1e-3,
+    bfloat16 weights of scale 0.02 are off by 3.4e-4 and by 1.8e-3 (`esfast bench drift`).
+
+    `drift()` measures the rounding errors of members and updates, on a sample of the weights.
     """
 
     def __init__(self, plan: Plan, rule: Rule, backend: str = "auto"):
@@ -201,13 +204,13 @@ class InplaceWeights(_MovingWeights):
             self._exact(record)
 
     def adopt(self) -> None:
-        """The live weights were written by somebody else: drift is counted from here."""
+        """Measures drift from the live weights of now on, since something else has written them."""
         for (_, live, _), exact in zip(self._watched, self._exact.plan.tensors if self._exact else (), strict=True):
             exact.copy_(live)
 
     def drift(self) -> float | None:
-        """RMS distance of the watched weights, while no member is in place, from what float32 arithmetic that restores
-        exactly would hold. None if no tensor is contiguous and whole."""
+        """RMS distance of the sampled weights from the weights that exact restoring and float32 updates would give.
+        Call it between members. None if no tensor is contiguous and whole."""
         if self._exact is None:
             return None
         exact = self._exact.plan.tensors
@@ -216,9 +219,9 @@ class InplaceWeights(_MovingWeights):
 
 
 class HostWeights(_Stored, _MovingWeights):
-    """Members move in place, from one to the next in one pass, and the weights come back from a copy in host memory
-    when the population is left. A member carries the rounding of the moves before it, so in a team its reward may
-    depend, in the last bits, on who scored which members; the step that given rewards lead to does not."""
+    """Members are made in place, each from the one before in one pass. When the population is left, the weights come
+    back from a copy in host memory. A member carries the rounding errors of the moves before it. So in a team a reward
+    may depend, in its last bits, on which process scored which members. The update depends on the rewards alone."""
 
     def __init__(self, plan: Plan, rule: Rule, backend: str = "auto"):
         super().__init__(plan, rule, backend)
@@ -228,7 +231,7 @@ class HostWeights(_Stored, _MovingWeights):
 
     @staticmethod
     def cost(dtype: torch.dtype) -> Cost:
-        """Restoring, and so an update, counts what is read and written on either side of the copy."""
+        """Restoring, and so an update, counts the bytes on both sides of the copy between host and device."""
         size = dtype.itemsize
         return Cost(device=0, host=size, member=2 * size, restore=2 * size, update=6 * size)
 
@@ -270,7 +273,8 @@ MODES = dict(zip(WEIGHT_MODES, (BaseWeights, MasterWeights, HostWeights, Inplace
 def automatic(plan: Plan, rule: Rule) -> str:
     """The most exact mode whose copies, with the weights, take at most WEIGHTS_SHARE of the device's memory.
 
-    Of all memory, not of what is free just now: the same run on the same machine shall take the same mode.
+    This counts all memory, not what is free at the moment, so that the same run on the same machine takes the same
+    mode.
     """
     if plan.device.type == "cuda":
         total = torch.cuda.get_device_properties(plan.device).total_memory

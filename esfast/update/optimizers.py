@@ -1,6 +1,6 @@
-"""The optimizers and the groups of weights as settings: numbers that are checked, no tensors.
+"""Settings of the optimizers and of the groups of weights: checked numbers, no tensors.
 
-What an update makes of them is in esfast.update. This module does not import torch, nor does `esfast train --help`.
+esfast.update.updater applies them. This module does not import torch, and so `esfast train --help` need not.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from ..utils.suggest import unknown
 
 @dataclass(frozen=True)
 class SGD:
-    """theta += lr g: the paper's update."""
+    """theta += lr g, the update of the paper; g is the reward-weighted noise. No state."""
 
 
 @dataclass(frozen=True)
 class Momentum:
-    """Momentum without a buffer: the seeds of the last `window` generations are replayed in every update.
+    """Momentum without a buffer: every update replays the seeds of the last `window` generations.
 
-    beta: share of the velocity that is kept from one generation to the next, 0 < beta < 1.
-    window: generations that are replayed, at least 2; beta^window of the velocity is forgotten.
+    beta: fraction of the velocity that is kept from one generation to the next, 0 < beta < 1.
+    window: generations that are replayed, at least 2. A fraction beta^window of the velocity is dropped.
     """
 
     beta: float = 0.9
@@ -36,10 +36,11 @@ class Momentum:
 
 @dataclass(frozen=True)
 class Adam:
-    """Adam over the estimated gradient, with float32 moments: 8 bytes a weight.
+    """Adam over the estimated gradient g, with two float32 moments: 8 bytes a weight.
 
-    beta1, beta2: what the running means of g and g^2 keep, 0 < beta < 1. eps: added to sqrt(v), > 0. The gradient is
-    that of z-scored rewards, about 1/sqrt(N) in size, whatever the scale of the rewards.
+    beta1, beta2: fractions of the running means of g and g^2 that a step keeps, 0 < beta < 1.
+    eps: added to sqrt(v), > 0. The gradient is that of z-scored rewards, so its size is about 1/sqrt(N), whatever the
+        scale of the rewards.
     """
 
     beta1: float = 0.9
@@ -59,9 +60,10 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {"sgd": SGD, "momentum": Momentum, "ada
 
 @dataclass(frozen=True)
 class Group:
-    """Weights with a sigma and an lr of their own: those whose names match the glob pattern, times these factors.
+    """Gives the weights whose names match a glob pattern their own sigma and lr.
 
-    sigma, lr: factors of the run's, > 0. Weights that shall stay as they are do not belong in the plan (`exclude`).
+    sigma, lr: factors of the run's sigma and lr, > 0. To leave weights unchanged, keep them out of the plan
+    (`exclude`).
     """
 
     pattern: str
@@ -77,12 +79,12 @@ class Group:
                 raise ValueError(f"Group.{name} of {self.pattern!r}: expected a positive factor, got {value!r}")
 
     def __str__(self) -> str:
-        """The text that `parse` makes the same group of."""
+        """The text that `parse` turns back into this group."""
         return f"{self.pattern}:sigma={float(self.sigma)!r},lr={float(self.lr)!r}"
 
     @classmethod
     def parse(cls, text: str) -> Group:
-        """`PATTERN:sigma=X,lr=Y`, either of them or both; ValueError for anything else."""
+        """The group of a text `PATTERN:sigma=X,lr=Y`, with either factor or both; ValueError for anything else."""
         pattern, colon, factors = text.rpartition(":") if isinstance(text, str) else ("", "", "")
         named = [factor.partition("=") for factor in factors.split(",")]
         try:
@@ -98,14 +100,14 @@ class Group:
 
 
 def check_groups(groups: Sequence[Group | str]) -> tuple[Group, ...]:
-    """Groups, or texts of them as `Group.parse` reads them. TypeError or ValueError for anything else."""
+    """Groups from Group objects and texts (`Group.parse`). TypeError or ValueError for anything else."""
     if isinstance(groups, str) or not isinstance(groups, Sequence):
         raise TypeError(f"groups: expected a list of esfast.Group, or of PATTERN:sigma=X,lr=Y, got {groups!r:.80}")
     return tuple(g if isinstance(g, Group) else Group.parse(g) for g in groups)
 
 
 def check_optimizer(value) -> Optimizer:
-    """An optimizer, or the default one of that name."""
+    """The optimizer itself, or the default one of a name."""
     if isinstance(value, str) and value in OPTIMIZERS:
         return OPTIMIZERS[value]()
     if isinstance(value, str):

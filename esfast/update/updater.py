@@ -1,6 +1,6 @@
 """How a generation changes the weights: the optimizer's rule, and the Updater that training and replay share.
 
-An optimizer says what becomes of the reward-weighted noise g = sum_j coeffs[j] * noise(seeds[j]) of a generation:
+An optimizer turns a generation's reward-weighted noise g = sum_j coeffs[j] * noise(seeds[j]) into a step:
 
 | optimizer | step                                                        | extra memory     | work of an update     |
 |-----------|-------------------------------------------------------------|------------------|-----------------------|
@@ -8,10 +8,10 @@ An optimizer says what becomes of the reward-weighted noise g = sum_j coeffs[j] 
 | Momentum  | v = beta v + lr g;  w += v, the last `window` generations   | none             | up to window N members|
 | Adam      | w += lr m / (sqrt(v) + eps), m and v running means          | 8 bytes a weight | N members             |
 
-Momentum keeps no buffer: noise is a function of its seed, so the velocity is drawn anew from the seeds of the last
-`window` generations, each with beta to the power of its age (Sutskever et al., ICML 2013, cut off where beta^window is
-left). Adam is that of Kingma and Ba (arXiv 1412.6980), its weight decay decoupled (Loshchilov and Hutter, arXiv
-1711.05101). Either is one fused pass over the weights.
+Momentum keeps no buffer. Noise is a function of its seed, so the velocity is computed again from the seeds of the last
+`window` generations, each times beta to the power of its age (Sutskever et al., ICML 2013; the terms beyond the window,
+a fraction beta^window, are dropped). Adam is that of Kingma and Ba (arXiv 1412.6980) with decoupled weight decay
+(Loshchilov and Hutter, arXiv 1711.05101). Each update is one fused pass over the weights.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Generation:
-    """What one `ES.step` did: the weights moved by `decay` of themselves (or of their way back to the initial ones),
-    and along sum_j coeffs[j] * noise(seeds[j]), as the optimizer says."""
+    """The record of one `ES.step`. The weights first decayed by the fraction `decay`, towards zero or the initial
+    weights; then the optimizer moved them along sum_j coeffs[j] * noise(seeds[j])."""
 
     generation: int
     seeds: list[int]
@@ -53,10 +53,10 @@ class Generation:
 
 @dataclass(frozen=True)
 class Rule:
-    """All that decides, with a generation's seeds and coefficients, what becomes of the weights.
+    """The settings that, with a generation's seeds and coefficients, determine an update.
 
-    noise, rounding: as in `add_noise_`. decay_to: "zero", or "initial" for the weights of before the first update.
-    groups: the first whose pattern matches a name has its weights. Raises TypeError or ValueError for anything else.
+    noise, rounding: as in `add_noise_`. decay_to: "zero", or "initial" for the weights before the first update.
+    groups: the first group whose pattern matches a name counts. Raises TypeError or ValueError for anything else.
     """
 
     noise: str = "gaussian"
@@ -77,17 +77,17 @@ class Rule:
             )
 
     def gradient_lr(self, lr: float) -> float:
-        """The factor of g that a generation's coefficients hold."""
+        """The factor of g in a generation's coefficients: lr, or 1 for Adam, which applies lr itself."""
         return 1.0 if isinstance(self.optimizer, Adam) else lr
 
     def extra_bytes(self, plan: Plan) -> int:
-        """Memory that an Updater takes: the moments and the anchor."""
+        """Bytes that an Updater takes: the moments and the anchor."""
         moments = 8 * plan.flat_numel if isinstance(self.optimizer, Adam) else 0
         return moments + (plan.nbytes if self.decay_to == "initial" else 0)
 
     def split(self, *plans: Plan | None) -> list[tuple]:
-        """The weights by their group: for each one (group, *parts), the parts those of plans of the same tensors. With
-        no groups it is one, of the plans themselves. As noise is a function of names, no split changes it."""
+        """Divides plans of the same tensors by group: for each group (group, *parts), a part of each plan. Without
+        groups there is one part, the whole plans. Noise is a function of names, so the division does not change it."""
         rest = Group("*")
         if not self.groups:
             return [(rest, *plans)]
@@ -106,7 +106,7 @@ class Rule:
                 )
 
     def largest(self, factor: str) -> float:
-        """The largest factor, of "sigma" or "lr", that any weights have."""
+        """The largest factor of "sigma" or "lr" that any group has."""
         return max([1.0, *(getattr(group, factor) for group in self.groups)])
 
     def to_json(self) -> dict:
@@ -118,7 +118,7 @@ class Rule:
 
     @classmethod
     def from_json(cls, fields: dict) -> Rule:
-        """What `to_json` gave; KeyError or TypeError for anything else. Further fields are left alone."""
+        """The inverse of `to_json`. Ignores other fields; KeyError or TypeError if one is missing or wrong."""
         optimizer = dict(fields["optimizer"])
         made = OPTIMIZERS[optimizer.pop("name")](**optimizer)
         groups = tuple(Group(*group) for group in fields.get("groups", ()))
@@ -126,11 +126,11 @@ class Rule:
 
 
 class Updater:
-    """Applies generations, in their order, to the weights of a plan: in ES.step and in a replay alike.
+    """Applies generations, in order, to the weights of a plan. ES.step and a replay both use it.
 
-    It holds what the rule needs from one generation to the next: `past`, seeds and coefficients (Momentum); `moments`,
-    float32 (2, plan.flat_numel) (Adam); `anchor`, a plan of the initial weights (decay_to="initial": 1x the weights, of
-    a float32 master's their upper halves).
+    It holds the optimizer's state between generations. Momentum: `past`, seeds and coefficients. Adam: `moments`,
+    float32 (2, plan.flat_numel). decay_to="initial": `anchor`, a plan of the initial weights (of a float32 master,
+    their upper halves).
     """
 
     def __init__(self, plan: Plan, rule: Rule, backend: str = "auto"):
@@ -158,7 +158,7 @@ class Updater:
         self.recall(record)
 
     def part(self, which: Sequence[int]) -> Updater:
-        """For some of the tensors, by their numbers, in the same memory; it takes note of generations for both."""
+        """An Updater of some of the tensors, given by their numbers, in the same memory and with the same state."""
         part = Updater.__new__(Updater)
         part.plan, part.rule, part.backend = self.plan.part(which), self.rule, self.backend
         part.anchor = self.anchor.part(which) if self.anchor is not None else None
@@ -167,7 +167,7 @@ class Updater:
         return part
 
     def recall(self, record: Generation) -> None:
-        """Takes note of a generation that the weights have seen already."""
+        """Notes a generation that is already in the weights, for the optimizer's state."""
         self.past.appendleft((record.seeds, record.coeffs))
 
     def _with_past(self, seeds: list[int], coeffs: list[float]) -> tuple[list[int], list[float]]:
