@@ -1,8 +1,8 @@
-"""Training in several processes: who scores which member, and how rewards come together.
+"""Training in several processes: which process scores which member, and how rewards are exchanged.
 
-Processes share torch.distributed's store, a table of small values, and between generations nothing else goes from one
-to another but N rewards. Every process draws the same noise and takes the same step, so the weights stay equal to the
-bit. torchrun starts them, on one machine or several:
+Processes share torch.distributed's store, a table of small values. In a generation they exchange N rewards and nothing
+else. Every process draws the same noise and takes the same step, so the weights stay equal to the bit. torchrun starts
+the processes, on one machine or several:
 
     torchrun --nproc-per-node 8 -m esfast train ...
 """
@@ -41,7 +41,7 @@ GRACE = 10.0  # seconds that other processes then have to notice
 
 
 class Stopped(RuntimeError):
-    """Another process failed, or is gone; the message names it."""
+    """Another process failed or died; the message names it."""
 
 
 class Team:
@@ -50,10 +50,10 @@ class Team:
         with Team.join() as team:      # at the end all wait for each other; an error or Ctrl-C in one stops all
             es = ES(model, team=team)
 
-    rank, size     this process's number, and how many there are
-    shards         so many processes, of consecutive ranks, hold one model in shards and score its members together
-    restarted      whether torchrun started these processes after others died (--max-restarts): they resume
-    at_work        whether this process has something to do with others, and can't go on without them
+    rank, size     this process's number, and the number of processes
+    shards         processes, of consecutive ranks, that hold one model in shards and score its members together
+    restarted      whether torchrun started these processes after others died (--max-restarts); they then resume
+    at_work        whether this process is inside work that needs the others
     """
 
     def __init__(self, store: dist.Store | None = None, rank: int = 0, size: int = 1, shards: int = 1):
@@ -70,8 +70,8 @@ class Team:
 
     @classmethod
     def join(cls, device: torch.device | str = "cpu", shards: int = 1) -> Team:
-        """The team that torchrun's environment variables or torch.distributed's default group describe; this process
-        alone if there is neither. Makes the default group if there is none: gloo, and NCCL for GPUs."""
+        """The team of torch.distributed's default group or of torchrun's environment variables; without either, this
+        process alone. Makes the default group if there is none: gloo, and NCCL for GPUs."""
         made, attempts = not dist.is_initialized(), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
         if made:
             if int(os.environ.get("WORLD_SIZE", 1)) == 1:
@@ -92,32 +92,31 @@ class Team:
         return team
 
     def mesh(self, device: torch.device | str) -> DeviceMesh:
-        """The processes that hold the model of this one together, `shards` of them, as a mesh of one dimension. All
-        processes call it."""
+        """The `shards` processes that hold this process's model together, as a mesh of one dimension. All processes
+        call it."""
         from torch.distributed.device_mesh import init_device_mesh
 
         shape = self.size // self.shards, self.shards
         return init_device_mesh(torch.device(device).type, shape, mesh_dim_names=("replicas", "shards"))["shards"]
 
     def run(self) -> str:
-        """A name for another run of this team, by which its keys are told from those of runs before: all processes
-        ask for it in the same order."""
+        """A unique prefix of store keys. Call in the same order on all ranks."""
         self._runs += 1
         return f"run {self._runs}"
 
     @property
     def leads(self) -> bool:
-        """Whether this process speaks for the model that it holds or has a shard of."""
+        """Whether this process is the first of those that hold its model, and so reports for them."""
         return self.rank % self.shards == 0
 
     @property
     def part(self) -> str:
-        """What the names of files say that hold a part of the model: which, of how many."""
+        """Suffix of the names of files that hold a part of the model: which part, of how many."""
         return f"-{self.rank % self.shards + 1}of{self.shards}" if self.shards > 1 else ""
 
     def members(self, turn: str, count: int) -> Iterator[int]:
-        """Numbers below `count`, each handed to one process (or group of shards) of all that ask under this `turn`,
-        as they are ready for it: a slow one gets fewer, and delays nobody."""
+        """Hands out the numbers below `count`, each to one process (or one group of shards) of those that ask under
+        this `turn`, as soon as it is free. A slow process gets fewer numbers."""
         if self.size == 1:
             yield from range(count)
             return
@@ -135,8 +134,8 @@ class Team:
             yield index
 
     def exchange(self, turn: str, mine: Mapping[int, float | None], count: int) -> list[float | None]:
-        """The rewards of all `count` members from those that each process has. None stays None. Each process
-        sends 12 bytes for each of its own, and gets 8 for each of all."""
+        """The rewards of all `count` members, from `mine` of each process. None stays None. A process sends 12 bytes
+        for each of its own members and receives 8 for each member of all."""
         if self.size == 1:
             return [mine.get(i) for i in range(count)]
         if self.leads:  # one value a process: a request for each member would take 100 us of all, one after another
@@ -153,7 +152,7 @@ class Team:
         return [None if math.isnan(v) else v for v in values]
 
     def tell(self, key: str, value: Callable[[], bytes]) -> bytes:
-        """What `value()` is in process 0, in all of them."""
+        """Broadcasts `value()` from process 0 to all."""
         if self.size == 1:
             return value()
         if self.rank == 0:
@@ -161,7 +160,7 @@ class Team:
         return self._wait(key)
 
     def gather(self, key: str, value: str) -> list[str]:
-        """Everybody's values by rank, in process 0; elsewhere an empty list."""
+        """In process 0, the values of all processes by rank; elsewhere an empty list."""
         if self.rank:
             try:
                 self._store.set(f"{key}/{self.rank}", value)
@@ -172,13 +171,14 @@ class Team:
         return [value] + [self._wait(f"{key}/{rank}").decode() for rank in range(1, self.size)]
 
     def agree(self, what: str, value: str) -> None:
-        """RuntimeError in process 0, which stops all, if the value is not the same everywhere."""
+        """RuntimeError in process 0, which stops all, if the value differs between processes."""
         for rank, other in enumerate(self.gather(what, value)):
             if other != value:
                 raise RuntimeError(f"{what}: {value} in process 0, but {other} in process {rank}")
 
     def fail(self, error: BaseException) -> None:
-        """Lets the others know why this process stops. If it is for a connection that broke, Stopped says to whom."""
+        """Tells the others why this process stops. If the error is a broken connection, raises Stopped with the name of
+        the process that died."""
         if self.size > 1 and not isinstance(error, Stopped) and self._lost is None:
             if isinstance(error, dist.DistError) or "gloo" in str(error):
                 until = time.monotonic() + SILENCE + 2 * BEAT
@@ -196,7 +196,7 @@ class Team:
 
     @contextlib.contextmanager
     def telling(self) -> Iterator[None]:
-        """A block whose error stops the others, too, and tells them why."""
+        """A block whose error also stops the other processes, and tells them why."""
         try:
             yield
         except BaseException as error:
@@ -206,7 +206,7 @@ class Team:
             raise
 
     def check(self) -> None:
-        """Stopped, or Interrupted (a KeyboardInterrupt), if another process stopped."""
+        """Raises Stopped, or Interrupted (a KeyboardInterrupt), if another process stopped."""
         if self._lost is not None:
             self._noticed.set()
             raise Stopped(self._lost)
@@ -239,7 +239,7 @@ class Team:
             self.fail(error)
 
     def close(self) -> None:
-        """All processes meet for the last time: none goes while another still needs it."""
+        """Waits for all processes, so that none leaves while another still needs it."""
         if self.size > 1 and self._lost is None:
             try:
                 self.agree("finished", "yes")
@@ -257,15 +257,15 @@ class Team:
                 self.check()
 
     def _beat(self) -> None:
-        """A thread's work: to watch, and to end this process if it is amidst a sum or a broadcast that will never end,
-        or a long generation that is of no use any more. The journal holds all generations that are complete."""
+        """Exits if a peer died while this process blocks in a collective, or in a long generation whose result nobody
+        needs any more. Runs in a thread. The journal holds all generations that are complete."""
         self._watch()
         if self._lost and not self._noticed.wait(GRACE) and self.at_work:
             log.error("stopped: %s", self._lost)
             os._exit(1)
 
     def _watch(self) -> None:
-        """Signs of life, and a look at the others' (all by rank 0, rank 0's by all)."""
+        """Writes this process's sign of life, and reads the others': rank 0 reads all, the others read rank 0's."""
         watched = [r for r in range(self.size) if r != self.rank and (self.rank == 0 or r == 0)]
         heard = {r: (b"", time.monotonic()) for r in watched}
         for number in itertools.count():
@@ -288,11 +288,12 @@ class Team:
 
 
 class SharedUpdates:
-    """An Updater's work over a team, by the faster of two plans that give the same bits: every process does all of it,
-    or each its share of the tensors, and the shares are broadcast.
+    """An Updater for a team. It keeps the faster of two ways, which give the same bits: every process updates all
+    tensors, or each updates its share of the tensors and broadcasts it.
 
-    The first calls try both, twice, as the first call of either loads code; the slowest process decides. Adam's moments
-    stay with the one who calculates them, so with Adam it is always all. `chosen` says which.
+    The first four calls try each way twice, since the first call of either loads code; the slowest process decides.
+    With Adam every process updates all, since Adam's moments stay in the process that computes them. `chosen` is the
+    way: "all" or "share".
     """
 
     TRIED = ("all", "share") * 2
@@ -347,7 +348,7 @@ class SharedUpdates:
 
 
 def shares(sizes: list[int], count: int) -> list[tuple[int, int]]:
-    """`count` ranges of neighbours, some perhaps empty, of about equal sums of sizes."""
+    """Divides the numbers of `sizes` into `count` ranges with about equal sums; a range may be empty."""
     ends, total, done = [], sum(sizes), 0
     limits = iter([total * (r + 1) / count for r in range(count - 1)])
     limit = next(limits, math.inf)

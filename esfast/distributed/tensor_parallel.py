@@ -1,9 +1,9 @@
-"""A causal language model over several devices: each holds a part of every large matrix, and generates the same tokens.
+"""Tensor parallelism: several devices hold parts of a causal language model's large matrices, and generate together.
 
-The plan, which matrices are cut along which dimension, is the one that Transformers' models bring with them. The
-parameters become DTensors, so `esfast.Plan` gives each part the noise that it has in the whole, and the forward pass
-works on what lies here, with one sum over the devices for each pair of matrices. (Transformers' own loader cuts a model
-over all processes there are; here groups of processes hold a model each. See esfast.distributed.Team.)
+The tensor-parallel plan of Transformers' models says which matrix is cut along which dimension. The parameters become
+DTensors, so `esfast.Plan` gives each part the noise that it has in the whole. The forward pass works on the local
+parts, with one sum over the devices for each pair of matrices. (Transformers' own loader cuts a model over all
+processes; here each group of processes holds a model. See esfast.Team.)
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from torch.nn.functional import linear
 
 
 class ColumnParallel(nn.Linear):
-    """x -> x W^T + b, of which this device has some of the outputs: W is cut along dimension 0.
+    """x -> x W^T + b with W cut along dimension 0: this device computes some of the outputs.
 
-    whole   whether the outputs of all are gathered
+    whole   whether the outputs of all devices are gathered
     """
 
     dim = 0
@@ -39,9 +39,9 @@ class ColumnParallel(nn.Linear):
 
 
 class RowParallel(nn.Linear):
-    """x -> x W^T + b, summed over devices which have some of the inputs each: W is cut along dimension 1.
+    """x -> x W^T + b with W cut along dimension 1: each device has some of the inputs, and the results are summed.
 
-    whole   whether all inputs come in, of which this device takes its own
+    whole   whether x has all inputs, of which this device takes its own
     """
 
     dim = 1
@@ -66,16 +66,19 @@ STYLES = {  # by Transformers' names, of 4.56 and of 5: the class that does it, 
 
 
 def shard(model, mesh: DeviceMesh, device: torch.device | str) -> None:
-    """Cuts a Hugging Face model, which every process of the mesh has loaded whole, and moves it to the device.
+    """Cuts a Hugging Face model into shards, in place, and moves this process's shard to the device.
 
-    mesh    one dimension, of the processes that hold the model together; each calls this
-    device  of this process
+    Embeddings and norms stay whole, and so does an output matrix that is tied to the embedding or can't be cut into
+    equal parts. The model has no gradients afterwards.
 
-    An output matrix that is tied to the embedding, or that can't be cut into equal parts, stays whole, as embeddings
-    and norms do. Gradients can't be taken any more.
+    Args:
+        model: a causal LM that every process of the mesh has loaded whole.
+        mesh: the processes that hold the model together, one dimension (`Team.mesh`). Each calls this.
+        device: this process's device.
 
-    Raises ValueError, before anything is changed, if the model has no plan, or one of a style that isn't known here
-    (mixtures of experts), or if its heads or matrices can't be cut into equal parts.
+    Raises:
+        ValueError: the model has no tensor-parallel plan; the plan has a style that esfast doesn't know (mixtures of
+            experts); or its heads or matrices can't be cut into equal parts. Nothing has changed.
     """
     modules = _planned(model, mesh.size())
     model.requires_grad_(False)
@@ -90,7 +93,7 @@ def shard(model, mesh: DeviceMesh, device: torch.device | str) -> None:
 
 
 def _planned(model, count: int) -> list[tuple[nn.Linear, type[ColumnParallel | RowParallel], bool]]:
-    """The modules that are cut, each with what its style means."""
+    """The modules to cut, each with the class of its style and the style's `whole`."""
     name = type(model).__name__
     plan = getattr(model, "_tp_plan", None)
     if not plan:

@@ -1,5 +1,5 @@
-"""Full checkpoints: the truth of the weights and what the optimizer holds, so that a resumed run replays only the
-generations since. A journal alone is enough to resume; checkpoints bound how long that takes."""
+"""Checkpoints: the weights (of the base or the master) and the optimizer's state, so that a resumed run replays only
+the generations since. A journal alone is enough to resume; checkpoints bound how long that takes."""
 
 from __future__ import annotations
 
@@ -26,11 +26,13 @@ _NAME = re.compile(r"generation-(\d{8})(|-\d+of\d+)\.safetensors")
 
 
 def save(folder: Path, generation: int, updater: Updater, part: str = "", run: str = "") -> Path:
-    """Writes the state after so many generations, whole or not at all, and removes all but the KEPT newest and those of
-    other ways to cut the model. `part` is of the file's name: each process saves what it holds of a model in shards.
-    `run` says of which run it is, and of which generations (History.identities).
+    """Writes the state after `generation` generations, whole or not at all. Then removes all but the KEPT newest
+    checkpoints, and those of another number of shards.
 
-    OSError if it can't be written; earlier checkpoints are still there.
+    part  suffix of the file's name: each process saves its part of a model in shards
+    run   identifies the run and the generations up to here (History.identities)
+
+    OSError if the file can't be written; earlier checkpoints are still there.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = _path(folder, generation, part)
@@ -61,7 +63,7 @@ def _path(folder: Path, generation: int, part: str) -> Path:
 
 
 def _list(folder: Path) -> list[tuple[int, str]]:
-    """Generations and parts of the checkpoints that are there."""
+    """(generation, part) of each checkpoint in the folder."""
     names = [_NAME.fullmatch(p.name) for p in folder.iterdir()] if folder.is_dir() else []
     return [(int(m[1]), m[2]) for m in names if m]
 
@@ -74,12 +76,13 @@ def load_newest(
     identities: Sequence[str] = (),
     checks: Mapping[int, str] | None = None,
 ) -> int:
-    """Brings the weights to the newest usable checkpoint of at most `until` generations; returns its generation, 0 if
-    there is none. One that is damaged or of another run is left out with a word, and no weight is changed by it.
-    Processes that hold a model together need not find the same one: what it lacks is replayed.
+    """Loads the newest usable checkpoint of at most `until` generations; returns its generation, or 0 if there is none.
 
-    identities  of the run after 0, 1, ... generations
-    checks      the journal's fingerprints by generation, which stand in for the identity that older checkpoints lack
+    A damaged checkpoint, or one of another run, is ignored with a warning, and no weight changes. Processes that hold a
+    model together may find different checkpoints: the generations since are replayed.
+
+    identities  hashes of the run after 0, 1, ... generations
+    checks      the journal's fingerprints by generation; they identify older checkpoints, which have no hash
     """
     for generation in sorted((g for g, other in _list(folder) if g <= until and other == part), reverse=True):
         path = _path(folder, generation, part)
@@ -112,12 +115,12 @@ def _load(path: Path, updater: Updater, identity: str, check: str | None) -> Non
 
 
 def _fingerprint(entries: Sequence[Entry], low: torch.Tensor | None) -> str:
-    """Of the weights that lie here."""
+    """Fingerprint of this process's weights."""
     return f"{sum(window_sums(entries, low)) & MASK:016x}"
 
 
 def _fingerprint_of(file, plan: Plan) -> str:
-    """Of the file's weights in the plan's place."""
+    """Fingerprint of the file's weights, under the names of the plan."""
     total = 0
     low = file.get_tensor("low") if plan.low is not None else None
     for e, name in zip(plan.entries, _names(plan), strict=True):

@@ -1,8 +1,8 @@
-"""A whole fine-tune in kilobytes: a journal packed into one safetensors file, from which `replay` works as well.
+"""Packets: a journal packed into one safetensors file of a few kilobytes, which `replay` reads like a journal.
 
-Tensors: seeds (int64, the bits of the uint64) and coeffs (float32) of all generations in a row, counts (int64, how many
-a generation has), rewards (float64, NaN where a member was set aside) with their reward_counts, and sigma, lr, decay
-(float64, one a generation). The journal's header and checks are the file's metadata.
+Tensors, with all generations in a row: seeds (int64, the bits of the uint64) and coeffs (float32); counts (int64), the
+number of seeds of each generation; rewards (float64, NaN for a member that was set aside) and their reward_counts;
+sigma, lr and decay (float64), one a generation. The journal's header and checks are the file's metadata.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def pack(journal: str | Path, out: str | Path) -> int:
 
 
 def unpack(path: str | Path) -> Contents:
-    """What the journal held that was packed; ValueError if the file is something else."""
+    """The contents of the packed journal; ValueError if the file is something else."""
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}

@@ -1,8 +1,8 @@
-"""The record of a run: from the base weights and a few kilobytes of seeds and coefficients, the tuned weights again.
+"""The journal of a run: seeds and coefficients, from which a replay makes the tuned weights out of the base weights.
 
-A journal is a text file of JSON lines, appended to and flushed to disk before the weights change. The first line says
-what the numbers mean; every line ends with the CRC-32 of what stands before it in the line. Generations are numbered
-from 0 here, as their noise is; metrics.jsonl counts those that are done, from 1: its line 1 is of the journal's 0.
+A journal is a text file of JSON lines. A line is appended and flushed to disk before the weights change. The first line
+says what the numbers mean; every line ends with the CRC-32 of its text. The journal numbers generations from 0, as the
+noise does. metrics.jsonl counts the generations that are done: its line 1 belongs to the journal's generation 0.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ FORMAT = 2  # 1 had no optimizer
 
 
 class Contents(NamedTuple):
-    """What a journal holds: its header, its generations in order, and checks: fingerprints by generations done."""
+    """Contents of a journal: the header, the records in order, and `checks`, fingerprints by number of generations
+    done."""
 
     header: dict
     records: list[Generation]
@@ -37,7 +38,7 @@ class Contents(NamedTuple):
 
 
 def header_of(rule: Rule, seed: int, weights: str, plan: Plan) -> dict:
-    """The first line of a run's journal; the run begins with the weights that the plan has now."""
+    """The first line of a journal, for a run that begins with the plan's present weights."""
     return {
         "esfast_journal": FORMAT, "noise_version": NOISE_VERSION, **rule.to_json(), "seed": seed, "weights": weights,
         "numel": plan.whole_numel, "layout": plan.layout, "base": plan.fingerprint(),
@@ -45,10 +46,10 @@ def header_of(rule: Rule, seed: int, weights: str, plan: Plan) -> dict:
 
 
 class Journal:
-    """An append-only file of generations. `Journal.create` begins one, `take_up` goes on with one.
+    """An append-only file of generations. `Journal.create` begins one, `take_up` continues one.
 
-    It holds the run's Lock, and appends only where it left off: if the file was deleted, or somebody else wrote to it,
-    that is an error.
+    It holds the run's Lock. It appends only where the last line ended: if the file was deleted, or something else wrote
+    to it, that is an error.
     """
 
     def __init__(self, path: Path, whole: bytes = b""):
@@ -59,9 +60,10 @@ class Journal:
 
     @classmethod
     def create(cls, path: str | Path, header: dict) -> Journal:
-        """Begins a journal, also in the place of a file whose header was never complete.
+        """Begins a journal. A file whose header was never complete is replaced.
 
-        FileExistsError if there is one already: a run's record is never overwritten. InUse if another process owns it.
+        FileExistsError if there is a journal already, since a run's record is never overwritten. InUse if another
+        process owns it.
         """
         path = Path(path)
         journal = cls(path)
@@ -83,9 +85,10 @@ class Journal:
 
     @classmethod
     def take_up(cls, path: str | Path, header: dict) -> tuple[Journal, Contents]:
-        """Goes on with the journal of a run of this header. A torn last line is taken off the file.
+        """Continues the journal of a run with this header. An incomplete last line is removed from the file.
 
-        ValueError: it is damaged, or of another run; what differs is named, with both values. InUse as in `create`.
+        ValueError if the journal is damaged, or belongs to another run; the message names what differs, with both
+        values. InUse as in `create`.
         """
         path = Path(path)
         lock = Lock.take(path, shared=True)
@@ -106,11 +109,11 @@ class Journal:
         return journal, contents
 
     def check(self, generation: int, fingerprint: str) -> None:
-        """Notes down the fingerprint of the weights after so many generations: a replay will compare."""
+        """Writes the fingerprint of the weights after this many generations, for a replay to compare."""
         self._write({"check": generation, "fingerprint": fingerprint})
 
     def append(self, record: Generation) -> None:
-        """Adds one generation and waits until it is on disk. OSError if it can't be written."""
+        """Appends one generation and waits until it is on disk. OSError if it can't be written."""
         fields = dataclasses.asdict(record)
         fields["seeds"] = [f"{s:016x}" for s in record.seeds]  # 64 bits don't fit the numbers of other JSON readers
         began = time.perf_counter()
@@ -148,9 +151,10 @@ class Journal:
 
 
 def read(path: str | Path) -> Contents:
-    """What a journal holds. A last line that was being written when the power went is left out, with a word.
+    """Reads a journal. An incomplete last line, which a crash leaves, is ignored with a warning.
 
-    ValueError names the line that is damaged, missing or of another format.
+    Raises:
+        ValueError: a line is damaged, missing or of another format; the message names it.
     """
     return parse(Path(path).read_bytes(), path)
 
@@ -186,14 +190,14 @@ def parse(data: bytes, path: str | Path) -> Contents:
 
 
 def peek(path: str | Path) -> Contents | None:
-    """What a journal holds, None if there is none or its header was never complete. ValueError as in `read`."""
+    """The contents of a journal; None if there is no file or its header was never complete. ValueError as in `read`."""
     path = Path(path)
     data = path.read_bytes() if path.exists() else b""
     return None if is_blank(data) else parse(data, path)
 
 
 def is_blank(data: bytes) -> bool:
-    """Whether it is a journal that was cut off before its header was complete: nothing was done."""
+    """Whether a journal was cut off before its header was complete, so that no generation was done."""
     begins = b'{"esfast_journal"'
     return _torn(data) == data and begins.startswith(data.strip(b"\0")[: len(begins)])
 
@@ -203,22 +207,26 @@ def _last_line(data: bytes) -> bytes:
 
 
 def _torn(data: bytes) -> bytes:
-    """The end of a file that a crash left: a line without its end, or what a file system filled up with zeros."""
+    """The incomplete end of a file after a crash: a line without its end, or zeros that the file system filled in."""
     end = data.rfind(b"\n", 0, len(data.rstrip(b"\0"))) + 1
     return data[end:]
 
 
 def replay(plan: Plan, path: str | Path, until: int | None = None, backend: str = "auto") -> None:
-    """Applies a journal's generations (the first `until`, default all) to the base weights that its run began with.
+    """Applies a journal's generations to the base weights of its run. Fingerprints are compared before the first
+    generation and wherever the journal holds one.
 
-    `path` is a journal, or one packed by esfast.journal.export. Fingerprints are compared before the first generation
-    and wherever the journal holds one.
+    Args:
+        plan: the base weights; they become the tuned weights.
+        path: a journal, or a packet that `pack` made of one.
+        until: how many generations to apply. Default: all.
+        backend: as in `add_noise_`.
 
     Raises:
-        ValueError: the journal is damaged, of another noise version, of a run with weights="inplace" (whose rounding
-            errors no journal holds), or of another model (names, shapes, dtypes or weights), or has fewer generations.
-            Weights are untouched.
-        RuntimeError: the weights are not those of the run after some generation.
+        ValueError: the journal is damaged; of another noise version; of a run with weights="inplace", whose rounding
+            errors no journal holds; of another model (names, shapes, dtypes or weights); or shorter than `until`. No
+            weight has changed.
+        RuntimeError: after some generation the weights are not those of the run.
     """
     from .export import unpack
 
@@ -248,7 +256,7 @@ def replay(plan: Plan, path: str | Path, until: int | None = None, backend: str 
 
 
 def verify(plan: Plan, generation: int, checks: dict[int, str]) -> None:
-    """RuntimeError if the weights after so many generations are not those that a journal's check vouches for."""
+    """RuntimeError if the journal holds another fingerprint for the weights after this many generations."""
     if generation in checks and (found := plan.fingerprint()) != checks[generation]:
         raise RuntimeError(
             f"journal: after {generation} generations the weights have the fingerprint {found}, those of the run had "

@@ -1,4 +1,4 @@
-"""The functions that score completions, in TRL's conventions, in this process or in others."""
+"""Calls reward functions, which follow TRL's conventions, in this process or in worker processes."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ RESERVED = ("reward", "reward_se", "length", "kl_to_base", "generation", "second
 
 
 class RewardError(ValueError):
-    """A reward function raised, exited, took too long, or gave something other than one finite number a completion; the
-    message begins with its name."""
+    """A reward function raised, exited, took too long, or did not return one finite number for each completion. The
+    message begins with the function's name."""
 
 
 class Scores:
-    """The rewards of one member's completions, which may still be in the making."""
+    """The rewards of one member's completions, which may not be there yet."""
 
     def __init__(self, result: Callable[[], list[list[float | None]]]):
         self._result = result
 
     def result(self) -> list[list[float | None]]:
-        """A list for each function, of one reward a completion; waits for them. Raises RewardError."""
+        """Waits for the rewards: a list for each function, with one reward a completion. Raises RewardError."""
         return self._result()
 
 
@@ -53,16 +53,18 @@ class Scorer:
         scores = scorer.submit([accuracy], rows, completions)  # returns at once; the next member may be generated
         scores.result()                                        # [[1.0, 0.0, ...]]: a list for each function
 
-    functions   all that will ever be submitted, each f(prompts=, completions=, **columns) -> one number a completion
-    workers     processes that score, each one member at a time; 0: in this process, during `submit`. A process imports
-                the functions by name and sees neither this process's variables nor its model. Where one of them has no
-                name to import it by (a closure, a lambda, the script that runs), all are called here, with a word
-    timeout     seconds that a function may take for one member's completions. A worker that takes longer is killed; in
-                this process, the function is interrupted, see time_limit.limited for what escapes that
+    functions   all functions that will be submitted, each f(prompts=, completions=, **columns) -> one number a
+    completion workers     processes that score, each one member at a time; 0: this process scores, during `submit`. A
+    worker
+                imports the functions by name, and sees neither this process's variables nor its model. If one of them
+                can't be imported (a closure, a lambda, a function of the script), all run in this process, and a
+                message says so
+    timeout     seconds that a function may take for one member's completions. A worker that takes longer is killed. In
+                this process the function is interrupted; see time_limit.limited for what can't be interrupted
 
-    Each call gets arguments of its own: what a function changes in them, no other call sees.
-    Workers start when they are first needed, and again after one was killed. They are handed their next member, and it
-    is seen that one hangs, in `submit` and in `result`: where scoring takes longer than generating, take more workers.
+    Each call gets its own copies of the arguments, so a function may change them.
+    Workers start when they are first needed, and again after one was killed. `submit` and `result` give workers their
+    next member and notice that one hangs. If scoring takes longer than generating, take more workers.
     """
 
     def __init__(self, functions: Sequence[RewardFunc], workers: int = 0, timeout: float = math.inf):
@@ -79,7 +81,7 @@ class Scorer:
         self._waiting: deque[Task] = deque()
 
     def submit(self, functions: Sequence[RewardFunc], rows: Rows, completions: Sequence[str]) -> Scores:
-        """Their rewards, soon."""
+        """Begins to score the completions; returns at once."""
         if self._workers:
             try:
                 pickled = pickle.dumps(columns(rows, completions))
@@ -98,7 +100,7 @@ class Scorer:
         return Scores(lambda: self._result(task, len(completions)))
 
     def close(self) -> None:
-        """Ends the processes; what is not scored yet fails. It may be used again."""
+        """Ends the workers; scores that are not there yet fail. The Scorer can be used again."""
         for worker in self._running:
             worker.stop("was stopped: the scorer was closed")
         for task in self._waiting:
@@ -106,7 +108,7 @@ class Scorer:
         self._running, self._waiting = [], deque()
 
     def _look(self, until: Task | None = None) -> None:
-        """Hands out tasks and takes what answers are there, or waits until the task is done."""
+        """Gives tasks to free workers and reads the answers that are there; with a task, waits until it is done."""
         while True:
             self._running = [worker for worker in self._running if worker.alive or worker.task is not None]
             idle = [worker for worker in self._running if worker.task is None]
@@ -152,13 +154,14 @@ class Scorer:
 
 
 def name_of(function: RewardFunc) -> str:
-    """The function's name in messages; of a functools.partial that of its function, of an object that of its class."""
+    """The name for messages: the function's, of a functools.partial that of its function, of an object that of its
+    class."""
     function = getattr(function, "func", function)
     return getattr(function, "__name__", None) or type(function).__name__
 
 
 def check_metrics(metrics: Mapping[str, RewardFunc] | None) -> dict[str, RewardFunc]:
-    """The metrics as a dict. TypeError if they are no mapping, ValueError for a name that can't be logged as
+    """The metrics as a dict. TypeError if they are not a mapping; ValueError for a name that can't be logged as
     eval_NAME."""
     if metrics is not None and not isinstance(metrics, Mapping):
         raise TypeError(f"metrics: expected functions by name, as {{'accuracy': f}}, got {type(metrics).__name__}")
@@ -184,11 +187,13 @@ def judge(
     completions: Sequence,
     skip: bool = False,
 ) -> tuple[list[list[float | None]], dict[str, float]]:
-    """Scores of an evaluation: a list for each reward function, and the figures to be logged, eval_reward with its
-    standard error and eval_NAME of each metric.
+    """Scores an evaluation. Returns a list for each reward function, and the figures to log: eval_reward with its
+    standard error, and eval_NAME of each metric.
 
-    With `skip` a function that fails is warned about and its figures are left out (of a reward function eval_reward;
-    its list holds None alone); otherwise it is RewardError. A metric that is None for every row is left out, too."""
+    With `skip`, a function that fails gives a warning, and its figures are left out (for a reward function eval_reward,
+    and its list holds only None). Without `skip` it raises RewardError. A metric that is None for every row is left
+    out.
+    """
 
     def of(scores: Callable[[], list]) -> list:
         try:
@@ -213,8 +218,9 @@ def judge(
 
 
 def combine(scores: Sequence[Sequence[float | None]], weights: Sequence[float]) -> list[float]:
-    """Each completion's reward: the weighted sum of the functions' (`scores`, a list each). As in TRL, a function that
-    returns None has no say in that completion, and a completion on which all do is left out; RewardError if all are."""
+    """The reward of each completion: the weighted sum over the functions (`scores` has a list for each). As in TRL, a
+    None leaves that function out for this completion. A completion for which all return None is left out; RewardError
+    if no completion remains."""
     rewards = []
     for i, values in enumerate(zip(*scores, strict=True)):
         said = [weight * value for weight, value in zip(weights, values, strict=True) if value is not None]
@@ -229,7 +235,7 @@ def combine(scores: Sequence[Sequence[float | None]], weights: Sequence[float]) 
 
 
 def check_rewards(function: RewardFunc, values: list, count: int) -> list[float | None]:
-    """Raises RewardError unless they are `count` finite numbers, or None where the function abstains."""
+    """Raises RewardError unless there are `count` rewards, each a finite number or None (the function abstains)."""
     if len(values) != count:
         got = len(values) if len(values) < count else "more"
         raise RewardError(f"reward function {name_of(function)}: expected {count} rewards, got {got}")

@@ -1,8 +1,8 @@
-"""A process for reward functions: it can be killed when one hangs, and computes while the model generates.
+"""A process for reward functions. It can be killed when a function hangs, and it scores while the model generates.
 
-It is a fresh Python that imports the functions by name: nothing of this process is copied, neither threads nor CUDA,
-and no user's script runs a second time. Requests are pickled by the parent, which the worker trusts; answers are JSON,
-since what scores a model's text may run it and is not trusted.
+The process is a fresh Python that imports the functions by name: it copies nothing of this process, neither threads nor
+CUDA, and does not run the user's script again. The parent pickles its requests, and the worker trusts the parent. The
+worker answers in JSON, since a function that scores a model's text may run that text and is not trusted.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ now = time.monotonic
 
 
 def importable(function: Callable) -> str | None:
-    """`module:qualname` if that is where the very function is found, None for closures, lambdas, methods of objects,
-    and what is defined in a script or a notebook."""
+    """`module:qualname` if importing that gives this very function. None for closures, lambdas, methods of objects, and
+    functions that are defined in a script or a notebook."""
     module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", "")
     if module in (None, "__main__") or not hasattr(os, "killpg"):  # without POSIX: no worker
         return None
@@ -45,7 +45,7 @@ def importable(function: Callable) -> str | None:
 
 @dataclass
 class Task:
-    """What a worker shall do: call the functions numbered in `jobs` with the pickled keyword arguments."""
+    """Work for a worker: call the functions numbered in `jobs` with the pickled keyword arguments."""
 
     jobs: Sequence[int]
     pickled: bytes
@@ -58,10 +58,10 @@ class Task:
 
 
 class Worker:
-    """One process for `functions`, given as `module:qualname`, and the task that it is at, if any.
+    """One process for `functions`, given as `module:qualname`, and its present task, if any.
 
-    The thread that owns it drives it: when `connection` can be read, `take` the answer; after `deadline`, `expire`. (A
-    thread that waits for each worker takes turns with the one that generates, which costs about 0.7 ms a member.)
+    The owner's thread drives it: it calls `take` when `connection` has an answer, and `expire` after `deadline`. (A
+    thread for each worker would take turns with the thread that generates, which costs about 0.7 ms a member.)
     """
 
     def __init__(self, functions: Sequence[str], timeout: float):
@@ -114,7 +114,7 @@ class Worker:
         return self._process.poll() is None
 
     def stop(self, error: str) -> None:
-        """Ends the process and what it started; its task fails with the error."""
+        """Ends the process and all that it started; its task fails with the error."""
         self._kill()
         self._fail(error)
 
@@ -178,15 +178,15 @@ def _called(function: Callable, pickled: bytes) -> list[float | str | None]:
 
 
 class NotRewards(TypeError):
-    """A function returned no sequence of numbers. The message is to follow the function's name."""
+    """A function did not return a sequence of numbers. The message follows the function's name."""
 
 
 def numbers(values, count: int) -> list[float | str | None]:
-    """Converts what a reward function returned to what JSON can hold: numbers of any kind (NumPy's, PyTorch's, bools)
-    to floats, None to None, and anything else to the text that an error message shows.
+    """Converts the return value of a reward function for JSON: numbers of any kind (NumPy's, PyTorch's, bools) to
+    floats, None to None, and other elements to a text for an error message.
 
-    Takes at most `count` + 1 values, since an iterator may have no end. Raises NotRewards for what is no sequence (a
-    number, None), has no order (a set), or has elements that are no rewards (a dict, a text).
+    Reads at most `count` + 1 values, since an iterator may be endless. Raises NotRewards for a value that is not a
+    sequence (a number, None), has no order (a set), or has other elements (a dict, a text).
     """
     if isinstance(values, (str, bytes, bytearray, Mapping, Set)) or not isinstance(values, Iterable):
         raise NotRewards(f"returned {_shown(values)} ({type(values).__name__}): expected a list of {count} numbers")
@@ -227,7 +227,7 @@ def raised(error: BaseException) -> str:
 
 
 def _reason(status: int) -> str:
-    """What is known of a process that a signal ended."""
+    """The signal that ended a process, in parentheses, for a message; empty if none did."""
     if status >= 0:
         return ""
     with contextlib.suppress(ValueError):

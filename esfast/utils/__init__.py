@@ -1,1 +1,1 @@
-"""What all rooms use, and what knows none of them."""
+"""Helpers that all other packages of esfast use, and that import none of them."""

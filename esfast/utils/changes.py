@@ -1,7 +1,7 @@
-"""Whether somebody wrote a tensor: by PyTorch's version counters, and by bits where those say nothing.
+"""Detects writes to a tensor: by PyTorch's version counters, and by comparing bits where these don't help.
 
-In-place operations count a tensor's version up, `load_state_dict` among them. Writes through `.data`, esfast's own
-kernels, and BatchNorm's to its statistics do not; and a write may leave the bits that were there.
+In-place operations, `load_state_dict` among them, increment a tensor's version. Writes through `.data`, by esfast's
+kernels, and by BatchNorm to its statistics don't. And a write may leave the same bits.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def version(tensor: torch.Tensor) -> int | None:
-    """How often it was written, None of a tensor that was made in inference mode, which does not count."""
+    """The tensor's version counter; None for a tensor made in inference mode, which has none."""
     return None if tensor.is_inference() else tensor._version
 
 
@@ -23,7 +23,7 @@ def versions(tensors: Iterable[torch.Tensor]) -> list[int | None]:
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equal in shape, dtype and every bit: 0.0 is not -0.0, and a NaN is itself. On a GPU it waits for the result."""
+    """Whether shape, dtype and every bit are equal: 0.0 differs from -0.0, and a NaN equals itself. Waits for a GPU."""
     if a.shape != b.shape or a.dtype is not b.dtype:
         return False
     a, b = (torch.view_as_real(t) if t.is_complex() else t for t in (a.detach(), b.detach()))

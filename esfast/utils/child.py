@@ -1,4 +1,4 @@
-"""Another Python that finds the modules which this one found."""
+"""Command line for a subprocess with the same sys.path."""
 
 import sys
 

@@ -1,6 +1,6 @@
-"""Files and folders that are written whole or not at all, with the access rights that the umask gives.
+"""Writes files and folders whole or not at all, with the permissions that the umask gives.
 
-What is being written has a hidden name that ends in TEMPORARY beside its target, and takes its place by a rename.
+The contents go to a hidden file beside the target, whose name ends in TEMPORARY; a rename then replaces the target.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ TEMPORARY = ".tmp"
 
 
 def temporary_beside(path: Path) -> Path:
-    """A name in the same folder that nothing has. Made by plain open or mkdir, which heed the umask; those of
-    `tempfile` are private to the user whatever it says."""
+    """An unused name in the same folder. Create it with open or mkdir, which follow the umask; files of `tempfile` are
+    always private to the user."""
     return path.parent / f".{path.name[:40]}.{secrets.token_hex(6)}{TEMPORARY}"
 
 
@@ -38,9 +38,9 @@ def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def whole_folder(path: Path, replace: bool = True) -> Iterator[Path]:
-    """A folder to be filled in the block, which is at `path` after it: whole, or if the block raises not at all.
+    """Yields a folder to fill in the block. After the block it is at `path`; if the block raises, `path` is unchanged.
 
-    An older one there is replaced; with replace=False it is OSError, and the older one stays."""
+    An older folder there is replaced. With replace=False it stays, and OSError is raised."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = temporary_beside(path)
     unfinished.mkdir()
@@ -55,8 +55,8 @@ def whole_folder(path: Path, replace: bool = True) -> Iterator[Path]:
 
 
 def follow_umask(folder: Path) -> None:
-    """Gives the files in a folder that `mkdir` made the rights that `open` would have given them there. Safetensors
-    makes its files readable for their owner alone."""
+    """Gives the files in a folder the permissions that `open` would have given them. Safetensors makes its files
+    readable for their owner only."""
     rights = folder.stat().st_mode & 0o666
     for file in folder.rglob("*"):
         if file.is_file() and not file.is_symlink():
@@ -66,9 +66,10 @@ def follow_umask(folder: Path) -> None:
 
 
 def check_writable(what: str, path: str | os.PathLike, folder: bool = False) -> Path:
-    """The path, if a file (or a folder) can be made there; OSError or ValueError that begins with `what` if not.
+    """Returns the path if a file (or a folder) can be made there; else raises OSError or ValueError that begins with
+    `what`.
 
-    For the door of whatever works for long before it writes. Nothing is left behind, and no folder is made.
+    Call it before long work whose result is to be written. It leaves nothing behind and makes no folder.
     """
     path = Path(path)
     try:

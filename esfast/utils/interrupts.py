@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP: how they stop a run, and how they wait for what must not be left half done."""
+"""Ctrl-C, SIGTERM and SIGHUP: how they stop a run, and how critical blocks defer them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if h
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal asked the process to stop. `signum` says which; the status of a command that it ends is 128 + signum."""
+    """A signal asked the process to stop. `signum` is the signal; a command that it ends exits with 128 + signum."""
 
     def __init__(self, signum: int, text: str = ""):
         super().__init__(text or signal.Signals(signum).name)
@@ -25,7 +25,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 def signal_of(interrupt: BaseException) -> signal.Signals:
-    """The signal behind a KeyboardInterrupt."""
+    """The signal that caused a KeyboardInterrupt."""
     return signal.Signals(getattr(interrupt, "signum", signal.SIGINT))
 
 
@@ -39,14 +39,14 @@ class Stops:
         self._since = 0.0
 
     def check(self) -> None:
-        """Raises Interrupted if a signal came and its exception was swallowed, by a bare `except` of a reward function
-        for instance."""
+        """Raises Interrupted if a signal came and its exception was swallowed, for example by a bare `except` in a
+        reward function."""
         if self.signum is not None:
             raise Interrupted(self.signum)
 
     def settle(self, seconds: float = 0.2) -> None:
-        """To be called on an error: waits whether a signal follows, and raises Interrupted if so. A scheduler's signal
-        may reach a worker process before this one, which then looks like a failure of the worker."""
+        """Call this on an error: it waits for a moment, and raises Interrupted if a signal arrives. A scheduler's
+        signal may reach a worker process first; without this it would look like a failure of the worker."""
         self.check()
         time.sleep(seconds)
 
@@ -63,7 +63,7 @@ class Stops:
         os.kill(os.getpid(), signum)
 
     def _pass_on(self, handler: Callable, signum: int, frame: FrameType | None) -> None:
-        """To the caller's own handler, which stops the block if it raises."""
+        """Calls the handler that the caller had installed; it stops the block if it raises."""
         try:
             handler(signum, frame)
         except BaseException:
@@ -73,11 +73,11 @@ class Stops:
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[Stops]:
-    """A block that SIGTERM and SIGHUP interrupt as Ctrl-C does: with an exception, wherever it is. A second one, a
-    moment later, ends the process at once.
+    """A block that SIGTERM and SIGHUP interrupt like Ctrl-C: with an exception, at any point. A second signal, a moment
+    later, ends the process at once.
 
-    Handlers that somebody else installed are called as ever, and what is ignored stays so (nohup). Where Python handles
-    no signals, in other threads than the main one, nothing changes. A block within such a block is of that one.
+    Handlers that the caller had installed are still called, and ignored signals stay ignored (nohup). Outside the main
+    thread, where Python handles no signals, nothing changes. A block inside such a block shares the outer one.
     """
     if Stops.current is not None:
         yield Stops.current
@@ -123,7 +123,7 @@ def held() -> Iterator[None]:
 
 @contextlib.contextmanager
 def blocked() -> Iterator[None]:
-    """A block in which these signals wait, and so do they in the processes that it starts, until `outlive`."""
+    """Blocks these signals in the block, and in the processes started in it until these call `outlive`."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -135,8 +135,8 @@ def blocked() -> Iterator[None]:
 
 
 def outlive() -> None:
-    """In a process that works for another one, and ends with it: these signals, which a scheduler sends to all, are for
-    the other one to obey. Processes that this one starts obey them."""
+    """Ignores these signals in a worker process, which ends with its parent. A scheduler sends them to all processes,
+    and the parent decides. Processes that the worker starts do not ignore them."""
     for signum in _STOPS:
         signal.signal(signum, lambda *received: None)
     os.register_at_fork(after_in_child=lambda: [signal.signal(signum, signal.SIG_DFL) for signum in _STOPS])
@@ -145,7 +145,7 @@ def outlive() -> None:
 
 @contextlib.contextmanager
 def kept_handlers() -> Iterator[None]:
-    """A block after which the handlers are those of before: for libraries that install their own."""
+    """Restores the signal handlers after the block, for libraries that install their own."""
     before = {}
     if threading.current_thread() is threading.main_thread():
         before = {s: handler for s in _STOPS if (handler := signal.getsignal(s)) is not None}
@@ -157,8 +157,8 @@ def kept_handlers() -> Iterator[None]:
 
 
 def came_by_signal(interrupt: KeyboardInterrupt) -> bool:
-    """Whether a signal raised it, and not the code that it came out of. Certain in a `stoppable` block and outside the
-    main thread; where somebody else handles SIGINT, it is taken for one."""
+    """Whether a signal raised this exception, and not the code that was running. This is certain in a `stoppable` block
+    and outside the main thread. If something else handles SIGINT, the answer is yes."""
     if isinstance(interrupt, Interrupted) or Stops.current is not None and Stops.current.signum is not None:
         return True
     if threading.current_thread() is not threading.main_thread():

@@ -1,4 +1,4 @@
-"""Names of a package that are loaded when they are first used, so that importing the package costs nothing."""
+"""Lazy names of a package: each is imported on first use, so that importing the package costs nothing."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from importlib import import_module
 
 
 def lazily(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
-    """`__getattr__` and `__dir__` of a package. `homes` maps each name to the module in the package that defines it, or
-    that it is: "plan": "core.plan" is that module itself."""
+    """`__getattr__` and `__dir__` of a package. `homes` maps each name to the module that defines it. If the module has
+    that name itself, as in "plan": "core.plan", the name stands for the module."""
 
     def get(name: str) -> object:
         if name not in homes:

@@ -1,4 +1,4 @@
-"""One owner per run: a lock of the operating system, which a process that died does not keep."""
+"""One owner per run: a lock of the operating system, which ends with the process that holds it."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ _UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, err
 
 
 class InUse(FileExistsError):
-    """Another trainer, in this process or in another one, owns the run."""
+    """Another trainer, in this or another process, owns the run."""
 
 
 class Lock:
     """The lock of a run: flock on the file JOURNAL.lock, which names its owner while there is one.
 
-    It is let go by `release`, with the last reference to it, and by the end of the process, however it ends. Processes
-    that are forked from the owner do not inherit it. Where the file system has no locks, a warning stands in its place.
+    The lock ends with `release`, with the last reference to it, and with the process, however that ends. Processes that
+    are forked from the owner do not inherit it. If the file system has no locks, there is a warning instead.
     """
 
     def __init__(self, journal: Path):
@@ -45,8 +45,8 @@ class Lock:
 
     @classmethod
     def take(cls, journal: str | Path, shared: bool = False) -> Lock:
-        """The lock of the run with this journal, whose folder is made if need be, and removed again by `release` if it
-        is empty. With `shared`, this process may hold the lock already.
+        """Takes the lock of the run with this journal. Makes the journal's folder if it isn't there; `release` removes
+        it if it is empty. With `shared`, this process may hold the lock already.
 
         Raises InUse, which names the owner, after PATIENCE seconds; OSError if the file can't be written.
         """
@@ -95,7 +95,7 @@ def _owner() -> str:
 
 
 def _missing(folder: Path) -> list[Path]:
-    """The folder and those above it that are not there, the innermost first."""
+    """The folder and the folders above it that don't exist, the innermost first."""
     return [f for f in (folder, *folder.parents) if not f.exists()]
 
 
@@ -157,7 +157,7 @@ def _let_go(path: Path, descriptor: int | None, made: Sequence[Path]) -> None:
 
 
 def _forget() -> None:
-    """In a forked process: it must neither keep nor remove its parent's locks."""
+    """Runs in a forked process, which must neither keep nor remove its parent's locks."""
     for lock in list(_held.values()):
         if lock._release.detach() and lock._descriptor is not None:
             os.close(lock._descriptor)

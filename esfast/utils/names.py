@@ -1,4 +1,4 @@
-"""The names that settings take, apart from what they stand for: the command line lists them without loading torch."""
+"""The values of settings that are names. They stand here so that the command line can list them without torch."""
 
 ROUNDINGS = ("nearest", "stochastic")  # of updates and of members, see esfast.core.ops
 WEIGHT_MODES = ("base", "master", "host", "inplace")  # where weights come back from, see esfast.es.weights

@@ -17,9 +17,9 @@ _shared: set[str] = set()  # columns of which a warning has been given
 
 
 def check_rows(what: str, rows, required: bool = True) -> Rows | None:
-    """The rows, as a sequence of dicts: lists and datasets as they are, tables (a dict of columns, a DataFrame) row by
-    row, texts as prompts. TypeError or ValueError, with the number of the row (from 0), for what can't be trained or
-    evaluated on."""
+    """The rows as a sequence of dicts. Lists and datasets stay as they are; tables (a dict of columns, a DataFrame)
+    become a dict a row; a text becomes a prompt. TypeError or ValueError, with the number of the row (from 0), if the
+    rows can't be trained or evaluated on."""
     if rows is None and not required:
         return None
     rows = _by_row(what, rows)
@@ -55,7 +55,7 @@ def check_rows(what: str, rows, required: bool = True) -> Rows | None:
 
 
 def _by_row(what: str, rows):
-    """Tables as lists of dicts, everything else as it is."""
+    """Tables as lists of dicts; everything else unchanged."""
     if hasattr(rows, "columns") and hasattr(rows, "to_dict"):  # pandas
         return rows.to_dict("records")
     if hasattr(rows, "columns") and hasattr(rows, "to_dicts"):  # polars
@@ -89,7 +89,7 @@ def check_prompt(prompt):
 
 
 def check_text(what: str, text: str) -> None:
-    """ValueError for half a character: a UTF-16 surrogate without its other half, which no tokenizer and no file takes.
+    """ValueError for a UTF-16 surrogate without its other half, which no tokenizer and no UTF-8 file accepts.
 
     JSON's "\\ud83d" without what follows it is the usual way to get one."""
     try:
@@ -105,8 +105,8 @@ def check_text(what: str, text: str) -> None:
 def columns(rows: Rows, completions: Sequence) -> dict[str, list]:
     """The keyword arguments of a reward function: `prompts`, `completions` and the rows' other columns, a list each.
 
-    They are the caller's own, down to the last list, to do with as it likes. What can't be copied (a lock, a
-    connection) is passed as it is, with a warning."""
+    They are deep copies, so the function may change them. A value that can't be copied (a lock, a connection) is passed
+    itself, with a warning."""
     lists = {key: [_own(row[key], key) for row in rows] for key in rows[0] if key != "prompt"}
     return lists | {"prompts": [_own(row["prompt"], "prompt") for row in rows],
                     "completions": [_own(completion, "completions") for completion in completions]}  # fmt: skip

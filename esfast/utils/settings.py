@@ -1,7 +1,7 @@
-"""Values of settings, from wherever they come (Python, YAML, the command line), as plain Python of their field's type.
+"""Converts the values of settings, from Python, YAML or the command line, to plain Python of their field's type.
 
-YAML takes 1e-3 for text, numbers come out of NumPy and torch, folders are paths, lists are tuples. What is left of it
-in a settings object is what config.yaml can hold and `yaml.safe_load` reads.
+YAML reads 1e-3 as text, numbers come from NumPy and torch, folders are paths, lists are tuples. After the conversion a
+settings object holds only what config.yaml can hold and `yaml.safe_load` reads.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ FLOAT32_MAX = (2 - 2.0**-23) * 2.0**127
 
 
 def convert_fields(settings: Any) -> None:
-    """Brings every field of a dataclass of settings to its type; see `convert`. A field with choices is one of them.
-    Fields that `option` did not make, of a subclass, are left alone."""
+    """Converts every field of a dataclass of settings to its type (see `convert`), and checks the choices of fields
+    that have some. Fields of a subclass that `option` did not make are left alone."""
     owner = type(settings).__name__
     for field in (f for f in dataclasses.fields(settings) if "choices" in f.metadata):
         what, given, choices = f"{owner}.{field.name}", getattr(settings, field.name), field.metadata["choices"]
@@ -42,8 +42,8 @@ def convert_fields(settings: Any) -> None:
 def convert(what: str, value: Any, kind: str) -> Any:
     """The value as int, float, bool, str, dict, or as a list of one of them; None where `kind` ends in "| None".
 
-    TypeError, which begins with `what`, if it is something else or would lose by the conversion: 30.0 is an int, 30.5
-    is none; no number is a truth value but 0 and 1, and no truth value is a number.
+    TypeError, which begins with `what`, if the value is something else or the conversion would lose something: 30.0
+    becomes an int, 30.5 does not; 0 and 1 become bools, other numbers do not; a bool never becomes a number.
     """
     inner = kind.removesuffix(" | None")
     value = plain(value)
@@ -58,8 +58,8 @@ def convert(what: str, value: Any, kind: str) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """A number of NumPy or torch, an array, an enum, a path, a tuple or a set as what Python and YAML have for it, in
-    lists and dicts, too."""
+    """Converts numbers of NumPy and torch, arrays, enums, paths, tuples and sets, also in lists and dicts, to types
+    that YAML has."""
     if isinstance(value, enum.Enum):
         value = value.value
     if isinstance(value, os.PathLike):
@@ -108,14 +108,14 @@ def truth(what: str, value: Any) -> bool:
 
 
 def text(what: str, value: Any) -> str:
-    """A str; an int, too, since YAML reads a folder called 2024 as one."""
+    """A str. An int becomes one, since YAML reads a folder called 2024 as an int."""
     if isinstance(value, bool) or not isinstance(value, (str, int)):
         raise TypeError(f"{what}: expected a text, got {type(value).__name__} {value!r:.80}")
     return str(value)
 
 
 def mapping(what: str, value: Any) -> dict[str, Any]:
-    """A dict with names as its keys, or the JSON text of one, as TRL takes it, too."""
+    """A dict with names as keys, or the JSON text of one, as in TRL."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
@@ -151,7 +151,7 @@ def check_number(what: str, value: float, low: float, high: float = math.inf) ->
 
 
 def check_positive(what: str, value) -> float:
-    """The value as a float that is positive, finite and not 0 as a float32; ValueError that names `what` otherwise."""
+    """The value as a float. ValueError, which names `what`, unless it is positive and finite, also as a float32."""
     try:
         number = float("nan") if isinstance(value, (bool, str)) else float(value)
     except (TypeError, ValueError, OverflowError, RuntimeError):

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 
 def mean(values: Sequence[float]) -> float:
-    """The arithmetic mean; NaN of nothing."""
+    """The arithmetic mean; NaN for no values."""
     return math.fsum(values) / len(values) if values else math.nan
 
 
 def standard_error(values: Sequence[float]) -> float:
-    """Of the mean: the values' standard deviation (n - 1) over the root of n; NaN of fewer than two."""
+    """Standard error of the mean: the standard deviation (n - 1) divided by sqrt(n); NaN for fewer than two values."""
     if len(values) < 2:
         return math.nan
     middle = mean(values)

@@ -27,12 +27,12 @@ class TooSlow(BaseException):
 
 
 def limited(seconds: float, call: Callable[[], Result]) -> Result:
-    """`call()`, in which TooSlow is raised after `seconds`, and then every second until it ends.
+    """Returns `call()`. Raises TooSlow inside it after `seconds`, and then every second until it ends.
 
-    In the main thread of a POSIX process a signal interrupts whatever looks for signals: Python code, a sleep, a read,
-    a regular expression. In other threads, and on Windows, TooSlow comes when the thread next runs Python code. Nothing
-    interrupts C code that does neither. SIGALRM, its handler and its timer, is afterwards what it was before: an alarm
-    that became due meanwhile, and was switched off, rings at once.
+    In the main thread of a POSIX process a signal interrupts everything that checks for signals: Python code, a sleep,
+    a read, a regular expression. In other threads, and on Windows, TooSlow is raised when the thread next runs Python
+    code. C code that does neither can't be interrupted. SIGALRM's handler and timer are restored afterwards; if an
+    alarm became due meanwhile and `call` had switched it off, it goes off at once.
     """
     if not 0 <= seconds < LONGEST:
         with _alarm_kept():
@@ -53,8 +53,8 @@ def limited(seconds: float, call: Callable[[], Result]) -> Result:
 
 
 def _interrupt_after(seconds: float) -> Callable[[], bool]:
-    """Arranges for TooSlow in this thread; returns a function that calls it off, may be called twice, and says whether
-    TooSlow was raised."""
+    """Schedules TooSlow in this thread. Returns a function that cancels it and says whether it was raised; that
+    function may be called twice."""
     main = threading.current_thread() is threading.main_thread()
     if main and hasattr(signal, "pthread_kill") and signal.getsignal(INTERRUPT) is not None:
         return _by_signal(seconds)
@@ -105,7 +105,7 @@ def _by_exception(seconds: float) -> Callable[[], bool]:
 
 
 def _timer_thread(seconds: float, strike: Callable[[], object]) -> Callable[[], None]:
-    """Calls `strike` from a thread, again and again, until the returned function is called: no strike comes after."""
+    """Calls `strike` from a thread, again and again, until the returned function is called; never after that."""
     over, lock = threading.Event(), threading.RLock()
 
     def watch() -> None:
@@ -134,8 +134,8 @@ class _Timerspec(ctypes.Structure):
 
 
 def _kernel_timer(seconds: float) -> Callable[[], None] | None:
-    """The same with a timer of Linux's, None elsewhere. It needs no thread that waits for the interpreter's lock, which
-    a regular expression holds for as long as it runs."""
+    """The same with a Linux kernel timer; None elsewhere. A thread would have to wait for the interpreter's lock, which
+    a regular expression holds as long as it runs; a kernel timer need not."""
     libc = _libc()
     if libc is None:
         return None
@@ -166,7 +166,7 @@ def _libc() -> ctypes.CDLL | None:
 
 @contextlib.contextmanager
 def _alarm_kept() -> Iterator[None]:
-    """SIGALRM's handler and timer are after the block what they were before, less the time that has passed."""
+    """Restores SIGALRM's handler and timer after the block, less the time that has passed."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield
         return

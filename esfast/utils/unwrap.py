@@ -1,5 +1,5 @@
-"""The model inside of what wraps it. Noise is a function of names, and the plain model's names are meant: a compiled or
-parallel model gets the members, journals and files that the model in it would get."""
+"""Unwraps models. Noise is a function of names, and the names are those of the plain model. So a compiled or parallel
+model gets the same members, journals and files as the model inside it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _HOLDERS = {
 
 
 def unwrap(model):
-    """The module that is left when all wrappers around it are taken away; anything else as it is."""
+    """The module inside all wrappers; anything else unchanged."""
     while (attribute := _holder(model)) is not None:
         model = getattr(model, attribute)
     return model
@@ -37,7 +37,7 @@ def named_parameters(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Pa
 
 @contextlib.contextmanager
 def unwrapped(model) -> Iterator:
-    """The plain model, with its wrapped parts replaced by what is in them as long as the block runs: to be saved."""
+    """In the block, the plain model without any wrapped parts, for saving; after it the wrappers are back."""
     parts = [
         (parent, name, part)
         for parent in (model.modules() if isinstance(model, torch.nn.Module) else ())
