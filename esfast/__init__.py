@@ -11,6 +11,7 @@ _HOMES = {
     "Slice": "core.plan",
     "add_noise_": "core.ops",
     "ES": "es.es",
+    "EsfastError": "utils.errors",
     "Team": "distributed.team",
     "SGD": "update.optimizers",
     "Momentum": "update.optimizers",

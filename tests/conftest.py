@@ -1,5 +1,6 @@
 """What every test runs under: repeatable examples, poisoned memory, the thread count as it was."""
 
+import logging
 import os
 
 import hypothesis
@@ -17,6 +18,9 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
 )
 hypothesis.settings.load_profile("esfast")
+
+# Tests read what esfast logs; the command line shows it from this level on, whichever test runs it first.
+logging.getLogger("esfast").setLevel(logging.INFO)
 
 INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 

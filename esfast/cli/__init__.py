@@ -7,34 +7,92 @@ wait for torch.
 from __future__ import annotations
 
 import logging
+import os
+import select
+import signal
 import sys
+import traceback
 
+from ..utils.errors import EsfastError
 from ..utils.interrupts import signal_of
 from .parser import parser_of_all
 from .run_options import in_flags
 
+_A_BUG = (
+    "this is a bug, of esfast or of code that it was given (a task, a model): please report it as an issue of esfast's "
+    "repository, with the lines above and the output of `esfast info`"
+)
+
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command; returns the exit status: 0 done, 1 failed, 2 unusable arguments, 128 + N ended by signal N."""
-    argv = sys.argv[1:] if argv is None else argv
+    """Runs one command; returns the exit status: 0 done, 1 failed, 2 unusable arguments, 128 + N ended by signal N.
+
+    An error that the user can mend becomes one line on stderr. Any other is a bug, whose traceback is shown.
+    """
     for stream in (sys.stdout, sys.stderr):
         # a name that the locale has no letters for is shown by its numbers, and ends no run
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    logging.basicConfig(format="esfast: %(message)s", level=logging.WARNING)
-    if argv[:1] == ["bench"]:  # benchmarks have parsers of their own
-        from ..bench import main as bench
-
-        return bench(argv[1:])
-    args = parser_of_all().parse_args(argv)
+    _show_log()
     try:
+        try:
+            return _run(sys.argv[1:] if argv is None else argv)
+        finally:
+            # here, where an error of the output can be told from others, and not when Python ends
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except OSError as error:
+        # Of stdout: the disk is full, or its reader has enough, as `head` has. What is left to write goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            return 128 + signal.SIGPIPE
+        print(f"esfast: error: stdout: {error}", file=sys.stderr)
+        return 1
+
+
+def _run(argv: list[str]) -> int:
+    args = None
+    try:
+        # benchmarks have parsers of their own
+        if argv[:1] == ["bench"]:
+            from ..bench import main as bench
+
+            return bench(argv[1:])
+        args = parser_of_all().parse_args(argv)
         return args.run(args) or 0
     except KeyboardInterrupt as interrupt:
         signum = signal_of(interrupt)
         print(f"esfast: interrupted by {signum.name}", file=sys.stderr)
         return 128 + signum
-    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
-        if args.debug:
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and _has_no_reader(sys.stdout):
             raise
-        print(f"esfast: error: {in_flags(str(error))}", file=sys.stderr)
+        # of the operating system, about a file, a disk or a network, if it has a number
+        mendable = isinstance(error, EsfastError) or isinstance(error, OSError) and error.errno is not None
+        if not mendable or args is not None and args.debug:
+            traceback.print_exception(error)
+        said = str(error) if args is None else in_flags(str(error))
+        print(f"esfast: error: {said}" if mendable else f"esfast: {_A_BUG}", file=sys.stderr)
         return 1
+
+
+def _has_no_reader(stream) -> bool:
+    poll = select.poll()
+    poll.register(stream.fileno(), 0)
+    return bool(poll.poll(0))
+
+
+class _Line(logging.Formatter):
+    """Says of a warning that it is one; information goes without a name."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        level = f"{record.levelname.lower()}: " if record.levelno > logging.INFO else ""
+        return f"esfast: {level}{super().format(record)}"
+
+
+def _show_log() -> None:
+    """Shows what esfast logs, from INFO on, and the warnings of other libraries, as lines on stderr."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Line())
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
+    logging.getLogger("esfast").setLevel(logging.INFO)

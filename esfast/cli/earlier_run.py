@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..trainer.run_folder import RunFolder
+from ..utils.errors import BadValue, FileMissing
 from .run_options import as_flag, read_yaml
 
 # Of RunOptions, what a resumed run may not change. What its model and its data are, the trainer compares.
@@ -23,19 +24,19 @@ def resumed(given: Mapping[str, Any]) -> dict[str, Any]:
 
     ValueError if they contradict the run's, and for a run of ESTrainer's, whose model and rewards no file names."""
     if "output_dir" not in given:
-        raise ValueError("--resume: name the folder of the run with --out")
+        raise BadValue("--resume: name the folder of the run with --out")
     folder = Path(given["output_dir"])
     if not (folder / "config.yaml").exists() or not RunFolder(folder).begun():
         return dict(given)
     found = read_yaml(folder / "config.yaml")
     if "task" not in found and given.get("task") is None:
-        raise ValueError(
+        raise BadValue(
             f"--resume: the run in {folder} was started in Python, and its folder does not say what its task and model "
             "are: go on there with ESConfig(resume=True), or name them: --model, --task, --reward"
         )
     for name in _FIXED:
         if name in given and name in found and given[name] != found[name]:
-            raise ValueError(f"{as_flag(name)}: the run in {folder} has {found[name]!r}, asked for is {given[name]!r}")
+            raise BadValue(f"{as_flag(name)}: the run in {folder} has {found[name]!r}, asked for is {given[name]!r}")
     mine = _OF_THE_LAUNCH if found.get("engine") != "vllm" else ("device",)
     return {name: value for name, value in found.items() if name not in mine} | given
 
@@ -52,7 +53,7 @@ def model_in(path: str) -> str:
     for name in ("model", "best"):
         if (Path(path) / name).is_dir():
             return str(Path(path) / name)
-    raise FileNotFoundError(f"--model: the run in {path} has neither model/ nor best/ yet")
+    raise FileMissing(f"--model: the run in {path} has neither model/ nor best/ yet")
 
 
 def _is_run(path: Path) -> bool:
@@ -65,7 +66,7 @@ def asked_of(run: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     ValueError if the folder doesn't name the task, as ESTrainer's don't, and none was given."""
     found = {name: value for name, value in read_yaml(run / "config.yaml").items() if name in _OF_THE_TASK}
     if "task" not in found and "task" not in given:
-        raise ValueError(
+        raise BadValue(
             f"--task: the run in {run} was started in Python, and its folder does not say what its task is: name one, "
             "with --reward if it is a file"
         )

@@ -10,6 +10,7 @@ from typing import Any
 from ..rollout import chat
 from ..rollout.encoding import PromptEncoder, context_limit
 from ..trainer.evaluation import against, respond, summarize, table
+from ..utils.errors import BadValue
 from ..utils.files import check_writable, write_whole
 from .earlier_run import asked_of, model_in, run_of
 from .models import load, task_of
@@ -21,7 +22,7 @@ log = logging.getLogger(__name__)
 
 def run(args: argparse.Namespace) -> None:
     if args.samples < 1:
-        raise ValueError(f"--samples: expected at least 1, got {args.samples}")
+        raise BadValue(f"--samples: expected at least 1, got {args.samples}")
     if args.save:
         check_writable("--save", args.save)
     settings = _settings(args)
@@ -32,7 +33,7 @@ def run(args: argparse.Namespace) -> None:
         settings |= {"task": options.task, "style": options.style}  # the first model's, so that all are asked the same
         rows = task.eval_rows(args.samples)
         if not rows:
-            raise ValueError(f"no problems of {options.data or options.task} are held out")
+            raise BadValue(f"no problems of {options.data or options.task} are held out")
         model, tokenizer = load(options)
         length = args.max_completion_length
         if length is None:

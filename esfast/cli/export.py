@@ -7,12 +7,13 @@ from pathlib import Path
 
 from ..journal.export import pack
 from ..journal.journal import read
+from ..utils.errors import BadValue
 from ..utils.files import check_writable
 
 
 def run(args: argparse.Namespace) -> None:
     if not args.out.endswith(".safetensors"):
-        raise ValueError(f"--out: expected a name that ends in .safetensors, got {args.out}")
+        raise BadValue(f"--out: expected a name that ends in .safetensors, got {args.out}")
     check_writable("--out", args.out)
     journal = Path(args.source) / "journal.jsonl" if Path(args.source).is_dir() else Path(args.source)
     size, generations = pack(journal, args.out), len(read(journal).records)

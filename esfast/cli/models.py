@@ -6,6 +6,8 @@ import argparse
 import os
 from typing import TYPE_CHECKING
 
+from ..utils.errors import BadValue
+
 if TYPE_CHECKING:
     from ..distributed.team import Team
     from .run_options import RunOptions
@@ -33,9 +35,26 @@ def device_of(args: argparse.Namespace) -> str:
     from ..core.ops import auto_backend
 
     if args.device != "auto":
+        _check_device(args.device)
         return args.device
     ready = torch.cuda.is_available() and auto_backend(torch.device("cuda")) != "reference"
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if ready else "cpu"
+
+
+def _check_device(name: str) -> None:
+    """BadValue unless PyTorch has the device."""
+    import torch
+
+    try:
+        device = torch.device(name)
+        # CUDA is not initialized for the question: that is for the process which computes there
+        if device.type == "cuda" and (device.index or 0) < torch.cuda.device_count():
+            return
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise BadValue(
+            f"device: expected one that PyTorch has here, such as cpu, got {name!r} ({error!s:.60})"
+        ) from None
 
 
 def load(args: argparse.Namespace | RunOptions, team: Team | None = None):
@@ -47,16 +66,19 @@ def load(args: argparse.Namespace | RunOptions, team: Team | None = None):
     from ..rollout.models import load_model, load_tokenizer
     from ..tasks import embedded
 
-    disable_progress_bar()  # the bars of loading and saving would tear that of the training
+    # those of loading and saving would tear that of the training
+    disable_progress_bar()
+    device = device_of(args)
     path = args.model if args.model is not None else embedded.cached(task=args.task)
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
     model = load_model(path, dtype=dtype)
     if team is not None and team.shards > 1:
         from ..distributed.tensor_parallel import shard
 
-        shard(model, team.mesh(device_of(args)), device_of(args))
+        shard(model, team.mesh(device), device)
     else:
-        model.to(device_of(args))
+        model.to(device)
     if is_small(model):
-        torch.set_num_threads(1)  # for perturbing it, too
+        # for perturbing it, too
+        torch.set_num_threads(1)
     return model, load_tokenizer(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..utils.errors import BadValue
 from ..utils.suggest import unknown
 
 _COUNTDOWN_MODELS = {
@@ -49,5 +50,5 @@ NEEDS_DATA = {"paper/math-qwen2.5-math-7b": "MATH's problems of levels 3 to 5"}
 def preset(name: str) -> dict[str, Any]:
     """Settings of a run: fields of RunOptions and ESConfig. ValueError, with the closest name, if there is none."""
     if name not in PRESETS:
-        raise ValueError(unknown("preset", name, PRESETS))
+        raise BadValue(unknown("preset", name, PRESETS))
     return dict(PRESETS[name])

@@ -19,6 +19,7 @@ import yaml
 from ..core.noise import check_int
 from ..trainer.config import ESConfig, option
 from ..trainer.trl_names import translate
+from ..utils.errors import BadValue
 from ..utils.settings import convert_fields, number, whole_number
 from .presets import NEEDS_DATA, preset
 
@@ -90,13 +91,13 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     try:
         settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: no YAML: {' '.join(str(error).split())}") from None
+        raise BadValue(f"{path}: no YAML: {' '.join(str(error).split())}") from None
     if not isinstance(settings, dict):
-        raise ValueError(f"{path}: expected lines of the form NAME: VALUE, got {type(settings).__name__}")
+        raise BadValue(f"{path}: expected lines of the form NAME: VALUE, got {type(settings).__name__}")
     try:
         return translate({str(name): value for name, value in settings.items()}, FIELDS, str(path))
     except TypeError as error:
-        raise ValueError(str(error)) from None
+        raise BadValue(str(error)) from None
 
 
 def dump(*parts: RunOptions | ESConfig) -> str:
@@ -165,7 +166,7 @@ def given(args: argparse.Namespace) -> dict[str, Any]:
     settings |= read_yaml(args.config) if args.config else {}
     settings |= {name: getattr(args, name) for name in FIELDS if hasattr(args, name)}
     if args.preset in NEEDS_DATA and not settings.get("data"):
-        raise ValueError(f"preset {args.preset}: name a file of {NEEDS_DATA[args.preset]} with --data")
+        raise BadValue(f"preset {args.preset}: name a file of {NEEDS_DATA[args.preset]} with --data")
     return settings
 
 

@@ -12,6 +12,7 @@ from ..distributed.team import Team
 from ..tasks import embedded
 from ..trainer.run_folder import RunFolder
 from ..trainer.trainer import ESTrainer
+from ..utils.errors import BadValue
 from ..utils.files import check_writable
 from ..utils.interrupts import stoppable
 from .earlier_run import resumed
@@ -28,15 +29,15 @@ def run(args: argparse.Namespace) -> None:
         settings = resumed(settings)
     options = run_options(settings)
     if options.engine != "vllm" and options.num_engines != 1:
-        raise ValueError("--num-engines is of --engine vllm; without it, use torchrun")
+        raise BadValue("--num-engines is of --engine vllm; without it, use torchrun")
     if args.print_config:
         print(dump(options, es_config(_defaults(options, task_of(options)) | settings)), end="")
         return
     team = Team.join(device_of(options), 1 if options.engine == "vllm" else options.tensor_parallel_size)
     if options.engine == "vllm" and team.size > 1:
-        raise ValueError("--engine vllm: one process trains, without torchrun; --num-engines says how many engines")
+        raise BadValue("--engine vllm: one process trains, without torchrun; --num-engines says how many engines")
     if team.size > 1 and "output_dir" not in settings:
-        raise ValueError("--out: give the run folder: with several processes a restart must find it again")
+        raise BadValue("--out: give the run folder: with several processes a restart must find it again")
     if team.rank == 0:  # before minutes of loading
         with team.telling():
             check_writable("--out", settings.get("output_dir", "runs"), folder=True)
@@ -77,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
     if team.rank:
         trainer.train()
         return
-    print(f"{trainer.es.plan!r}, {options.model or 'embedded model'} on {task.name} -> {config.output_dir}")
+    log.info("%r, %s on %s -> %s", trainer.es.plan, options.model or "embedded model", task.name, config.output_dir)
     try:
         trainer.train()
     finally:

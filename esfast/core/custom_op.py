@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ..utils.errors import BadState
 from .plan import PLANS, Plan
 
 
@@ -58,7 +59,7 @@ def _over(plan: Plan, tensors: Sequence[torch.Tensor]) -> Plan:
 def traced(plan: Plan, seeds, coeffs, base, noise, rounding, backend, decay, anchor, adam, rank) -> None:
     """What add_noise_ does while torch.compile traces it."""
     if anchor is not None or adam is not None or plan.low is not None or (base is not None and base.low is not None):
-        raise RuntimeError("add_noise_: under torch.compile without anchor, adam and split masters; call it outside")
+        raise BadState("add_noise_: under torch.compile without anchor, adam and split masters; call it outside")
     signed = [int(s) - 2**64 if int(s) >= 2**63 else int(s) for s in seeds]  # an op's ints have 64 bits with sign
     add_noise_op(
         plan._tensors, base._tensors if base is not None and base is not plan else [], plan.number,

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from ..utils.errors import BadState, BadType, BadValue
 from .segments import Entry, Slice
 
 
@@ -36,7 +37,7 @@ def local_entries(e: Entry) -> list[Entry]:
     found = tuple(local.shape)
     expected = tuple(sum(length for _, length in dimension) for dimension in spans)
     if found != expected:
-        raise ValueError(
+        raise BadValue(
             f"Plan: {e.name!r} {tuple(e.tensor.shape)}, placed as {e.tensor.placements}, should have {expected} here, "
             f"but its local tensor has {found}"
         )
@@ -61,7 +62,7 @@ def _spans(e: Entry) -> list[list[tuple[int, int]]]:
     """
     mesh, coordinate = e.tensor.device_mesh, e.tensor.device_mesh.get_coordinate()
     if coordinate is None:
-        raise ValueError(f"Plan: {e.name!r} lies on {mesh}, which this rank is not part of")
+        raise BadValue(f"Plan: {e.name!r} lies on {mesh}, which this rank is not part of")
     spans = [[(0, n)] for n in e.tensor.shape]
     for placement, parts, index in zip(e.tensor.placements, mesh.shape, coordinate, strict=True):
         kind = type(
@@ -72,7 +73,7 @@ def _spans(e: Entry) -> list[list[tuple[int, int]]]:
         elif kind == "_StridedShard":
             factor, pieces = placement.split_factor, spans[placement.dim]
             if sum(length for _, length in pieces) % factor:
-                raise ValueError(
+                raise BadValue(
                     f"Plan: {e.name!r} {tuple(e.tensor.shape)} is placed as {e.tensor.placements}, but its dimension "
                     f"{placement.dim} can't be split into {factor} equal parts"
                 )
@@ -80,7 +81,7 @@ def _spans(e: Entry) -> list[list[tuple[int, int]]]:
                 span for k in range(factor) for span in _chunk(_chunk(pieces, factor, k), parts, index)
             ]
         elif kind != "Replicate":
-            raise TypeError(
+            raise BadType(
                 f"Plan: {e.name!r} is a DTensor placed as {e.tensor.placements}; only Shard and Replicate hold weights "
                 "that can be perturbed. Redistribute it, or leave it out with exclude="
             )
@@ -167,5 +168,5 @@ def gather(dtensors: Sequence[torch.Tensor], mine: dict) -> dict:
                 if mine.setdefault(key, value) != value:
                     conflict = conflict or key
     if conflict is not None:
-        raise RuntimeError(f"ranks hold different bits of {conflict[0]!r}, offset {conflict[1]} in its whole")
+        raise BadState(f"ranks hold different bits of {conflict[0]!r}, offset {conflict[1]} in its whole")
     return mine

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from ..utils.errors import BadValue
+
 SHOWN = 3  # names in a message
 
 
@@ -14,7 +16,7 @@ def check_finite(named: Iterable[tuple[str, torch.Tensor]]) -> None:
     named = list(named)
     names = [name for name, tensor in named if tensor.numel() and not _is_finite(tensor)]
     if names:
-        raise ValueError(
+        raise BadValue(
             f"{len(names)} of {len(named)} tensors hold NaN or infinite weights: {some(names)}. No update mends them: "
             "take an undamaged checkpoint, or leave them out (exclude=) if they are meant to be so"
         )

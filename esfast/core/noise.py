@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from ..utils.errors import BadType, BadValue
+
 if TYPE_CHECKING:
     import torch
 
@@ -101,7 +103,7 @@ def noise_at(seed: int, name: str, index: np.ndarray, kind: str = "gaussian") ->
     ValueError for "low_rank" noise, which depends on the tensor's shape too: see `add_low_rank`."""
     seed, kind = check_seed(seed), check_kind(kind)
     if kind == "low_rank":
-        raise ValueError("noise: 'low_rank' noise of an element depends on the tensor's shape; ask esfast.noise for it")
+        raise BadValue("noise: 'low_rank' noise of an element depends on the tensor's shape; ask esfast.noise for it")
     index = np.asarray(index, dtype=np.uint64)
     if index.ndim == 0:  # NumPy warns where a scalar wraps, and for arrays it doesn't
         return noise_at(seed, name, index[None], kind)[0]
@@ -162,7 +164,7 @@ def tensor_id(name: str) -> int:
     consecutive bytes: layers 10 and 11 of one model can't collide. Plan refuses the collisions that remain.
     """
     if not isinstance(name, str) or not name:
-        raise TypeError(f"name: expected a non-empty str, got {name!r}")
+        raise BadType(f"name: expected a non-empty str, got {name!r}")
     return zlib.crc32(name.encode())
 
 
@@ -233,9 +235,9 @@ def check_int(what: str, value, low: int, high: int) -> int:
     except TypeError:
         number = None
     if number is None:
-        raise TypeError(f"{what}: expected an int, got {type(value).__name__} {value!r}")
+        raise BadType(f"{what}: expected an int, got {type(value).__name__} {value!r}")
     if not low <= number < high:
-        raise ValueError(f"{what}: expected {low} <= {what} < {high}, got {number}")
+        raise BadValue(f"{what}: expected {low} <= {what} < {high}, got {number}")
     return number
 
 
@@ -245,7 +247,7 @@ def check_seed(seed) -> int:
 
 def check_kind(kind: str) -> str:
     if kind not in KINDS:
-        raise ValueError(f"noise: expected one of {', '.join(map(repr, KINDS))}, got {kind!r}")
+        raise BadValue(f"noise: expected one of {', '.join(map(repr, KINDS))}, got {kind!r}")
     return kind
 
 
@@ -253,5 +255,5 @@ def check_rank(kind: str, rank: int) -> int:
     """The rank of noise of this kind: 1 to MAX_RANK, and 1 of what has none. TypeError or ValueError otherwise."""
     rank = check_int("rank", rank, 1, MAX_RANK + 1)
     if rank != 1 and kind != "low_rank":
-        raise ValueError(f"rank: {kind!r} noise has no rank, got {rank}; write noise='low_rank'")
+        raise BadValue(f"rank: {kind!r} noise has no rank, got {rank}; write noise='low_rank'")
     return rank

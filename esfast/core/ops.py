@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ..utils.errors import BadState, BadType, BadValue
 from ..utils.names import ROUNDINGS
 from . import custom_op
 from .noise import DOMAINS, check_kind, check_rank, check_seed
@@ -136,12 +137,12 @@ def add_noise_(
     if torch.compiler.is_compiling():
         return custom_op.traced(plan, seeds, coeffs, base, noise, rounding, backend, decay, anchor, adam, rank)
     if not isinstance(plan, Plan):
-        raise TypeError(f"plan: expected an esfast.Plan, got {type(plan).__name__}; write esfast.Plan(model)")
+        raise BadType(f"plan: expected an esfast.Plan, got {type(plan).__name__}; write esfast.Plan(model)")
     rank = check_rank(check_kind(noise), rank)
     if rounding not in ROUNDINGS:
-        raise ValueError(f"rounding: expected one of {', '.join(map(repr, ROUNDINGS))}, got {rounding!r}")
+        raise BadValue(f"rounding: expected one of {', '.join(map(repr, ROUNDINGS))}, got {rounding!r}")
     if not isinstance(decay, (int, float, np.floating)) or not 0 <= decay <= 1:
-        raise ValueError(f"decay: expected a number from 0 to 1, got {decay!r}")
+        raise BadValue(f"decay: expected a number from 0 to 1, got {decay!r}")
     run = get_backend(backend, plan.device, noise)
     with _subnormals_kept():
         if isinstance(seeds, torch.Tensor) and run in (_cuda, _triton):
@@ -159,17 +160,17 @@ def add_noise_(
 def _check_adam(plan: Plan, base: Plan | None, adam: AdamStep) -> None:
     m = adam.moments if isinstance(adam, AdamStep) else None
     if base is not None and base is not plan:
-        raise ValueError("adam: works in place, without a base")
+        raise BadValue("adam: works in place, without a base")
     if not (
         isinstance(m, torch.Tensor) and m.dtype is torch.float32 and m.device == plan.device and m.is_contiguous()
         and m.shape == (2, plan.flat_numel)
     ):  # fmt: skip
-        raise TypeError(
+        raise BadType(
             f"adam: expected an esfast.core.ops.AdamStep with moments = torch.zeros(2, plan.flat_numel) in float32 on "
             f"{plan.device}, got {adam!r:.80}"
         )
     if m.data_ptr() % 16:
-        raise ValueError(
+        raise BadValue(
             f"adam: the moments begin at address {m.data_ptr():#x}, no multiple of 16 bytes, and kernels read 128 bits "
             "at once; pass a tensor of its own, torch.zeros(2, plan.flat_numel), and no slice of another"
         )
@@ -193,19 +194,19 @@ def check_members(seeds: Sequence[int], coeffs: Sequence[float]) -> tuple[np.nda
     """Seeds as a uint64 array and coefficients as a finite float32 array, equally long; TypeError or ValueError
     otherwise."""
     if not all(isinstance(x, Iterable) and not isinstance(x, str) for x in (seeds, coeffs)):
-        raise TypeError("seeds and coeffs: expected sequences of equal length, for example [seed], [sigma]")
+        raise BadType("seeds and coeffs: expected sequences of equal length, for example [seed], [sigma]")
     seeds = np.array([check_seed(s) for s in seeds], dtype=np.uint64)
     try:
         wide = np.array([float(c) for c in coeffs], dtype=np.float64)
     except (TypeError, ValueError, OverflowError):
-        raise TypeError(f"coeffs: expected numbers, got {coeffs!r:.80}") from None
+        raise BadType(f"coeffs: expected numbers, got {coeffs!r:.80}") from None
     if len(seeds) != len(wide):
-        raise ValueError(f"seeds and coeffs: expected equally many, got {len(seeds)} and {len(wide)}")
+        raise BadValue(f"seeds and coeffs: expected equally many, got {len(seeds)} and {len(wide)}")
     with np.errstate(over="ignore"):
         coeffs = wide.astype(np.float32)
     if not np.isfinite(coeffs).all():
         j = int(np.flatnonzero(~np.isfinite(coeffs))[0])
-        raise ValueError(f"coeffs[{j}]: expected a finite float32, got {wide[j]}")
+        raise BadValue(f"coeffs[{j}]: expected a finite float32, got {wide[j]}")
     return seeds, coeffs
 
 
@@ -220,7 +221,7 @@ def _check_device_members(plan: Plan, seeds: torch.Tensor, coeffs) -> None:
                 if isinstance(values, torch.Tensor)
                 else values
             )
-            raise TypeError(
+            raise BadType(
                 f"{what}: with a tensor of seeds, expected a contiguous {dtype} vector on {plan.device}, "
                 f"got {got!r:.80}"
             )
@@ -308,10 +309,10 @@ def get_backend(name: str, device: torch.device, kind: str = "gaussian"):
         return _BACKENDS[auto_backend(device, kind)]
     if not isinstance(name, str) or name not in _BACKENDS:
         known = ", ".join(map(repr, ("auto", *_BACKENDS)))
-        raise ValueError(f"backend: expected one of {known}, got {name!r}")
+        raise BadValue(f"backend: expected one of {known}, got {name!r}")
     reason = _why_not(name, device) or _lacks(name, kind)
     if reason:
-        raise RuntimeError(f"backend {name!r} can't run: {reason}")
+        raise BadState(f"backend {name!r} can't run: {reason}")
     return _BACKENDS[name]
 
 

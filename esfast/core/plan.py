@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
+from ..utils.errors import BadState, BadType, BadValue
 from . import dtensors as shards
 from .fingerprint import MASK, window_sums
 from .plan_source import check_factor_names, check_names, check_tensor, entries, merge_tied, missing_parameter, select
@@ -68,7 +69,7 @@ class Plan:
         devices = {e.tensor.device for e in self._held}
         if len(devices) > 1:
             found = ", ".join(sorted(map(str, devices)))
-            raise ValueError(f"Plan: all tensors must be on one device, found {found}. Make one Plan per device.")
+            raise BadValue(f"Plan: all tensors must be on one device, found {found}. Make one Plan per device.")
         self.device = devices.pop()
         self.low: torch.Tensor | None = None  # flat buffer of the low halves, in a split plan
         self._finish()
@@ -214,7 +215,7 @@ class Plan:
         for what, other in (("base", base), ("anchor", anchor)):
             if other is not None and other is not self:
                 if not isinstance(other, Plan):
-                    raise TypeError(f"{what}: expected a Plan (for example plan.clone()), got {type(other).__name__}")
+                    raise BadType(f"{what}: expected a Plan (for example plan.clone()), got {type(other).__name__}")
                 other._check_addresses()
         for b, a, cut, table in self._tables:
             if b() is base and (anchor is None if a is None else a() is anchor) and cut == matrices:
@@ -236,12 +237,12 @@ class Plan:
             return
         for mine, theirs in zip(self.entries, other.entries, strict=False):
             if not mine.same_place(theirs) or theirs.format not in formats[mine.format]:
-                raise ValueError(
+                raise BadValue(
                     f"{what}: its {describe(theirs)} stands where the plan has {describe(mine)}; "
                     f"{what} must hold the same tensors in the same order, as plan.clone() does"
                 )
         if len(self) != len(other):
-            raise ValueError(f"{what}: expected {len(self)} tensors as in the plan, got {len(other)}")
+            raise BadValue(f"{what}: expected {len(self)} tensors as in the plan, got {len(other)}")
         check_overlap(self.entries + other.entries, self._table, other._table)
 
     def _reshard(self) -> None:
@@ -257,7 +258,7 @@ class Plan:
         if self.module is None or self.sharded or self._gathering:
             return
         if name := missing_parameter(self.module, self.names, self._tensors):
-            raise RuntimeError(
+            raise BadState(
                 f"Plan: {name!r} is no longer a parameter of the module (load_state_dict with assign=True, or a layer "
                 "that was replaced?); make a new Plan, or a new ES, of the model as it is"
             )
@@ -269,7 +270,7 @@ class Plan:
         if now != self._addresses:
             names = self.names + [name for name, _ in self._sharded]
             name = next(n for n, a, b in zip(names, now, self._addresses, strict=True) if a != b)
-            raise RuntimeError(
+            raise BadState(
                 f"Plan: the memory of {name!r} moved since the plan was made (model.to(...), or a new .data?). "
                 "Make the Plan after the model is where it stays."
             )

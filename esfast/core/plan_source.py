@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ..utils.errors import BadType, BadValue
 from ..utils.unwrap import named_parameters
 from .noise import check_int, factor_names, matrices_of, tensor_id
 from .segments import FORMATS, Entry, Slice, describe
@@ -25,18 +26,18 @@ def entries(source) -> list[Entry]:
         items = source
     else:
         hint = " (pass .items())" if isinstance(source, dict) else ""
-        raise TypeError(
+        raise BadType(
             f"Plan: expected an nn.Module or an iterable of (name, tensor) pairs, got {type(source).__name__}{hint}"
         )
     entries = []
     for item in items:
         if not isinstance(item, tuple) or len(item) not in (2, 3):
-            raise TypeError(f"Plan: expected (name, tensor) or (name, tensor, Slice), got {item!r:.80}")
+            raise BadType(f"Plan: expected (name, tensor) or (name, tensor, Slice), got {item!r:.80}")
         name, tensor = item[:2]
         if not isinstance(name, str) or not name:
-            raise TypeError(f"Plan: a tensor's name must be a non-empty str, got {name!r}")
+            raise BadType(f"Plan: a tensor's name must be a non-empty str, got {name!r}")
         if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"Plan: {name!r} must be a torch.Tensor, got {type(tensor).__name__}")
+            raise BadType(f"Plan: {name!r} must be a torch.Tensor, got {type(tensor).__name__}")
         window = item[2] if len(item) == 3 else None
         entries.append(Entry(name, tensor, _check_window(name, tensor, window)))
     return entries
@@ -46,25 +47,25 @@ def _check_window(name: str, tensor: torch.Tensor, window: Slice | None) -> Slic
     if window is None:
         return Slice(tuple(tensor.shape), (0,) * tensor.dim())
     if not isinstance(window, Slice):
-        raise TypeError(f"Plan: the third item of {name!r} must be an esfast.Slice, got {type(window).__name__}")
+        raise BadType(f"Plan: the third item of {name!r} must be an esfast.Slice, got {type(window).__name__}")
     if not all(isinstance(x, Iterable) for x in (window.shape, window.offset)):
-        raise TypeError(
+        raise BadType(
             f"Plan: the Slice of {name!r} needs one number a dimension, "
             f"got shape {window.shape!r} and offset {window.offset!r}"
         )
     shape = tuple(check_int(f"Slice.shape of {name!r}", n, 0, 2**63) for n in window.shape)
     offset = tuple(check_int(f"Slice.offset of {name!r}", n, 0, 2**63) for n in window.offset)
     if not len(shape) == len(offset) == tensor.dim():
-        raise ValueError(
+        raise BadValue(
             f"Plan: {name!r} has {tensor.dim()} dimensions, but its Slice has shape {shape} and offset {offset}"
         )
     for d, (size, start, whole) in enumerate(zip(tensor.shape, offset, shape, strict=True)):
         if start + size > whole:
-            raise ValueError(
+            raise BadValue(
                 f"Plan: {name!r} reaches outside its whole in dimension {d}: offset {start} + size {size} > {whole}"
             )
     if math.prod(shape) > MAX_NUMEL:
-        raise ValueError(f"Plan: the whole of {name!r}, {shape}, has more than 2**62 elements, too many to number")
+        raise BadValue(f"Plan: the whole of {name!r}, {shape}, has more than 2**62 elements, too many to number")
     return Slice(shape, offset)
 
 
@@ -77,13 +78,13 @@ def select(entries: list[Entry], include, exclude) -> list[Entry]:
         found: set[str] = set()
         globs = [patterns] if isinstance(patterns, str) or not isinstance(patterns, Iterable) else list(patterns)
         if not all(isinstance(glob, str) for glob in globs):
-            raise TypeError(f"Plan: {what}: expected a glob pattern or a list of them, got {patterns!r:.80}")
+            raise BadType(f"Plan: {what}: expected a glob pattern or a list of them, got {patterns!r:.80}")
         for pattern in globs:
             hits = {n for n in names if fnmatch.fnmatchcase(n, pattern)}
             if not hits:
                 close = difflib.get_close_matches(pattern, names, n=1, cutoff=0.4)
                 example = f"; a name here is {(close or names)[0]!r}" if names else ""
-                raise ValueError(f"Plan: the {what} pattern {pattern!r} matches no tensor{example}")
+                raise BadValue(f"Plan: the {what} pattern {pattern!r} matches no tensor{example}")
             found |= hits
         return found
 
@@ -91,7 +92,7 @@ def select(entries: list[Entry], include, exclude) -> list[Entry]:
     kept -= matching("exclude", exclude) if exclude is not None else set()
     selected = [e for e in entries if e.name in kept]
     if not selected:
-        raise ValueError(
+        raise BadValue(
             "Plan: no tensors selected" + (" (include and exclude leave nothing)" if names else ": the source has none")
         )
     return selected
@@ -107,24 +108,24 @@ def check_tensor(entry: Entry) -> None:
     """TypeError or ValueError, with what to do, for a tensor that can't be perturbed."""
     name, tensor = entry.name, entry.tensor
     if is_traceable_wrapper_subclass(tensor):
-        raise TypeError(
+        raise BadType(
             f"Plan: {name!r} is a {type(tensor).__name__}, which wraps other tensors; "
             "pass the tensors inside it, with a Slice where they are shards, or exclude it"
         )
     if tensor.layout is not torch.strided:
-        raise TypeError(f"Plan: {name!r} has layout {tensor.layout}; only dense (strided) tensors can be perturbed")
+        raise BadType(f"Plan: {name!r} has layout {tensor.layout}; only dense (strided) tensors can be perturbed")
     if tensor.is_meta:
-        raise ValueError(f"Plan: {name!r} is on the meta device and has no memory; load the weights first")
+        raise BadValue(f"Plan: {name!r} is on the meta device and has no memory; load the weights first")
     if tensor.dtype not in FORMATS:
         why = "arithmetic is in float32" if tensor.dtype is torch.float64 else "only float weights can be perturbed"
-        raise TypeError(
+        raise BadType(
             f"Plan: {name!r} is {tensor.dtype}, expected float32, bfloat16 or float16 ({why}); "
             "convert it, or leave it out with exclude="
         )
     if tensor.is_neg():
-        raise TypeError(f"Plan: {name!r} is a view whose sign is only turned on reading; pass .resolve_neg() of it")
+        raise BadType(f"Plan: {name!r} is a view whose sign is only turned on reading; pass .resolve_neg() of it")
     if tensor.numel() == 0 and math.prod(entry.window.shape) == 0:  # no empty shard of something
-        raise ValueError(
+        raise BadValue(
             f"Plan: {name!r} has no elements (shape {tuple(tensor.shape)}); if its values were repacked elsewhere "
             "they would be missed. Leave it out with exclude= if that is meant"
         )
@@ -148,13 +149,13 @@ def check_names(entries: list[Entry]) -> None:
     for e in entries:
         other = by_id.setdefault(tensor_id(e.name), e.name)
         if other != e.name:
-            raise ValueError(
+            raise BadValue(
                 f"Plan: the names {other!r} and {e.name!r} have the same 32-bit id {tensor_id(e.name):08x}, "
                 "so they would get the same noise; rename one"
             )
         for twin in by_name.setdefault(e.name, []):
             if twin.window.shape != e.window.shape or _windows_meet(twin, e):
-                raise ValueError(
+                raise BadValue(
                     f"Plan: the name {e.name!r} is given twice, for {describe(twin)} and {describe(e)}; "
                     "only disjoint slices of one whole may share a name"
                 )
@@ -167,7 +168,7 @@ def check_factor_names(entries: list[Entry]) -> None:
     for e in {e.name: e for e in entries}.values():
         for name in (e.name, *(factor_names(e.name) if matrices_of(e.window.shape) else ())):
             if (other := owners.get(tensor_id(name))) is not None:
-                raise ValueError(
+                raise BadValue(
                     f"Plan: {other!r} and {name!r}, tensors or factors of low-rank noise, have the same 32-bit id "
                     f"{tensor_id(name):08x}, so they would get the same noise; rename one, or take another noise"
                 )

@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from ..utils.errors import BadValue
 from .noise import DOMAINS, check_int, check_seed, philox
 
 DRAWS_VERSION = 1
@@ -39,7 +40,7 @@ class RandomStream:
         """A uniform integer from 0 to n - 1. Takes one word if n <= 2**32, else several, the lowest first. Numbers
         above the largest multiple of n are drawn again."""
         if n < 1:
-            raise ValueError(f"n: expected at least 1, got {n}")
+            raise BadValue(f"n: expected at least 1, got {n}")
         count = max(1, -(-(n - 1).bit_length() // 32))
         while True:
             value = 0

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ..utils.errors import BadValue
 from .noise import MAX_RANK, factor_names, matrices_of, tensor_id
 
 # The formats of csrc/dtypes.h. SPLIT is a float32 held as a bfloat16 tensor and, in the plan's flat buffer, the 16 bits
@@ -134,7 +135,7 @@ def _segments(dst: Entry, src: Entry, anchor: Entry | None, matrices: bool = Fal
     if along := [d for d, dim in enumerate(dims) if dim[7] == 0]:
         rows, *row_strides = dims.pop(along[-1])
     if math.prod(d[0] for d in dims) > MAX_SEGMENTS_PER_TENSOR:
-        raise ValueError(
+        raise BadValue(
             f"Plan: {dst.name!r} with strides {dst.tensor.stride()} is scattered over more than "
             f"{MAX_SEGMENTS_PER_TENSOR} matrices; make it .contiguous()"
         )
@@ -165,9 +166,7 @@ def _factor_strides(whole: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int,
     matrices; ValueError if they don't fit 64 bits."""
     matrices, rows, cols = matrices_of(whole)
     if matrices * max(rows, cols) * MAX_RANK > 2**62:
-        raise ValueError(
-            f"Plan: a whole of {whole} has factors of more than 2**62 numbers, too many for low-rank noise"
-        )
+        raise BadValue(f"Plan: a whole of {whole} has factors of more than 2**62 numbers, too many for low-rank noise")
     if len(whole) == 3:
         return (rows, 1, 0), (cols, 0, 1)
     return (1, *(0,) * (len(whole) - 1)), (0, *_row_major(whole[1:]))
@@ -205,7 +204,7 @@ def check_overlap(entries: list[Entry], *tables: Table) -> None:
     if len(bad):
         a, b = entries[who[bad[0]]], entries[who[bad[0] + 1]]
         where = f"{describe(a)} overlaps itself" if a is b else f"{describe(a)} and {describe(b)} overlap"
-        raise ValueError(
+        raise BadValue(
             f"Plan: {where} in memory, so some weights would be perturbed twice; pass each weight once "
             "(tied weights of equal shape and strides are recognised)"
         )

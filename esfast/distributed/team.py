@@ -28,6 +28,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from ..core.noise import check_int
 from ..update.updater import Adam, Generation, Updater
+from ..utils.errors import BadState, BadValue
 from ..utils.interrupts import Interrupted, signal_of
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class Team:
 
     def __init__(self, store: dist.Store | None = None, rank: int = 0, size: int = 1, shards: int = 1):
         if size % check_int("shards", shards, 1, 2**31):
-            raise ValueError(
+            raise BadValue(
                 f"Team: {size} processes can't be grouped by {shards}; start a multiple of {shards} with torchrun"
             )
         self.rank, self.size, self.shards = rank, size, shards
@@ -174,7 +175,7 @@ class Team:
         """RuntimeError in process 0, which stops all, if the value differs between processes."""
         for rank, other in enumerate(self.gather(what, value)):
             if other != value:
-                raise RuntimeError(f"{what}: {value} in process 0, but {other} in process {rank}")
+                raise BadState(f"{what}: {value} in process 0, but {other} in process {rank}")
 
     def fail(self, error: BaseException) -> None:
         """Tells the others why this process stops. If the error is a broken connection, raises Stopped with the name of

@@ -19,6 +19,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.functional import linear
 
+from ..utils.errors import BadValue
+
 
 class ColumnParallel(nn.Linear):
     """x -> x W^T + b with W cut along dimension 0: this device computes some of the outputs.
@@ -97,14 +99,14 @@ def _planned(model, count: int) -> list[tuple[nn.Linear, type[ColumnParallel | R
     name = type(model).__name__
     plan = getattr(model, "_tp_plan", None)
     if not plan:
-        raise ValueError(f"tensor parallelism: {name} brings no plan for it")
+        raise BadValue(f"tensor parallelism: {name} brings no plan for it")
     if unknown := sorted(set(plan.values()) - set(STYLES)):
-        raise ValueError(f"tensor parallelism: {name} needs {', '.join(unknown)}, which esfast doesn't know")
+        raise BadValue(f"tensor parallelism: {name} needs {', '.join(unknown)}, which esfast doesn't know")
     config = model.config.get_text_config()
     if "colwise" in plan.values():  # such projections are cut between heads
         for heads in ("num_attention_heads", "num_key_value_heads"):
             if (found := getattr(config, heads, None)) is not None and found % count:
-                raise ValueError(f"tensor parallelism: {found} {heads} of {name} can't be shared by {count} devices")
+                raise BadValue(f"tensor parallelism: {found} {heads} of {name} can't be shared by {count} devices")
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     styles = {path: plan.get(_of_all_layers(path)) for path, _ in (*model.named_modules(), *model.named_parameters())}
     found = []
@@ -113,14 +115,14 @@ def _planned(model, count: int) -> list[tuple[nn.Linear, type[ColumnParallel | R
             continue
         module = attrgetter(path)(model)
         if type(module) is not nn.Linear:
-            raise ValueError(f"tensor parallelism: {path} of {name} is a {type(module).__name__}, expected a Linear")
+            raise BadValue(f"tensor parallelism: {path} of {name} is a {type(module).__name__}, expected a Linear")
         kind, whole = STYLES[style]
         if uses[id(module.weight)] == 1 and module.weight.shape[kind.dim] % count == 0:
             found.append((module, kind, whole))
         elif not (
             kind is ColumnParallel and whole
         ):  # those have whole inputs and outputs, so nothing else depends on them
-            raise ValueError(
+            raise BadValue(
                 f"tensor parallelism: {path} of {name}, {tuple(module.weight.shape)}, can't be cut in {count}"
             )
     return found

@@ -21,6 +21,7 @@ from ..core.plan import Plan
 from ..distributed.team import SharedUpdates, Team
 from ..journal.journal import header_of
 from ..update.updater import Generation, Group, Optimizer, Rule, check_groups, check_optimizer
+from ..utils.errors import BadState, BadValue
 from ..utils.interrupts import held
 from ..utils.names import ROUNDINGS
 from ..utils.settings import check_positive as _check_positive
@@ -134,14 +135,14 @@ class ES:
         self.sigma, self.lr = _check_positive("sigma", sigma), _check_positive("lr", lr)
         self.population_size = check_int("population_size", population_size, 2, 2**32)
         if mirrored and population_size % 2:
-            raise ValueError(f"population_size: mirrored sampling needs an even number, got {population_size}")
+            raise BadValue(f"population_size: mirrored sampling needs an even number, got {population_size}")
         self.seed, self.mirrored = check_seed(seed), bool(mirrored)
         self._shape = _check_shaping(shaping)
         if not isinstance(weights, str) or weights not in (*MODES, "auto"):
-            raise ValueError(f"weights: expected one of {', '.join(map(repr, (*MODES, 'auto')))}, got {weights!r}")
+            raise BadValue(f"weights: expected one of {', '.join(map(repr, (*MODES, 'auto')))}, got {weights!r}")
         if perturb_rounding not in ROUNDINGS:
             known = ", ".join(map(repr, ROUNDINGS))
-            raise ValueError(f"perturb_rounding: expected one of {known}, got {perturb_rounding!r}")
+            raise BadValue(f"perturb_rounding: expected one of {known}, got {perturb_rounding!r}")
         if weight_decay != 0:
             _check_positive("weight_decay", weight_decay)
         self.weight_decay, self._perturb_rounding = float(weight_decay), perturb_rounding
@@ -158,11 +159,9 @@ class ES:
         self.team = team if team is not None else Team()
         self._run = self.team.run()
         if self.plan.sharded and self.team.size > 1 and self.team.shards == 1:
-            raise ValueError(
-                "the weights are in shards: say how many processes hold a model: Team.join(device, shards=)"
-            )
+            raise BadValue("the weights are in shards: say how many processes hold a model: Team.join(device, shards=)")
         if self.team.size > 1 and weights == "inplace":
-            raise ValueError('weights: "inplace" drifts apart in several processes; take "base", "master" or "host"')
+            raise BadValue('weights: "inplace" drifts apart in several processes; take "base", "master" or "host"')
         header = header_of(self.rule, self.seed, weights, self.plan) if journal is not None else None
         self._weights = self.modes[weights](self.plan, self.rule, backend)
         self._asked, self._mine = 0, []
@@ -181,7 +180,7 @@ class ES:
         If it is called again before `step`, the same generation begins anew.
         """
         if self._inside is not None:
-            raise RuntimeError(f"population(): member {self._inside.index} is still in place; leave its loop first")
+            raise BadState(f"population(): member {self._inside.index} is still in place; leave its loop first")
         self._check_own("population()")
         self.members, self._mine = [self._member(i) for i in range(self.population_size)], []
         self._asked += 1
@@ -205,24 +204,24 @@ class ES:
                 not return as many finite numbers. No weight has changed.
         """
         if self._inside is not None:
-            raise RuntimeError(f"step(): member {self._inside.index} is still in place; leave its loop first")
+            raise BadState(f"step(): member {self._inside.index} is still in place; leave its loop first")
         if not self.members:
-            raise RuntimeError("step(): no population to learn from; iterate over population() first")
+            raise BadState("step(): no population to learn from; iterate over population() first")
         self._check_own("step()")
         self._exchange(set_aside)
         scored = [m for m in self.members if m.reward is not None] if set_aside else self.members
         rewards = {m.index: _check_reward(m) for m in scored}
         if len(scored) < 2:
-            raise ValueError(f"step(): only {len(scored)} of {len(self.members)} members have a reward; two are needed")
+            raise BadValue(f"step(): only {len(scored)} of {len(self.members)} members have a reward; two are needed")
         shaped = self._shape(list(rewards.values()))
         sigma, lr = _check_positive("sigma", self.sigma), _check_positive("lr", self.lr)
         seeds, coeffs = coefficients(scored, shaped, self.rule.gradient_lr(lr))
         most = self.rule.largest("lr")  # what a group can't take must be refused before another one has moved
         if not most * max(map(abs, coeffs)) <= float(np.finfo(np.float32).max):
-            raise ValueError(f"step(): lr {self.lr} and the shaped rewards give coefficients that are not finite")
+            raise BadValue(f"step(): lr {self.lr} and the shaped rewards give coefficients that are not finite")
         decay = float(np.float32(lr * self.weight_decay))
         if not most * decay <= 1:
-            raise ValueError(f"step(): lr {lr} times weight_decay {self.weight_decay} is more than all of the weights")
+            raise BadValue(f"step(): lr {lr} times weight_decay {self.weight_decay} is more than all of the weights")
         record = Generation(
             self.generation, seeds, coeffs, [rewards.get(m.index) for m in self.members], sigma, lr, decay
         )
@@ -304,7 +303,7 @@ class ES:
     def _check_own(self, what: str) -> None:
         self.plan.check_module()
         if self._weights.changed_elsewhere():
-            raise RuntimeError(
+            raise BadState(
                 f"{what}: the weights were changed since ES last wrote them, by something else (load_state_dict?); ES "
                 "would undo that. Make a new ES of the model as it is"
             )
@@ -327,9 +326,9 @@ class Population:
             for index in es.team.members(es._turn, len(self.members)):
                 member = self.members[index]
                 if self.members is not es.members:
-                    raise RuntimeError("this population is of the past; ask for a new one with es.population()")
+                    raise BadState("this population is of the past; ask for a new one with es.population()")
                 if es._inside is not (mine[-1] if mine else None):
-                    raise RuntimeError("population: this loop was left, or another loop has its member in place")
+                    raise BadState("population: this loop was left, or another loop has its member in place")
                 mine.append(member)
                 es._mine.append(member)
                 es._enter(member)
@@ -366,12 +365,12 @@ def _check_shaping(shaping) -> Callable[[Sequence[float]], list[float]]:
         return SHAPINGS[shaping]
     if not callable(shaping):
         known = ", ".join(map(repr, SHAPINGS))
-        raise ValueError(f"shaping: expected one of {known}, or a function of the rewards, got {shaping!r}")
+        raise BadValue(f"shaping: expected one of {known}, or a function of the rewards, got {shaping!r}")
 
     def checked(rewards: Sequence[float]) -> list[float]:
         shaped = [float(z) for z in shaping(rewards)]
         if len(shaped) != len(rewards) or not np.isfinite(shaped).all():
-            raise ValueError(f"shaping: expected {len(rewards)} finite numbers from the function, got {shaped!r:.80}")
+            raise BadValue(f"shaping: expected {len(rewards)} finite numbers from the function, got {shaped!r:.80}")
         return shaped
 
     return checked
@@ -379,11 +378,11 @@ def _check_shaping(shaping) -> Callable[[Sequence[float]], list[float]]:
 
 def _check_reward(member: Member) -> float:
     if member.reward is None:
-        raise ValueError(f"step(): member {member.index} has no reward; set member.reward in the loop's body")
+        raise BadValue(f"step(): member {member.index} has no reward; set member.reward in the loop's body")
     try:
         reward = float(member.reward if not isinstance(member.reward, str) else None)
     except (TypeError, ValueError, OverflowError, RuntimeError):  # the last is PyTorch's, for several numbers
-        raise ValueError(f"step(): the reward of member {member.index} is {member.reward!r}, no number") from None
+        raise BadValue(f"step(): the reward of member {member.index} is {member.reward!r}, no number") from None
     if not math.isfinite(reward):
-        raise ValueError(f"step(): the reward of member {member.index} is {reward}, not a finite number")
+        raise BadValue(f"step(): the reward of member {member.index} is {reward}, not a finite number")
     return reward

@@ -12,6 +12,7 @@ from ..distributed.team import Team
 from ..journal import checkpoint
 from ..journal.journal import Journal, parse, peek, verify
 from ..update.updater import Generation, Updater
+from ..utils.errors import BadValue, FileMissing
 from ..utils.lock import Lock
 
 log = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ class History:
         team.agree(f"{self._run}: fingerprint of the base weights", header["base"])
         there = team.gather(f"{self._run}: journal", "yes" if _has_generations(path) else "no")
         if resume and there[:1] == ["no"] and "yes" in there:
-            raise FileNotFoundError(
+            raise FileMissing(
                 f"resume: {path} is on the machine of process {there.index('yes')}, not on that of process 0, which "
                 "goes on with it: start the machines in the order of before, or keep the run folder where all see it"
             )
@@ -60,7 +61,7 @@ class History:
             self._journal = Journal.create(path, header) if leads else None
             return 0
         if header["weights"] == "inplace":
-            raise ValueError(
+            raise BadValue(
                 'resume: a run with weights="inplace" can\'t be resumed: no journal holds its rounding errors'
             )
         if leads:
@@ -72,8 +73,12 @@ class History:
         updater, start = weights.updater, 0
         if self._checkpoints is not None:
             start = checkpoint.load_newest(self._checkpoints, len(records), updater, team.part, self.identities, checks)
-        log.warning("resuming after generation %d: %d of them from a checkpoint, %d from the journal",
-                    len(records), start, len(records) - start)  # fmt: skip
+        log.info(
+            "resuming after generation %d: %d of them from a checkpoint, %d from the journal",
+            len(records),
+            start,
+            len(records) - start,
+        )
         for record in records[:start]:
             updater.recall(record)
         for record in records[start:]:

@@ -286,5 +286,5 @@ def automatic(plan: Plan, rule: Rule) -> str:
         mode = "master"
     else:  # a host copy of what lies in host memory anyway saves nothing
         mode = "base" if extra["base"] <= room else "host" if plan.device.type != "cpu" else "inplace"
-    log.warning('weights="auto" takes %r: %.2f GB of weights, %.1f GB of memory', mode, plan.nbytes / 1e9, total / 1e9)
+    log.info('weights="auto" takes %r: %.2f GB of weights, %.1f GB of memory', mode, plan.nbytes / 1e9, total / 1e9)
     return mode

@@ -13,6 +13,7 @@ import torch
 
 from ..core.plan import Plan
 from ..es.es import ES, Member
+from ..utils.errors import BadState, BadValue
 
 
 class Candidate:
@@ -27,9 +28,9 @@ class Candidate:
 
     def __enter__(self) -> Candidate:
         if not any(self.member is m for m in self._es.members):
-            raise RuntimeError(f"candidate {self.index} is of a population of the past; ask for a new one")
+            raise BadState(f"candidate {self.index} is of a population of the past; ask for a new one")
         if self._es._inside is not None:
-            raise RuntimeError(f"candidate {self._es._inside.index} is still in place; leave its block first")
+            raise BadState(f"candidate {self._es._inside.index} is still in place; leave its block first")
         self._es._enter(self.member)
         return self
 
@@ -75,12 +76,12 @@ class AskTell:
         """
         candidates, values = list(candidates), [_number(f) for f in fitness]
         if sorted(map(id, candidates)) != sorted(map(id, self._asked)) or not candidates:
-            raise ValueError(f"tell(): expected the {len(self._asked)} candidates that ask() gave, each once")
+            raise BadValue(f"tell(): expected the {len(self._asked)} candidates that ask() gave, each once")
         if len(values) != len(candidates):
-            raise ValueError(f"tell(): expected {len(candidates)} numbers, one a candidate, got {len(values)}")
+            raise BadValue(f"tell(): expected {len(candidates)} numbers, one a candidate, got {len(values)}")
         for candidate, value in zip(candidates, values, strict=True):
             if not math.isfinite(value):
-                raise ValueError(f"tell(): the fitness of candidate {candidate.index} is {value}, not a finite number")
+                raise BadValue(f"tell(): the fitness of candidate {candidate.index} is {value}, not a finite number")
         for candidate, value in zip(candidates, values, strict=True):
             candidate.member.reward = value if self.maximize else -value
         record = self.es.step()
@@ -92,4 +93,4 @@ def _number(value) -> float:
     try:
         return float(value)
     except (TypeError, ValueError, RuntimeError):
-        raise ValueError(f"tell(): expected a number for each candidate, got {value!r:.80}") from None
+        raise BadValue(f"tell(): expected a number for each candidate, got {value!r:.80}") from None

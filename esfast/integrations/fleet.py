@@ -15,6 +15,7 @@ from ..rewards.scorer import RewardFunc
 from ..trainer.config import ESConfig
 from ..trainer.trainer import ESTrainer
 from ..update.updater import Generation, Rule
+from ..utils.errors import BadState, BadValue
 from .ray import Fleet
 
 
@@ -75,7 +76,7 @@ class FleetWeights:
         """Engines do so after every update."""
 
     def perturb(self, seed: int, coeff: float, rounding: str = "nearest") -> None:
-        raise RuntimeError("the members of a Fleet are in its engines: ask for their completions with Fleet.members")
+        raise BadState("the members of a Fleet are in its engines: ask for their completions with Fleet.members")
 
     def restore(self) -> None: ...
 
@@ -124,12 +125,12 @@ class FleetTrainer(ESTrainer):
             ("exclude", None),
         ):
             if getattr(args, name) != only:
-                raise ValueError(
+                raise BadValue(
                     f"{name}: with the weights in vLLM engines only {only!r} works, got {getattr(args, name)!r}"
                 )
         if args.weights not in FleetES.modes:
             known = ", ".join(map(repr, FleetES.modes))
-            raise ValueError(f"weights: with vLLM engines expected one of {known}, got {args.weights!r}")
+            raise BadValue(f"weights: with vLLM engines expected one of {known}, got {args.weights!r}")
         fleet = Fleet(
             model, args.max_completion_length, num_engines, tensor_parallel_size, args.temperature or 1.0, dtype,
             processing_class, **(engine_options or {}),

@@ -17,6 +17,7 @@ from ..core.plan_source import missing_parameter
 from ..es.es import member_seed
 from ..es.weights import MODES
 from ..update.updater import Generation, Rule
+from ..utils.errors import BadState, BadValue
 from ..utils.unwrap import named_parameters
 from .offsets import Offsets
 
@@ -49,9 +50,9 @@ class ZOParameters:
         backend: str = "auto",
     ):
         if weights not in MODES:
-            raise ValueError(f"weights: expected one of {', '.join(map(repr, MODES))}, got {weights!r}")
+            raise BadValue(f"weights: expected one of {', '.join(map(repr, MODES))}, got {weights!r}")
         if not zo_eps > 0:
-            raise ValueError(f"zo_eps: expected a positive number, got {zo_eps!r}")
+            raise BadValue(f"zo_eps: expected a positive number, got {zo_eps!r}")
         if isinstance(model, Plan):
             model = [(e.name, e.tensor, e.window) for e in model.entries]
         elif isinstance(model, torch.nn.Module):
@@ -72,7 +73,7 @@ class ZOParameters:
         """The weights as they are now, with no noise in place, are those to go on from."""
         for offsets, _ in self.groups:
             if offsets.terms:
-                raise RuntimeError(f"refresh: the noise of seed {next(iter(offsets.terms))} is still in place")
+                raise BadState(f"refresh: the noise of seed {next(iter(offsets.terms))} is still in place")
             offsets.mode.adopt()
 
 
@@ -102,7 +103,7 @@ def zo_update(
     coeffs = [-learning_rate * float(g) / len(seeds) for g in grads]
     for offsets, _ in parameters.groups:
         if offsets.terms:
-            raise RuntimeError(f"zo_update: the noise of seed {next(iter(offsets.terms))} is still in place")
+            raise BadState(f"zo_update: the noise of seed {next(iter(offsets.terms))} is still in place")
     for offsets, decay in parameters.groups:
         offsets.follow()
         offsets.mode.update(
@@ -147,7 +148,7 @@ class MeZOMixin:
     def zo_parameters(self) -> ZOParameters:
         if self._zo is None:
             if self.args.fp16:
-                raise ValueError("MeZO: fp16=True scales gradients, of which there are none; load the model in float16")
+                raise BadValue("MeZO: fp16=True scales gradients, of which there are none; load the model in float16")
             self._zo = ZOParameters(
                 self.accelerator.unwrap_model(self.model), getattr(self.args, "zo_eps", self.zo_eps), self.zo_weights,
                 self.zo_noise, weight_decay=self.args.weight_decay,
@@ -176,7 +177,7 @@ class MeZOMixin:
         when the training began."""
         plain = self.accelerator.unwrap_model(self.model)
         if name := missing_parameter(plain, *zip(*self.zo_parameters.tensors, strict=True)):
-            raise RuntimeError(
+            raise BadState(
                 f"MeZO: {name!r} is no longer a parameter of the model (load_state_dict with assign=True?); load "
                 "weights without assign, or begin a new train()"
             )
@@ -191,7 +192,7 @@ class MeZOMixin:
                 offsets.clear()
         self.projected_grad = ((losses[0] - losses[1]) / (2 * eps)).item()
         if not math.isfinite(self.projected_grad):
-            raise ValueError(
+            raise BadValue(
                 f"MeZO: the losses at step {self.state.global_step} are {losses[0].item():g} and {losses[1].item():g}; "
                 "the weights are as they were before it. Lower learning_rate or zo_eps"
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from ..utils.errors import BadValue
 from ..utils.interrupts import held
 
 
@@ -51,7 +52,7 @@ class Offsets:
 
     def _place(self, terms: dict[int, float]) -> None:
         if not hasattr(self.mode, "place"):
-            raise ValueError(
+            raise BadValue(
                 f"{type(self.mode).__name__} holds one seed's noise at a time; take that of {next(iter(self.terms))} "
                 'away first, or use weights="base"'
             )

@@ -18,6 +18,7 @@ from ..es.es import Member
 from ..rollout.encoding import PromptReader
 from ..trainer.door import open_tokenizer
 from ..update.updater import Generation, Rule
+from ..utils.errors import BadImport, BadState, BadValue
 from ..utils.interrupts import kept_handlers
 
 log = logging.getLogger(__name__)
@@ -54,11 +55,13 @@ class Fleet:
         **options,
     ):
         if num_engines < 1 or tensor_parallel_size < 1:
-            raise ValueError(
+            raise BadValue(
                 f"num_engines and tensor_parallel_size must be at least 1, got {num_engines} and {tensor_parallel_size}"
             )
-        import ray
-
+        try:
+            import ray
+        except ImportError:
+            raise BadImport("engine: vllm runs in processes of Ray's: pip install 'esfast[ray,vllm]'") from None
         from .vllm_engine import VLLMEngine
 
         own = options.get("tokenizer") or str(model)
@@ -82,7 +85,7 @@ class Fleet:
                 ray.get(engine.__ray_ready__.remote())
             except ray.exceptions.RayError as error:
                 self.close()
-                raise RuntimeError(f"engine {number} of {num_engines} can't start: {error}") from None
+                raise BadState(f"engine {number} of {num_engines} can't start: {error}") from None
         self.prompts = PromptReader(tokenizer, max_new_tokens, **self._all("limits"))
 
     @property
@@ -176,7 +179,7 @@ class Fleet:
     def _lose(self, number: int, error: Exception) -> None:
         del self._engines[number]
         if not self._engines:
-            raise RuntimeError(f"no engine is left; the last to go, {number}, said: {error}")
+            raise BadState(f"no engine is left; the last to go, {number}, said: {error}")
         log.warning("engine %d is gone, %d are left: %s", number, len(self._engines), str(error).splitlines()[0])
 
 

@@ -15,6 +15,7 @@ from datetime import timedelta
 import numpy as np
 
 from ..update.updater import Generation, Rule
+from ..utils.errors import BadState
 
 GROUP_TIMEOUT = timedelta(minutes=10)  # the longest that engines wait for each other
 
@@ -74,7 +75,7 @@ class WorkerExtension:
         """
         store, weights = getattr(self, "_esfast_store", None), self._esfast
         if store is None:
-            raise RuntimeError("broadcast_all_weights: init_inter_engine_group was not called")
+            raise BadState("broadcast_all_weights: init_inter_engine_group was not called")
         key = f"esfast/{self._esfast_rounds}"
         self._esfast_rounds += 1
         if self._esfast_engine == src_rank:
@@ -87,7 +88,7 @@ class WorkerExtension:
             weights.update(Generation(**fields))
         own = weights.fingerprint()
         if own != told["fingerprint"]:
-            raise RuntimeError(
+            raise BadState(
                 f"broadcast_all_weights: after the same {len(told['records'])} updates engine {self._esfast_engine} "
                 f"has weights {own}, engine {src_rank} has {told['fingerprint']}; they did not start from one model"
             )
@@ -112,7 +113,7 @@ class WorkerExtension:
     def restore_self_initial_weights(self) -> bool:
         """Back to the weights of `save_self_initial_weights`, from which updates then start; noise in place is gone."""
         if not hasattr(self, "_esfast_initial"):
-            raise RuntimeError("restore_self_initial_weights: save_self_initial_weights was not called")
+            raise BadState("restore_self_initial_weights: save_self_initial_weights was not called")
         for t, saved in zip(self._esfast.all.tensors, self._esfast_initial, strict=True):
             t.detach().copy_(saved)
         self._esfast.anew()
@@ -172,7 +173,7 @@ class WorkerExtension:
         from .vllm_weights import WorkerWeights
 
         if not vllm_plugin.registered:
-            raise RuntimeError(
+            raise BadState(
                 "esfast's vLLM plugin is not loaded, so nobody would reset the prefix cache: install esfast where vLLM "
                 "runs (pip install), and name esfast in VLLM_PLUGINS if that is set"
             )

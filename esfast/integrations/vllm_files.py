@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from ..core.plan import Plan
 from ..core.segments import Entry
+from ..utils.errors import BadValue, FileTaken
 from ..utils.files import whole_folder
 from .vllm_layout import Shape
 
@@ -58,7 +59,7 @@ def save_folder(folder: Path, tensors: dict[str, torch.Tensor], source: str, ext
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder / "config.json").exists())):
-        raise FileExistsError(f"{folder} exists and is no model's folder: choose another name, or move it away")
+        raise FileTaken(f"{folder} exists and is no model's folder: choose another name, or move it away")
     with whole_folder(folder) as unfinished:
         save_torch_state_dict(tensors, unfinished, metadata={"format": "pt"})
         config = AutoConfig.from_pretrained(source)
@@ -82,7 +83,7 @@ def folder_pieces(plan: Plan, folder: str | Path) -> Iterator[tuple[Entry, torch
 
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(
+        raise BadValue(
             f"{folder}: expected a Hugging Face folder with safetensors files"
             + ("; a file of pickled weights is not loaded" if folder.is_file() else "")
         )
@@ -98,7 +99,7 @@ def folder_pieces(plan: Plan, folder: str | Path) -> Iterator[tuple[Entry, torch
         for e in plan.entries:
             found = tuple(holder[e.name].get_slice(e.name).get_shape()) if e.name in holder else None
             if found != tuple(e.window.shape):
-                raise ValueError(f"{folder}: expected {e.name!r} of shape {tuple(e.window.shape)}, found {found}")
+                raise BadValue(f"{folder}: expected {e.name!r} of shape {tuple(e.window.shape)}, found {found}")
         for e in plan.entries:
             window = tuple(slice(o, o + n) for o, n in zip(e.window.offset, e.tensor.shape, strict=True))
             yield e, holder[e.name].get_slice(e.name)[window].to(e.tensor.dtype)

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import torch
 
 from ..core.segments import Slice
+from ..utils.errors import BadValue
 
 Shape = tuple[int, ...]
 Piece = tuple[str, torch.Tensor, Slice]
@@ -66,13 +67,13 @@ def pieces(model: torch.nn.Module, wholes: Mapping[str, Shape]) -> list[Piece]:
         for leaf, p in module.named_parameters(recurse=False):
             name = f"{prefix}.{leaf}"
             if p.numel() == 0:
-                raise ValueError(
+                raise BadValue(
                     f"vLLM: {name!r} has no elements (shape {tuple(p.shape)}): its values were repacked elsewhere, "
                     "where noise can't reach them"
                 )
             if id(p) in names:
                 if name in wholes:
-                    raise ValueError(
+                    raise BadValue(
                         f"vLLM: {name!r} and {names[id(p)]!r} share memory, but the Hugging Face model has weights "
                         "for each"
                     )
@@ -99,7 +100,7 @@ def check_covered(wholes: Mapping[str, Shape], ranks: Sequence[Sequence[tuple[st
     for name, whole in wholes.items():
         windows = held.get(name, [])
         if sum(math.prod(shape) for shape, _ in windows) != math.prod(whole) or _meet(windows):
-            raise ValueError(f"vLLM: the ranks hold {windows or 'nothing'} of {name!r} {whole}, not each weight once")
+            raise BadValue(f"vLLM: the ranks hold {windows or 'nothing'} of {name!r} {whole}, not each weight once")
     return first
 
 
@@ -130,7 +131,7 @@ def _pieces(
     for part in rows:
         name = ".".join(filter(None, (parent, part.leaf, leaf)))
         if name not in wholes:
-            raise ValueError(
+            raise BadValue(
                 f"vLLM: {prefix}.{leaf} would be {name!r}, which the Hugging Face model doesn't have; "
                 f"{type(module).__name__} of this model is not supported"
             )
@@ -139,7 +140,7 @@ def _pieces(
         whole = wholes[name]
         fits = len(whole) == view.dim() and all(o + n <= w for o, n, w in zip(offset, view.shape, whole, strict=True))
         if not fits or view.shape[0] != part.count:
-            raise ValueError(
+            raise BadValue(
                 f"vLLM: {prefix}.{leaf} {tuple(p.shape)} can't hold rows {part.first} to {part.first + part.count} of "
                 f"{name!r} {whole}"
             )
@@ -147,7 +148,7 @@ def _pieces(
             yield name, view, Slice(whole, offset)
         start += part.count
     if start != p.shape[0] and not _is(module, "VocabParallelEmbedding"):
-        raise ValueError(f"vLLM: {prefix}.{leaf} has {p.shape[0]} rows, of which only {start} are known")
+        raise BadValue(f"vLLM: {prefix}.{leaf} has {p.shape[0]} rows, of which only {start} are known")
 
 
 def _rows(layer: str, module: torch.nn.Module, packed: Mapping[str, Sequence[str]]) -> list[Rows] | None:
@@ -155,7 +156,7 @@ def _rows(layer: str, module: torch.nn.Module, packed: Mapping[str, Sequence[str
     if _is(module, "VocabParallelEmbedding"):
         held = module.shard_indices
         if module.num_added_embeddings:
-            raise ValueError(f"vLLM: {layer} has {module.num_added_embeddings} rows for LoRA, which is not supported")
+            raise BadValue(f"vLLM: {layer} has {module.num_added_embeddings} rows for LoRA, which is not supported")
         return [Rows(layer, held.org_vocab_end_index - held.org_vocab_start_index, held.org_vocab_start_index)]
     if not _is(module, "ColumnParallelLinear"):
         return None
@@ -169,7 +170,7 @@ def _rows(layer: str, module: torch.nn.Module, packed: Mapping[str, Sequence[str
     if leaves == [layer]:  # fused in the Hugging Face model too
         leaves, starts = leaves * len(counts), [0, *itertools.accumulate(sizes[:-1])]
     if len(leaves) != len(counts):
-        raise ValueError(f"vLLM: {layer} fuses {len(counts)} matrices, but the model names {leaves}")
+        raise BadValue(f"vLLM: {layer} fuses {len(counts)} matrices, but the model names {leaves}")
     return [Rows(leaf, n, start + rank * n) for leaf, n, start, rank in zip(leaves, counts, starts, ranks, strict=True)]
 
 
@@ -197,7 +198,7 @@ def check_live(model: torch.nn.Module) -> None:
         finally:
             weight.neg_()
         if not torch.equal(after, -before) or not before.any():
-            raise ValueError(
+            raise BadValue(
                 f"vLLM: {name!r} computes with a copy of its weights that was packed when it was loaded; noise would "
                 "miss it"
             )

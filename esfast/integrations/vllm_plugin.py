@@ -14,6 +14,8 @@ from __future__ import annotations
 import functools
 import pkgutil
 
+from ..utils.errors import BadState
+
 registered = False
 
 
@@ -46,7 +48,7 @@ def _then_reset(original):
             return original(self, method, timeout, args, kwargs)
         finally:  # an error may have left other weights too
             if changes and not self.reset_prefix_cache():
-                raise RuntimeError(
+                raise BadState(
                     f"{method}: requests are running, with keys and values of the weights of before; wait for them, or "
                     "abort them, before weights change"
                 )

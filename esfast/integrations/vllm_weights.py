@@ -13,6 +13,7 @@ from ..core.plan import Plan
 from ..es.weights import MODES
 from ..journal.journal import Journal, header_of
 from ..update.updater import Generation, Rule
+from ..utils.errors import BadState, BadValue
 from . import vllm_files, vllm_layout
 from .offsets import Offsets
 
@@ -44,7 +45,7 @@ class WorkerWeights:
     def begin(self, rule: Rule, mode: str = "base", include=None, exclude=None) -> None:
         """The weights of now are those that updates start from. Arguments as for `esfast.ES`."""
         if mode not in MODES:
-            raise ValueError(f"weights: expected one of {', '.join(map(repr, MODES))}, got {mode!r}")
+            raise BadValue(f"weights: expected one of {', '.join(map(repr, MODES))}, got {mode!r}")
         if self.mode is not None:
             self.offsets.clear()
         self.plan = Plan(self.found, include, exclude) if include or exclude else self.all
@@ -61,17 +62,17 @@ class WorkerWeights:
 
     def update(self, record: Generation) -> None:
         if self.offsets.terms:
-            raise RuntimeError(
+            raise BadState(
                 f"update: the noise of seed {next(iter(self.offsets.terms))} is still in place; restore first"
             )
         self.offsets.follow()
         if record.generation != len(self.records):
-            raise ValueError(f"update: expected generation {len(self.records)}, got {record.generation}")
+            raise BadValue(f"update: expected generation {len(self.records)}, got {record.generation}")
         self.mode.update(record)
         self.records.append(record)
 
     def _refuse_changed(self) -> None:
-        raise RuntimeError(
+        raise BadState(
             "the engine's weights were changed by something other than esfast (reload_weights?), which no record of "
             "updates leads to; esfast_begin() makes updates start from them"
         )
@@ -99,7 +100,7 @@ class WorkerWeights:
     def load(self, folder: str | Path) -> None:
         """Weights from a Hugging Face folder, from which updates then start."""
         if self.offsets.terms:
-            raise RuntimeError("load: a member's noise is still in place; restore first")
+            raise BadState("load: a member's noise is still in place; restore first")
         error = None
         try:
             new = [piece for _, piece in vllm_files.folder_pieces(self.all, folder)]
@@ -114,7 +115,7 @@ class WorkerWeights:
         """That this worker holds what the model's folder holds, weight by weight. ValueError names one that differs."""
         for e, piece in vllm_files.folder_pieces(self.all, self.source):
             if not torch.equal(e.tensor.detach().cpu(), piece):
-                raise ValueError(f"vLLM: {e.name!r} at {e.window.offset} does not hold what {self.source} has there")
+                raise BadValue(f"vLLM: {e.name!r} at {e.window.offset} does not hold what {self.source} has there")
 
     def layout(self) -> dict:
         """What a journal says of the model: its weights, their names, and the layout that HF and all shards share."""
@@ -143,4 +144,4 @@ class WorkerWeights:
         if error is not None:
             raise error
         if errors:
-            raise RuntimeError(f"another rank of this engine failed: {errors[0]}")
+            raise BadState(f"another rank of this engine failed: {errors[0]}")

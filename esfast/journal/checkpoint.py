@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from ..core.fingerprint import MASK, window_sums
 from ..core.plan import Entry, Plan
 from ..update.updater import Updater
+from ..utils.errors import BadFile, BadValue
 from ..utils.files import TEMPORARY, follow_umask
 
 log = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ def save(folder: Path, generation: int, updater: Updater, part: str = "", run: s
         os.replace(temporary, path)
         follow_umask(folder)
     except SafetensorError as error:
-        raise OSError(f"checkpoint: {path} could not be written: {error}") from None
+        raise BadFile(f"checkpoint: {path} could not be written: {error}") from None
     finally:
         temporary.unlink(missing_ok=True)
     there = _list(folder)
@@ -99,17 +100,17 @@ def _load(path: Path, updater: Updater, identity: str, check: str | None) -> Non
     with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
         if metadata.get("run", identity) != identity:
-            raise ValueError("it is of another run")
+            raise BadValue("it is of another run")
         if set(file.keys()) != set(targets):
-            raise ValueError("it holds other tensors than this run has")
+            raise BadValue("it holds other tensors than this run has")
         for name, target in targets.items():
             shape = tuple(file.get_slice(name).get_shape())
             if shape != tuple(target.shape):
-                raise ValueError(f"its {name} has the shape {shape}, expected {tuple(target.shape)}")
+                raise BadValue(f"its {name} has the shape {shape}, expected {tuple(target.shape)}")
         if _fingerprint_of(file, updater.plan) != metadata.get("fingerprint"):
-            raise ValueError("its fingerprint does not fit")
+            raise BadValue("its fingerprint does not fit")
         if "run" not in metadata and metadata["fingerprint"] != check:
-            raise ValueError("it does not say of which run it is, and the journal does not vouch for its weights")
+            raise BadValue("it does not say of which run it is, and the journal does not vouch for its weights")
         for name, target in targets.items():  # a tensor at a time: no second copy in memory
             target.copy_(file.get_tensor(name))
 
@@ -126,7 +127,7 @@ def _fingerprint_of(file, plan: Plan) -> str:
     for e, name in zip(plan.entries, _names(plan), strict=True):
         tensor = file.get_tensor(name)
         if tensor.dtype is not e.tensor.dtype:
-            raise ValueError(f"its {name} is {tensor.dtype}, expected {e.tensor.dtype}")
+            raise BadValue(f"its {name} is {tensor.dtype}, expected {e.tensor.dtype}")
         total += window_sums([dataclasses.replace(e, tensor=tensor)], low)[0]
     return f"{total & MASK:016x}"
 

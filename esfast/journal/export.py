@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from ..update.updater import Generation
+from ..utils.errors import BadValue
 from ..utils.files import write_whole
 from .journal import Contents, read
 
@@ -46,10 +47,10 @@ def unpack(path: str | Path) -> Contents:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             if "esfast_journal" not in metadata:
-                raise ValueError(f"{path} is no journal packed by `esfast export`")
+                raise BadValue(f"{path} is no journal packed by `esfast export`")
             flat = {name: file.get_tensor(name).tolist() for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
+        raise BadValue(f"{path} is damaged: {error}") from None
     seeds, coeffs, rewards = (iter(flat[name]) for name in ("seeds", "coeffs", "rewards"))
     records = []
     for g, (count, scored) in enumerate(zip(flat["counts"], flat["reward_counts"], strict=True)):

@@ -21,6 +21,7 @@ from ..core.noise import NOISE_VERSION, check_int
 from ..core.ops import add_noise_
 from ..core.plan import Plan
 from ..update.updater import Generation, Rule, Updater
+from ..utils.errors import BadState, BadValue, FileMissing, FileTaken
 from ..utils.lock import Lock
 
 log = logging.getLogger(__name__)
@@ -73,9 +74,7 @@ class Journal:
         try:
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         except FileExistsError:
-            raise FileExistsError(
-                f"journal: {path} exists already; give the run another folder, or move it away"
-            ) from None
+            raise FileTaken(f"journal: {path} exists already; give the run another folder, or move it away") from None
         try:
             journal._write(header)
         except BaseException:
@@ -98,7 +97,7 @@ class Journal:
             mine, found = header.get(key), contents.header.get(key)
             if mine != found:
                 what = "fingerprint of the base weights" if key == "base" else key
-                raise ValueError(f"journal: {path} is of a run with {what} {found!r}, this one has {mine!r}")
+                raise BadValue(f"journal: {path} is of a run with {what} {found!r}, this one has {mine!r}")
         if torn := _torn(whole):
             whole = whole[: len(whole) - len(torn)]
             with open(path, "r+b") as file:
@@ -128,7 +127,7 @@ class Journal:
         try:
             file = open(self.path, "r+b", buffering=0)  # noqa: SIM115, which is closed below
         except FileNotFoundError:
-            raise FileNotFoundError(
+            raise FileMissing(
                 f"journal: {self.path} was deleted or moved away while the run went on, so no more can be recorded: "
                 "put it back and resume, or begin a new run"
             ) from None
@@ -136,7 +135,7 @@ class Journal:
             end = file.seek(0, os.SEEK_END)
             file.seek(max(0, end - len(self._last)))
             if end != self._end or file.read() != self._last:
-                raise RuntimeError(
+                raise BadState(
                     f"journal: {self.path} was changed while the run went on: it has {end} bytes, not the {self._end} "
                     "that were left there; does another process write to it? If what it holds is whole, resume"
                 )
@@ -168,11 +167,11 @@ def parse(data: bytes, path: str | Path) -> Contents:
     for number, line in enumerate(data.splitlines(), start=1):
         text, _, crc = line.rpartition(b" ")
         if crc != b"%08x" % zlib.crc32(text):
-            raise ValueError(f"journal: line {number} of {path} is damaged (its checksum does not fit)")
+            raise BadValue(f"journal: line {number} of {path} is damaged (its checksum does not fit)")
         lines.append(json.loads(text))
     header = lines[0] if lines else None
     if not isinstance(header, dict) or header.get("esfast_journal") != FORMAT:
-        raise ValueError(f"journal: {path} does not begin with the header of an esfast journal of format {FORMAT}")
+        raise BadValue(f"journal: {path} does not begin with the header of an esfast journal of format {FORMAT}")
     found = Contents(header, [], {})
     for number, line in enumerate(lines[1:], start=2):
         done = len(found.records)
@@ -180,7 +179,7 @@ def parse(data: bytes, path: str | Path) -> Contents:
             found.checks[done] = line["fingerprint"]
             continue
         if line.get("generation", line.get("check")) != done or "check" in line:
-            raise ValueError(
+            raise BadValue(
                 f"journal: line {number} of {path} is of generation {line.get('generation', line.get('check'))}, "
                 f"expected {done}: a line is missing, or there twice"
             )
@@ -233,16 +232,16 @@ def replay(plan: Plan, path: str | Path, until: int | None = None, backend: str 
     header, records, checks = unpack(path) if Path(path).suffix == ".safetensors" else read(path)
     until = check_int("until", len(records) if until is None else until, 0, len(records) + 1)
     if header["noise_version"] != NOISE_VERSION:
-        raise ValueError(f"journal: {path} is of noise version {header['noise_version']}, this is {NOISE_VERSION}")
+        raise BadValue(f"journal: {path} is of noise version {header['noise_version']}, this is {NOISE_VERSION}")
     if header["weights"] == "inplace":
-        raise ValueError(f'journal: {path} is of a run with weights="inplace", which can\'t be replayed to the bit')
+        raise BadValue(f'journal: {path} is of a run with weights="inplace", which can\'t be replayed to the bit')
     if header["layout"] != plan.layout:
-        raise ValueError(
+        raise BadValue(
             f"journal: {path} is of a model with {header['numel']} weights and layout {header['layout']} (of names, "
             f"shapes and dtypes), the plan has {plan.whole_numel} and {plan.layout}"
         )
     if header["base"] != (found := plan.fingerprint()):
-        raise ValueError(
+        raise BadValue(
             f"journal: {path} is of a run that began with weights of fingerprint {header['base']}, these have {found}"
         )
     truth = plan.master() if header["weights"] == "master" else plan
@@ -258,7 +257,7 @@ def replay(plan: Plan, path: str | Path, until: int | None = None, backend: str 
 def verify(plan: Plan, generation: int, checks: dict[int, str]) -> None:
     """RuntimeError if the journal holds another fingerprint for the weights after this many generations."""
     if generation in checks and (found := plan.fingerprint()) != checks[generation]:
-        raise RuntimeError(
+        raise BadState(
             f"journal: after {generation} generations the weights have the fingerprint {found}, those of the run had "
             f"{checks[generation]}"
         )

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..journal.journal import peek
 from ..trainer.run_folder import RunFolder, read_lines
+from ..utils.errors import FileMissing
 
 _OF_A_REPEAT = ("seed", "output_dir", "progress", "resume")  # settings in which repeats of an experiment differ
 
@@ -56,7 +57,7 @@ def load(path: str | Path) -> Run:
     """A run, finished or not. FileNotFoundError or ValueError for a folder that holds none."""
     folder = RunFolder(Path(path))
     if not folder.metrics.exists():
-        raise FileNotFoundError(f"report: {path} is no run folder (it has no {folder.metrics.name})")
+        raise FileMissing(f"report: {path} is no run folder (it has no {folder.metrics.name})")
     found = peek(folder.journal)
     return Run(
         name=str(path).rstrip("/") if Path(path).name not in ("", "..") else str(Path(path).resolve()),

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import wait
 
+from ..utils.errors import BadType, BadValue
 from ..utils.interrupts import came_by_signal
 from ..utils.rows import Rows, check_text, columns
 from ..utils.stats import mean, standard_error
@@ -164,16 +165,16 @@ def check_metrics(metrics: Mapping[str, RewardFunc] | None) -> dict[str, RewardF
     """The metrics as a dict. TypeError if they are not a mapping; ValueError for a name that can't be logged as
     eval_NAME."""
     if metrics is not None and not isinstance(metrics, Mapping):
-        raise TypeError(f"metrics: expected functions by name, as {{'accuracy': f}}, got {type(metrics).__name__}")
+        raise BadType(f"metrics: expected functions by name, as {{'accuracy': f}}, got {type(metrics).__name__}")
     for name in metrics or ():
         if isinstance(name, str):
             check_text("metrics", name)
         if not isinstance(name, str) or not re.fullmatch(r"[^\W_][\w./-]{0,63}", name):
-            raise ValueError(
+            raise BadValue(
                 f"metrics: expected a name of at most 64 letters, digits and . _ - /, a letter first, got {name!r:.80}"
             )
         if name in RESERVED:
-            raise ValueError(f"metrics: {name!r} is a name of the trainer's own; choose one other than "
+            raise BadValue(f"metrics: {name!r} is a name of the trainer's own; choose one other than "
                              f"{', '.join(RESERVED)}")  # fmt: skip
     return dict(metrics or {})
 

@@ -19,6 +19,7 @@ from ..core.finite import some
 from ..core.plan import Plan
 from ..core.segments import FORMATS
 from ..utils.changes import same_bits
+from ..utils.errors import BadImport, BadType, BadValue
 from ..utils.files import whole_folder
 from ..utils.unwrap import named_parameters
 
@@ -41,7 +42,7 @@ def base_of(path: str | os.PathLike) -> str | None:
         return None
     name = _peft("an adapter folder").PeftConfig.from_pretrained(os.fspath(path)).base_model_name_or_path
     if not name:
-        raise ValueError(
+        raise BadValue(
             f"model: the adapter in {path} does not say which model it is of (base_model_name_or_path); load that "
             "model and wrap it: peft.PeftModel.from_pretrained(model, folder, is_trainable=True)"
         )
@@ -71,16 +72,16 @@ def wrap(model, peft_config, seed: int):
     """
     peft = _peft("peft_config")
     if not isinstance(peft_config, peft.PeftConfig):
-        raise TypeError(f"peft_config: expected a configuration such as peft.LoraConfig, got {peft_config!r:.80}")
+        raise BadType(f"peft_config: expected a configuration such as peft.LoraConfig, got {peft_config!r:.80}")
     if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"peft_config: adapters go into a model of this process, not into a {type(model).__name__}")
+        raise BadType(f"peft_config: adapters go into a model of this process, not into a {type(model).__name__}")
     if is_peft(model) or _tuner_layers(model):
-        raise ValueError(
+        raise BadValue(
             "peft_config: the model has adapters already: leave peft_config out to tune those, or merge them first: "
             "model = model.merge_and_unload()"
         )
     if peft_config.task_type not in (None, "CAUSAL_LM"):
-        raise ValueError(f"peft_config: its task_type is {peft_config.task_type!s}, expected CAUSAL_LM")
+        raise BadValue(f"peft_config: its task_type is {peft_config.task_type!s}, expected CAUSAL_LM")
     peft_config = copy.deepcopy(peft_config)
     peft_config.task_type = peft.TaskType.CAUSAL_LM  # without it, prompts that are learned are never put before a text
     device = next(model.parameters()).device
@@ -95,24 +96,24 @@ def check(model) -> None:
     layers = _tuner_layers(model)
     if not is_peft(model) or type(model).__name__ == "PeftMixedModel":
         if layers or getattr(model, "_hf_peft_config_loaded", False) or is_peft(model):
-            raise ValueError(
+            raise BadValue(
                 f"model: a {type(model).__name__} with adapters that PEFT does not save as a folder of their own; make "
                 "it with peft.get_peft_model(model, config), or load the adapter by "
                 "peft.PeftModel.from_pretrained(model, folder, is_trainable=True)"
             )
         return
     if any(getattr(layer, "merged", False) for layer in layers):
-        raise ValueError("model: its adapters are merged into the base weights: model.unmerge_adapter() first")
+        raise BadValue("model: its adapters are merged into the base weights: model.unmerge_adapter() first")
     for name in model.active_adapters:
         config = model.peft_config[name]
         start = getattr(config, "init_lora_weights", None)
         if isinstance(start, str) and start.startswith(CHANGES_BASE):
-            raise ValueError(
+            raise BadValue(
                 f"model: the adapter {name!r} with init_lora_weights={start!r} changes the base weights, which its "
                 "folder would not hold; take another initialisation"
             )
         if config.is_prompt_learning and hasattr(config, "num_tasks"):
-            raise ValueError(f"model: the adapter {name!r} ({config.peft_type.value}) needs task_ids to generate")
+            raise BadValue(f"model: the adapter {name!r} ({config.peft_type.value}) needs task_ids to generate")
 
 
 def check_generates(model) -> None:
@@ -146,7 +147,7 @@ def check_generates(model) -> None:
                 t.copy_(own)
         if not changed:
             kind = model.peft_config[name].peft_type.value
-            raise ValueError(
+            raise BadValue(
                 f"model: generate gives the same whatever the adapter {name!r} ({kind}) holds, with these "
                 "versions of Transformers and PEFT, so nothing could be learned; take another kind"
             )
@@ -161,7 +162,7 @@ def patterns(model) -> list[str] | None:
     if is_peft(model):
         trained = [glob.escape(name) for name, p in named_parameters(model) if p.requires_grad]
         if not trained:
-            raise ValueError(
+            raise BadValue(
                 "model: nothing of this PeftModel requires a gradient, so nothing is to be tuned; load it with "
                 "is_trainable=True, or choose an adapter: model.set_adapter(name)"
             )
@@ -192,7 +193,7 @@ def check_saved(model, names: Sequence[str]) -> None:
     ]  # fmt: skip
     if lost:
         kinds = ", ".join(sorted({config.peft_type.value for config in model.peft_config.values()}))
-        raise ValueError(
+        raise BadValue(
             f"model: PEFT ({kinds}) does not save {some(lost)}, so what is tuned would be lost; leave such weights out "
             "(exclude=, requires_grad_(False)), name their modules in modules_to_save, or take another kind of adapter"
         )
@@ -224,14 +225,12 @@ def _take(model, folder: Path) -> None:
 
     there = dict(_places(folder))
     if set(there) != set(model.active_adapters):
-        raise ValueError(
-            f"resume: the run tuned the adapters {sorted(there)}, here are {sorted(model.active_adapters)}"
-        )
+        raise BadValue(f"resume: the run tuned the adapters {sorted(there)}, here are {sorted(model.active_adapters)}")
     for name, place in there.items():
         found, mine = (_plain(config) for config in (PeftConfig.from_pretrained(place), model.peft_config[name]))
         for key in found.keys() & mine.keys():
             if found[key] != mine[key]:
-                raise ValueError(f"resume: the run's adapter has {key} {found[key]!r}, this one has {mine[key]!r}")
+                raise BadValue(f"resume: the run's adapter has {key} {found[key]!r}, this one has {mine[key]!r}")
         set_peft_model_state_dict(model, load_peft_weights(str(place), device="cpu"), adapter_name=name)
 
 
@@ -260,5 +259,5 @@ def _peft(what: str):
     try:
         import peft
     except ImportError:
-        raise ImportError(f"{what}: needs the peft package: pip install 'esfast[peft]'") from None
+        raise BadImport(f"{what}: needs the peft package: pip install 'esfast[peft]'") from None
     return peft

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..utils.errors import BadValue
 from ..utils.rows import Rows
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
@@ -68,7 +69,7 @@ def _render(
             continue_final_message=continued, **options,
         )  # fmt: skip
     except Exception as error:  # Jinja's, those that templates raise, and what goes wrong inside them
-        raise ValueError(f"prompt: the tokenizer's chat template refuses the chat: {error}") from None
+        raise BadValue(f"prompt: the tokenizer's chat template refuses the chat: {error}") from None
     # A template may write the token that a text begins with, and a tokenizer put it before any text: once is enough.
     begin = tokenizer.bos_token
     if begin and text.startswith(begin) and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
@@ -79,25 +80,25 @@ def _render(
 def _check(messages: Sequence[Mapping]) -> str:
     """The last message's role. ValueError for what is no chat of texts that somebody is to go on with."""
     if not messages:
-        raise ValueError("prompt: a chat needs at least one message")
+        raise BadValue("prompt: a chat needs at least one message")
     for place, message in enumerate(messages):
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
-            raise ValueError(f"prompt: message {place} has the role {role!r}, expected one of {', '.join(ROLES)}")
+            raise BadValue(f"prompt: message {place} has the role {role!r}, expected one of {', '.join(ROLES)}")
         if isinstance(content, (list, tuple)):
             for part in content:
                 kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
                 if kind != "text" or not isinstance(part.get("text"), str):
-                    raise ValueError(
+                    raise BadValue(
                         f"prompt: message {place} has content of type {kind!r}; only text can be had, as a str or as "
                         'parts {"type": "text", "text": ...}: esfast asks models of text'
                     )
         elif not isinstance(content, str) and (content is not None or not message.get("tool_calls")):
-            raise ValueError(f"prompt: message {place} has the content {content!r:.60}, expected a text")
+            raise BadValue(f"prompt: message {place} has the content {content!r:.60}, expected a text")
     if role == "assistant" and content is None:
-        raise ValueError("prompt: the last message is the assistant's and has no text that could be continued")
+        raise BadValue("prompt: the last message is the assistant's and has no text that could be continued")
     if role != "assistant" and role not in ANSWERED:
-        raise ValueError(
+        raise BadValue(
             f"prompt: the last message has the role {role!r}, expected user or tool (to be answered), or assistant (to "
             "be continued)"
         )
@@ -109,9 +110,7 @@ def _options(row: Mapping[str, Any]) -> dict[str, Any]:
     have the keys of all."""
     given = _column(row, "chat_template_kwargs") or {}
     if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
-        raise ValueError(
-            f"chat_template_kwargs: expected a dict with texts as its keys, or its JSON, got {given!r:.60}"
-        )
+        raise BadValue(f"chat_template_kwargs: expected a dict with texts as its keys, or its JSON, got {given!r:.60}")
     return check_options("chat_template_kwargs", {k: v for k, v in given.items() if v is not None})
 
 
@@ -119,7 +118,7 @@ def check_options(what: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """The options, if a template may be given them; ValueError otherwise."""
     for name in options:
         if name in OWN:
-            raise ValueError(
+            raise BadValue(
                 f"{what}: {name!r} is not to be chosen: a chat's last message decides how it goes on, and tools have a "
                 "column of their own"
             )
@@ -129,7 +128,7 @@ def check_options(what: str, options: Mapping[str, Any]) -> dict[str, Any]:
 def _tools(row: Mapping[str, Any]) -> list | None:
     tools = _column(row, "tools")
     if tools and not isinstance(tools, (list, tuple)):
-        raise ValueError(f"tools: expected a list of JSON schemas, got {tools!r:.60}")
+        raise BadValue(f"tools: expected a list of JSON schemas, got {tools!r:.60}")
     # Templates write headings for an empty list.
     return [_without_none(_from_json("tools", tool)) for tool in tools] if tools else None
 
@@ -146,7 +145,7 @@ def _from_json(what: str, value):
     try:
         return json.loads(value) if isinstance(value, str) else value
     except ValueError as error:
-        raise ValueError(f"{what}: expected JSON, got {value!r:.60}: {error}") from None
+        raise BadValue(f"{what}: expected JSON, got {value!r:.60}: {error}") from None
 
 
 def _without_none(value):
@@ -159,7 +158,7 @@ def _without_none(value):
 def _forms(tokenizer) -> tuple[bool, bool]:
     """Whether the template reads a message's content as a text, and as a list of parts."""
     if getattr(tokenizer, "chat_template", None) is None:
-        raise ValueError(
+        raise BadValue(
             "prompt: a list of chat messages needs a tokenizer with a chat template; this one has none. Take an "
             "instruction-tuned model, or prompts that are texts"
         )

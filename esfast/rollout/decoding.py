@@ -14,6 +14,7 @@ import torch
 import transformers
 from transformers import GenerationConfig, LogitsProcessorList, StaticCache
 
+from ..utils.errors import BadValue
 from .grouped_attention import attention_kept, grouped
 from .sampling import FiniteLogits, SeededSampling
 
@@ -73,7 +74,7 @@ class Static(Plain):
 
     def __init__(self, model, config: GenerationConfig):
         if not getattr(model, "_supports_static_cache", getattr(model, "_can_compile_fullgraph", True)):
-            raise ValueError(f"{type(model).__name__} does not support a static cache")
+            raise BadValue(f"{type(model).__name__} does not support a static cache")
         super().__init__(model, config)
         self._made: tuple[int, int, StaticCache] | None = None
 
@@ -103,7 +104,7 @@ class Continuous:
 
     def __init__(self, model, config: GenerationConfig, **options):
         if (options_of := _continuous_options()) is None:
-            raise ValueError(
+            raise BadValue(
                 f"decoding='continuous': transformers {transformers.__version__} has no continuous batching that "
                 f"can be told not to share blocks; take a newer one, or decoding='static'"
             )
@@ -112,7 +113,7 @@ class Continuous:
 
     def __call__(self, rows: Tokens, most: int, sampling: SeededSampling | None = None) -> Tokens:
         if sampling is not None:
-            raise ValueError("continuous batching knows no seeds for single responses: sample with decoding='static'")
+            raise BadValue("continuous batching knows no seeds for single responses: sample with decoding='static'")
         if self.model.device.type == "cuda":
             torch.cuda.synchronize(self.model.device)  # the weights are written in another stream than it reads them
         session = self.model.continuous_batching_context_manager(

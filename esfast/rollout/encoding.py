@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from ..utils.errors import BadType, BadValue
 from ..utils.rows import check_text
 
 # The first that a vocabulary knows shows what a tokenizer puts around a text.
@@ -101,7 +102,7 @@ class PromptReader:
         hold, that has a token without an embedding, or that leaves no room for max_new_tokens below the limit.
         """
         if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
-            raise TypeError("prompts must be a list of strings; for chat messages, apply the chat template first")
+            raise BadType("prompts must be a list of strings; for chat messages, apply the chat template first")
         if not self._kept.keys() >= set(prompts):
             # The last set only: fresh prompts must not pile up.
             self._kept = self._read(prompts)
@@ -123,15 +124,15 @@ class PromptReader:
     def _check(self, prompt: str, ids: list[int]) -> None:
         shown, length = prompt if len(prompt) <= 80 else f"{prompt[:77]}...", len(ids)
         if length == 0:
-            raise ValueError(f"the prompt {shown!r} has no tokens: a completion needs something to follow")
+            raise BadValue(f"the prompt {shown!r} has no tokens: a completion needs something to follow")
         if max(ids) >= self.vocabulary:
             token = self.tokenizer.convert_ids_to_tokens(max(ids))
-            raise ValueError(
+            raise BadValue(
                 f"the prompt {shown!r} has the token {token!r} with the id {max(ids)}, but the model has embeddings "
                 f"for {self.vocabulary}: model.resize_token_embeddings(len(tokenizer)) extends it as the tokenizer was"
             )
         if self.limit is not None and length + self.max_new_tokens > self.limit:
-            raise ValueError(
+            raise BadValue(
                 f"the prompt {shown!r} has {length} tokens, which with {self.max_new_tokens} for the completion "
                 f"exceeds the model's context of {self.limit}: shorten the prompt, or lower {self.length_setting}"
             )

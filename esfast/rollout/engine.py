@@ -20,6 +20,7 @@ import torch
 from transformers import GenerationConfig
 
 from ..core.dtensors import in_shards
+from ..utils.errors import BadType, BadValue
 from ..utils.names import DECODINGS
 from .decoding import WAYS, automatic
 from .encoding import PromptReader, context_limit, embedded_tokens
@@ -58,9 +59,9 @@ class CallableEngine:
         name = getattr(self._function, "__name__", repr(self._function))
         completions = self._function(prompts) if seeds is None else self._function(prompts, seeds=seeds)
         if isinstance(completions, str) or not all(isinstance(text, str) for text in completions):
-            raise TypeError(f"engine {name}: expected a list of strings, got {completions!r:.80}")
+            raise BadType(f"engine {name}: expected a list of strings, got {completions!r:.80}")
         if len(completions) != len(prompts):
-            raise ValueError(f"engine {name}: expected {len(prompts)} completions, got {len(completions)}")
+            raise BadValue(f"engine {name}: expected {len(prompts)} completions, got {len(completions)}")
         return list(completions)
 
     def close(self) -> None:
@@ -73,7 +74,7 @@ def as_engine(engine) -> Engine:
     Raises TypeError for anything else, a model included.
     """
     if isinstance(engine, torch.nn.Module) or not (callable(engine) or callable(getattr(engine, "generate", None))):
-        raise TypeError(
+        raise BadType(
             f"engine: expected an object with generate(prompts) -> completions, or a function of prompts, "
             f"got {type(engine).__name__}"
         )
@@ -117,11 +118,11 @@ class TransformersEngine:
         decoding: str = "auto",
     ):
         if max_new_tokens < 1 or (batch_size is not None and batch_size < 1):
-            raise ValueError(f"max_new_tokens and batch_size must be at least 1, got {max_new_tokens} and {batch_size}")
+            raise BadValue(f"max_new_tokens and batch_size must be at least 1, got {max_new_tokens} and {batch_size}")
         if not temperature > 0:
-            raise ValueError(f"temperature must be more than 0, got {temperature}")
+            raise BadValue(f"temperature must be more than 0, got {temperature}")
         if decoding not in DECODINGS:
-            raise ValueError(f"decoding must be one of {', '.join(DECODINGS)}, got {decoding!r}")
+            raise BadValue(f"decoding must be one of {', '.join(DECODINGS)}, got {decoding!r}")
         check_generates(model)
         self.model, self.tokenizer = model, tokenizer
         self.max_new_tokens, self.batch_size, self.temperature = max_new_tokens, batch_size, temperature
@@ -138,13 +139,13 @@ class TransformersEngine:
         self.prompts = PromptReader(tokenizer, max_new_tokens, vocabulary, context_limit(model))
         self._in_shards = in_shards(model)
         if self._in_shards and decoding not in ("auto", "plain"):
-            raise ValueError(f"decoding: a model in shards generates plainly, got {decoding!r}")
+            raise BadValue(f"decoding: a model in shards generates plainly, got {decoding!r}")
         self._one_thread = is_small(model)
         # All processes of a model in shards generate together, and so measure it when they do.
         self._traits = None if self._in_shards else self._measure()
         padded = self._traits is not None and self._traits.together == ANY
         if decoding == "static" and not padded:
-            raise ValueError(
+            raise BadValue(
                 f"decoding: a {type(model).__name__} reads padding as text, which decoding='static' fills prompts up "
                 "with; take 'plain'"
             )
@@ -164,7 +165,7 @@ class TransformersEngine:
         """
         encoded = self.prompts(prompts)
         if seeds is not None and len(seeds) != len(prompts):
-            raise ValueError(f"seeds: expected one for each of {len(prompts)} prompts, got {len(seeds)}")
+            raise BadValue(f"seeds: expected one for each of {len(prompts)} prompts, got {len(seeds)}")
         # Longest first: if memory is short it shows in the first mini-batch, before work is done that would be lost.
         order = sorted(range(len(prompts)), key=lambda i: -len(encoded[i]))
         completions = [""] * len(prompts)

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from ..core.finite import some
+from ..utils.errors import BadFile, BadValue
 from . import adapters
 
 
@@ -52,7 +53,7 @@ def load_tokenizer(path: str | os.PathLike):
     tokenizer = _loaded("the tokenizer of", path, AutoTokenizer.from_pretrained)
     # Without files some classes come up with special tokens alone.
     if not tokenizer("a", add_special_tokens=False)["input_ids"]:
-        raise ValueError(f"the tokenizer of {path} has no vocabulary: are its files there (tokenizer.json)?")
+        raise BadValue(f"the tokenizer of {path} has no vocabulary: are its files there (tokenizer.json)?")
     return tokenizer
 
 
@@ -60,16 +61,16 @@ def _loaded(what: str, path: str | os.PathLike, load, **options):
     try:
         return load(path, trust_remote_code=False, **options)
     except OSError as error:
-        raise OSError(f"{what} {path}: {_first_lines(error)}") from error
+        raise BadFile(f"{what} {path}: {_first_lines(error)}") from error
     except MemoryError:
         raise
     except Exception as error:  # of many libraries' types: safetensors', pickle's, json's, a missing package
         if "trust_remote_code" in str(error):
-            raise ValueError(
+            raise BadValue(
                 f"{what} {path} brings code of its own (trust_remote_code), which esfast does not run. If you trust "
                 "it, load the model in a script of yours and hand it to ESTrainer(model=...)"
             ) from error
-        raise ValueError(f"{what} {path} can't be loaded: {type(error).__name__}: {_first_lines(error)}") from error
+        raise BadValue(f"{what} {path} can't be loaded: {type(error).__name__}: {_first_lines(error)}") from error
 
 
 def _first_lines(error: Exception) -> str:
@@ -89,7 +90,7 @@ def check_kind(path: str | os.PathLike, config) -> None:
     elif config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not _is_decoder(config):
         kind = "an encoder, which reads the text on both sides (a decoder's configuration says is_decoder)"
     if kind is not None:
-        raise ValueError(f"model {path} is {kind}{made_as}: esfast tunes causal language models, which continue a text")
+        raise BadValue(f"model {path} is {kind}{made_as}: esfast tunes causal language models, which continue a text")
 
 
 def _is_decoder(config) -> bool:
@@ -105,7 +106,7 @@ def _check_complete(path: str | os.PathLike, model: torch.nn.Module, report: dic
     missing = [name for name, p in parameters.items() if name in absent and p.data_ptr() not in there]
     if missing:
         made_as = getattr(model.config, "architectures", None) or [type(model).__name__]
-        raise ValueError(
+        raise BadValue(
             f"model {path}: {len(missing)} of {len(parameters)} weights are not in the checkpoint, or of another shape "
             f"there ({some(missing)}), and would be random. Is it a {type(model).__name__}? Its configuration says "
             f"{', '.join(made_as)}"
@@ -116,11 +117,11 @@ def check_generates(model) -> None:
     """ValueError for a model that can't continue a text: without a head, of another kind, or sequence-to-sequence."""
     able = getattr(model, "can_generate", None)
     if able is not None and not able():
-        raise ValueError(
+        raise BadValue(
             f"model: a {type(model).__name__} generates no text; load it with AutoModelForCausalLM.from_pretrained"
         )
     if getattr(model.config, "is_encoder_decoder", False):
-        raise ValueError(
+        raise BadValue(
             f"model: a {type(model).__name__} is a sequence-to-sequence model: esfast tunes causal language models, "
             "which continue a text"
         )

@@ -19,6 +19,7 @@ import torch
 from transformers import GenerationConfig, PretrainedConfig
 
 from ..core.finite import check_finite
+from ..utils.errors import BadValue
 from .sampling import LogitsError
 
 log = logging.getLogger(__name__)
@@ -130,18 +131,18 @@ def traits_of(model, config: GenerationConfig, texts: list[list[int]]) -> Traits
         raise
     except Exception as error:
         check_finite(model.named_parameters())
-        raise ValueError(f"model: this {kind} can't generate a text: {type(error).__name__}: {error!s:.300}") from error
+        raise BadValue(f"model: this {kind} can't generate a text: {type(error).__name__}: {error!s:.300}") from error
     _KNOWN[model] = place, traits
     if traits.together == EQUAL_LENGTHS:
-        log.warning("a %s reads padding as text: only prompts of one length are generated together", kind)
+        log.info("a %s reads padding as text: only prompts of one length are generated together", kind)
     if traits.together == ALONE:
-        log.warning("a %s answers otherwise in a batch than alone: prompts are generated one by one", kind)
+        log.info("a %s answers otherwise in a batch than alone: prompts are generated one by one", kind)
     if not traits.repeatable:
         log.warning(
             "a %s answers otherwise each time: it draws random numbers, and a run of it can't be repeated", kind
         )
     if traits.bytes_fixed is None and traits.together != ALONE:
-        log.warning("a %s shows no cache to measure: %d prompts are generated together", kind, ROWS_UNKNOWN)
+        log.info("a %s shows no cache to measure: %d prompts are generated together", kind, ROWS_UNKNOWN)
     return traits
 
 
@@ -201,7 +202,7 @@ class _Samples:
         """ValueError if one has changed."""
         for name, p, version, row in self._kept:
             if p._version != version and not torch.equal(row, self._row(p)):
-                raise ValueError(
+                raise BadValue(
                     f"it changes its own weights when it generates ({name}); a RWKV does so unless its configuration "
                     "says rescale_every=0"
                 )

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from tqdm import tqdm
 
+from ..utils.errors import BadValue
 from ..utils.rows import Rows, check_text
 
 BATCH = 1000  # prompts that are tokenized together
@@ -37,7 +38,7 @@ def check_prompts(what: str, rows: Rows, render: Callable[[Rows], list[str]], en
         row, error = faults[0]
         others = ", ".join(str(i) for i, _ in faults[1 : 1 + NAMED])
         more = f" (and {len(faults) - 1} more rows: {others}{', ...' * (len(faults) > 1 + NAMED)})" if others else ""
-        raise ValueError(f"{what}: row {row}: {error}{more}") from error
+        raise BadValue(f"{what}: row {row}: {error}{more}") from error
 
 
 def _anything(prompts: list[str]) -> None:

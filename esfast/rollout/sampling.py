@@ -14,9 +14,10 @@ import torch
 from transformers import LogitsProcessor
 
 from ..core.noise import DOMAINS, philox
+from ..utils.errors import EsfastError
 
 
-class LogitsError(ValueError):
+class LogitsError(EsfastError, ValueError):
     """A model's logits are NaN or infinite, so that it says nothing of the next token."""
 
 

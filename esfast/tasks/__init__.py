@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Sequence
 from types import ModuleType
 
+from ..utils.errors import BadValue
 from ..utils.suggest import unknown
 from . import conciseness, countdown, file, math, sudoku
 from .base import Recipe, Task
@@ -43,6 +44,6 @@ def get(
     if name.startswith(("file:", DATASETS)):
         return file.task(name.removeprefix("file:"), reward, **source)
     if name not in MODULES:
-        raise ValueError(unknown("task", name, [*MODULES, "file:PATH"]))
+        raise BadValue(unknown("task", name, [*MODULES, "file:PATH"]))
     task = MODULES[name].task(data=data, **source)
     return dataclasses.replace(task, reward_funcs=tuple(map(file.reward_function, reward))) if reward else task

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..core.random_stream import permutation
+from ..utils.errors import BadType, BadValue
 from ..utils.rows import Rows
 
 HELD_OUT = 0.25  # share of all problems that belongs to the split "test"
@@ -85,9 +86,9 @@ def distinct(count: int, split: str, draw: Callable[[], tuple[Any, dict] | None]
     """`count` rows of different problems of a split, from a function that draws (identity, row), or None to be asked
     again. ValueError if so many can't be found, or for an unknown split."""
     if split not in ("train", "test"):
-        raise ValueError(f"unknown split {split!r}: expected 'train' or 'test'")
+        raise BadValue(f"unknown split {split!r}: expected 'train' or 'test'")
     if count < 0:
-        raise ValueError(f"expected count >= 0 problems, got {count}")
+        raise BadValue(f"expected count >= 0 problems, got {count}")
     seen: set = set()
     rows: list[dict] = []
     failures = 0
@@ -98,7 +99,7 @@ def distinct(count: int, split: str, draw: Callable[[], tuple[Any, dict] | None]
             rows.append(drawn[1])
             failures = 0
         elif (failures := failures + 1) > 20_000:
-            raise ValueError(
+            raise BadValue(
                 f"only {len(rows)} of {count} distinct {split} problems found: ask for fewer, or widen what they are "
                 "drawn from"
             )
@@ -114,7 +115,7 @@ def thousands_of(problems: Callable[..., list[dict]], seed: int, thousands: int)
 def styled(table: dict[str, Any], style: str) -> Any:
     """table[style], or a ValueError that names the styles there are."""
     if style not in table:
-        raise ValueError(f"unknown prompt style {style!r}: expected one of {', '.join(table)}")
+        raise BadValue(f"unknown prompt style {style!r}: expected one of {', '.join(table)}")
     return table[style]
 
 
@@ -125,4 +126,4 @@ def texts(completions) -> list[str]:
 
 def require_text(completion: str) -> None:
     if not isinstance(completion, str):
-        raise TypeError(f"completion must be the generated text (str), got {type(completion).__name__}")
+        raise BadType(f"completion must be the generated text (str), got {type(completion).__name__}")

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from fractions import Fraction
 
 from ..core.random_stream import RandomStream
+from ..utils.errors import BadType, BadValue
 from . import base, data
 from .base import Recipe, Task, distinct, require_text, styled, texts, thousands_of
 from .tags import format_score, last_answer, maybe_tagged
@@ -86,7 +87,7 @@ def accuracy(prompts, completions, numbers=None, target=None, nums=None, **kwarg
 
 def _problems(completions, numbers, target) -> Iterable[tuple]:
     if numbers is None or target is None:
-        raise TypeError("Countdown: expected the columns 'numbers' (or 'nums') and 'target'")
+        raise BadType("Countdown: expected the columns 'numbers' (or 'nums') and 'target'")
     return zip(texts(completions), numbers, target, strict=True)
 
 
@@ -97,7 +98,7 @@ def evaluate(expression: str) -> Fraction:
     Raises ValueError if the expression is malformed or longer than LONGEST_EXPRESSION, ZeroDivisionError as expected.
     """
     if len(expression) > LONGEST_EXPRESSION or not _ARITHMETIC.fullmatch(expression):
-        raise ValueError(f"not arithmetic, or longer than {LONGEST_EXPRESSION} characters: {expression[:80]!r}")
+        raise BadValue(f"not arithmetic, or longer than {LONGEST_EXPRESSION} characters: {expression[:80]!r}")
     values: list[Fraction] = []
     pending: list[str] = []  # operators and open parentheses whose right side is still being read (a shunting-yard)
 
@@ -123,15 +124,15 @@ def evaluate(expression: str) -> Fraction:
         elif not operand_expected and token == ")":
             settle(1)
             if not pending:
-                raise ValueError(f"unmatched ')' in {expression!r}")
+                raise BadValue(f"unmatched ')' in {expression!r}")
             pending.pop()
         else:
-            raise ValueError(f"unexpected {token!r} in {expression!r}")
+            raise BadValue(f"unexpected {token!r} in {expression!r}")
     if operand_expected:
-        raise ValueError(f"incomplete expression {expression!r}")
+        raise BadValue(f"incomplete expression {expression!r}")
     settle(1)
     if pending:
-        raise ValueError(f"unmatched '(' in {expression!r}")
+        raise BadValue(f"unmatched '(' in {expression!r}")
     return values.pop()
 
 
@@ -169,7 +170,7 @@ def problems(
     game = {"count_of_numbers": count_of_numbers, "low": low, "high": high}
     size, low, high = (styled(GAMES, style)[key] if value is None else value for key, value in game.items())
     if not 1 <= size <= 10 or not 0 <= low <= high or targets[0] > targets[1]:
-        raise ValueError(
+        raise BadValue(
             "expected 1 <= count_of_numbers <= 10, 0 <= low <= high and targets in ascending order; got "
             f"count_of_numbers={size}, low={low}, high={high}, targets={targets}"
         )
@@ -196,7 +197,7 @@ def row(record: dict, style: str = "paper") -> dict:
     numbers, target = data.fields(record, ("numbers", "nums"), "target")
     numbers, target = _whole_numbers(numbers), _plain(_exact("target", target))
     if not numbers:
-        raise ValueError("numbers: expected at least one")
+        raise BadValue("numbers: expected at least one")
     return {"prompt": prompt(numbers, target, style), "numbers": numbers, "target": target}
 
 
@@ -254,11 +255,11 @@ def _whole_numbers(numbers) -> list[int]:
         numbers = [part for part in re.split(r"[,;\s\"']+", numbers.strip().strip("[]()")) if part]
     numbers = numbers.tolist() if hasattr(numbers, "tolist") else numbers
     if not isinstance(numbers, (list, tuple)):
-        raise ValueError(f"numbers: expected a list, got {numbers!r:.60}")
+        raise BadValue(f"numbers: expected a list, got {numbers!r:.60}")
     values = [_exact("numbers", number) for number in numbers]
     for number, value in zip(numbers, values, strict=True):
         if value.denominator != 1 or value < 0:
-            raise ValueError(f"numbers: Countdown numbers must be whole and not negative, got {number!r:.60}")
+            raise BadValue(f"numbers: Countdown numbers must be whole and not negative, got {number!r:.60}")
     return [int(value) for value in values]
 
 
@@ -272,7 +273,7 @@ def _exact(what: str, number) -> Fraction:
             raise TypeError
         value = Fraction(plain)
     except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"{what}: expected a finite number, got {number!r:.60}") from None
+        raise BadValue(f"{what}: expected a finite number, got {number!r:.60}") from None
     if value == 0 and str(number).strip().startswith("-"):
-        raise ValueError(f"{what}: minus zero is not accepted, write 0; got {number!r:.60}")
+        raise BadValue(f"{what}: minus zero is not accepted, write 0; got {number!r:.60}")
     return value

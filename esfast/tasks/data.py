@@ -9,6 +9,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from ..utils.errors import BadValue
 from .base import FixedRows, split_of
 from .records import DATASETS, SPLITS, read
 
@@ -60,16 +61,16 @@ def split(
             made = row(dict(record))
             first = first or made
             if made.keys() != first.keys():
-                raise ValueError(f"expected the columns of record 1, {', '.join(first)}, got {', '.join(made)}")
+                raise BadValue(f"expected the columns of record 1, {', '.join(first)}, got {', '.join(made)}")
             name = record.get("split")
             if name is not None and name not in SPLITS:
-                raise ValueError(f"split {name!r:.60}: expected train, test or validation")
+                raise BadValue(f"split {name!r:.60}: expected train, test or validation")
             held_out = split_of(identity(made)) == "test" if name is None else name != "train"
             rows["test" if held_out else "train"].append(made)
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{what}: record {number}: {error}") from None
+            raise BadValue(f"{what}: record {number}: {error}") from None
     if not rows["train"]:
-        raise ValueError(f'{what}: all {len(records)} records are held out; add more, or a column "split"')
+        raise BadValue(f'{what}: all {len(records)} records are held out; add more, or a column "split"')
     return rows["train"], rows["test"]
 
 
@@ -80,7 +81,7 @@ def fields(record: Mapping, *names: str | tuple[str, ...]) -> list:
     found = [[record[name] for name in alike if name in record] for alike in choices]
     if not all(found):
         wanted = " and ".join(" (or ".join(map(repr, alike)) + ")" * (len(alike) - 1) for alike in choices)
-        raise ValueError(f"expected {wanted}, got only {', '.join(map(repr, record)) or 'an empty record'}")
+        raise BadValue(f"expected {wanted}, got only {', '.join(map(repr, record)) or 'an empty record'}")
     return [next((value for value in values if value is not None), None) for values in found]
 
 
@@ -93,5 +94,5 @@ def text(what: str, value) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{what}: expected a text, got {value!r:.60}")
+        raise BadValue(f"{what}: expected a text, got {value!r:.60}")
     return value

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from ..core import random_stream
+from ..utils.errors import BadValue, FileTaken
 from ..utils.files import check_writable, whole_folder
 from . import MODULES, base, tags
 
@@ -61,9 +62,9 @@ def build(
     """
     folder, recipe = Path(folder), _module(task).RECIPE
     if folder.exists():
-        raise FileExistsError(f"{folder} exists: remove it or build the embedded model in another folder")
+        raise FileTaken(f"{folder} exists: remove it or build the embedded model in another folder")
     if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
+        raise BadValue(f"steps must be at least 1, got {steps}")
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)  # at this size more threads only wait for each other
@@ -167,5 +168,5 @@ def settings(task: str) -> dict:
 
 def _module(task: str):
     if task not in MODULES:
-        raise ValueError(f"the embedded model knows only {', '.join(MODULES)}, not {task!r}: give a --model")
+        raise BadValue(f"the embedded model knows only {', '.join(MODULES)}, not {task!r}: give a --model")
     return MODULES[task]

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from ..utils.errors import BadImport, BadValue
 from ..utils.rows import check_prompt
 from . import data
 from .base import Task
@@ -24,17 +25,17 @@ def reward_function(name: str) -> Callable[..., list[float]]:
     Raises ValueError if that is no such name, ImportError with what is missing, or with what the module raised."""
     module, _, function = name.partition(":")
     if not module or not function.isidentifier():
-        raise ValueError(f"reward: expected MODULE:FUNCTION, for example rewards:brevity, got {name!r}")
+        raise BadValue(f"reward: expected MODULE:FUNCTION, for example rewards:brevity, got {name!r}")
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # and it stays there: processes that score are given this path
     try:
         found = importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise ImportError(f"reward: no module {error.name!r} here or among the installed packages") from None
+        raise BadImport(f"reward: no module {error.name!r} here or among the installed packages") from None
     except (Exception, SystemExit) as error:  # it is the user's, and may do anything
-        raise ImportError(f"reward: importing {module} raised {type(error).__name__}: {error}") from error
+        raise BadImport(f"reward: importing {module} raised {type(error).__name__}: {error}") from error
     if not callable(getattr(found, function, None)):
-        raise ValueError(f"reward: {module} has no function {function!r}")
+        raise BadValue(f"reward: {module} has no function {function!r}")
     return getattr(found, function)
 
 
@@ -42,6 +43,6 @@ def task(path: str, reward: Sequence[str] = (), style: str = "paper", train_prom
     """The task of a file's prompts (see data.read) and of reward functions named `module:function`."""
     functions = tuple(map(reward_function, reward))
     if not functions:
-        raise ValueError("task: a file needs a reward function: --reward MODULE:FUNCTION")
+        raise BadValue("task: a file needs a reward function: --reward MODULE:FUNCTION")
     train_rows, eval_rows = data.source(lambda *a: [], row, lambda r: r["prompt"], style, path, train_prompts)
     return Task("file", functions, train_rows, eval_rows, None, 1024)

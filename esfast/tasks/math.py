@@ -11,6 +11,7 @@ import re
 import threading
 
 from ..core.random_stream import RandomStream
+from ..utils.errors import BadImport, BadValue
 from . import data
 from .base import Recipe, Task, distinct, require_text, styled, texts, thousands_of
 
@@ -106,7 +107,7 @@ def _math_verify():
     try:
         from math_verify import LatexExtractionConfig, parse, verify
     except ImportError:
-        raise ImportError(
+        raise BadImport(
             "the task math verifies answers with the math-verify package: pip install 'esfast[math]'"
         ) from None
     for name in ("math_verify.parser", "math_verify.grader", "math_verify.utils"):
@@ -165,7 +166,7 @@ def row(record: dict, style: str = "paper") -> dict:
     answer, solution = record.get("answer"), record.get("solution")
     if answer is None or (isinstance(answer, float) and answer != answer) or _is_missing(str(answer)):
         if not isinstance(solution, str) or (last_box(solution) is None and not _MARKED.fullmatch(solution)):
-            raise ValueError(
+            raise BadValue(
                 f"expected an 'answer', or a 'solution' with a \\boxed{{}}, got {answer!r:.40} and {solution!r:.40}"
             )
         answer = solution
@@ -185,9 +186,7 @@ def gold(answer: str | float) -> str:
 @functools.lru_cache(maxsize=65536)
 def _gold(answer: str) -> str:
     if _is_missing(answer):
-        raise ValueError(
-            f"answer: {answer!r} stands for a missing answer; leave the record out, or write \\text{{...}}"
-        )
+        raise BadValue(f"answer: {answer!r} stands for a missing answer; leave the record out, or write \\text{{...}}")
     marked = _MARKED.fullmatch(answer)
     text = marked[1] if marked else answer
     box = last_box(text)
@@ -199,7 +198,7 @@ def _gold(answer: str) -> str:
     # A response that boxes it must give it back: not with a brace that is not closed, nor with a backslash at the end.
     boxes = last_box(f"{BOX}{text}}}") == text
     if not text or _MARK in text or len(text) > LONGEST_ANSWER or not boxes or _matches_nothing(text):
-        raise ValueError(
+        raise BadValue(
             f"answer: expected LaTeX of at most {LONGEST_ANSWER} characters, with braces in pairs and no backslash at "
             f"its end, got {answer!r:.60}"
         )

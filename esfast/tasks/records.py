@@ -14,6 +14,8 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from ..utils.errors import BadImport, BadValue, FileMissing
+
 DATASETS = "dataset:"  # names for datasets.load_dataset begin so
 SPLITS = ("train", "test", "validation")
 DELIMITERS = ",;\t|"
@@ -48,10 +50,10 @@ def read(path: str | Path) -> list[dict]:
         return list(_datasets(name).load_dataset(name.removeprefix(DATASETS), split="train"))
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"no file {name}; for a dataset of the Hugging Face hub write {DATASETS}NAME")
+        raise FileMissing(f"no file {name}; for a dataset of the Hugging Face hub write {DATASETS}NAME")
     records = list(_of(path))
     if not records:
-        raise ValueError(f"{path}: expected at least one record")
+        raise BadValue(f"{path}: expected at least one record")
     return records
 
 
@@ -64,7 +66,7 @@ def _of(path: Path) -> Iterator[dict]:
     if kind in TABLES and not unpack:
         return _rows_of(path, TABLES[kind])
     if kind not in TEXTS:
-        raise ValueError(
+        raise BadValue(
             f"{path}: expected a file that ends in {', '.join([*TEXTS, *TABLES])}, a text file packed as "
             f"{', '.join(UNPACK)}, a folder of datasets.save_to_disk, or {DATASETS}NAME"
         )
@@ -73,7 +75,7 @@ def _of(path: Path) -> Iterator[dict]:
         try:
             raw = unpack(raw)
         except Exception as error:  # each packer has errors of its own
-            raise ValueError(f"{path}: can't be unpacked ({error})") from None
+            raise BadValue(f"{path}: can't be unpacked ({error})") from None
     return TEXTS[kind](path, _text(path, raw))
 
 
@@ -81,12 +83,12 @@ def _text(path: Path, raw: bytes) -> str:
     encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if raw.startswith(mark)), "utf-8")
     if encoding.startswith("utf-8") and b"\0" in raw:
         line = raw.count(b"\n", 0, raw.index(b"\0")) + 1
-        raise ValueError(f"{path}: line {line} holds a NUL character: UTF-16 without a byte order mark, or no text")
+        raise BadValue(f"{path}: line {line} holds a NUL character: UTF-16 without a byte order mark, or no text")
     try:
         text = raw.decode(encoding)
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        raise ValueError(
+        raise BadValue(
             f"{path}: line {line} is no {encoding.removesuffix('-sig').upper()} ({error.reason} "
             f"0x{raw[error.start]:02x}); convert the file, as by iconv -f LATIN1 -t UTF-8"
         ) from None
@@ -146,16 +148,16 @@ def _parse(path: Path, text: str, first_line: int = 1):
     try:
         return _JSON.decode(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: line {first_line + error.lineno - 1} is no JSON ({error.msg})") from error
+        raise BadValue(f"{path}: line {first_line + error.lineno - 1} is no JSON ({error.msg})") from error
     except _NoJSON as error:
         outside = re.compile(r'"(?:[^"\\]|\\.)*"|(' + re.escape(error.token) + ")", re.DOTALL)
         at = next(
             (m.start() for m in outside.finditer(text) if m[1]), 0 if first_line > 1 or "\n" not in text else None
         )
         where = "" if at is None else f" line {first_line + text.count(chr(10), 0, at)}:"
-        raise ValueError(f"{path}:{where} {error}") from None
+        raise BadValue(f"{path}:{where} {error}") from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets without end
-        raise ValueError(f"{path}: line {first_line} can't be read ({error})") from None
+        raise BadValue(f"{path}: line {first_line} can't be read ({error})") from None
 
 
 def _lines(path: Path, text: str) -> Iterator[dict]:
@@ -165,7 +167,7 @@ def _lines(path: Path, text: str) -> Iterator[dict]:
     for number, line in _numbered(text):
         record = _parse(path, line.lstrip("\ufeff"), number)  # files that were joined bring their marks along
         if not isinstance(record, dict):
-            raise ValueError(f"{path}: line {number}: expected an object, got {line.strip():.60}")
+            raise BadValue(f"{path}: line {number}: expected an object, got {line.strip():.60}")
         yield record
 
 
@@ -182,17 +184,17 @@ def _document(path: Path, text: str) -> Iterator[dict]:
     if isinstance(found, dict) and found and all(isinstance(column, list) for column in found.values()):
         sizes = {name: len(column) for name, column in found.items()}
         if len(set(sizes.values())) > 1:
-            raise ValueError(f"{path}: expected columns of equal length, got {sizes}")
+            raise BadValue(f"{path}: expected columns of equal length, got {sizes}")
         found = [dict(zip(found, values, strict=True)) for values in zip(*found.values(), strict=True)]
     yield from _objects(path, "", [found] if isinstance(found, dict) else found)
 
 
 def _objects(path: Path, where: str, records) -> list[dict]:
     if not isinstance(records, list):
-        raise ValueError(f"{path}: {where}expected a list of objects, got {records!r:.60}")
+        raise BadValue(f"{path}: {where}expected a list of objects, got {records!r:.60}")
     for number, record in enumerate(records, start=1):
         if not isinstance(record, dict):
-            raise ValueError(f"{path}: {where}record {number}: expected an object, got {record!r:.60}")
+            raise BadValue(f"{path}: {where}record {number}: expected an object, got {record!r:.60}")
     return records
 
 
@@ -214,17 +216,17 @@ def _table(path: Path, text: str, delimiter: str | None = None) -> Iterator[dict
         start = 1 if names[:1] == [""] and len(names) > 1 else 0
         names = [name.strip() for name in names[start:]]
         if "" in names or len(set(names)) < len(names):
-            raise ValueError(f"{path}: line 1: expected a header of different names, got {names}")
+            raise BadValue(f"{path}: line 1: expected a header of different names, got {names}")
         for cells in reader:
             if cells and len(cells) != start + len(names):
-                raise ValueError(
+                raise BadValue(
                     f"{path}: line {reader.line_num}: expected {start + len(names)} cells as in the header, "
                     f"got {len(cells)}; a cell with {delimiter!r} or a new line in it needs quotes"
                 )
             if cells:
                 yield dict(zip(names, cells[start:], strict=True))
     except csv.Error as error:
-        raise ValueError(f"{path}: line {reader.line_num} is no CSV ({error})") from None
+        raise BadValue(f"{path}: line {reader.line_num} is no CSV ({error})") from None
     finally:
         csv.field_size_limit(before)
 
@@ -250,20 +252,20 @@ def _rows_of(path: Path, load: Callable) -> Iterator[dict]:
     try:
         rows = load(path).to_pylist()
     except ImportError:
-        raise ImportError(f"{path}: needs pyarrow, of the datasets package: pip install 'esfast[datasets]'") from None
+        raise BadImport(f"{path}: needs pyarrow, of the datasets package: pip install 'esfast[datasets]'") from None
     except Exception as error:  # whatever pyarrow makes of a damaged file
-        raise ValueError(f"{path}: can't be read ({error})") from None
+        raise BadValue(f"{path}: can't be read ({error})") from None
     return iter(rows)
 
 
 def _saved(folder: Path) -> Iterator[dict]:
     if not any((folder / name).exists() for name in ("dataset_dict.json", "state.json")):
-        raise ValueError(f"{folder}: is a folder, and none that datasets.save_to_disk wrote; name a file")
+        raise BadValue(f"{folder}: is a folder, and none that datasets.save_to_disk wrote; name a file")
     package = _datasets(folder)
     try:
         found = package.load_from_disk(str(folder))
     except Exception as error:  # whatever the package makes of a damaged folder, or of a table without columns
-        raise ValueError(f"{folder}: can't be read ({type(error).__name__}: {error})") from None
+        raise BadValue(f"{folder}: can't be read ({type(error).__name__}: {error})") from None
     if not isinstance(found, dict):
         return iter(found)
     if len(found) == 1:
@@ -275,7 +277,7 @@ def _datasets(name: str | Path):
     try:
         import datasets
     except ImportError:
-        raise ImportError(f"{name}: needs the datasets package: pip install 'esfast[datasets]'") from None
+        raise BadImport(f"{name}: needs the datasets package: pip install 'esfast[datasets]'") from None
     return datasets
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 
 from ..core.random_stream import RandomStream
+from ..utils.errors import BadType, BadValue
 from . import data
 from .base import Recipe, Task, distinct, require_text, styled, texts, thousands_of
 from .tags import format_score, last_answer, maybe_tagged
@@ -57,12 +58,12 @@ def solutions(puzzle: str) -> list[str]:
 def check_puzzle(puzzle: str) -> str:
     """The puzzle without white space, and with dots where it has 0 or _. ValueError if it isn't one."""
     if not isinstance(puzzle, str):
-        raise TypeError(f"puzzle: expected a text of 16 digits and dots, got {puzzle!r:.60}")
+        raise BadType(f"puzzle: expected a text of 16 digits and dots, got {puzzle!r:.60}")
     read = "".join(puzzle.split()).translate(str.maketrans("0_", ".."))
     if len(read) != 16 or set(read) - set("1234.") or "." not in read:
-        raise ValueError(f"puzzle: expected 16 cells, digits 1 to 4 and at least one dot, 0 or _, got {puzzle!r:.60}")
+        raise BadValue(f"puzzle: expected 16 cells, digits 1 to 4 and at least one dot, 0 or _, got {puzzle!r:.60}")
     if len(solutions(read)) != 1:
-        raise ValueError(f"puzzle: {puzzle!r:.60} has {len(solutions(read))} solutions, expected exactly one")
+        raise BadValue(f"puzzle: {puzzle!r:.60} has {len(solutions(read))} solutions, expected exactly one")
     return read
 
 
@@ -111,7 +112,7 @@ def problems(
     arguments. The number of blanks is drawn from the inclusive range `blanks`, by default the style's."""
     low, high = styled(BLANKS, style) if blanks is None else blanks
     if not 1 <= low <= high <= 12:
-        raise ValueError(f"blanks: expected 1 <= low <= high <= 12 (no puzzle has fewer givens), got {blanks}")
+        raise BadValue(f"blanks: expected 1 <= low <= high <= 12 (no puzzle has fewer givens), got {blanks}")
     rng = RandomStream(f"sudoku/{split}/{seed}", "problems")
 
     def draw() -> tuple | None:

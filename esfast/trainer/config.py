@@ -11,6 +11,7 @@ from ..core.noise import KINDS, check_int
 from ..es.shaping import SHAPINGS
 from ..rollout.chat import check_options
 from ..update.optimizers import OPTIMIZERS, Group, Optimizer, check_groups
+from ..utils.errors import BadValue
 from ..utils.names import DECAY_TO, DECODINGS, ROUNDINGS, WEIGHT_MODES
 from ..utils.settings import check_number, check_positive, convert, convert_fields
 from .loggers import LOGGERS, check_report_to
@@ -132,7 +133,7 @@ class ESConfig:
         convert_fields(self)
         self.report_to = check_report_to(self.report_to) or None
         if not self.output_dir.strip() or "\0" in self.output_dir:
-            raise ValueError(f"ESConfig.output_dir: expected the name of a folder, got {self.output_dir!r}")
+            raise BadValue(f"ESConfig.output_dir: expected the name of a folder, got {self.output_dir!r}")
         for name, least in _LEAST.items():
             value = getattr(self, name)
             if value is not None:
@@ -141,7 +142,7 @@ class ESConfig:
         check_int("ESConfig.population_size", self.population_size, 2, 2**32)
         check_int("ESConfig.warmup_generations", self.warmup_generations, 0, self.generations)
         if self.mirrored and self.population_size % 2:
-            raise ValueError(
+            raise BadValue(
                 f"ESConfig.population_size: mirrored sampling needs an even number, got {self.population_size}"
             )
         check_options("ESConfig.chat_template_kwargs", self.chat_template_kwargs or {})
@@ -150,12 +151,12 @@ class ESConfig:
         for weight in self.reward_weights or ():
             check_number("ESConfig.reward_weights", weight, -1e300, 1e300)
         if not 0 < self.reward_timeout <= _LONGEST:
-            raise ValueError(
+            raise BadValue(
                 f"ESConfig.reward_timeout: expected seconds, more than 0 and at most {_LONGEST:g}, "
                 f"got {self.reward_timeout!r}"
             )
         if self.num_generations > 1 and self.temperature == 0:
-            raise ValueError(
+            raise BadValue(
                 f"ESConfig.num_generations: {self.num_generations} equal responses to a prompt at temperature 0; "
                 "leave it at 1, or set a temperature (GRPO's is 1.0)"
             )
@@ -184,7 +185,7 @@ class ESConfig:
                 continue
             theirs = convert(f"config.yaml: {name}", found[name], setting.type)
             if theirs != mine:
-                raise ValueError(f"resume: the run has {name} {theirs!r}, asked for is {mine!r}")
+                raise BadValue(f"resume: the run has {name} {theirs!r}, asked for is {mine!r}")
 
     def make_optimizer(self) -> Optimizer:
         return OPTIMIZERS[self.optimizer](

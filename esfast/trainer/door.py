@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from ..rewards.scorer import RewardFunc
 from ..rollout.models import load_model, load_tokenizer
+from ..utils.errors import BadType, BadValue
 from ..utils.unwrap import unwrap
 
 
@@ -21,12 +22,12 @@ def open_tokenizer(processing_class, model):
     processor's chat template if it has none. TypeError for anything else."""
     given = model.config._name_or_path if processing_class is None else processing_class
     if given == "":
-        raise TypeError("processing_class: the model was not loaded by a name or from a folder; give its tokenizer")
+        raise BadType("processing_class: the model was not loaded by a name or from a folder; give its tokenizer")
     if isinstance(given, (str, os.PathLike)):
         return load_tokenizer(os.fspath(given))
     tokenizer = getattr(given, "tokenizer", given)
     if not callable(tokenizer) or not hasattr(tokenizer, "save_pretrained"):
-        raise TypeError(f"processing_class: expected a tokenizer, or a processor that has one, got {given!r:.60}")
+        raise BadType(f"processing_class: expected a tokenizer, or a processor that has one, got {given!r:.60}")
     template = getattr(given, "chat_template", None)
     if tokenizer is not given and template and not getattr(tokenizer, "chat_template", None):
         tokenizer = copy.copy(tokenizer)
@@ -41,11 +42,9 @@ def open_rewards(
     functions = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
     for f in [*functions, *metrics.values()]:
         if not callable(f):
-            raise TypeError(f"reward_funcs and metrics: expected functions, got {type(f).__name__} {f!r:.60}")
+            raise BadType(f"reward_funcs and metrics: expected functions, got {type(f).__name__} {f!r:.60}")
     if not functions:
-        raise ValueError("reward_funcs: expected at least one function")
+        raise BadValue("reward_funcs: expected at least one function")
     if weights and len(weights) != len(functions):
-        raise ValueError(
-            f"reward_weights: expected one for each of the {len(functions)} reward functions, got {weights}"
-        )
+        raise BadValue(f"reward_weights: expected one for each of the {len(functions)} reward functions, got {weights}")
     return functions, weights or [1.0] * len(functions)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..core.random_stream import DRAWS_VERSION
+from ..utils.errors import BadValue
 from ..utils.rows import Rows
 
 # Settings of a model that say where it came from, or how it is run, and not what it computes.
@@ -42,7 +43,7 @@ def check(found: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
         if isinstance(before, dict) and isinstance(now, dict):
             check({f"{name}: {k}": v for k, v in before.items()}, {f"{name}: {k}": v for k, v in now.items()})
         elif before != now:
-            raise ValueError(f"resume: the run has {name} {_shown(before)}, asked for is {_shown(now)}")
+            raise BadValue(f"resume: the run has {name} {_shown(before)}, asked for is {_shown(now)}")
 
 
 def name_of(function: Callable) -> str:

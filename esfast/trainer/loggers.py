@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..utils.errors import BadImport, BadValue
+
 
 class Logger(Protocol):
     def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
@@ -55,7 +57,7 @@ def check_report_to(names: str | Sequence[str] | None) -> list[str]:
     listed = [names] if isinstance(names, str) else list(names or ())
     for name in listed:
         if name not in (*LOGGERS, "none"):
-            raise ValueError(f"report_to: expected {', '.join(map(repr, LOGGERS))} or 'none', got {name!r}")
+            raise BadValue(f"report_to: expected {', '.join(map(repr, LOGGERS))} or 'none', got {name!r}")
     return [name for name in listed if name != "none"]
 
 
@@ -63,7 +65,7 @@ def require(names: str | Sequence[str] | None) -> None:
     """ImportError, which says what to install, if one of them is not there."""
     for name in check_report_to(names):
         if importlib.util.find_spec(name) is None:
-            raise ImportError(f"report_to: {name} is not installed: pip install {name}")
+            raise BadImport(f"report_to: {name} is not installed: pip install {name}")
 
 
 class Report:

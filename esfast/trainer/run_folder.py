@@ -14,6 +14,7 @@ import yaml
 from safetensors import SafetensorError
 
 from ..journal.journal import peek
+from ..utils.errors import BadFile, BadValue, FileMissing, FileTaken
 from ..utils.files import TEMPORARY, whole_folder, write_whole
 from ..utils.lock import Lock
 from ..utils.unwrap import unwrapped
@@ -72,7 +73,7 @@ class RunFolder:
     def _check(self, resume: bool) -> None:
         if resume:
             if not self.begun() and (left := self._of_an_earlier_run()):
-                raise FileNotFoundError(
+                raise FileMissing(
                     f"resume: {self.path} holds {', '.join(p.name for p in left)} of a run, but no {self.journal.name} "
                     "with a generation to go on from; put it back, move these away, or take another folder"
                 )
@@ -82,7 +83,7 @@ class RunFolder:
         except ValueError:
             taken = True
         if taken:
-            raise FileExistsError(
+            raise FileTaken(
                 f"output_dir: {self.path} holds a run already; go on with it (--resume, or ESConfig(resume=True)), "
                 "choose another folder, or move it away"
             )
@@ -107,7 +108,7 @@ class RunFolder:
                 _cut_torn_line(path)
             return
         if self.journal.exists():
-            log.warning("%s: a run was started here and did nothing: beginning anew", self.path)
+            log.info("%s: a run was started here and did nothing: beginning anew", self.path)
             for path in (self.journal, self.metrics, self.samples, self.identity):
                 path.unlink(missing_ok=True)
             shutil.rmtree(self.adapter, ignore_errors=True)
@@ -117,7 +118,7 @@ class RunFolder:
             earlier.mkdir()
             for path in [*left, *([self.adapter] if self.adapter.exists() else [])]:
                 path.rename(earlier / path.name)
-            log.warning("%s: %s of an earlier run moved to %s", self.path, ", ".join(p.name for p in left), earlier)
+            log.info("%s: %s of an earlier run moved to %s", self.path, ", ".join(p.name for p in left), earlier)
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         _append(self.metrics, row)
@@ -139,14 +140,12 @@ class RunFolder:
         try:
             found = yaml.safe_load(self.config.read_bytes().decode("utf-8"))
         except (UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ValueError(
+            raise BadValue(
                 f"{self.config} is no YAML ({' '.join(str(error).split())}): mend it, or delete it"
             ) from None
         if not isinstance(found, dict):
             what = "nothing" if found is None else repr(found)[:80]
-            raise ValueError(
-                f"{self.config}: expected lines of the form NAME: VALUE, got {what}: mend it, or delete it"
-            )
+            raise BadValue(f"{self.config}: expected lines of the form NAME: VALUE, got {what}: mend it, or delete it")
         return found
 
     def read_identity(self) -> dict[str, Any]:
@@ -195,7 +194,7 @@ def save_model(path: Path, model, tokenizer, card: str = "", weights: dict | Non
             with unwrapped(model) as plain:
                 plain.save_pretrained(unfinished, **({} if weights is None else {"state_dict": weights}))
         except SafetensorError as error:
-            raise OSError(f"{path} could not be written: {error}") from None
+            raise BadFile(f"{path} could not be written: {error}") from None
         tokenizer.save_pretrained(unfinished)
         settings = getattr(model, "generation_config", None)
         if settings is not None and not (unfinished / "generation_config.json").exists():  # PEFT leaves it out
@@ -210,7 +209,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     rows = []
     for number, row in _rows(path):
         if row is None:
-            raise ValueError(
+            raise BadValue(
                 f"{path}: line {number} is damaged (no JSON object): delete the line"
                 + (", or resume the run, which writes it anew from the journal" if path.name == "metrics.jsonl" else "")
             )
@@ -245,7 +244,7 @@ def _read_json(path: Path, advice: str) -> dict[str, Any]:
         return {}
     found = _object(path.read_bytes())
     if found is None:
-        raise ValueError(f"{path} is damaged (no JSON object): {advice}")
+        raise BadValue(f"{path} is damaged (no JSON object): {advice}")
     return found
 
 

@@ -17,6 +17,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from ..utils.errors import BadValue
+
 
 def constant(start: float, step: int, total: int, final_fraction: float = 0.1, warmup: int = 0) -> float:
     return start * _warmed(step, warmup)
@@ -49,9 +51,9 @@ def check_schedule(what: str, start: float, schedule: str, final_fraction: float
     """ValueError that names `what` if there is no such schedule, or if it would leave (0, start]. `start` itself is
     for ES to check; here it only must not vanish, as a float32, on the way to its end, hours after the run began."""
     if not isinstance(schedule, str) or schedule not in SCHEDULES:
-        raise ValueError(f"{what}_schedule: expected one of {', '.join(map(repr, SCHEDULES))}, got {schedule!r}")
+        raise BadValue(f"{what}_schedule: expected one of {', '.join(map(repr, SCHEDULES))}, got {schedule!r}")
     number = isinstance(final_fraction, (int, float)) and not isinstance(final_fraction, bool)
     if not number or not 0 < final_fraction <= 1:
-        raise ValueError(f"{what}_final_fraction: expected a number above 0 and at most 1, got {final_fraction!r}")
+        raise BadValue(f"{what}_final_fraction: expected a number above 0 and at most 1, got {final_fraction!r}")
     if schedule != "constant" and isinstance(start, (int, float)) and 0 < start and start * final_fraction < 2.0**-149:
-        raise ValueError(f"{what}_final_fraction: {final_fraction} of {start} is 0 as a float32")
+        raise BadValue(f"{what}_final_fraction: {final_fraction} of {start} is 0 as a float32")

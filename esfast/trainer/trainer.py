@@ -28,6 +28,7 @@ from ..rollout.engine import TransformersEngine, as_engine
 from ..rollout.prompts import check_prompts
 from ..rollout.sampling import LogitsError, response_seeds
 from ..tasks.base import draw
+from ..utils.errors import BadType, BadValue
 from ..utils.files import check_writable
 from ..utils.interrupts import Stops, stoppable
 from ..utils.rows import Rows, check_rows
@@ -95,7 +96,7 @@ class ESTrainer(SavesLikeTRL):
     ):
         self.args = args if args is not None else ESConfig()
         if not isinstance(self.args, ESConfig):
-            raise TypeError(f"args: expected an esfast.ESConfig, got {type(args).__name__}")
+            raise BadType(f"args: expected an esfast.ESConfig, got {type(args).__name__}")
         self.args.check()
         self.metrics = check_metrics(metrics)
         self.reward_funcs, self.reward_weights = open_rewards(reward_funcs, self.metrics, self.args.reward_weights)
@@ -109,7 +110,7 @@ class ESTrainer(SavesLikeTRL):
         if self.team.shards > 1 and (
             isinstance(model, (str, os.PathLike)) or peft_config is not None or adapters.is_peft(model)
         ):
-            raise ValueError(
+            raise BadValue(
                 "a model in shards: expected the model itself, without adapters; see esfast.distributed.tensor_parallel"
             )
         model = open_model(model)

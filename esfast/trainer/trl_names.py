@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from ..utils.errors import BadType, BadValue
 from ..utils.settings import convert, number, plain, truth, whole_number
 from ..utils.suggest import unknown
 
@@ -85,7 +86,7 @@ def translate(settings: Mapping[str, Any], known: Iterable[str], what: str = "ES
         mine = name if name in known else RENAMED.get(name)
         if mine is not None:
             if mine in result or (mine != name and mine in settings):
-                raise TypeError(f"{what}: {name!r} is another name of {mine!r}; give one of them")
+                raise BadType(f"{what}: {name!r} is another name of {mine!r}; give one of them")
             if mine == name or not _says_nothing(name, value):
                 result[mine] = _VALUES.get(value, value) if name == "lr_scheduler_type" else value
         elif name in _MEANINGS:
@@ -93,12 +94,12 @@ def translate(settings: Mapping[str, Any], known: Iterable[str], what: str = "ES
         elif name in REFUSED:
             silent, instead = REFUSED[name]
             if not _is_silent(value, silent) and (name != "num_train_epochs" or not _steps(settings)):
-                raise ValueError(f"{what}: {name}={value!r} can't be had: {instead}")
+                raise BadValue(f"{what}: {name}={value!r} can't be had: {instead}")
         elif any(name == n or n.endswith("*") and name.startswith(n[:-1]) for n in LEFT_OUT):
             if value not in (None, False):
                 left_out.append(name)
         else:
-            raise TypeError(f"{what}: {unknown('setting', name, [*known, *RENAMED])}")
+            raise BadType(f"{what}: {unknown('setting', name, [*known, *RENAMED])}")
     if left_out:
         log.warning("%s: left out, since ES has no use for them: %s", what, ", ".join(left_out))
     if "learning_rate" in settings and number(f"{what}.learning_rate", plain(settings["learning_rate"])) < 2e-5:
@@ -139,7 +140,7 @@ def _warmup(what: str, value: Any, settings: Mapping[str, Any]) -> dict[str, Any
         return {"warmup_generations": value}
     steps = _steps(settings)
     if steps is None:
-        raise ValueError(f"{what}: {value} is a share of the generations: give their number, or warmup_generations")
+        raise BadValue(f"{what}: {value} is a share of the generations: give their number, or warmup_generations")
     return {"warmup_generations": math.ceil(number(what, value) * steps)}
 
 
@@ -148,7 +149,7 @@ def _strategy(setting: str) -> Callable[[str, Any, Mapping[str, Any]], dict[str,
         if value in ("no", False, None):
             return {setting: 0}
         if value not in ("steps", True):
-            raise ValueError(f"{what}: expected 'steps' or 'no', got {value!r}; {setting} counts generations")
+            raise BadValue(f"{what}: expected 'steps' or 'no', got {value!r}; {setting} counts generations")
         return {}
 
     return meaning

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..utils.errors import BadValue, FileTaken
+
 # Names of TRL's and Transformers' trainers that ESTrainer has not: what there is instead.
 _INSTEAD = {
     "push_to_hub": "upload the folder {model}, for example with `hf upload NAME {model}`",
@@ -33,7 +35,7 @@ class SavesLikeTRL:
             path = self.folder.model
         is_model = any((path / name).exists() for name in ("config.json", "adapter_config.json"))
         if path.exists() and not is_model and (not path.is_dir() or any(path.iterdir())):
-            raise FileExistsError(f"save_model: {path} holds other things than a model; take another folder")
+            raise FileTaken(f"save_model: {path} holds other things than a model; take another folder")
         evaluated = [row for row in self.recorder.rows if "eval_reward" in row]
         self.recorder.save_model(str(path.absolute()), self.es.generation, evaluated[-1] if evaluated else {})
 
@@ -47,7 +49,7 @@ class SavesLikeTRL:
 def check_not_resumed_here(checkpoint: bool | str | None, resumes: bool) -> None:
     """ValueError for a checkpoint to resume from, unless the run was resumed when its trainer was made."""
     if checkpoint and not resumes:
-        raise ValueError(
+        raise BadValue(
             f"train: resume_from_checkpoint={checkpoint!r}: a run goes on in its own folder, from its journal: make "
             "the trainer with ESConfig(output_dir=..., resume=True)"
         )

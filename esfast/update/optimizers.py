@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..core.noise import check_int
+from ..utils.errors import BadType, BadValue
 from ..utils.suggest import unknown
 
 
@@ -51,7 +52,7 @@ class Adam:
         _check_share("Adam.beta1", self.beta1)
         _check_share("Adam.beta2", self.beta2)
         if not isinstance(self.eps, (int, float)) or not 1e-30 <= self.eps < math.inf:
-            raise ValueError(f"Adam.eps: expected a positive number of at least 1e-30, got {self.eps!r}")
+            raise BadValue(f"Adam.eps: expected a positive number of at least 1e-30, got {self.eps!r}")
 
 
 Optimizer = SGD | Momentum | Adam
@@ -72,11 +73,11 @@ class Group:
 
     def __post_init__(self):
         if not isinstance(self.pattern, str) or not self.pattern:
-            raise TypeError(f"Group.pattern: expected a pattern of names, got {self.pattern!r}")
+            raise BadType(f"Group.pattern: expected a pattern of names, got {self.pattern!r}")
         for name in ("sigma", "lr"):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
-                raise ValueError(f"Group.{name} of {self.pattern!r}: expected a positive factor, got {value!r}")
+                raise BadValue(f"Group.{name} of {self.pattern!r}: expected a positive factor, got {value!r}")
 
     def __str__(self) -> str:
         """The text that `parse` turns back into this group."""
@@ -92,17 +93,17 @@ class Group:
         except ValueError:
             numbers = {}
         if not colon or len(numbers) != len(named):
-            raise ValueError(f"group: expected PATTERN:sigma=X,lr=Y, such as '*embed*:lr=0.1', got {text!r}")
+            raise BadValue(f"group: expected PATTERN:sigma=X,lr=Y, such as '*embed*:lr=0.1', got {text!r}")
         for name in numbers:
             if name not in ("sigma", "lr"):
-                raise ValueError(f"group: {unknown('factor', name, ('sigma', 'lr'))} in {text!r}")
+                raise BadValue(f"group: {unknown('factor', name, ('sigma', 'lr'))} in {text!r}")
         return cls(pattern, **numbers)
 
 
 def check_groups(groups: Sequence[Group | str]) -> tuple[Group, ...]:
     """Groups from Group objects and texts (`Group.parse`). TypeError or ValueError for anything else."""
     if isinstance(groups, str) or not isinstance(groups, Sequence):
-        raise TypeError(f"groups: expected a list of esfast.Group, or of PATTERN:sigma=X,lr=Y, got {groups!r:.80}")
+        raise BadType(f"groups: expected a list of esfast.Group, or of PATTERN:sigma=X,lr=Y, got {groups!r:.80}")
     return tuple(g if isinstance(g, Group) else Group.parse(g) for g in groups)
 
 
@@ -111,10 +112,10 @@ def check_optimizer(value) -> Optimizer:
     if isinstance(value, str) and value in OPTIMIZERS:
         return OPTIMIZERS[value]()
     if isinstance(value, str):
-        raise ValueError(f"optimizer: expected one of {', '.join(map(repr, OPTIMIZERS))}, got {value!r}")
+        raise BadValue(f"optimizer: expected one of {', '.join(map(repr, OPTIMIZERS))}, got {value!r}")
     return value  # Rule looks at it
 
 
 def _check_share(what: str, value) -> None:
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 1:
-        raise ValueError(f"{what}: expected a number between 0 and 1, got {value!r}")
+        raise BadValue(f"{what}: expected a number between 0 and 1, got {value!r}")

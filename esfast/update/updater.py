@@ -28,6 +28,7 @@ import torch
 from ..core.noise import check_kind
 from ..core.ops import AdamStep, add_noise_
 from ..core.plan import Plan
+from ..utils.errors import BadType, BadValue
 from ..utils.names import DECAY_TO, ROUNDINGS
 from .optimizers import OPTIMIZERS, SGD, Adam, Group, Momentum, Optimizer, check_groups, check_optimizer
 
@@ -69,9 +70,9 @@ class Rule:
         check_kind(self.noise)
         for what, value, known in (("rounding", self.rounding, ROUNDINGS), ("decay_to", self.decay_to, DECAY_TO)):
             if value not in known:
-                raise ValueError(f"{what}: expected one of {', '.join(map(repr, known))}, got {value!r}")
+                raise BadValue(f"{what}: expected one of {', '.join(map(repr, known))}, got {value!r}")
         if not isinstance(self.optimizer, Optimizer):
-            raise TypeError(
+            raise BadType(
                 f"optimizer: expected {', '.join(map(repr, OPTIMIZERS))} or an esfast.SGD, Momentum or Adam, "
                 f"got {self.optimizer!r:.80}"
             )
@@ -101,9 +102,7 @@ class Rule:
         """ValueError if the pattern of a group matches none of the names."""
         for group in self.groups:
             if not any(fnmatch.fnmatchcase(name, group.pattern) for name in names):
-                raise ValueError(
-                    f"groups: the pattern {group.pattern!r} matches no tensor; a name here is {names[0]!r}"
-                )
+                raise BadValue(f"groups: the pattern {group.pattern!r} matches no tensor; a name here is {names[0]!r}")
 
     def largest(self, factor: str) -> float:
         """The largest factor of "sigma" or "lr" that any group has."""

@@ -12,6 +12,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from .errors import BadValue, mendable
+
 # how the name of what is being written ends
 TEMPORARY = ".tmp"
 
@@ -76,7 +78,7 @@ def check_writable(what: str, path: str | os.PathLike, folder: bool = False) -> 
         os.fsencode(path)
         str(path).encode()
     except UnicodeEncodeError:
-        raise ValueError(
+        raise BadValue(
             f"{what}: the name {ascii(str(path))} can't be written in UTF-8 and in the locale's encoding; "
             "take another name, or a UTF-8 locale such as LC_ALL=C.UTF-8"
         ) from None
@@ -90,5 +92,5 @@ def check_writable(what: str, path: str | os.PathLike, folder: bool = False) -> 
         probe.mkdir()
         probe.rmdir()
     except OSError as error:
-        raise type(error)(f"{what}: can't write to {path}: {error.strerror or error}") from None
+        raise mendable(type(error))(f"{what}: can't write to {path}: {error.strerror or error}") from None
     return path

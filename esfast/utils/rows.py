@@ -7,6 +7,8 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .errors import BadType, BadValue
+
 log = logging.getLogger(__name__)
 
 Rows = Sequence[Mapping[str, Any]]
@@ -25,32 +27,32 @@ def check_rows(what: str, rows, required: bool = True) -> Rows | None:
     rows = _by_row(what, rows)
     if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__") or isinstance(rows, str):
         shown = " ".join(f"{rows!r:.60}".split())
-        raise TypeError(
+        raise BadType(
             f'{what}: expected rows with a "prompt" column, for example a list of dicts, got {shown}; what has no '
             "length is made one by list(...), or given as a function (generation, count) -> rows"
         )
     if len(rows) == 0:
-        raise ValueError(f"{what}: expected at least one row")
+        raise BadValue(f"{what}: expected at least one row")
     for i in range(len(rows)):
         row = rows[i]
         if not isinstance(row, Mapping) or "prompt" not in row:
-            raise ValueError(f'{what}: its rows must be dicts with a "prompt", row {i} is {row!r:.80}')
+            raise BadValue(f'{what}: its rows must be dicts with a "prompt", row {i} is {row!r:.80}')
         if i == 0:
             names = row.keys()
             taken = [name for name in names if not isinstance(name, str) or name in TAKEN]
             if taken:
-                raise ValueError(
+                raise BadValue(
                     f"{what}: a column can't be called {taken[0]!r}: reward functions get the columns by name, and "
                     "`prompts` and `completions` beside them"
                 )
         if row.keys() != names:
-            raise ValueError(
+            raise BadValue(
                 f"{what}: its rows must have equal columns, row 0 has {sorted(names)}, row {i} {sorted(map(str, row))}"
             )
         try:
             check_prompt(row["prompt"])
         except TypeError as error:
-            raise TypeError(f"{what}: row {i}: {error}") from None
+            raise BadType(f"{what}: row {i}: {error}") from None
     return rows
 
 
@@ -70,12 +72,12 @@ def _by_row(what: str, rows):
         return rows
     if "prompt" not in rows:
         shown = ", ".join(map(str, rows))
-        raise TypeError(
+        raise BadType(
             f'{what}: expected rows with a "prompt" column; of a dict of splits ({shown}) name one, as dataset["train"]'
         )
     sizes = {name: len(column) for name, column in rows.items() if hasattr(column, "__len__")}
     if len(sizes) < len(rows) or len(set(sizes.values())) > 1 or isinstance(rows["prompt"], str):
-        raise ValueError(f"{what}: expected columns, lists of equal length, or a list of dicts, got {rows!r:.120}")
+        raise BadValue(f"{what}: expected columns, lists of equal length, or a list of dicts, got {rows!r:.120}")
     return [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
 
 
@@ -84,7 +86,7 @@ def check_prompt(prompt):
     if isinstance(prompt, str):
         return prompt
     if not isinstance(prompt, (list, tuple)) or not prompt or not all(isinstance(m, Mapping) for m in prompt):
-        raise TypeError(f"prompt: expected a text, or a chat (a list of messages, dicts), got {prompt!r:.60}")
+        raise BadType(f"prompt: expected a text, or a chat (a list of messages, dicts), got {prompt!r:.60}")
     return prompt
 
 
@@ -96,7 +98,7 @@ def check_text(what: str, text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         near = text[max(0, error.start - 20) : error.start + 20]
-        raise ValueError(
+        raise BadValue(
             f"{what}: {near!r} holds a lone surrogate, half of a character, which UTF-8 has no form for; replace it: "
             "text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')"
         ) from None

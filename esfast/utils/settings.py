@@ -15,6 +15,8 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from .errors import BadType, BadValue
+
 _TRUTHS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 _NOTHING = ("none", "null")
 FLOAT32_MAX = (2 - 2.0**-23) * 2.0**127
@@ -35,7 +37,7 @@ def convert_fields(settings: Any) -> None:
             value = repr(given)
         for item in value if isinstance(value, list) else [value]:
             if choices is not None and item is not None and item not in choices:
-                raise ValueError(f"{what}: expected one of {', '.join(map(repr, choices))}, got {given!r:.80}")
+                raise BadValue(f"{what}: expected one of {', '.join(map(repr, choices))}, got {given!r:.80}")
         setattr(settings, field.name, value)
 
 
@@ -52,7 +54,7 @@ def convert(what: str, value: Any, kind: str) -> Any:
     if not inner.startswith("list["):
         return _CONVERTERS[inner](what, value)
     if isinstance(value, Mapping):
-        raise TypeError(f"{what}: expected a list, got {value!r:.80}")
+        raise BadType(f"{what}: expected a list, got {value!r:.80}")
     item = _CONVERTERS[inner[len("list[") : -1]]
     return [item(what, v) for v in (value if isinstance(value, list) else [value])]
 
@@ -86,7 +88,7 @@ def whole_number(what: str, value: Any) -> int:
             return operator.index(value)
     except (TypeError, ValueError):
         pass
-    raise TypeError(f"{what}: expected an int, got {type(value).__name__} {value!r:.80}")
+    raise BadType(f"{what}: expected an int, got {type(value).__name__} {value!r:.80}")
 
 
 def number(what: str, value: Any) -> float:
@@ -95,7 +97,7 @@ def number(what: str, value: Any) -> float:
             return float(value)
     except (TypeError, ValueError, OverflowError):
         pass
-    raise TypeError(f"{what}: expected a number, got {type(value).__name__} {value!r:.80}")
+    raise BadType(f"{what}: expected a number, got {type(value).__name__} {value!r:.80}")
 
 
 def truth(what: str, value: Any) -> bool:
@@ -103,14 +105,14 @@ def truth(what: str, value: Any) -> bool:
     if isinstance(value, (bool, int, float)) and value in (0, 1):
         found = bool(value)
     if found is None:
-        raise TypeError(f"{what}: expected true or false, got {type(value).__name__} {value!r:.80}")
+        raise BadType(f"{what}: expected true or false, got {type(value).__name__} {value!r:.80}")
     return found
 
 
 def text(what: str, value: Any) -> str:
     """A str. An int becomes one, since YAML reads a folder called 2024 as an int."""
     if isinstance(value, bool) or not isinstance(value, (str, int)):
-        raise TypeError(f"{what}: expected a text, got {type(value).__name__} {value!r:.80}")
+        raise BadType(f"{what}: expected a text, got {type(value).__name__} {value!r:.80}")
     return str(value)
 
 
@@ -122,12 +124,12 @@ def mapping(what: str, value: Any) -> dict[str, Any]:
         except ValueError:
             pass
     if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
-        raise TypeError(f"{what}: expected a dict, or JSON such as '{{\"name\": true}}', got {value!r:.80}")
+        raise BadType(f"{what}: expected a dict, or JSON such as '{{\"name\": true}}', got {value!r:.80}")
     for name, v in value.items():
         try:
             json.dumps(v)
         except (TypeError, ValueError, RecursionError):
-            raise TypeError(
+            raise BadType(
                 f"{what}: {name!r} is a {type(v).__name__}, {v!r:.60}; expected what JSON has: texts, numbers, true or "
                 "false, null, lists and dicts (a date needs quotes in YAML)"
             ) from None
@@ -147,7 +149,7 @@ def check_number(what: str, value: float, low: float, high: float = math.inf) ->
     """ValueError unless low <= value < high (no infinity, no NaN)."""
     if not low <= value < high:
         most = "" if high == math.inf else f" and less than {high:g}"
-        raise ValueError(f"{what}: expected a finite number of at least {low:g}{most}, got {value!r}")
+        raise BadValue(f"{what}: expected a finite number of at least {low:g}{most}, got {value!r}")
 
 
 def check_positive(what: str, value) -> float:
@@ -157,5 +159,5 @@ def check_positive(what: str, value) -> float:
     except (TypeError, ValueError, OverflowError, RuntimeError):
         number = float("nan")
     if not 2.0**-150 < number <= FLOAT32_MAX:
-        raise ValueError(f"{what}: expected a positive finite number, got {value!r}")
+        raise BadValue(f"{what}: expected a positive finite number, got {value!r}")
     return number

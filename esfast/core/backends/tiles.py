@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ...utils.errors import BadValue
 from ..segments import BFLOAT16, FIELDS, FLOAT32, SPLIT, Table
 
 _SIZES = np.array([4, 2, 2, 2])  # bytes of an element, by format
@@ -81,7 +82,7 @@ def tile_table(segments: np.ndarray, tile: int, extras: bool = False) -> tuple[n
     per_row = (column["cols"] + tile - 2) // tile + 1  # at most, over all rows: csrc/cpu.h's tiles_per_row
     counts = column["rows"] * per_row
     if counts.sum() >= 2**31:
-        raise ValueError(f"Plan: its {counts.sum()} tiles are more than one launch can have, 2**31 - 1")
+        raise BadValue(f"Plan: its {counts.sum()} tiles are more than one launch can have, 2**31 - 1")
     of = np.repeat(np.arange(len(segments)), counts)  # the segment of each tile
     local = np.arange(counts.sum()) - (np.cumsum(counts) - counts)[of]
     row, place = np.divmod(local, per_row[of])
