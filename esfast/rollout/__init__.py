@@ -1,4 +1,4 @@
-"""How members answer: prompts in, completions out."""
+"""Engines: prompts in, completions out."""
 
 from ..utils.lazy import lazily
 

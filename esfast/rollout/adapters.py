@@ -1,7 +1,7 @@
-"""PEFT: what of a wrapped model requires a gradient is what is tuned, and all of it is saved.
+"""PEFT adapters: the weights of a PeftModel that require a gradient are tuned, and all of them are saved.
 
-A run folder keeps the adapter that the run began with in adapter/, as PEFT saves it: the base model, this folder and
-the journal lead to the tuned adapter, whatever PyTorch's generator makes of a seed elsewhere.
+A run folder keeps the adapter that the run began with in adapter/, as PEFT saves it. The base model, this folder and
+the journal give the tuned adapter, whatever random numbers PyTorch draws elsewhere.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def is_peft(model) -> bool:
 def base_of(path: str | os.PathLike) -> str | None:
     """The name of the base model if `path` is the folder of an adapter, else None.
 
-    ValueError if it does not say which, ImportError without peft."""
+    ValueError if the folder doesn't name its base model; ImportError without peft."""
     if not (Path(path) / CONFIG).is_file():
         return None
     name = _peft("an adapter folder").PeftConfig.from_pretrained(os.fspath(path)).base_model_name_or_path
@@ -50,7 +50,7 @@ def base_of(path: str | os.PathLike) -> str | None:
 
 
 def attach(model, folder: str | os.PathLike):
-    """The base model with all adapters of a folder that `save_pretrained` wrote, ready to be tuned."""
+    """Puts all adapters of a folder that `save_pretrained` wrote into the base model; returns the PeftModel."""
     PeftModel, wrapped = _peft("an adapter folder").PeftModel, None
     for name, place in _places(Path(folder)):
         # prompts that are learned can't be loaded as trainable, though nothing else keeps them from it
@@ -65,10 +65,10 @@ def attach(model, folder: str | os.PathLike):
 
 
 def wrap(model, peft_config, seed: int):
-    """The model with the adapters of a PEFT configuration in it, whose first values are a function of the seed.
+    """Puts the adapters of a PEFT configuration into the model. Their first values are a function of the seed.
 
-    Raises ImportError without peft; TypeError or ValueError for what is no configuration of a causal LM's adapters, and
-    for a model that has some already.
+    Raises ImportError without peft. Raises TypeError or ValueError if the configuration is not one of a causal LM's
+    adapters, or the model has adapters already.
     """
     peft = _peft("peft_config")
     if not isinstance(peft_config, peft.PeftConfig):
@@ -92,7 +92,7 @@ def wrap(model, peft_config, seed: int):
 
 
 def check(model) -> None:
-    """ValueError for adapters that can't be tuned, saved or loaded again, by name and with what to do instead."""
+    """ValueError for adapters that can't be tuned, saved or loaded again; it names them and says what to do instead."""
     layers = _tuner_layers(model)
     if not is_peft(model) or type(model).__name__ == "PeftMixedModel":
         if layers or getattr(model, "_hf_peft_config_loaded", False) or is_peft(model):
@@ -117,8 +117,8 @@ def check(model) -> None:
 
 
 def check_generates(model) -> None:
-    """ValueError if what is generated does not depend on prompts that are learned: not every Transformers hands those
-    of every PEFT on, and there is no error."""
+    """ValueError if learned prompts have no effect on the generated text. Some pairs of Transformers and PEFT versions
+    drop them without an error."""
     if not is_peft(model):
         return
     from transformers import GenerationConfig
@@ -154,8 +154,8 @@ def check_generates(model) -> None:
 
 
 def patterns(model) -> list[str] | None:
-    """Patterns of the names of the weights that are tuned, if nobody says which: of a PeftModel those that require a
-    gradient, else None, for all. ValueError if of a PeftModel there are none."""
+    """Default patterns of the weights to tune: for a PeftModel the names that require a gradient, else None (all).
+    ValueError if no weight of a PeftModel requires a gradient."""
     if not isinstance(model, torch.nn.Module):
         return None
     frozen = [name for name, p in named_parameters(model) if not p.requires_grad]
@@ -176,7 +176,7 @@ def patterns(model) -> list[str] | None:
 
 
 def check_saved(model, names: Sequence[str]) -> None:
-    """ValueError if a weight that is tuned would not be in the folder that a PeftModel saves."""
+    """ValueError if a PeftModel would not save one of the tuned weights."""
     if not is_peft(model):
         return
     from peft.utils import get_peft_model_state_dict
@@ -200,7 +200,7 @@ def check_saved(model, names: Sequence[str]) -> None:
 
 
 def identity(model) -> dict[str, str]:
-    """The fingerprint of the base weights, which no journal of adapters guards; nothing if there are no adapters."""
+    """The fingerprint of the base weights, which a journal of adapters doesn't cover; empty without adapters."""
     if not is_peft(model):
         return {}
     frozen = [(n, p) for n, p in model.named_parameters() if not p.requires_grad and p.dtype in FORMATS and p.numel()]
@@ -208,9 +208,9 @@ def identity(model) -> dict[str, str]:
 
 
 def begin(model, folder: Path, resumed: bool, writes: bool) -> None:
-    """Keeps in `folder` the adapter that a run begins with; a resumed run takes it from there.
+    """Saves the adapter that a run begins with in `folder`; a resumed run loads it from there.
 
-    ValueError if the adapters of the resumed run were of another configuration; what differs is named."""
+    ValueError if the resumed run's adapters had another configuration; the message names what differs."""
     if not is_peft(model):
         return
     if resumed and folder.is_dir():
@@ -235,7 +235,7 @@ def _take(model, folder: Path) -> None:
 
 
 def _plain(config) -> dict:
-    """A configuration's settings, less those that tell of where and how it was loaded."""
+    """A configuration's settings, without those that say where and how it was loaded."""
     apart = ("base_model_name_or_path", "inference_mode", "auto_mapping", "peft_version", "revision", "runtime_config")
     fields = {name: value for name, value in config.to_dict().items() if name not in apart}
     return {name: sorted(v, key=str) if isinstance(v, (set, list, tuple)) else v for name, v in fields.items()}

@@ -1,4 +1,4 @@
-"""Prompts that are chats, lists of messages {"role", "content"}, as TRL has them beside plain texts."""
+"""Chats as prompts: lists of messages {"role", "content"}, as in TRL."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ def is_chat(prompt) -> bool:
 
 
 def texts(rows: Rows, tokenizer, options: Mapping[str, Any] | None = None) -> list[str]:
-    """What the model is to go on with: a row's prompt, or its chat in the tokenizer's template.
+    """The texts that the model continues: a row's prompt, or its chat in the tokenizer's template.
 
-    A chat that ends with a user's or a tool's message is followed by the beginning of the assistant's answer; one that
-    ends with the assistant's words is continued, in the same message. `options` are variables of the template; a row's
-    columns "chat_template_kwargs" and "tools" (a list of JSON schemas, or its JSON text) add to them and replace them.
+    After a message of the user or a tool, the text ends with the beginning of the assistant's answer. If the chat ends
+    with a message of the assistant, the text ends with that message, for the model to continue. `options` are variables
+    of the template; a row's columns "chat_template_kwargs" and "tools" (a list of JSON schemas, or its JSON text) add
+    to them and take precedence.
 
-    Raises ValueError for a chat without messages, a message of an unknown role or with content other than text, a chat
-    that ends with a system message, a tokenizer without a template, and for what the template refuses.
+    Raises ValueError for a chat without messages, an unknown role, content other than text, a chat that ends with a
+    system message, a tokenizer without a template, and whatever the template refuses.
     """
     form, rendered = None, []
     for row in rows:
@@ -42,8 +43,8 @@ def texts(rows: Rows, tokenizer, options: Mapping[str, Any] | None = None) -> li
 def answered(rows: Rows, responses: Sequence[str]) -> tuple[Rows, list]:
     """Rows and completions as reward functions get them: for a chat the completion is a list of one message.
 
-    As in TRL, a message that was continued is whole in the completion, and no longer in the prompt: prompt + completion
-    is the conversation.
+    As in TRL, a message that the model continued is whole in the completion and removed from the prompt, so that prompt
+    + completion is the conversation.
     """
     asked, completions = [], []
     for row, response in zip(rows, responses, strict=True):
@@ -78,7 +79,7 @@ def _render(
 
 
 def _check(messages: Sequence[Mapping]) -> str:
-    """The last message's role. ValueError for what is no chat of texts that somebody is to go on with."""
+    """The role of the last message. ValueError if this is not a chat of texts that the model can continue."""
     if not messages:
         raise BadValue("prompt: a chat needs at least one message")
     for place, message in enumerate(messages):
@@ -106,8 +107,8 @@ def _check(messages: Sequence[Mapping]) -> str:
 
 
 def _options(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Variables of the template that a row names. Those that are None are left out: in a datasets.Dataset all rows
-    have the keys of all."""
+    """Variables of the template in a row. Those that are None are left out: in a datasets.Dataset every row has the
+    keys of all rows."""
     given = _column(row, "chat_template_kwargs") or {}
     if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
         raise BadValue(f"chat_template_kwargs: expected a dict with texts as its keys, or its JSON, got {given!r:.60}")
@@ -115,7 +116,7 @@ def _options(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_options(what: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options, if a template may be given them; ValueError otherwise."""
+    """Returns the options; ValueError if a template can't take them."""
     for name in options:
         if name in OWN:
             raise BadValue(
@@ -141,7 +142,7 @@ def _column(row: Mapping[str, Any], name: str):
 
 
 def _from_json(what: str, value):
-    """What a JSON text says; other values are as they are."""
+    """Reads a JSON text; returns other values unchanged."""
     try:
         return json.loads(value) if isinstance(value, str) else value
     except ValueError as error:
@@ -149,14 +150,14 @@ def _from_json(what: str, value):
 
 
 def _without_none(value):
-    """What a datasets.Dataset made of a record whose fields other records don't have is taken out again."""
+    """Removes the None fields that a datasets.Dataset adds to a record for keys of other records."""
     if isinstance(value, Mapping):
         return {k: _without_none(v) for k, v in value.items() if v is not None}
     return [_without_none(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def _forms(tokenizer) -> tuple[bool, bool]:
-    """Whether the template reads a message's content as a text, and as a list of parts."""
+    """Whether the template can read a message's content as a text, and whether as a list of parts."""
     if getattr(tokenizer, "chat_template", None) is None:
         raise BadValue(
             "prompt: a list of chat messages needs a tokenizer with a chat template; this one has none. Take an "
@@ -174,7 +175,7 @@ def _forms(tokenizer) -> tuple[bool, bool]:
 
 
 def _in_form(message: Mapping, reads_text: bool, reads_parts: bool) -> dict[str, Any]:
-    """The message with its content as the template reads it; as it is, if the template reads both."""
+    """The message with its content in the form that the template reads; unchanged if it reads both."""
     content = message.get("content")
     if isinstance(content, (list, tuple)) and not reads_parts:
         content = _joined(content)

@@ -1,8 +1,8 @@
-"""Ways to generate with a Transformers model: plain, from one static cache, or continuous batching.
+"""Decodings: plain, with one static cache, or continuous batching.
 
-Each is made once a run and called with rows of prompt tokens; it gives each row's new tokens, up to and including the
-one that ended it. What a way keeps between calls are buffers and captured graphs, which read the weights where they
-lie; keys and values are the last member's and are never read again.
+A decoding is made once a run and called with rows of prompt tokens. It returns each row's new tokens, up to and
+including the token that ended it. Between calls it keeps buffers and captured graphs, which read the weights where they
+lie. The keys and values left in its buffers belong to the last member and are never read again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CACHE = "cache" if "cache" in getattr(transformers.generation.utils, "ALL_CACHE_
 
 
 class Plain:
-    """model.generate with a cache that grows: for CPUs, and for models that know no other."""
+    """model.generate with a cache that grows: for CPUs, and for models that support nothing else."""
 
     rounds_shapes_to = 1
 
@@ -34,7 +34,7 @@ class Plain:
         self._ends = torch.tensor(config.eos_token_id or [], device=model.device)
 
     def __call__(self, rows: Tokens, most: int, sampling: SeededSampling | None = None) -> Tokens:
-        """`most` is the number of rows in a full mini-batch, of which this may be the last."""
+        """`most` is the number of rows in a full mini-batch; the last mini-batch may have fewer."""
         unit, pad = self.rounds_shapes_to, self.config.pad_token_id
         width = -(-max(map(len, rows)) // unit) * unit
         count = len(rows) if unit == 1 else most
@@ -66,8 +66,9 @@ class Plain:
 class Static(Plain):
     """model.generate from one static cache, which Transformers compiles on GPUs, CUDA graphs included.
 
-    The cache is made once, for the longest so far, and reset before each call: its address is part of the graphs.
-    Prompts are padded to a multiple of 64 tokens and mini-batches to one size, since each shape is compiled anew.
+    The cache is made once, for the longest prompts so far, and reset before each call, since the graphs contain its
+    address. Prompts are padded to a multiple of 64 tokens and mini-batches to one size, since each shape is compiled
+    anew.
     """
 
     rounds_shapes_to = 64
@@ -95,10 +96,10 @@ class Static(Plain):
 
 
 class Continuous:
-    """Continuous batching over a paged cache: a text that ends makes room for the next prompt. With flash attention it
-    replays CUDA graphs, captured once.
+    """Continuous batching over a paged cache: when a text ends, the next prompt takes its place. With flash attention
+    it replays CUDA graphs that were captured once.
 
-    Blocks are not shared between requests: a block is found by a hash of its tokens alone, and would bring the keys and
+    Requests share no blocks: a block is found by a hash of its tokens, without the weights, and could hold the keys and
     values of an earlier member.
     """
 
@@ -141,7 +142,7 @@ class Continuous:
 
 
 def _continuous_options() -> type | None:
-    """The class of continuous batching's settings, if this version of Transformers has the ones that matter here."""
+    """The class of continuous batching's settings, if this version of Transformers has those that are needed here."""
     options = getattr(transformers.generation.configuration_utils, "ContinuousBatchingConfig", None)
     return options if hasattr(options, "allow_block_sharing") else None
 
@@ -150,8 +151,8 @@ WAYS = {"plain": Plain, "static": Static, "continuous": Continuous}
 
 
 def automatic(model) -> Sequence[str]:
-    """The ways to try for `decoding="auto"`, the fastest first. Without flash attention continuous batching has no CUDA
-    graphs, and a static cache is the faster way."""
+    """The decodings to try for `decoding="auto"`, the fastest first. Without flash attention continuous batching has no
+    CUDA graphs, and a static cache is faster."""
     if model.device.type != "cuda":
         return ["plain"]
     from transformers.utils import is_flash_attn_2_available

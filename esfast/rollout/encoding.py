@@ -1,4 +1,4 @@
-"""Prompts as token ids, which of them a model knows, and how many fit into its context."""
+"""Prompts as token ids: what a tokenizer adds, which ids a model has embeddings for, and how many fit its context."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class PromptEncoder:
     """Token ids of prompts that a completion is to follow.
 
     Tokenizers may put tokens before a text (bos) and behind it (eos of Llama's add_eos_token and of T5, [SEP] of BERT).
-    Those behind it are left out: a model that reads them has been told that the text is over. What a prompt spells out
-    itself stays, an end token of a chat template for example; but a bos token that both the prompt's text and the
-    tokenizer begin with is taken once.
+    Tokens behind it are left out, since they tell the model that the text is over. Tokens that the prompt itself spells
+    out stay, for example an end token of a chat template. If the prompt begins with the bos token that the tokenizer
+    adds, it stands there once.
     """
 
     def __init__(self, tokenizer):
@@ -95,8 +95,8 @@ class PromptReader:
         self._kept: dict[str, list[int]] = {}
 
     def __call__(self, prompts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each prompt, in their order. The last set of prompts is kept, since the members of a generation
-        share theirs.
+        """Token ids of each prompt, in order. Keeps the last list of prompts, since all members of a generation have
+        the same.
 
         Raises TypeError for prompts that are not strings, ValueError for one that has no tokens, that no UTF-8 can
         hold, that has a token without an embedding, or that leaves no room for max_new_tokens below the limit.
@@ -109,7 +109,7 @@ class PromptReader:
         return [self._kept[prompt] for prompt in prompts]
 
     def check(self, prompts: Sequence[str]) -> None:
-        """Raises ValueError for the first prompt of which reading it would; keeps nothing."""
+        """Raises ValueError for the first prompt that can't be read; keeps nothing."""
         self._read(prompts)
 
     def _read(self, prompts: Sequence[str]) -> dict[str, list[int]]:
@@ -139,7 +139,7 @@ class PromptReader:
 
 
 def context_limit(model) -> int | None:
-    """The most tokens of a sequence, None where the configuration names none or says that there is no limit."""
+    """The most tokens of a sequence; None if the configuration names no limit."""
     config = model.config.get_text_config(decoder=True)
     for name in LIMITS:
         limit = getattr(config, name, None)
@@ -149,7 +149,7 @@ def context_limit(model) -> int | None:
 
 
 def _reserved(model, limit: int) -> int:
-    """Positions of a table that no token gets: RoBERTa and its kin begin to count behind the padding's."""
+    """Unused positions of the position table: RoBERTa and models like it count from behind the padding's position."""
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and getattr(module, "num_embeddings", None) == limit:
             return 0 if module.padding_idx is None else module.padding_idx + 1
@@ -157,7 +157,7 @@ def _reserved(model, limit: int) -> int:
 
 
 def embedded_tokens(model) -> int:
-    """How many tokens the model has an embedding for; where it doesn't say, more than there are tokens."""
+    """How many tokens the model has an embedding for; a number above all tokens if it doesn't say."""
     try:
         table = getattr(model.get_input_embeddings(), "weight", None)
     except (NotImplementedError, AttributeError):

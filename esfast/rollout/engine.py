@@ -1,12 +1,12 @@
-"""How a member of the population is scored: prompts in, completions out.
+"""Engines: prompts in, completions out. ES spends nearly all of its time here.
 
-ES spends nearly all its time here. An engine is made once a run, asked for completions once a member, and closed:
+An engine is made once a run, called once for every member, and closed. Between calls the weights change in place:
 
     engine = TransformersEngine(model, tokenizer, max_new_tokens=256)
     completions = engine.generate(prompts)
     engine.close()
 
-Any function from prompts to completions is an engine, too. In between the weights change in place.
+A function from prompts to completions is an engine, too.
 """
 
 from __future__ import annotations
@@ -34,23 +34,25 @@ WEIGHTS_FOR_THREADS = 10_000_000
 
 
 class Engine(Protocol):
-    """What the trainer needs. Two may be absent: `tokens`, how many it has generated so far, which is then not
-    reported, and `check(prompts)`, which raises what `generate(prompts)` would raise because of a prompt, at the cost
-    of no more than tokenizing them. With it, prompts of fixed data are looked at before a run begins."""
+    """The interface that the trainer needs.
+
+    Two members are optional. `tokens` is the number of tokens generated so far; without it tokens per second are not
+    reported. `check(prompts)` raises what `generate(prompts)` would raise because of a prompt, without generating; with
+    it the trainer checks fixed data before a run begins."""
 
     tokens: int
 
     def generate(self, prompts: Sequence[str], seeds: Sequence[int] | None = None) -> list[str]:
-        """A completion for each prompt, in their order, of the model as it is now: nothing that depends on the weights
-        may be kept from one call to the next. Where responses are sampled, `seeds` holds a number below 2^64 for each,
-        which decides it together with the weights; else it is None, and the likeliest tokens are taken."""
+        """A completion for each prompt, in order, from the model's present weights. The engine must keep nothing that
+        depends on the weights from one call to the next. `seeds` is None for greedy decoding. For sampling it holds a
+        number below 2^64 for each prompt, which with the weights determines the completion."""
 
     def close(self) -> None:
-        """Frees what was kept between calls."""
+        """Frees the memory that is kept between calls."""
 
 
 class CallableEngine:
-    """An engine of a function: f(prompts) -> completions, and f(prompts, seeds=...) where responses are sampled."""
+    """An engine from a function: f(prompts) -> completions, and f(prompts, seeds=...) if responses are sampled."""
 
     def __init__(self, function: Callable[..., Sequence[str]]):
         self._function = function
@@ -69,9 +71,9 @@ class CallableEngine:
 
 
 def as_engine(engine) -> Engine:
-    """The engine itself, or one of a function, or of an object that has no more than `generate`.
+    """The engine itself, or an engine made from a function or from an object that has only `generate`.
 
-    Raises TypeError for anything else, a model included.
+    Raises TypeError for anything else, also for a model.
     """
     if isinstance(engine, torch.nn.Module) or not (callable(engine) or callable(getattr(engine, "generate", None))):
         raise BadType(
@@ -89,23 +91,22 @@ def as_engine(engine) -> Engine:
 class TransformersEngine:
     """Completions from a Hugging Face causal LM, in mini-batches of similar length, padded on the left.
 
-    The model's weights are only read, and read anew at each call: change them in place between two calls and the next
-    completions are those of the changed model. Its generation_config is not consulted, except for the tokens that end
-    a text: a member is judged by its weights, not by sampling settings that a checkpoint happens to carry.
+    Each call reads the weights anew, so they may change in place between calls. Of the model's generation_config only
+    the end tokens count: members are compared by their weights, not by sampling settings of a checkpoint. The
+    constructor generates a few tokens, to measure which prompts may share a batch (see esfast.rollout.probe).
 
-    model           any causal LM with `generate`; it generates in eval mode and is left in the mode it was in
-    tokenizer       its tokenizer; without a pad token that the model has an embedding for, the eos token pads, else 0
-    max_new_tokens  longest completion, in tokens
-    batch_size      most prompts at once; None takes as many as have their caches in a quarter of the memory. When that
-                    runs out nevertheless it is halved, and stays so; not with a model in shards
-    temperature     of completions that are asked for with seeds
-    decoding        "plain", "static" or "continuous", see decoding.py; "auto" takes plain on a CPU, and on a GPU
-                    the fastest that works there, and says so where it passes one over
+    Args:
+        model: any causal LM with `generate`. It generates in eval mode; afterwards the model has its old mode.
+        tokenizer: its tokenizer. If there is no pad token with an embedding, the eos token pads, or else token 0.
+        max_new_tokens: longest completion, in tokens.
+        batch_size: most prompts at once. None: as many as have their caches in a quarter of the device's memory. If
+            memory runs out nevertheless, the number is halved from then on, but not for a model in shards.
+        temperature: of completions that are asked for with seeds.
+        decoding: "plain", "static" or "continuous" (see esfast.rollout.decoding), or "auto": plain on a CPU, and on a
+            GPU the fastest that works, with a message if one does not.
 
-    A few tokens are generated at once, to measure what a batch may hold (probe.py): prompts of one length where the
-    model reads padding as text.
-
-    Raises ValueError if an argument is out of range, or if the model is no causal LM or can't generate a text.
+    Raises:
+        ValueError: an argument is out of range, the model is not a causal LM, or it can't generate a text.
     """
 
     def __init__(
@@ -153,15 +154,18 @@ class TransformersEngine:
         self._way = None if len(self._ways) > 1 else WAYS[self._ways[0]](model, self.generation_config)
 
     def generate(self, prompts: Sequence[str], seeds: Sequence[int] | None = None) -> list[str]:
-        """The completion of each prompt, in the order given, without the prompt and without special tokens.
+        """The completion of each prompt, in order, without the prompt and without special tokens.
 
-        With `seeds`, one for each prompt, completions are sampled, each as its seed decides; equal prompts may have
-        different ones. Without, they are greedy.
+        Args:
+            prompts: a list of str.
+            seeds: one for each prompt: the completion is sampled, and its seed determines it. None: greedy.
 
-        Raises TypeError for prompts that are not strings, ValueError for one that is empty, that no UTF-8 can hold,
-        that has a token without an embedding, or that leaves no room for max_new_tokens in the model's context,
-        esfast.rollout.sampling.LogitsError (a ValueError) where the model's logits are NaN or infinite, and
-        torch.OutOfMemoryError if not even a single prompt fits in memory.
+        Raises:
+            TypeError: a prompt is not a string.
+            ValueError: a prompt is empty, is not valid UTF-8, has a token without an embedding, or leaves no room for
+                max_new_tokens in the model's context.
+            LogitsError: (esfast.rollout.sampling, a ValueError) the model's logits are NaN or infinite.
+            torch.OutOfMemoryError: not even a single prompt fits in memory.
         """
         encoded = self.prompts(prompts)
         if seeds is not None and len(seeds) != len(prompts):
@@ -189,16 +193,16 @@ class TransformersEngine:
         return completions
 
     def check(self, prompts: Sequence[str]) -> None:
-        """Raises ValueError for the first prompt of which `generate` would."""
+        """Raises ValueError for the first prompt that `generate` would refuse."""
         self.prompts.check(prompts)
 
     def close(self) -> None:
-        """Frees caches and captured graphs; the engine may be used again, and makes them anew."""
+        """Frees caches and captured graphs. The engine can be used again, and then makes new ones."""
         if self._way is not None:
             self._way.close()
 
     def _try_batch(self, rows: list[list[int]], most: int, seeds: list[int] | None) -> list[str] | None:
-        """Completions of one mini-batch, None if it does not fit in memory but fewer rows may."""
+        """Completions of one mini-batch; None if it doesn't fit in memory and fewer rows might."""
         sampling = None
         if seeds is not None:
             sampling = SeededSampling(seeds, self.temperature, self.max_new_tokens, self.model.device)
@@ -257,10 +261,10 @@ class TransformersEngine:
 
 @contextlib.contextmanager
 def generating(model, config: GenerationConfig) -> Iterator[None]:
-    """The model in eval mode and with this generation config; as it was after the block.
+    """In the block the model is in eval mode and has this generation config; after it, its old ones.
 
-    To give generate a config is not enough: it fills what that leaves open from the model's (a repetition penalty). In
-    a model that wraps another, as PEFT's do, each has one, and the wrapper's generate hands its own on.
+    Passing a config to generate is not enough: generate fills its gaps from the model's own (a repetition penalty). In
+    a model that wraps another, as PEFT's do, each has a config, and the wrapper's generate passes on its own.
     """
     was_training, modules = model.training, list(model.modules())
     configured = {m: m.generation_config for m in modules if "generation_config" in vars(m)}
@@ -278,8 +282,8 @@ def generating(model, config: GenerationConfig) -> Iterator[None]:
 
 
 def is_small(model) -> bool:
-    """Whether the model is on a CPU and so small that one thread does all the fastest: more wait for each other, the
-    embedded model's by half again of the time it needs, and many times over if another process wants a core."""
+    """Whether the model is on a CPU and so small that one thread is fastest. With more threads, waiting adds half of
+    the time for the embedded model, and many times that if another process wants a core."""
     return model.device.type == "cpu" and sum(p.numel() for p in model.parameters()) < WEIGHTS_FOR_THREADS
 
 

@@ -1,7 +1,7 @@
-"""Models at the door: a causal language model with all of its weights, or an error that says what is wrong.
+"""Loads a causal language model with all of its weights, or raises an error that says what is wrong.
 
-Transformers goes on where weights are missing, with random ones and a printed table. A run of such a model learns
-nothing of worth, and can't be resumed or replayed, since the next load draws others.
+If weights are missing, Transformers continues with random ones and prints a table. A run of such a model is worthless,
+and can't be resumed or replayed, since the next load draws other weights.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from . import adapters
 
 
 def load_model(path: str | os.PathLike, **options) -> torch.nn.Module:
-    """The causal LM of a Hugging Face name or folder; `options` go to from_pretrained (dtype=). The folder of a PEFT
-    adapter gives its base model with the adapter in it, ready to be tuned.
+    """Loads the causal LM of a Hugging Face name or folder. `options` go to from_pretrained (dtype=). The folder of a
+    PEFT adapter gives its base model with the adapter in it, ready to be tuned.
 
-    Raises OSError if there is none or files of it are, ValueError for a model that is no causal LM, that needs code of
-    its own, or whose file of weights is damaged, incomplete, or not this model's. Nothing is unpickled but tensors.
+    Raises OSError if the model or one of its files is missing. Raises ValueError if it is not a causal LM, needs its
+    own code, or its weights are damaged, incomplete or of another model. Nothing is unpickled but tensors.
     """
     if (base := adapters.base_of(path)) is not None:
         return adapters.attach(load_model(base, **options), path)
@@ -47,7 +47,7 @@ def load_config(path: str | os.PathLike):
 
 
 def load_tokenizer(path: str | os.PathLike):
-    """A model's tokenizer; errors as in `load_model`. The folder of an adapter may leave it to the base model's."""
+    """A model's tokenizer; errors as in `load_model`. If the folder of an adapter has none, that of the base model."""
     if not os.path.exists(os.path.join(path, "tokenizer_config.json")):
         path = adapters.base_of(path) or path
     tokenizer = _loaded("the tokenizer of", path, AutoTokenizer.from_pretrained)
@@ -74,13 +74,13 @@ def _loaded(what: str, path: str | os.PathLike, load, **options):
 
 
 def _first_lines(error: Exception) -> str:
-    """The message without the long lists and tables that Transformers appends to it."""
+    """The message without the long lists and tables that Transformers appends."""
     text = " ".join(str(error).split())
     return text if len(text) <= 400 else f"{text[:400]}..."
 
 
 def check_kind(path: str | os.PathLike, config) -> None:
-    """ValueError, which says what the model is, unless its configuration is that of a causal language model."""
+    """ValueError unless the configuration is that of a causal language model; the message says what the model is."""
     made_as = f" ({', '.join(config.architectures)})" if getattr(config, "architectures", None) else ""
     kind = None
     if getattr(config, "is_encoder_decoder", False):
@@ -98,7 +98,7 @@ def _is_decoder(config) -> bool:
 
 
 def _check_complete(path: str | os.PathLike, model: torch.nn.Module, report: dict) -> None:
-    """ValueError if a parameter got no value from the checkpoint, neither its own nor that of one tied to it."""
+    """ValueError if the checkpoint has no value for a parameter, nor for one that is tied to it."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     mismatched = [key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]]
     absent = {*report["missing_keys"], *mismatched}
@@ -114,7 +114,8 @@ def _check_complete(path: str | os.PathLike, model: torch.nn.Module, report: dic
 
 
 def check_generates(model) -> None:
-    """ValueError for a model that can't continue a text: without a head, of another kind, or sequence-to-sequence."""
+    """ValueError for a model that can't continue a text: one without a head, of another kind, or
+    sequence-to-sequence."""
     able = getattr(model, "can_generate", None)
     if able is not None and not able():
         raise BadValue(

@@ -1,9 +1,9 @@
-"""What of a model no configuration says, measured once before the first text: whether it heeds the padding mask, and
-how much memory a sequence's cache takes.
+"""Measures two traits of a model that no configuration states, once before the first text: whether it ignores padding,
+and how much memory a sequence's cache takes.
 
-Batches are padded on the left. Most models leave the padding out; recurrent ones and some others read it as text, so
-that the longest prompt of a batch decides what the others are answered. And caches differ: keys and values of each
-token or of the last ones, compressed or not, or a state of one size.
+Batches are padded on the left. Most models ignore the padding. Recurrent models and some others read it as text, so the
+longest prompt of a batch would change the answers to the others. Caches differ, too: keys and values of every token or
+of the last ones, compressed or not, or a state of fixed size.
 """
 
 from __future__ import annotations
@@ -41,10 +41,11 @@ _ABSENT = object()
 
 
 class Carried:
-    """Tensors that modules keep from one call to the next in attributes of their own, neither parameters nor buffers:
-    RecurrentGemma's states. The next text would begin with those of the last one.
+    """Tensors that modules carry from one call to the next in plain attributes, neither parameters nor buffers, such as
+    RecurrentGemma's states. Without care, the next text would begin with the state of the last one.
 
-    Made before a model's first text; after it, `find` looks which attributes changed, and `forget` puts them back.
+    Make it before a model's first text. After that text, `find` finds the attributes that changed; `forget` resets
+    them.
     """
 
     def __init__(self, model: torch.nn.Module):
@@ -72,13 +73,13 @@ class Carried:
 
 @dataclass(frozen=True)
 class Traits:
-    """What was measured.
+    """The measurements.
 
-    together         ANY, EQUAL_LENGTHS or ALONE
-    repeatable       whether the same prompt got the same logits twice; only looked at where `together` is ALONE
-    bytes_fixed      of the cache of one sequence, whatever its length; None where no cache was found
-    bytes_per_token  and for each of its tokens
-    carried          what its modules carry from one call to the next
+    together         which prompts may share a batch: ANY, EQUAL_LENGTHS or ALONE
+    repeatable       whether the same prompt got the same logits twice; measured only if `together` is ALONE
+    bytes_fixed      bytes of one sequence's cache that don't depend on its length; None if no cache was found
+    bytes_per_token  further bytes for each token
+    carried          state that its modules carry from one call to the next
     """
 
     together: str = ANY
@@ -88,15 +89,15 @@ class Traits:
     carried: Carried | None = None
 
     def batchable(self, lengths: Sequence[int]) -> int:
-        """With how many of the prompts behind it the first may be generated, itself included; those of one length stand
-        together."""
+        """How many of the prompts, from the first on, may be generated in one batch. Prompts of one length must be
+        neighbours."""
         return {ANY: len(lengths), EQUAL_LENGTHS: lengths.count(lengths[0]), ALONE: 1}[self.together]
 
     def batch_that_fits(self, tokens: int, device: torch.device) -> int:
-        """How many sequences of `tokens` tokens have their caches in a quarter of the device's memory, at least 1.
+        """How many sequences of `tokens` tokens have their caches in a quarter of the device's memory; at least 1.
 
-        Of all memory, not of what is free just now: a batch's size can show in the last bits of what it computes, and
-        the same run on the same machine shall give the same completions.
+        This counts all memory, not what is free at the moment. The size of a batch can change the last bits of its
+        results, and the same run on the same machine must give the same completions.
         """
         if self.bytes_fixed is None:
             return ROWS_UNKNOWN
@@ -117,7 +118,7 @@ def probe_texts(
 
 
 def traits_of(model, config: GenerationConfig, texts: list[list[int]]) -> Traits:
-    """As `measure`, once for each model while it stays where it is, with a word of what is slow.
+    """The result of `measure`, kept for each model while it stays where it is. A message says what will be slow.
 
     ValueError if the model can't generate a text.
     """
@@ -147,19 +148,19 @@ def traits_of(model, config: GenerationConfig, texts: list[list[int]]) -> Traits
 
 
 def measure(model, config: GenerationConfig, texts: list[list[int]]) -> Traits:
-    """The traits of a causal LM in eval mode.
+    """Measures a causal LM in eval mode.
 
-    config  with its pad and end tokens
-    texts   token ids of TEXTS, each at least one
+    config  its generation config, with pad and end tokens
+    texts   token ids of TEXTS, each with at least one token
 
-    What the model raises when it generates a single text comes through.
+    Exceptions that the model raises for a single text are passed on.
     """
     long, *short = texts
     short = [row[: min(map(len, short))] for row in short]
     carried, weights = Carried(model), _Samples(model)
 
     def logits(rows: list[list[int]]) -> torch.Tensor:
-        """Of the last three."""
+        """Logits of the last three texts."""
         carried.forget()
         return _logits(model, config, rows)[-len(short) :]
 
@@ -191,7 +192,7 @@ def measure(model, config: GenerationConfig, texts: list[list[int]]) -> Traits:
 
 
 class _Samples:
-    """A row of each parameter, to see whether a model changes its weights."""
+    """A copy of one row of each parameter, to detect a model that changes its own weights."""
 
     def __init__(self, model: torch.nn.Module):
         # of a DTensor its shard, which may be empty
@@ -213,7 +214,7 @@ class _Samples:
 
 
 def _logits(model, config: GenerationConfig, rows: list[list[int]]) -> torch.Tensor:
-    """float32 (rows, STEPS, vocabulary): of greedy texts, generated in one batch that is padded on the left."""
+    """Logits of greedy texts, generated in one batch that is padded on the left: float32 (rows, STEPS, vocabulary)."""
     width = max(map(len, rows))
     pads = [width - len(row) for row in rows]
     output = model.generate(
@@ -239,11 +240,12 @@ def _logits(model, config: GenerationConfig, rows: list[list[int]]) -> torch.Ten
 
 
 def _same(expected: torch.Tensor, logits: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether they are the same but for rounding.
+    """Whether the logits are equal up to rounding.
 
-    A step counts where the tokens before it are the same in both. In 16 bits rounding may send a token to another
-    expert, and so change one text's logits by much, where padding that is read changes those of all texts: there the
-    least of them decides. In float32 one text tells, as with DeepSeek's indexer, which picks tokens.
+    A step counts if the tokens before it are the same in both. In 16 bits rounding may send a token to another expert,
+    which changes one text's logits by much; padding that is read as text changes those of all texts. So in 16 bits the
+    text with the smallest difference decides. In float32 a single text decides, since some models differ in one only
+    (DeepSeek's indexer picks tokens).
     """
     spread = (expected - expected.mean(-1, keepdim=True)).square().mean(-1).sqrt()
     differences = (expected - logits).square().mean(-1).sqrt() / spread.clamp(min=1e-30)
@@ -254,7 +256,7 @@ def _same(expected: torch.Tensor, logits: torch.Tensor, dtype: torch.dtype) -> b
 
 
 def _cache_bytes(model, tokens: list[int]) -> tuple[int | None, int | None]:
-    """Bytes of one sequence's cache, fixed and for each token, from two lengths; None twice if none was found."""
+    """Bytes of one sequence's cache, fixed and for each token, from two lengths; (None, None) if none was found."""
     enough = (tokens * LENGTHS[1])[: LENGTHS[1]]
     small, large = (_bytes_of(model, enough[:length]) for length in LENGTHS)
     if large == 0:
@@ -264,7 +266,7 @@ def _cache_bytes(model, tokens: list[int]) -> tuple[int | None, int | None]:
 
 
 def _bytes_of(model, tokens: list[int]) -> int:
-    """Bytes of what a forward pass over one sequence leaves for the next; 0 if it leaves nothing, or isn't asked so."""
+    """Bytes of the cache that a forward pass over one sequence returns; 0 if it returns none."""
     try:
         output = model(input_ids=torch.tensor([tokens], device=model.device), use_cache=True)
     except torch.OutOfMemoryError:
@@ -276,7 +278,7 @@ def _bytes_of(model, tokens: list[int]) -> int:
 
 
 def _tensors(value, seen: set[int]) -> Iterator[torch.Tensor]:
-    """Those inside a cache of any class: in lists, mappings, and attributes of objects."""
+    """The tensors inside a cache of any class: in lists, mappings and attributes of objects."""
     if isinstance(value, torch.Tensor):
         yield value
     elif id(value) not in seen and not isinstance(value, (torch.nn.Module, PretrainedConfig, str, type)):
@@ -287,7 +289,7 @@ def _tensors(value, seen: set[int]) -> Iterator[torch.Tensor]:
 
 
 def _memory(device: torch.device) -> int:
-    """Bytes of the device, or of the machine for a CPU."""
+    """Bytes of the device's memory; for a CPU, of the machine's."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

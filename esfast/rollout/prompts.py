@@ -1,4 +1,4 @@
-"""Prompts of a data set, looked at before anything is generated: what is wrong with one is said with its row."""
+"""Checks the prompts of a data set before anything is generated; an error names the row."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ NAMED = 5  # rows with faults that a message names
 
 
 def check_prompts(what: str, rows: Rows, render: Callable[[Rows], list[str]], engine, progress: bool = True) -> None:
-    """ValueError if one of the rows has a prompt that can't be rendered, that UTF-8 has no form for, or that the engine
-    refuses (its method `check`, where it has one): all rows are looked at, the first fault is told, the others counted.
+    """ValueError if a prompt can't be rendered, isn't valid UTF-8, or is refused by the engine (its method `check`, if
+    it has one). All rows are checked; the message describes the first fault and counts the others.
 
     render  turns rows into the texts that the engine gets
     """
@@ -42,7 +42,7 @@ def check_prompts(what: str, rows: Rows, render: Callable[[Rows], list[str]], en
 
 
 def _anything(prompts: list[str]) -> None:
-    """The check of an engine that has none."""
+    """The check of an engine without one: accepts everything."""
 
 
 def _fault(check: Callable[[Rows], None], batch: Rows) -> Exception | None:

@@ -1,8 +1,8 @@
-"""Sampling that can be repeated: a response is a function of its seed and of the probabilities of its tokens.
+"""Repeatable sampling: a response is a function of its seed and of the probabilities of its tokens.
 
-One uniform number a token, from Philox under the response's seed, picks the token by inversion of the cumulative
-probabilities. Neither the other rows of a batch nor the size of the batch decide anything; members that answer with the
-same seeds differ by their weights alone (common random numbers).
+Each token is drawn by inverting the cumulative probabilities at one uniform number, which comes from Philox under the
+response's seed. Other rows of the batch and its size have no effect. Members that answer with the same seeds differ by
+their weights alone (common random numbers).
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from ..utils.errors import EsfastError
 
 
 class LogitsError(EsfastError, ValueError):
-    """A model's logits are NaN or infinite, so that it says nothing of the next token."""
+    """A model's logits are NaN or infinite, so that they determine no next token."""
 
 
 class FiniteLogits(LogitsProcessor):
-    """Leaves scores as they are, and remembers whether all were numbers, without waiting for the device.
+    """Remembers whether all scores were finite, without waiting for the device. It doesn't change them.
 
-    The greatest of a row tells: it is NaN if one is NaN, and infinite if one is inf or all are -inf.
+    It looks at the maximum of each row: that is NaN if a score is NaN, and infinite if one is inf or all are -inf.
     """
 
     def __init__(self):
@@ -36,26 +36,26 @@ class FiniteLogits(LogitsProcessor):
         return scores
 
     def check(self) -> None:
-        """LogitsError unless all scores so far were numbers."""
+        """LogitsError unless all scores so far were finite."""
         if self._fine is not None and not self._fine:
             raise LogitsError("the model's logits are NaN or infinite")
 
 
 def response_seeds(seed: int, generation: int, prompts: int, responses: int) -> list[int]:
-    """The 64-bit seeds of `responses` answers to each of `prompts` prompts, in the order prompt by prompt."""
+    """64-bit seeds for `responses` responses to each of `prompts` prompts, prompt by prompt."""
     blocks = np.arange(prompts, dtype=np.uint64) | np.uint64(generation << 32)
     words = [philox(seed, blocks, response, DOMAINS["response_seeds"]) for response in range(responses)]
     return [int(w[0][prompt]) | int(w[1][prompt]) << 32 for prompt in range(prompts) for w in words]
 
 
 def uniforms(seed: int, count: int) -> np.ndarray:
-    """float32 (count,) in [0, 1), multiples of 2^-24: the numbers that pick the tokens of one response."""
+    """The uniform numbers that pick the tokens of one response: float32 (count,) in [0, 1), multiples of 2^-24."""
     words = philox(seed, np.arange(-(-count // 4), dtype=np.uint64), 0, DOMAINS["tokens"])
     return ((np.stack(words, 1).reshape(-1)[:count] >> np.uint32(8)) * np.float32(2**-24)).astype(np.float32)
 
 
 class SeededSampling(LogitsProcessor):
-    """Leaves of each row's scores only the token that its uniform number picks, so that greedy search samples.
+    """Masks all tokens of a row but the one that its uniform number picks, so that greedy search samples.
 
     seeds        one a row
     temperature  divides the scores, > 0
@@ -68,7 +68,7 @@ class SeededSampling(LogitsProcessor):
         self._width = 0
 
     def after(self, width: int, rows: int) -> SeededSampling:
-        """This, for prompts padded to `width` tokens, in a batch filled up to so many rows."""
+        """The same for prompts padded to `width` tokens, in a batch that is filled up to `rows` rows."""
         made = copy.copy(self)
         made._width = width
         made._numbers = torch.cat([self._numbers, self._numbers[-1:].expand(rows - len(self._numbers), -1)])

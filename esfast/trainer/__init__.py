@@ -1,4 +1,4 @@
-"""From a model, prompts and rewards to a tuned model in a run folder."""
+"""ESTrainer: from a model, prompts and rewards to a tuned model in a run folder."""
 
 from ..utils.lazy import lazily
 

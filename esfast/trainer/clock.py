@@ -1,4 +1,4 @@
-"""Where the time of a run goes, and what ES costs beyond the text that it generates."""
+"""Measures where the time of a run goes, and what ES costs beyond generating text."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ class Clock:
         self._last = now
 
     def move(self, seconds: float, source: str, target: str) -> None:
-        """Books a part of a lap, timed on its own, elsewhere."""
+        """Moves seconds, which were timed separately, from the phase `source` to the phase `target`."""
         self.seconds[source] -= seconds
         self.seconds[target] += seconds
 
     def since(self, before: Mapping[str, float]) -> dict[str, float]:
-        """Seconds of each phase of training since `seconds` was copied."""
+        """Seconds of each phase of training since the copy of `seconds` was made."""
         return {phase: self.seconds[phase] - before[phase] for phase in PHASES}
 
 
 def account(seconds: Mapping[str, float], tokens: int | None) -> dict[str, float]:
-    """What the seconds of iterations by phase, and the tokens generated in them, say.
+    """Figures from the seconds of iterations by phase and the tokens generated in them.
 
-    overhead_ratio      of the whole iteration to its generating of text alone: all else is overhead, scoring too. It
-                        takes for granted that text is generated as fast as with weights that never change; `esfast
-                        bench iteration` times that as well
-    tokens_per_second   of the whole iteration
+    overhead_ratio      seconds of the whole iteration divided by those of generating; everything else counts as
+                        overhead, also scoring. It assumes that generating is as fast as with weights that never
+                        change; `esfast bench iteration` measures that too
+    tokens_per_second   tokens divided by the seconds of the whole iteration
     """
     total = sum(seconds[phase] for phase in PHASES)
     figures = {"overhead_ratio": total / seconds["generate"]} if seconds["generate"] else {}

@@ -1,4 +1,4 @@
-"""What ESTrainer is given, brought to one form at its door: the model, its tokenizer, the reward functions."""
+"""Converts ESTrainer's arguments to one form: the model, its tokenizer, the reward functions."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ..utils.unwrap import unwrap
 
 
 def open_model(model):
-    """The plain model: of a name or folder the loaded one, of a wrapper the one in it."""
+    """The plain model: loads a name or folder, and unwraps a wrapper."""
     return load_model(os.fspath(model)) if isinstance(model, (str, os.PathLike)) else unwrap(model)
 
 
 def open_tokenizer(processing_class, model):
-    """The tokenizer: the model's own if none is given, that of a name or folder, of a processor the one in it, with the
-    processor's chat template if it has none. TypeError for anything else."""
+    """The tokenizer. Without one, the model's own; a name or folder is loaded; of a processor it is the tokenizer
+    inside, with the processor's chat template if it has none. TypeError for anything else."""
     given = model.config._name_or_path if processing_class is None else processing_class
     if given == "":
         raise BadType("processing_class: the model was not loaded by a name or from a folder; give its tokenizer")
@@ -38,7 +38,7 @@ def open_tokenizer(processing_class, model):
 def open_rewards(
     reward_funcs, metrics: Mapping[str, RewardFunc], weights: Sequence[float] | None
 ) -> tuple[list[Callable], list[float]]:
-    """The reward functions as a list, and a weight for each. TypeError or ValueError for anything else."""
+    """The reward functions as a list, and a list with a weight for each. TypeError or ValueError if they don't fit."""
     functions = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
     for f in [*functions, *metrics.values()]:
         if not callable(f):

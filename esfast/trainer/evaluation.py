@@ -1,4 +1,4 @@
-"""How good models are at a task: accuracy, reward and length of their responses to the same held-out prompts."""
+"""Evaluates models on a task: accuracy, reward and length of their responses to the same held-out prompts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def respond(
     reward_weights: Sequence[float] | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[dict]:
-    """A dict for each row: its prompt, the completion, `reward` and, where the task knows, `correct` (0.0 or 1.0)."""
+    """A dict for each row: its prompt, the completion, `reward` and, if the task can tell, `correct` (0.0 or 1.0)."""
     weights = reward_weights or [1.0] * len(task.reward_funcs)
     engine = TransformersEngine(model, tokenizer, max_new_tokens, batch_size)
     engine.prompts.length_setting = "max_completion_length"
@@ -64,8 +64,8 @@ def summarize(model: str, task: Task, responses: Sequence[dict]) -> dict[str, An
 
 
 def against(first: Sequence[dict], other: Sequence[dict]) -> dict[str, float]:
-    """How another model's responses to the same prompts differ from the first's: means of the differences, whose
-    standard errors are smaller than those of two samples of prompts would be."""
+    """Compares another model's responses to the same prompts with the first's: the means of the differences. Their
+    standard errors are smaller than with two different samples of prompts."""
     result = {}
     for key in ("correct", "reward"):
         if key in first[0]:
@@ -76,7 +76,7 @@ def against(first: Sequence[dict], other: Sequence[dict]) -> dict[str, float]:
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
-    """Models side by side, as text."""
+    """A text table of models side by side."""
     first = results[0]
     lines = [f"{first['task']}, {first['samples']} held-out prompts, mean +- standard error:"]
     width = max(len(r["model"]) for r in results)

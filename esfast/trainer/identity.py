@@ -1,5 +1,5 @@
-"""What a run is beyond its settings: its reward functions, its training data and its model. A resumed run must be of
-the same ones; the weights themselves are guarded by the journal's fingerprint."""
+"""The identity of a run beyond its settings: reward functions, training data and model. A resumed run must have the
+same. The weights themselves are checked by the journal's fingerprint."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _OF_NO_CONSEQUENCE = ("_name_or_path", "transformers_version", "dtype", "torch_d
 def identity(
     model, reward_funcs: Sequence[Callable], train_dataset: Rows | Callable, more: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """What must be the same when the run is resumed, as JSON has it: names of settings and what they were."""
+    """A dict, fit for JSON, of what must be the same when the run is resumed."""
     found = {
         "model": type(model).__qualname__,
         "model config": config_of(model),
@@ -36,8 +36,8 @@ def identity(
 
 
 def check(found: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
-    """ValueError if a run of the identity `found` can't go on as `mine`; what differs is named. What only one of them
-    says is not compared: folders of older versions say less."""
+    """ValueError if a run with the identity `found` can't continue as `mine`; the message names what differs. Entries
+    that only one of them has are not compared, since folders of older versions have fewer."""
     for name in found.keys() & mine.keys():
         before, now = found[name], mine[name]
         if isinstance(before, dict) and isinstance(now, dict):
@@ -55,14 +55,14 @@ def name_of(function: Callable) -> str:
 
 
 def config_of(model) -> dict[str, Any]:
-    """The configuration of a Hugging Face model, less what makes no difference to what it computes."""
+    """The configuration of a Hugging Face model, without settings that don't affect its results."""
     to_dict = getattr(getattr(model, "config", None), "to_dict", None)
     settings = to_dict() if to_dict is not None else {}
     return {k: v for k, v in settings.items() if k not in _OF_NO_CONSEQUENCE and not k.startswith("_")}
 
 
 def digest(rows: Rows) -> str:
-    """So many rows, and a hash of what they hold."""
+    """The number of rows and a hash of their contents."""
     found = hashlib.sha256()
     for i in range(len(rows)):
         row = sorted(rows[i].items())
@@ -71,7 +71,7 @@ def digest(rows: Rows) -> str:
 
 
 def _stated(value) -> Any:
-    """What JSON has no form for: arrays as lists, of other objects their type (a repr may name an address)."""
+    """For JSON: arrays become lists, other objects the name of their type (a repr may contain an address)."""
     return value.tolist() if hasattr(value, "tolist") else type(value).__qualname__
 
 

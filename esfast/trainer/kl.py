@@ -1,4 +1,4 @@
-"""How far a tuned model has moved from the one that it came from, as the KL divergence over its own responses."""
+"""The KL divergence of a tuned model from its base model, over the tuned model's own responses."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ MOST_LOGITS = 2**26  # of one mini-batch: 256 MB in float32
 
 
 class KLToBase:
-    """A metric of a reward function's form: the KL divergence of the model as it is from the model as it was when this
-    was made, for each response, in nats a token:
+    """A metric with the signature of a reward function: for each response, the KL divergence of the present model from
+    the model at the time when this object was made, in nats a token:
 
         mean over the response's tokens t of  sum_v p(v | before t) * (log p(v | before t) - log p_base(v | before t))
 
-    It is exact over the vocabulary, where arXiv 2509.24372 estimates it from the sampled tokens alone. The base weights
-    are one copy in host memory; to compare, they change places with the tuned ones, tensor by tensor, and back again to
-    the bit. Not to be called while a member is in place.
+    It sums over the whole vocabulary; arXiv 2509.24372 estimates it from the sampled tokens alone. The base weights are
+    a copy in host memory. To compare, they are swapped with the tuned weights, tensor by tensor, and swapped back to
+    the bit. Don't call it while a member is in place.
 
     model           the causal LM that is tuned, in place
     tokenizer       its tokenizer

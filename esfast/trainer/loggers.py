@@ -1,4 +1,4 @@
-"""Where metrics go besides metrics.jsonl: TensorBoard and Weights & Biases, both optional (`report_to`)."""
+"""Loggers besides metrics.jsonl: TensorBoard and Weights & Biases, both optional (`report_to`)."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ LOGGERS: dict[str, type] = {"tensorboard": TensorBoard, "wandb": WandB}
 
 
 def check_report_to(names: str | Sequence[str] | None) -> list[str]:
-    """The names as a list; "none", None and an empty list are none. ValueError for others than those of LOGGERS."""
+    """The loggers' names as a list; "none", None and an empty list mean no logger. ValueError for unknown names."""
     listed = [names] if isinstance(names, str) else list(names or ())
     for name in listed:
         if name not in (*LOGGERS, "none"):
@@ -62,14 +62,14 @@ def check_report_to(names: str | Sequence[str] | None) -> list[str]:
 
 
 def require(names: str | Sequence[str] | None) -> None:
-    """ImportError, which says what to install, if one of them is not there."""
+    """ImportError, which says what to install, if the package of a logger is missing."""
     for name in check_report_to(names):
         if importlib.util.find_spec(name) is None:
             raise BadImport(f"report_to: {name} is not installed: pip install {name}")
 
 
 class Report:
-    """All of them together; numbers of a row of metrics.jsonl, less its generation, which is the step."""
+    """Sends each row of metrics to all loggers: its numbers, with the generation as the step."""
 
     def __init__(self, names: str | Sequence[str] | None, folder: Path, config: Mapping[str, Any]):
         self._loggers: list[Logger] = [LOGGERS[name](folder, config) for name in check_report_to(names)]

@@ -1,4 +1,4 @@
-"""The model card of a tuned model: what it came from, how it was tuned, and how it did."""
+"""The model card of a tuned model: its base model, its training, its results."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from .config import ESConfig
 
 
 def model_card(model, config: ESConfig, generations: int, before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    """Markdown with the metadata that the Hugging Face hub reads. `before` and `after` are rows of metrics; the latter
-    may be of an earlier generation than the model."""
+    """Markdown with the metadata that the Hugging Face hub reads. `before` and `after` are rows of metrics; `after` may
+    belong to an earlier generation than the model."""
     from .. import __version__
 
     origin = getattr(model.config, "_name_or_path", "") or "a model without a name"

@@ -11,9 +11,10 @@ from ..es.weights import sample
 
 
 class Movement:
-    """Euclidean norms of what updates did to the weights as they are stored, rounding included: an update that 16 bits
-    lose shows as none. From up to weights.DRIFT_SAMPLE weights of each whole, contiguous tensor, each standing for its
-    share of the tensor. To be called while no member is in place. Of weights in shards nothing is told.
+    """Euclidean norms of the changes of the stored weights. Updates that bfloat16 rounds away count as zero.
+
+    The norms are estimated from up to weights.DRIFT_SAMPLE weights of each whole, contiguous tensor, each of which
+    stands for its share of the tensor. Call it while no member is in place. It reports nothing for sharded weights.
     """
 
     def __init__(self, plan: Plan):
@@ -22,8 +23,7 @@ class Movement:
         self._initial = self._last = self._read()
 
     def norms(self) -> dict[str, float]:
-        """`update_norm` since the last call, and `distance` from the weights that there were at first; {} if no tensor
-        can be sampled."""
+        """`update_norm` since the last call, and `distance` from the first weights; {} if no tensor can be sampled."""
         if not self._views:
             return {}
         now = self._read()

@@ -1,4 +1,4 @@
-"""RunRecorder: what a run leaves in its folder beside the journal."""
+"""RunRecorder: writes the files of a run folder besides the journal."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ log = logging.getLogger(__name__)
 
 
 class RunRecorder:
-    """Settings, metrics, the best and the last model, the summary. Process 0 of a team writes; those that hold its
-    model's other shards call the same methods, as they take part where a model is saved.
+    """Writes settings, metrics, the best and the last model, and the summary. Process 0 of a team writes. The processes
+    with other shards of its model call the same methods, since saving a model needs all of them.
 
-    rows    of metrics.jsonl, in process 0: one a generation, the first one of the base model
-    best    reward of an evaluation so far
-    clock   of the training
+    rows    rows of metrics.jsonl, in process 0: the base model's, then one a generation
+    best    best reward of an evaluation so far
+    clock   the training's Clock
     """
 
     def __init__(self, folder: RunFolder, config: ESConfig, model, tokenizer, team: Team):
@@ -45,7 +45,7 @@ class RunRecorder:
         self._evaluation: dict[str, float] = {}
 
     def finished(self, generation: int, evaluates: bool) -> dict[str, Any] | None:
-        """The summary of a run that has done all of its generations, and all that follows them; else None."""
+        """The summary of a run that has done all of its generations and what follows them; else None."""
         try:
             rows, summary = self.folder.read_metrics(), self.folder.read_summary()
         except ValueError:  # what is damaged is written anew
@@ -61,8 +61,8 @@ class RunRecorder:
         return summary if complete else None
 
     def open(self, settings: Mapping[str, Any], identity: Mapping[str, Any], generation: int) -> dict[str, Any]:
-        """In process 0: writes down what the run is, and completes the metrics of a resumed one from its journal.
-        Returns the best evaluation so far, and whether the weights of now were evaluated."""
+        """In process 0: writes the settings and the identity, and completes the metrics of a resumed run from its
+        journal. Returns the best evaluation so far, and whether the present weights were evaluated."""
         write_whole(self.folder.config, yaml.safe_dump(dict(settings), sort_keys=False))
         self._warn_of_other_draws(identity, generation)
         write_whole(self.folder.identity, json.dumps(identity, indent=1) + "\n")
@@ -75,8 +75,8 @@ class RunRecorder:
         return {"best": best, "evaluated": bool(self.rows) and "eval_length" in self.rows[-1]}
 
     def _warn_of_other_draws(self, identity: Mapping[str, Any], generation: int) -> None:
-        """Of a run that was begun before "draws" stood in its identity: then rows came from NumPy's and Python's
-        generators. A caller's own function draws as it ever did."""
+        """Warns about a run of an older version, without "draws" in its identity: its rows came from NumPy's and
+        Python's generators. A caller's own function draws as before."""
         own = identity.get("train_dataset", "").startswith("the function")
         if generation and not own and "draws" not in self.folder.read_identity():
             log.warning(
@@ -87,8 +87,8 @@ class RunRecorder:
             )  # fmt: skip
 
     def _completed(self, records: Sequence[Generation]) -> list[dict[str, Any]]:
-        """A row for each generation: those of the file, and from the journal those that it lacks, or that are damaged
-        or of another run."""
+        """A row for each generation: the file's rows, with rows from the journal in the place of those that are
+        missing, damaged or of another run."""
         found = readable_lines(self.folder.metrics)
         by_generation = {r["generation"]: r for r in found if type(r.get("generation")) is int}
         rows, lost = [by_generation.get(0, {"generation": 0})], 0
@@ -107,7 +107,7 @@ class RunRecorder:
         return rows
 
     def log(self, row: dict[str, Any]) -> None:
-        """A generation is done (or none yet). Its metrics go to disk, and the model if it is the best so far."""
+        """Writes the metrics of a generation (0: the base model), and saves the model if it is the best so far."""
         self._keep_best(row)
         if self._team.rank == 0:
             self.rows.append(row)
@@ -115,7 +115,7 @@ class RunRecorder:
             self._report.log(row)
 
     def amend(self, evaluation: dict[str, Any], generation: int) -> None:
-        """The last generation was evaluated later than it was done."""
+        """Adds an evaluation to the last generation's row, which was written before."""
         self._keep_best({"generation": generation, **evaluation})
         if self._team.rank == 0:
             self.rows[-1].update(evaluation)
@@ -130,7 +130,7 @@ class RunRecorder:
                 self.save_model(self.folder.best.name, row["generation"], row)
 
     def save_model(self, name: str, generation: int, after: Mapping[str, Any]) -> None:
-        """The model of now, under this name; all that hold shards of it call this."""
+        """Saves the present model under this name. All processes with shards of it call this."""
         with self._team.working():
             weights = whole_state_dict(self._model, keep=self._team.rank == 0) if in_shards(self._model) else None
         if self._team.rank == 0:
@@ -139,7 +139,7 @@ class RunRecorder:
         self.clock.lap("save")
 
     def finish(self, generation: int, eval_prompts: int) -> dict[str, Any]:
-        """Saves the model of now, writes the summary and returns it; {} but in process 0."""
+        """Saves the present model, writes the summary and returns it; {} in other processes than 0."""
         evaluated = [r for r in self.rows[1:] if "eval_length" in r]
         after = evaluated[-1] if evaluated else {}
         self.save_model(self.folder.model.name, generation, after)
@@ -157,7 +157,7 @@ class RunRecorder:
         return summary
 
     def save_interrupted(self, interrupt: BaseException, generation: int, eval_prompts: int) -> dict[str, Any]:
-        """Does what `finish` does, if it can, in process 0 of a model in one piece, and says how to go on."""
+        """Does what `finish` does, in process 0 and if the model is not sharded, and says how to continue."""
         by = f"interrupted by {signal_of(interrupt).name}" if isinstance(interrupt, KeyboardInterrupt) else "stopped"
         summary = {}
         if self._team.rank == 0 and self._team.shards == 1 and self.rows and generation:
@@ -179,7 +179,7 @@ class RunRecorder:
             log.warning("%s after generation %d: %s", stopped, generation, then)
 
     def progress(self, row: Mapping[str, Any]) -> dict[str, str]:
-        """What the progress bar shows: rewards of the generation, metrics of the last evaluation."""
+        """Values for the progress bar: the generation's rewards and the metrics of the last evaluation."""
         hidden = ("eval_reward", "eval_reward_se", "eval_length")
         self._evaluation |= {k.removeprefix("eval_"): v for k, v in _evaluated(row).items() if k not in hidden}
         shown = {"reward": row["reward_mean"], "best": row["reward_max"], **self._evaluation}
@@ -191,8 +191,8 @@ class RunRecorder:
 
 
 def of_rewards(record: Generation) -> dict[str, Any]:
-    """What a generation's line of metrics says that its record in the journal knows. The journal numbers generations
-    from 0; metrics say how many are done, so their first line of training is 1."""
+    """The part of a generation's row of metrics that its record in the journal determines. The journal numbers
+    generations from 0; metrics count those that are done, from 1."""
     rewards = np.array([r for r in record.rewards if r is not None])
     return {
         "generation": record.generation + 1, "reward_mean": float(rewards.mean()), "reward_max": float(rewards.max()),
@@ -202,13 +202,13 @@ def of_rewards(record: Generation) -> dict[str, Any]:
 
 
 def earlier_seconds(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """By phase, what the rows say. They know nothing of saving, nor of generations whose line was lost."""
+    """Seconds by phase, from the rows. These lack the saving, and generations whose row was lost."""
     seconds = {phase: math.fsum(r.get(f"seconds_{phase}", 0.0) for r in rows) for phase in PHASES}
     return seconds | {"evaluate": math.fsum(r.get("evaluate_seconds", 0.0) for r in rows)}
 
 
 def _tokens(rows: Sequence[Mapping[str, Any]]) -> int:
-    """Generated in training."""
+    """Tokens generated in training, from the rows."""
     return round(math.fsum(r.get("tokens_per_second", 0.0) * r.get("seconds", 0.0) for r in rows))
 
 

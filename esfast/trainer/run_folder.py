@@ -23,8 +23,8 @@ log = logging.getLogger(__name__)
 
 
 class RunFolder:
-    """Every file but those that grow by lines is written whole or not at all. Who trains claims it, and owns it until
-    `release`."""
+    """A run folder. Files that don't grow by lines are written whole or not at all. A trainer claims the folder and
+    owns it until `release`."""
 
     def __init__(self, path: str | Path):
         self.path = path = Path(path)
@@ -37,13 +37,13 @@ class RunFolder:
 
     @classmethod
     def claim(cls, path: str | Path, resume: bool = False) -> RunFolder:
-        """The folder of a new run, or with `resume` that of a run to go on with, if there is one.
+        """Claims the folder for a new run, or with `resume` to continue the run in it, if there is one.
 
         Raises:
-            FileExistsError: it is not to be resumed, and a run lives there already, whose record is never overwritten;
-                or another process or trainer is at work there (InUse).
-            FileNotFoundError: it is to be resumed, and holds parts of a run, but no journal to go on from.
-            ValueError: it is to be resumed, and its journal is damaged.
+            FileExistsError: without `resume`: the folder holds a run already, which is never overwritten. Or another
+                process or trainer is using it (InUse).
+            FileNotFoundError: with `resume`: the folder holds parts of a run, but no journal.
+            ValueError: with `resume`: the journal is damaged.
         """
         folder = cls(path)
         folder.own()
@@ -55,18 +55,18 @@ class RunFolder:
         return folder
 
     def own(self) -> None:
-        """Takes the folder's lock, unless it is held already. Raises InUse."""
+        """Takes the folder's lock, if this object doesn't hold it. Raises InUse."""
         if self._lock is None or not self._lock.held:
             self._lock = Lock.take(self.journal)
 
     def release(self) -> None:
-        """Lets others train here. A folder that was made for the lock alone is removed again."""
+        """Releases the folder's lock. A folder that was made only for the lock is removed."""
         if self._lock is not None:
             self._lock.release()
 
     def begun(self) -> bool:
-        """Whether a run has done a generation here. A journal without one is no run: who starts again begins anew,
-        with other settings if need be. ValueError if the journal is damaged."""
+        """Whether a run has done a generation here. A journal without a generation doesn't count as a run: the next
+        start begins anew, perhaps with other settings. ValueError if the journal is damaged."""
         found = peek(self.journal)
         return found is not None and bool(found.records)
 
@@ -89,7 +89,7 @@ class RunFolder:
             )
 
     def _of_an_earlier_run(self) -> list[Path]:
-        """What can't be of a run that has done nothing."""
+        """Files that only a run that has done generations can have left."""
         found = [self.metrics] if _lines(self.metrics) > 1 else []
         found += [p for p in (self.checkpoints, self.best) if p.is_dir() and any(p.iterdir())]
         if not self.journal.exists():  # Ctrl-C before the first generation used to save these
@@ -97,8 +97,8 @@ class RunFolder:
         return found
 
     def prepare(self) -> None:
-        """Removes what a run that was killed left half-written. Where none has begun, makes room for one: what a start
-        left that did nothing is removed, and what an earlier run left without its journal is moved to earlier-1/, -2/
+        """Removes files that a killed run left half-written. If no run has begun, makes room for one: removes the files
+        of a start that did nothing, and moves the files of an earlier run without a journal to earlier-1/, earlier-2/
         and so on."""
         for folder in (self.path, self.checkpoints):
             for left in folder.glob(f".*{TEMPORARY}") if folder.is_dir() else ():
@@ -127,14 +127,14 @@ class RunFolder:
         _append(self.samples, row)
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """The rows; ValueError as in `read_lines`."""
+        """The rows of metrics.jsonl; ValueError as in `read_lines`."""
         return read_lines(self.metrics)
 
     def write_metrics(self, rows: Sequence[dict[str, Any]]) -> None:
         write_whole(self.metrics, "".join(json.dumps(row) + "\n" for row in rows))
 
     def read_config(self) -> dict[str, Any]:
-        """Its settings, {} if there are none. ValueError names the file and says what to do."""
+        """The settings in config.yaml; {} if there is no such file. ValueError names the file and says what to do."""
         if not self.config.exists():
             return {}
         try:
@@ -149,11 +149,11 @@ class RunFolder:
         return found
 
     def read_identity(self) -> dict[str, Any]:
-        """What trainer/identity.py said of the run, {} in a folder of an older version. ValueError names the file."""
+        """The run's identity (trainer/identity.py); {} in a folder of an older version. ValueError names the file."""
         return _read_json(self.identity, "delete it, and it is written anew")
 
     def read_summary(self) -> dict[str, Any]:
-        """{} if there is none. ValueError names the file."""
+        """The summary; {} if there is none. ValueError names the file."""
         return _read_json(self.summary, "delete it; resuming the run writes it anew")
 
     def save_model(self, model, tokenizer, card: str = "", name: str = "model", weights: dict | None = None) -> None:
@@ -186,9 +186,8 @@ class RunFolder:
 
 
 def save_model(path: Path, model, tokenizer, card: str = "", weights: dict | None = None) -> None:
-    """A Hugging Face folder that from_pretrained loads, with a model card (README.md), whole or not at all; an older
-    one there is replaced. `weights` is the state dict of a model that holds them in shards. OSError if it can't be
-    written."""
+    """Writes a Hugging Face folder for from_pretrained, with a model card (README.md), whole or not at all. It replaces
+    an older one. `weights` is the state dict of a sharded model. OSError if the folder can't be written."""
     with whole_folder(path) as unfinished:
         try:
             with unwrapped(model) as plain:
@@ -204,8 +203,8 @@ def save_model(path: Path, model, tokenizer, card: str = "", weights: dict | Non
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines, [] if there is none. A last line that is still being written, or that a
-    crash cut off, is left out. ValueError names the file and the line that is damaged."""
+    """The objects of a file of JSON lines; [] if there is no file. An incomplete last line is ignored, as a crash
+    leaves it. ValueError names the file and the line that is damaged."""
     rows = []
     for number, row in _rows(path):
         if row is None:
@@ -218,12 +217,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def readable_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines, less those that are damaged."""
+    """The objects of a file of JSON lines, without damaged lines."""
     return [row for _, row in _rows(path) if row is not None]
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
-    """Numbers of lines, and their objects; None for a damaged one."""
+    """Line numbers with their objects; None for a damaged line."""
     *whole, last = (path.read_bytes() if path.exists() else b"").split(b"\n")
     for number, line in enumerate(whole, start=1):
         yield number, _object(line)

@@ -1,15 +1,15 @@
-"""Schedules of lr and sigma: pure functions of the generation's number, so that a run can be taken up anywhere.
+"""Schedules of lr and sigma: pure functions of the generation's number, so that a run can resume anywhere.
 
-All have one form, f(start, step, total, final_fraction, warmup) -> float:
+All have the form f(start, step, total, final_fraction, warmup) -> float:
 
-    start            the value in full, > 0
+    start            the full value, > 0
     step             number of the generation, 0 <= step
-    total            generations of the run, > warmup; from generation total - 1 on, the value is that of the end
-    final_fraction   the end's share of start, > 0 and at most 1; `constant` has no use for it
-    warmup           so many first generations are below start: 1, 2, ... of warmup + 1 parts of it
+    total            generations of the run, > warmup; from generation total - 1 on, the value is the final one
+    final_fraction   final value divided by start, > 0 and at most 1; `constant` ignores it
+    warmup           number of first generations with less than start: 1, 2, ... parts of warmup + 1
 
-The value at full height is reached in generation `warmup` and is start to the bit; the last generation's is start *
-final_fraction. ESConfig calls check_schedule for them; they check nothing themselves.
+Generation `warmup` is the first with the full value, start to the bit; the last generation has start * final_fraction.
+ESConfig calls check_schedule; the schedules themselves check nothing.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def linear(start: float, step: int, total: int, final_fraction: float = 0.1, war
 
 
 def cosine(start: float, step: int, total: int, final_fraction: float = 0.1, warmup: int = 0) -> float:
-    """Half a wave, flat at both ends (Loshchilov and Hutter, arXiv 1608.03983, without restarts)."""
+    """Half a cosine wave, flat at both ends (Loshchilov and Hutter, arXiv 1608.03983, without restarts)."""
     left = (1 + math.cos(math.pi * _progress(step, total, warmup))) / 2
     return start * (final_fraction + (1 - final_fraction) * left) * _warmed(step, warmup)
 
@@ -40,7 +40,7 @@ def _warmed(step: int, warmup: int) -> float:
 
 
 def _progress(step: int, total: int, warmup: int) -> float:
-    """From 0 in generation `warmup` to 1 in the last; if they are the same, the value stays at full height."""
+    """Rises from 0 in generation `warmup` to 1 in the last one; 0 if these are the same."""
     return min(max(step - warmup, 0) / max(total - 1 - warmup, 1), 1.0)
 
 
@@ -48,8 +48,8 @@ SCHEDULES: dict[str, Callable[..., float]] = {"constant": constant, "linear": li
 
 
 def check_schedule(what: str, start: float, schedule: str, final_fraction: float) -> None:
-    """ValueError that names `what` if there is no such schedule, or if it would leave (0, start]. `start` itself is
-    for ES to check; here it only must not vanish, as a float32, on the way to its end, hours after the run began."""
+    """ValueError, which names `what`, for an unknown schedule or one that leaves (0, start]. ES checks `start` itself.
+    Here the final value must not become 0 as a float32, which would otherwise show hours after the run began."""
     if not isinstance(schedule, str) or schedule not in SCHEDULES:
         raise BadValue(f"{what}_schedule: expected one of {', '.join(map(repr, SCHEDULES))}, got {schedule!r}")
     number = isinstance(final_fraction, (int, float)) and not isinstance(final_fraction, bool)

@@ -51,32 +51,33 @@ log = logging.getLogger(__name__)
 class ESTrainer(SavesLikeTRL):
     """Fine-tunes all weights of a causal language model by evolution strategies.
 
+    A trainer owns its run folder until it has trained, or is deleted.
+
     Args:
         model: a Hugging Face causal LM, or the name or folder of one or of a PEFT adapter. It is tuned in place.
         reward_funcs: one function or several, whose rewards are added: f(prompts=, completions=, **columns) -> list of
-            floats, one a completion (a list of str), higher is better. A member's reward is the mean over the prompts.
-            As in TRL: a chat (a list of messages) as prompt has its completion as a list of one message; None for a
-            completion leaves it to the other functions; args.reward_weights weighs them.
+            floats, one a completion; higher is better. Completions are strings. A member's reward is the mean over the
+            prompts. As in TRL, if a prompt is a chat (a list of messages), its completion is a list of one message; a
+            function that returns None for a completion leaves it to the others; args.reward_weights weights them.
         args: an ESConfig.
-        train_dataset: rows (a list of dicts, a datasets.Dataset, a DataFrame, a dict of columns) with a "prompt", drawn
-            without repetition until all were used; or a function (generation, count) -> rows, fresh ones every time.
+        train_dataset: rows (a list of dicts, a datasets.Dataset, a DataFrame, a dict of columns) with a "prompt". They
+            are drawn without repetition until all were used. Or a function (generation, count) -> fresh rows.
         eval_dataset: rows that are never trained on (optional).
-        processing_class: the tokenizer, or a processor that has one; by default the model's own.
-        metrics: further functions of the reward functions' form, evaluated on eval_dataset and logged under their name.
-        peft_config: a PEFT configuration (optional): its adapters are put into the model. Of a PeftModel, made so or
-            given as `model`, what requires a gradient is tuned, if args.include does not choose.
-        engine: what generates, a function from prompts to completions or an esfast.rollout.Engine; default
+        processing_class: the tokenizer, or a processor that has one. Default: the model's own.
+        metrics: a dict of further functions of the same form as reward functions. They are evaluated on eval_dataset
+            and logged as eval_NAME.
+        peft_config: a PEFT configuration (optional); its adapters are put into the model. Of a PeftModel, made this way
+            or given as `model`, the weights that require a gradient are tuned, unless args.include selects others.
+        engine: generates the completions: a function from prompts to completions or an esfast.rollout.Engine. Default:
             TransformersEngine.
-        team: the processes that train together (Team.join()), each with a model of its own or a part of one, see
-            esfast.distributed.tensor_parallel; default: this one alone.
+        team: the processes that train together (Team.join()), each with a model of its own or a part of one (see
+            esfast.distributed.tensor_parallel). Default: this process alone.
 
     Raises:
-        TypeError, ValueError: arguments outside the above, or other ones than the run has that is resumed, before
-            anything is written.
-        FileExistsError: the run folder holds a run already, or another process or trainer is at work there.
-        FileNotFoundError: the run to resume has no journal, but other files.
-
-    A trainer owns its run folder until it has trained, or is deleted.
+        TypeError, ValueError: an argument is outside the above, or differs from the run that is resumed. Nothing was
+            written.
+        FileExistsError: the run folder holds a run already, or another process or trainer uses it.
+        FileNotFoundError: the run to resume has files, but no journal.
     """
 
     es_class = ES
@@ -166,19 +167,20 @@ class ESTrainer(SavesLikeTRL):
             optimizer=c.make_optimizer(), perturb_rounding=c.perturb_rounding, team=self.team, resume=resume,
             checkpoints=self.folder.checkpoints, groups=c.groups or (),
         )  # fmt: skip
-        self.movement.norms()  # of a resumed run, the next update's norm is that of the next update
+        # Reset the baseline after resuming, so that the first logged norm covers one update.
+        self.movement.norms()
         self.clock = Clock(self.es.plan.device)
         self.recorder = RunRecorder(self.folder, c, self.model, self.processing_class, self.team)
         self._told, self._run, self._stops = 0, self.team.run(), Stops()
 
     def train(self, resume_from_checkpoint: bool | str | None = None) -> dict[str, Any]:
-        """Runs all generations and saves; returns the summary. A run that has them all is left as it is.
+        """Runs all generations and saves; returns the summary. A finished run is left as it is.
 
-        Ctrl-C, SIGTERM and SIGHUP stop it where it is: the last completed generation is saved, and KeyboardInterrupt
-        raised. Signal handlers that the caller installed stay; one that raises KeyboardInterrupt or SystemExit does the
-        same. In a team, process 0 alone writes, evaluates and shows progress; whatever stops one process stops all. Of
-        a model in shards nothing is saved then, since that takes all of its processes: the journal holds the run.
-        A run is resumed by ESConfig(resume=True) when the trainer is made, and not here.
+        Ctrl-C, SIGTERM and SIGHUP stop the run at once: the last completed generation is saved, and KeyboardInterrupt
+        is raised. Signal handlers that the caller installed stay in place; one that raises KeyboardInterrupt or
+        SystemExit stops the run in the same way. In a team, only process 0 writes, evaluates and shows progress, and
+        whatever stops one process stops all. A model in shards is then not saved, since that needs all of its
+        processes; the journal holds the run. To resume a run, make the trainer with ESConfig(resume=True).
         """
         check_not_resumed_here(resume_from_checkpoint, self.args.resume)
         try:
@@ -213,7 +215,7 @@ class ESTrainer(SavesLikeTRL):
             raise
 
     def _is_finished(self) -> bool:
-        """Whether a resumed run has nothing left to do, and was left as it is."""
+        """Whether a resumed run is finished, so that there is nothing to do."""
         finished = self.recorder.finished
         told = self.team.tell(f"{self._run}: finished", lambda: json.dumps(
             finished(self.es.generation, self.eval_dataset is not None)).encode())  # fmt: skip
@@ -247,8 +249,8 @@ class ESTrainer(SavesLikeTRL):
             self.summary = recorder.finish(self.es.generation, len(self.eval_dataset or ()))
 
     def _open(self) -> None:
-        """Opens the run folder, and evaluates what should be and is not: the base model, or the last generation of a
-        run that was killed on the way to that."""
+        """Opens the run folder, and makes up for a missing evaluation: of the base model, or of the last generation if
+        the run was killed before it."""
         settings = self.described | dataclasses.asdict(self.args)
         state = self._tell(lambda: self.recorder.open(settings, self.identity, self.es.generation))
         self.recorder.best = state["best"]
@@ -262,7 +264,7 @@ class ESTrainer(SavesLikeTRL):
         return done >= self.args.generations or bool(every) and done % every == 0
 
     def _tell(self, value: Callable[[], Any]) -> Any:
-        """What `value()` is in process 0, in all that hold its model's shards."""
+        """Sends `value()` of process 0 to all processes that hold shards of its model."""
         self._told += 1
         return json.loads(self.team.tell(f"{self._run}: {self._told}", lambda: json.dumps(value()).encode()))
 
@@ -308,7 +310,7 @@ class ESTrainer(SavesLikeTRL):
             return None
 
     def _set_aside(self, member: Member, error: Exception) -> None:
-        """Leaves the member without a reward, or raises the error, as on_reward_error says."""
+        """Leaves the member without a reward, or raises the error, depending on on_reward_error."""
         if self.args.on_reward_error == "stop":
             raise error
         log.warning("member %d of generation %d is set aside: %s", member.index, self.es.generation, error)
@@ -331,7 +333,7 @@ class ESTrainer(SavesLikeTRL):
         return chat.texts(rows, self.processing_class, self.args.chat_template_kwargs)
 
     def _check_first_batch(self) -> None:
-        """Of fresh rows; those of a fixed dataset were all looked at before."""
+        """Checks the first batch of fresh rows. Rows of a fixed dataset were all checked before."""
         if callable(self.train_dataset) and self.es.generation < self.args.generations:
             rows = self._train_rows(self.es.generation)
             check_prompts("train_dataset", rows, self._texts, self.engine, self.args.progress)

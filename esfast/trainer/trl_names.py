@@ -1,8 +1,8 @@
-"""Names of settings that scripts for TRL and Transformers have: GRPOConfig's and TrainingArguments'.
+"""Translates the names of settings of TRL and Transformers (GRPOConfig, TrainingArguments).
 
-What means the same here is renamed. What only back-propagation or GRPO's loss needs is left out, with one warning that
-lists it. What would change the outcome, and has no counterpart, is refused with what to do instead; at the value that
-it has by default it asks for nothing, and is left out like the others.
+A setting with the same meaning here is renamed. A setting that only back-propagation or GRPO's loss needs is ignored;
+one warning lists these. A setting that would change the outcome and has no counterpart is refused, and the error says
+what to do instead; at its default value it is ignored like the others.
 """
 
 from __future__ import annotations
@@ -76,10 +76,10 @@ REFUSED: dict[str, tuple[tuple, str]] = {
 
 
 def translate(settings: Mapping[str, Any], known: Iterable[str], what: str = "ESConfig") -> dict[str, Any]:
-    """Settings under the names that are known here; `what` begins the messages.
+    """The settings under esfast's names; `what` begins the messages.
 
-    TypeError for a name that nobody knows, and for two names of one setting. ValueError for one that has no
-    counterpart; both say what to do. What is left out is named in one warning.
+    TypeError for an unknown name, and for two names of one setting. ValueError for a setting without a counterpart.
+    Both say what to do. One warning lists the ignored settings.
     """
     known, result, left_out, meant = list(known), {}, [], {}
     for name, value in settings.items():
@@ -111,7 +111,7 @@ def translate(settings: Mapping[str, Any], known: Iterable[str], what: str = "ES
 
 
 def _steps(settings: Mapping[str, Any]) -> int | None:
-    """The number of steps, if it is given: it then counts, as in Transformers, and epochs don't."""
+    """The number of steps, if it is given. It then overrides the epochs, as in Transformers."""
     for name in ("generations", "max_steps"):
         if name in settings and not _says_nothing(name, settings[name]):
             return whole_number(name, plain(settings[name]))
@@ -119,7 +119,7 @@ def _steps(settings: Mapping[str, Any]) -> int | None:
 
 
 def _is_silent(value: Any, silent: tuple) -> bool:
-    """Whether the value, which YAML may have as text, is None or one of those that ask for nothing."""
+    """Whether the value, perhaps as YAML's text, is None or one of the values that have no effect."""
     try:
         value = convert("", value, _KINDS[type(silent[0])] if silent else "float | None")
     except TypeError:  # some other kind of value
@@ -128,12 +128,12 @@ def _is_silent(value: Any, silent: tuple) -> bool:
 
 
 def _says_nothing(name: str, value: Any) -> bool:
-    """Whether it is the value by which Transformers knows that a setting was not given."""
+    """Whether this is the value that stands for "not given" in Transformers."""
     return value is None or name == "max_steps" and plain(value) == -1
 
 
 def _warmup(what: str, value: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A number of steps, or below 1 a share of them."""
+    """A number of steps; below 1, a fraction of all steps."""
     if not value or not number(what, value):
         return {}
     if number(what, value) >= 1:
@@ -168,7 +168,7 @@ _VALUES = {"constant_with_warmup": "constant"}
 
 
 def accepts_trl_names(cls: type) -> type:
-    """A dataclass whose keyword arguments go through `translate`."""
+    """Class decorator: the dataclass's keyword arguments go through `translate`."""
     init = cls.__init__
 
     @functools.wraps(init)

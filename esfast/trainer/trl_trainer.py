@@ -1,4 +1,4 @@
-"""What scripts for TRL's trainers call at their end, for ESTrainer."""
+"""Methods that scripts for TRL's trainers call at their end, for ESTrainer."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ _INSTEAD = {
 
 
 class SavesLikeTRL:
-    """`save_model`, and a word for what is not there. For a trainer with `folder`, `recorder` and `es`."""
+    """Adds `save_model`, and errors that say what to use instead of TRL's other methods. For a trainer with `folder`,
+    `recorder` and `es`."""
 
     def save_model(self, output_dir: str | Path | None = None, _internal_call: bool = False) -> None:
-        """Saves the model of now, with its tokenizer, as a Hugging Face folder; all processes of a team call it.
+        """Saves the present model and its tokenizer as a Hugging Face folder. All processes of a team call it.
 
-        Without a folder, or for the run folder itself, it is the run's model/, where `train` has put it already.
-        Raises FileExistsError for a folder that holds other things than a model.
+        Without a folder, or given the run folder itself, it writes the run's model/, as `train` did at its end. Raises
+        FileExistsError for a folder that holds other things than a model.
         """
         path = Path(output_dir) if output_dir is not None else self.folder.model
         if path.resolve() == self.folder.path.resolve():
@@ -47,7 +48,7 @@ class SavesLikeTRL:
 
 
 def check_not_resumed_here(checkpoint: bool | str | None, resumes: bool) -> None:
-    """ValueError for a checkpoint to resume from, unless the run was resumed when its trainer was made."""
+    """ValueError for `resume_from_checkpoint`, unless the trainer was made with ESConfig(resume=True)."""
     if checkpoint and not resumes:
         raise BadValue(
             f"train: resume_from_checkpoint={checkpoint!r}: a run goes on in its own folder, from its journal: make "
