@@ -116,9 +116,9 @@ def test_reward_functions_get_columns_and_are_added(tmp_path, model):
 def test_rows_are_drawn_without_repetition_until_all_were_used(tmp_path, model):
     net, tokenizer = model
     trainer = esfast.ESTrainer(net, count_digits, config(tmp_path / "run"), ROWS, None, tokenizer)
-    drawn = [row["target"] for g in range(3) for row in trainer._train_rows(g)]  # 12 draws from 6 rows
+    drawn = [row["target"] for g in range(3) for row in trainer.batches.rows(g)]  # 12 draws from 6 rows
     assert sorted(drawn[:6]) == sorted(drawn[6:]) == [1, 2, 3, 4, 5, 6]
-    assert drawn == [row["target"] for g in range(3) for row in trainer._train_rows(g)]
+    assert drawn == [row["target"] for g in range(3) for row in trainer.batches.rows(g)]
 
 
 def test_fresh_rows_from_a_function(tmp_path, model):

@@ -6,9 +6,9 @@ __getattr__, __dir__ = lazily(
     __name__,
     {
         "ES": "es",
-        "Member": "es",
-        "Population": "es",
-        "member_seed": "es",
+        "Member": "population",
+        "Population": "population",
+        "member_seed": "population",
         "coefficients": "es",
         "perturbed": "perturbation",
         "zscore": "shaping",

@@ -7,15 +7,14 @@ the shaped rewards of N members theta + sigma eps_n, and 1/sigma is absorbed int
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from ..core.finite import check_finite
-from ..core.noise import DOMAINS, check_int, check_seed, philox
+from ..core.noise import check_int, check_seed
 from ..core.ops import get_backend
 from ..core.plan import Plan
 from ..distributed.team import SharedUpdates, Team
@@ -27,25 +26,9 @@ from ..utils.names import ROUNDINGS
 from ..utils.settings import check_positive as _check_positive
 from .buffers import Buffers
 from .history import History
+from .population import Member, Population, member_seed
 from .shaping import SHAPINGS, centered_rank, zscore  # noqa: F401
 from .weights import MODES, InplaceWeights, automatic
-
-
-def member_seed(seed: int, generation: int, index: int) -> int:
-    """The 64-bit noise seed of one member (of one pair, if mirrored): Philox of (generation, index) under the run's
-    seed, in a domain of its own."""
-    words = philox(seed, np.uint64(generation << 32 | index), 0, DOMAINS["member_seeds"])
-    return int(words[0]) | int(words[1]) << 32
-
-
-@dataclass
-class Member:
-    """One perturbed model: theta + sign * sigma * noise(seed). Set `reward` (higher is better) in the loop's body."""
-
-    index: int
-    seed: int
-    sign: int
-    reward: float | None = None
 
 
 def coefficients(members: Sequence[Member], shaped: Sequence[float], lr: float) -> tuple[list[int], list[float]]:
@@ -307,57 +290,6 @@ class ES:
                 f"{what}: the weights were changed since ES last wrote them, by something else (load_state_dict?); ES "
                 "would undo that. Make a new ES of the model as it is"
             )
-
-
-class Population:
-    """The members of one generation, each in place while the body of the loop runs.
-
-    From one member to the next there is one pass over the weights; they are restored after the last, on break, return
-    or an exception. Leaving a `for` loop early restores at once on CPython, which closes the abandoned iterator; the
-    `with` form doesn't lean on that.
-    """
-
-    def __init__(self, es: ES, members: list[Member]):
-        self._es, self.members = es, members
-
-    def __iter__(self) -> Iterator[Member]:
-        es, mine = self._es, []
-        try:
-            for index in es.team.members(es._turn, len(self.members)):
-                member = self.members[index]
-                if self.members is not es.members:
-                    raise BadState("this population is of the past; ask for a new one with es.population()")
-                if es._inside is not (mine[-1] if mine else None):
-                    raise BadState("population: this loop was left, or another loop has its member in place")
-                mine.append(member)
-                es._mine.append(member)
-                es._enter(member)
-                yield member
-        finally:
-            try:
-                self._leave(mine)
-            except KeyboardInterrupt:  # pressed on the way to restoring, before ES._leave could see to it
-                self._leave(mine)
-                raise
-
-    def __len__(self) -> int:
-        return len(self.members)
-
-    def __enter__(self) -> Population:
-        return self
-
-    def __exit__(self, *exc) -> None:
-        try:
-            self._leave(self.members)
-        except KeyboardInterrupt:
-            self._leave(self.members)
-            raise
-
-    def _leave(self, members: Sequence[Member]) -> None:
-        # not the member of a later loop: an abandoned iterator may be closed at any time
-        inside = self._es._inside
-        if inside is not None and id(inside) in map(id, members):
-            self._es._leave()
 
 
 def _check_shaping(shaping) -> Callable[[Sequence[float]], list[float]]:

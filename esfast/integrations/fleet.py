@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from ..core.plan import Plan
-from ..es.es import ES, Member
+from ..es.es import ES
+from ..es.population import Member, Population
 from ..rewards.scorer import RewardFunc
 from ..trainer.config import ESConfig
 from ..trainer.trainer import ESTrainer
@@ -85,6 +86,25 @@ class FleetWeights:
         return False
 
 
+class FleetEvaluator:
+    """The MemberEvaluator whose members the engines of a fleet make, several at a time."""
+
+    def __init__(self, fleet: Fleet):
+        self.engine = fleet
+
+    @property
+    def tokens(self) -> int:
+        return self.engine.tokens
+
+    def evaluate(
+        self, members: Population, prompts: Sequence[str], seeds: Sequence[int] | None
+    ) -> Iterator[tuple[Member, list[str]]]:
+        yield from self.engine.members(list(members.handed_out()), members.sigma, prompts, seeds)
+
+    def close(self) -> None:
+        self.engine.close()
+
+
 class FleetES(ES):
     modes = {name: type(f"Fleet_{name}", (FleetWeights,), {"mode": name}) for name in ("base", "master", "host")}
 
@@ -138,14 +158,13 @@ class FleetTrainer(ESTrainer):
         fleet.prompts.length_setting = "max_completion_length"
         try:
             super().__init__(
-                FleetPlan(fleet), reward_funcs, args, processing_class=fleet.prompts.tokenizer, engine=fleet, **others
+                FleetPlan(fleet),
+                reward_funcs,
+                args,
+                processing_class=fleet.prompts.tokenizer,
+                evaluator=FleetEvaluator(fleet),
+                **others,
             )
         except BaseException:
             fleet.close()
             raise
-
-    def _answers(self, texts: list[str], seeds: Sequence[int] | None) -> Iterator[tuple[Member, list[str]]]:
-        members = self.es.population().members
-        for answer in self.engine.members(members, self.es.sigma, texts, seeds):
-            self.clock.lap("generate")  # perturbing and restoring, which engines do, are in it
-            yield answer

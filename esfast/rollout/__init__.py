@@ -9,5 +9,7 @@ __getattr__, __dir__ = lazily(
         "TransformersEngine": "engine",
         "CallableEngine": "engine",
         "as_engine": "engine",
+        "MemberEvaluator": "evaluator",
+        "SequentialEvaluator": "evaluator",
     },
 )

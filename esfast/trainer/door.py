@@ -7,9 +7,13 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 
 from ..rewards.scorer import RewardFunc
+from ..rollout import adapters
+from ..rollout.engine import TransformersEngine, as_engine
+from ..rollout.evaluator import MemberEvaluator, SequentialEvaluator
 from ..rollout.models import load_model, load_tokenizer
 from ..utils.errors import BadType, BadValue
 from ..utils.unwrap import unwrap
+from .config import ESConfig
 
 
 def open_model(model):
@@ -33,6 +37,28 @@ def open_tokenizer(processing_class, model):
         tokenizer = copy.copy(tokenizer)
         tokenizer.chat_template = template
     return tokenizer
+
+
+def open_evaluator(evaluator: MemberEvaluator | None, engine, model, tokenizer, config: ESConfig) -> MemberEvaluator:
+    """The evaluator that is given, or one that asks the members one after another: of the engine that is given, or of
+    one for the model. TypeError if both are given, or what is given is neither."""
+    if evaluator is not None:
+        if engine is not None:
+            raise BadType("evaluator: it has an engine of its own; give either an evaluator or an engine")
+        if not callable(getattr(evaluator, "evaluate", None)) or not hasattr(evaluator, "engine"):
+            raise BadType(
+                "evaluator: expected an object with evaluate(members, prompts, seeds) and an engine "
+                f"(esfast.rollout.MemberEvaluator), got {type(evaluator).__name__}"
+            )
+        return evaluator
+    if engine is not None:
+        return SequentialEvaluator(as_engine(engine))
+    adapters.check_generates(model)
+    made = TransformersEngine(
+        model, tokenizer, config.max_completion_length, config.batch_size, config.temperature or 1.0, config.decoding
+    )
+    made.prompts.length_setting = "max_completion_length"
+    return SequentialEvaluator(made)
 
 
 def open_rewards(

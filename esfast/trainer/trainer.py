@@ -12,8 +12,7 @@ import functools
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,21 +20,22 @@ from tqdm import tqdm
 
 from ..core.plan import Plan
 from ..distributed.team import Team
-from ..es.es import ES, Member
-from ..rewards.scorer import RewardError, RewardFunc, Scorer, check_metrics, combine, judge
+from ..es.es import ES
+from ..es.population import Member
+from ..rewards.scorer import RewardError, RewardFunc, Scorer, Scores, check_metrics, combine, judge
 from ..rollout import adapters, chat
-from ..rollout.engine import TransformersEngine, as_engine
-from ..rollout.prompts import check_prompts
-from ..rollout.sampling import LogitsError, response_seeds
-from ..tasks.base import draw
+from ..rollout.engine import Engine
+from ..rollout.evaluator import MemberEvaluator
 from ..utils.errors import BadType, BadValue
 from ..utils.files import check_writable
 from ..utils.interrupts import Stops, stoppable
 from ..utils.rows import Rows, check_rows
 from ..utils.stats import mean
+from .batches import Batch, Batches
 from .clock import Clock, account
 from .config import ESConfig
-from .door import open_model, open_rewards, open_tokenizer
+from .door import open_evaluator, open_model, open_rewards, open_tokenizer
+from .held_out import HeldOut, nonsense
 from .identity import check as check_identity
 from .identity import identity as identity_of
 from .kl import KLToBase
@@ -69,7 +69,8 @@ class ESTrainer(SavesLikeTRL):
         peft_config: a PEFT configuration (optional); its adapters are put into the model. Of a PeftModel, made this way
             or given as `model`, the weights that require a gradient are tuned, unless args.include selects others.
         engine: generates the completions: a function from prompts to completions or an esfast.rollout.Engine. Default:
-            TransformersEngine.
+            TransformersEngine. It is asked member after member.
+        evaluator: asks the members instead: an esfast.rollout.MemberEvaluator, which has an engine of its own.
         team: the processes that train together (Team.join()), each with a model of its own or a part of one (see
             esfast.distributed.tensor_parallel). Default: this process alone.
 
@@ -91,9 +92,10 @@ class ESTrainer(SavesLikeTRL):
         eval_dataset: Rows | None = None,
         processing_class=None,
         metrics: Mapping[str, RewardFunc] | None = None,
-        engine=None,
+        engine: Engine | Callable[..., Sequence[str]] | None = None,
         peft_config=None,
         team: Team | None = None,
+        evaluator: MemberEvaluator | None = None,
     ):
         self.args = args if args is not None else ESConfig()
         if not isinstance(self.args, ESConfig):
@@ -101,9 +103,7 @@ class ESTrainer(SavesLikeTRL):
         self.args.check()
         self.metrics = check_metrics(metrics)
         self.reward_funcs, self.reward_weights = open_rewards(reward_funcs, self.metrics, self.args.reward_weights)
-        if callable(train_dataset):  # a batch that was looked at is the one that is trained on
-            self._fresh_rows = functools.lru_cache(1)(train_dataset)
-        else:
+        if not callable(train_dataset):
             train_dataset = check_rows("train_dataset", train_dataset)
         eval_dataset = check_rows("eval_dataset", eval_dataset, required=False)
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
@@ -122,16 +122,10 @@ class ESTrainer(SavesLikeTRL):
         adapters.check(model)
         include = c.include or adapters.patterns(model)
         self.model, self.processing_class = model, processing_class
-        if engine is None:
-            adapters.check_generates(model)
-        self.engine = as_engine(engine) if engine is not None else TransformersEngine(
-            model, processing_class, c.max_completion_length, c.batch_size, c.temperature or 1.0, c.decoding
-        )  # fmt: skip
-        if engine is None:
-            self.engine.prompts.length_setting = "max_completion_length"
-        for what, rows in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
-            if rows is not None and not callable(rows):
-                check_prompts(what, rows, self._texts, self.engine, c.progress and self.team.rank == 0)
+        self.evaluator = open_evaluator(evaluator, engine, model, processing_class, c)
+        self.engine = self.evaluator.engine
+        self.batches = Batches(train_dataset, c, processing_class)
+        self.batches.check(self.engine, eval_dataset, c.progress and self.team.rank == 0)
         self._evaluates = self.team.rank < self.team.shards  # process 0, with those that hold its model's other shards
         workers = c.reward_workers if self.team.leads else 0
         self.scorer = Scorer([*self.reward_funcs, *self.metrics.values()], workers, c.reward_timeout)
@@ -158,8 +152,16 @@ class ESTrainer(SavesLikeTRL):
                 check_identity(self.folder.read_identity(), self.identity)
             self.folder.prepare()
         adapters.begin(self.model, self.folder.adapter, resume and self.folder.begun(), self.team.rank == 0)
-        kl = c.kl_to_base and self._evaluates
-        self.kl = KLToBase(self.model, self.processing_class, c.max_completion_length) if kl else None
+        kl = None
+        if c.kl_to_base and self._evaluates:
+            kl = KLToBase(self.model, self.processing_class, c.max_completion_length)
+        scores = functools.partial(judge, self.scorer, self.reward_funcs, self.reward_weights, self.metrics,
+                                   skip=c.on_reward_error == "skip")  # fmt: skip
+        self.held_out = None
+        if self.eval_dataset is not None:
+            self.held_out = HeldOut(
+                self.eval_dataset, self.batches.texts, self.engine, scores, kl, self.folder, c.samples
+            )
         self.movement = Movement(plan)
         self.es = self.es_class(
             plan, c.sigma, c.lr, c.population_size, c.seed, c.mirrored, c.noise, c.shaping, c.weights,
@@ -199,7 +201,7 @@ class ESTrainer(SavesLikeTRL):
         finally:
             self.recorder.close()
             self.scorer.close()
-            self.engine.close()
+            self.evaluator.close()
             self.folder.release()
         return self.summary
 
@@ -228,7 +230,8 @@ class ESTrainer(SavesLikeTRL):
     def _generations(self) -> None:
         c, recorder, leads = self.args, self.recorder, self.team.rank == 0
         self.clock = recorder.clock = Clock(self.es.plan.device)
-        self._check_first_batch()
+        if self.es.generation < c.generations:
+            self.batches.check_fresh(self.engine, self.es.generation, c.progress)
         if self._evaluates:
             self._open()
         with tqdm(total=c.generations, initial=self.es.generation, unit="gen", disable=not (c.progress and leads),
@@ -269,42 +272,51 @@ class ESTrainer(SavesLikeTRL):
         return json.loads(self.team.tell(f"{self._run}: {self._told}", lambda: json.dumps(value()).encode()))
 
     def _generation(self) -> dict[str, Any]:
-        generation, c = self.es.generation, self.args
-        self.clock.lap("other")
-        before, tokens, journal = dict(self.clock.seconds), self._tokens(), self.es.journal_seconds
-        rows = [row for row in self._train_rows(generation) for _ in range(c.num_generations)]
-        texts = self._texts(rows)
-        seeds = None  # greedy
-        if c.temperature > 0:  # the same for every member: they differ by their weights alone
-            seeds = response_seeds(c.seed, generation, len(rows) // c.num_generations, c.num_generations)
+        """One generation: asks the members, scores what they say, takes the step. Returns its row of metrics."""
+        generation, clock = self.es.generation, self.clock
+        clock.lap("other")
+        before, tokens, journal = dict(clock.seconds), self.evaluator.tokens, self.es.journal_seconds
+        batch = self.batches(generation)
         self.es.sigma, self.es.lr = self.args.rates(generation)
-        self.clock.lap("other")
-        scores = []  # workers score a member while the next one generates
-        with contextlib.closing(self._answers(texts, seeds)) as answers:
-            for member, responses in answers:
-                if self.team.leads:  # one of the processes that hold a model together
-                    answered = chat.answered(rows, responses)
-                    scores.append((member, self.scorer.submit(self.reward_funcs, *answered)))
-                self._stops.check()
-                self.clock.lap("score")
-        self.clock.lap("perturb")
-        for member, rewards in scores:
-            member.reward = self._reward(member, rewards)
-        self.clock.lap("wait")
-        record = self.es.step(set_aside=c.on_reward_error == "skip")
-        self.clock.lap("update")
-        self.clock.move(self.es.journal_seconds - journal, "update", "journal")
+        clock.lap("other")
+        scored = self._ask_members(batch)
+        for member, scores in scored:
+            member.reward = self._reward(member, scores)
+        clock.lap("wait")
+        record = self.es.step(set_aside=self.args.on_reward_error == "skip")
+        clock.lap("update")
+        clock.move(self.es.journal_seconds - journal, "update", "journal")
         drift = self.es.drift()
-        self.clock.lap("other")
-        seconds, tokens = self.clock.since(before), self._tokens() - tokens
+        clock.lap("other")
+        seconds, tokens = clock.since(before), self.evaluator.tokens - tokens
         return ({} if drift is None else {"drift": drift}) | self.movement.norms() | {
             **of_rewards(record), "seconds": sum(seconds.values()), **{f"seconds_{k}": v for k, v in seconds.items()},
             **account(seconds, tokens),
         }  # fmt: skip
 
-    def _reward(self, member: Member, rewards: Future) -> float | None:
+    def _ask_members(self, batch: Batch) -> list[tuple[Member, Scores]]:
+        """This process's members, with scores that may still be in the making: workers score a member while the next
+        one generates. After it the weights are as before."""
+        scored = []
+        with self.es.population() as members:
+            members.on_placed = lambda: self.clock.lap("perturb")
+            with contextlib.closing(self.evaluator.evaluate(members, batch.texts, batch.seeds)) as answers:
+                for member, completions in answers:
+                    self.clock.lap("generate")
+                    if isinstance(completions, Exception):
+                        whose = f"member {member.index} of generation {self.es.generation} (sigma {self.es.sigma:g})"
+                        self._set_aside(member, nonsense(whose))
+                    elif self.team.leads:  # one of the processes that hold a model together
+                        answered = chat.answered(batch.rows, completions)
+                        scored.append((member, self.scorer.submit(self.reward_funcs, *answered)))
+                    self._stops.check()
+                    self.clock.lap("score")
+        self.clock.lap("perturb")
+        return scored
+
+    def _reward(self, member: Member, scores: Scores) -> float | None:
         try:
-            return mean(combine(rewards.result(), self.reward_weights))
+            return mean(combine(scores.result(), self.reward_weights))
         except RewardError as error:
             self._set_aside(member, error)
             return None
@@ -315,66 +327,12 @@ class ESTrainer(SavesLikeTRL):
             raise error
         log.warning("member %d of generation %d is set aside: %s", member.index, self.es.generation, error)
 
-    def _answers(self, texts: list[str], seeds: Sequence[int] | None) -> Iterator[tuple[Member, list[str]]]:
-        """This process's members of the population, each with its responses."""
-        with self.es.population() as members:
-            for member in members:
-                self.clock.lap("perturb")
-                whose = f"member {member.index} of generation {self.es.generation} (sigma {self.es.sigma:g})"
-                try:
-                    responses = self._generate(texts, seeds, whose)
-                except LogitsError as error:
-                    self._set_aside(member, error)
-                    continue
-                self.clock.lap("generate")
-                yield member, responses
-
-    def _texts(self, rows: Rows) -> list[str]:
-        return chat.texts(rows, self.processing_class, self.args.chat_template_kwargs)
-
-    def _check_first_batch(self) -> None:
-        """Checks the first batch of fresh rows. Rows of a fixed dataset were all checked before."""
-        if callable(self.train_dataset) and self.es.generation < self.args.generations:
-            rows = self._train_rows(self.es.generation)
-            check_prompts("train_dataset", rows, self._texts, self.engine, self.args.progress)
-
-    def _train_rows(self, generation: int) -> Rows:
-        count = self.args.prompts_per_generation
-        if callable(self.train_dataset):
-            return check_rows(f"train_dataset({generation}, {count})", self._fresh_rows(generation, count))
-        return draw(self.train_dataset, generation, count, self.args.seed)
-
-    def _generate(self, texts: list[str], seeds: Sequence[int] | None, whose: str) -> list[str]:
-        try:
-            return self.engine.generate(texts) if seeds is None else self.engine.generate(texts, seeds)
-        except LogitsError:
-            raise LogitsError(
-                f"{whose} gives logits that are not numbers (NaN or infinite): lower sigma, or lr"
-            ) from None
-
-    def _tokens(self) -> int:
-        return getattr(self.engine, "tokens", 0)
-
     def _evaluate(self) -> dict[str, float]:
-        if self.eval_dataset is None:
+        if self.held_out is None:
             return {}
         began = self.clock.seconds.get("evaluate", 0.0)
-        texts = self._texts(self.eval_dataset)
         with self.team.working():
-            responses = self._generate(texts, None, f"the model after generation {self.es.generation}")
-            # needs the model, so it can't be scored elsewhere
-            named = {} if self.kl is None else {"kl_to_base": self.kl(texts, responses)}
-            found = self._tell(lambda: self._score(texts, responses, named))
+            found = self.held_out(self.es.generation, self._tell)
         self._stops.check()
         self.clock.lap("evaluate")
         return found | {"evaluate_seconds": self.clock.seconds["evaluate"] - began}
-
-    def _score(self, texts: list[str], responses: list[str], named: dict[str, list]) -> dict[str, float]:
-        c, answered = self.args, chat.answered(self.eval_dataset, responses)
-        scores, figures = judge(self.scorer, self.reward_funcs, self.reward_weights, self.metrics, *answered,
-                                skip=c.on_reward_error == "skip")  # fmt: skip
-        for text, response, *each in list(zip(texts, responses, *scores, strict=True))[: c.samples]:
-            self.folder.append_samples({"generation": self.es.generation, "prompt": text, "completion": response,
-                                        "rewards": each})  # fmt: skip
-        return figures | {f"eval_{name}": mean(values) for name, values in named.items()} | {
-            "eval_length": mean(list(map(len, responses)))}  # fmt: skip

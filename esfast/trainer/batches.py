@@ -1,0 +1,64 @@
+"""The prompts of a generation: rows, the texts that a model gets of them, and the seeds of sampled responses."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from ..rollout import chat
+from ..rollout.engine import Engine
+from ..rollout.prompts import check_prompts
+from ..rollout.sampling import response_seeds
+from ..tasks.base import draw
+from ..utils.rows import Rows, check_rows
+from .config import ESConfig
+
+
+class Batch(NamedTuple):
+    """What every member of a generation is asked: row i has text i, and seed i if responses are sampled."""
+
+    rows: list[dict]
+    texts: list[str]
+    seeds: Sequence[int] | None
+
+
+class Batches:
+    """The batches of a run, decided by its seed and the generation's number.
+
+    dataset    rows, drawn without repetition until all were used; or a function (generation, count) -> rows
+    tokenizer  whose template turns chats into texts
+    """
+
+    def __init__(self, dataset: Rows | Callable[[int, int], Rows], config: ESConfig, tokenizer):
+        self._dataset, self._config, self._tokenizer = dataset, config, tokenizer
+        if callable(dataset):  # a batch that was looked at is the one that is trained on
+            self._fresh_rows = functools.lru_cache(1)(dataset)
+
+    def __call__(self, generation: int) -> Batch:
+        c = self._config
+        rows = [row for row in self.rows(generation) for _ in range(c.num_generations)]
+        seeds = None
+        if c.temperature > 0:  # the same for every member: they differ by their weights alone
+            seeds = response_seeds(c.seed, generation, len(rows) // c.num_generations, c.num_generations)
+        return Batch(rows, self.texts(rows), seeds)
+
+    def rows(self, generation: int) -> Rows:
+        count = self._config.prompts_per_generation
+        if callable(self._dataset):
+            return check_rows(f"train_dataset({generation}, {count})", self._fresh_rows(generation, count))
+        return draw(self._dataset, generation, count, self._config.seed)
+
+    def texts(self, rows: Rows) -> list[str]:
+        return chat.texts(rows, self._tokenizer, self._config.chat_template_kwargs)
+
+    def check(self, engine: Engine, eval_dataset: Rows | None, progress: bool) -> None:
+        """Looks at all prompts of data that is there before the run begins; ValueError names the row."""
+        for what, rows in (("train_dataset", self._dataset), ("eval_dataset", eval_dataset)):
+            if rows is not None and not callable(rows):
+                check_prompts(what, rows, self.texts, engine, progress)
+
+    def check_fresh(self, engine: Engine, generation: int, progress: bool) -> None:
+        """Looks at the next batch of a function's rows, which nobody has seen before."""
+        if callable(self._dataset):
+            check_prompts("train_dataset", self.rows(generation), self.texts, engine, progress)
