@@ -41,7 +41,7 @@ SILENCE = 30.0  # seconds without one after which it is taken for dead
 GRACE = 10.0  # seconds that other processes then have to notice
 
 
-class Stopped(RuntimeError):
+class Stopped(BadState):
     """Another process failed or died; the message names it."""
 
 
@@ -344,8 +344,8 @@ class SharedUpdates:
         )
         self.chosen = best.decode()
         if found:
-            log.warning("updates: %s (every process all of it: %.3g s, its share and a broadcast: %.3g s)",
-                        self.chosen, *worst)  # fmt: skip
+            told = "updates: %s (every process all of it: %.3g s, its share and a broadcast: %.3g s)"
+            log.info(told, self.chosen, *worst)
 
 
 def shares(sizes: list[int], count: int) -> list[tuple[int, int]]:

@@ -31,7 +31,7 @@ FAILURES = (Exception, SystemExit, GeneratorExit, asyncio.CancelledError, Keyboa
 RESERVED = ("reward", "reward_se", "length", "kl_to_base", "generation", "seconds")
 
 
-class RewardError(ValueError):
+class RewardError(BadValue):
     """A reward function raised, exited, took too long, or did not return one finite number for each completion. The
     message begins with the function's name."""
 

@@ -13,6 +13,8 @@ import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
+from .errors import FileTaken
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -26,7 +28,7 @@ _POLL = 0.1
 _UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
 
 
-class InUse(FileExistsError):
+class InUse(FileTaken):
     """Another trainer, in this or another process, owns the run."""
 
 
