@@ -1,2 +1,2 @@
-"""esfast underneath other people's training code: a module for each, which imports what it integrates with and nothing
-else of this folder's friends. docs/how-to/coming-from.md shows each, before and after."""
+"""Puts esfast underneath other training code. There is a module for each library, which imports that library only.
+docs/how-to/coming-from.md and docs/how-to/vllm.md show each, before and after."""

@@ -1,7 +1,7 @@
 """ES with the loop of evosax, EvoTorch and cma: ask for candidates, evaluate them, tell their fitness.
 
-Those libraries hand out flat vectors, which their users copy into a model. Here a candidate is a seed; the model's
-weights become it for the time of a `with` block, and no vector is ever made.
+Those libraries return flat vectors, which their users copy into a model. Here a candidate is a seed. In a `with` block
+the model's weights are the candidate's; no vector is ever made.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..utils.errors import BadState, BadValue
 
 
 class Candidate:
-    """A member of the population that was asked for. In `with candidate:` the model is that member."""
+    """A member of the population. Inside `with candidate:` the model is that member."""
 
     def __init__(self, es: ES, member: Member):
         self._es, self.member = es, member
@@ -53,7 +53,7 @@ class AskTell:
             es.tell(candidates, losses)
 
     Args:
-        model: as for `esfast.ES`, which takes all further arguments.
+        model: as for `esfast.ES`. All further arguments go to `esfast.ES`.
         maximize: whether higher fitness is better; cma and evosax minimise.
 
     Attributes: `es`, the ES underneath.
@@ -64,15 +64,16 @@ class AskTell:
         self._asked: list[Candidate] = []
 
     def ask(self) -> list[Candidate]:
-        """The candidates of this generation, population_size of them; asked again before `tell`, they are the same."""
+        """The candidates of this generation, population_size of them. Before `tell`, it returns the same ones again."""
         self._asked = [Candidate(self.es, m) for m in self.es.population().members]
         return list(self._asked)
 
     def tell(self, candidates: Sequence[Candidate], fitness: Sequence[float]):
-        """Moves the weights by one ES step and returns what it did (`esfast.update.Generation`).
+        """Takes one ES step and returns its record (`esfast.update.updater.Generation`).
 
-        Raises ValueError if candidates are not those that were asked for, each once and in any order, or if a fitness
-        is missing or not finite. Weights are untouched.
+        Raises:
+            ValueError: the candidates are not those of `ask`, each once and in any order; or a fitness is missing or
+                not finite. No weight has changed.
         """
         candidates, values = list(candidates), [_number(f) for f in fitness]
         if sorted(map(id, candidates)) != sorted(map(id, self._asked)) or not candidates:

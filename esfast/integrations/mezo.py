@@ -1,8 +1,8 @@
 """MeZO (Malladi et al., arXiv 2305.17333) on esfast's noise: two functions, and a mixin for transformers.Trainer.
 
-MeZO perturbs in place by +1, -2 and +1 times eps * z, redrawing z each time, and then steps along z by the projected
-gradient (L+ - L-) / (2 eps). Rounding makes the weights after the three moves differ from those before; here each is
-one fused pass that writes the weights from a base, so they are the same bits.
+MeZO perturbs in place by +1, -2 and +1 times eps * z, draws z again each time, and then steps along z by the projected
+gradient (L+ - L-) / (2 eps). Because of rounding, the weights after its three moves differ from those before. Here each
+move is one fused pass that writes the weights from a base, so they come back to the bit.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ NOT_DECAYED = ("bias", "layer_norm", "layernorm")  # as in MeZO: weights with th
 class ZOParameters:
     """The weights that MeZO changes, and how they are perturbed.
 
-    Weights that others write between two steps (a checkpoint that is loaded, an averaging callback) are followed: the
-    next step starts from them. Writes through `.data` can't be seen, and need a call of `refresh`.
+    If something else writes the weights between two steps (loading a checkpoint, an averaging callback), the next step
+    starts from the new weights. Writes through `.data` can't be detected: call `refresh` after them.
 
     Args:
-        model: an nn.Module (those of its parameters that require grad), a Plan, or an iterable of (name, tensor).
+        model: an nn.Module (its parameters that require a gradient), a Plan, or an iterable of (name, tensor).
         zo_eps: size of the perturbation. > 0.
         weights: "base" (exact; one copy of the weights), "master" (exact, updates in float32), "host" or "inplace" (no
             copy, and the rounding errors of MeZO); see esfast.es.weights.
@@ -70,7 +70,7 @@ class ZOParameters:
         ]
 
     def refresh(self) -> None:
-        """The weights as they are now, with no noise in place, are those to go on from."""
+        """Takes the present weights as the new base. Call it when no noise is in place."""
         for offsets, _ in self.groups:
             if offsets.terms:
                 raise BadState(f"refresh: the noise of seed {next(iter(offsets.terms))} is still in place")
@@ -80,7 +80,7 @@ class ZOParameters:
 def zo_perturb_parameters(parameters: ZOParameters, random_seed: int, scaling_factor: float = 1) -> None:
     """Adds scaling_factor * zo_eps * noise(random_seed) to the weights, in one pass.
 
-    Factors add up: after +1, -2 and +1 the weights are the same bits as before ("inplace": nearly).
+    Factors add up: after +1, -2 and +1 the weights have the same bits as before ("inplace": nearly).
     """
     for offsets, _ in parameters.groups:
         offsets.add(random_seed, scaling_factor * parameters.zo_eps)
@@ -94,9 +94,12 @@ def zo_update(
 ) -> None:
     """Moves the weights by -learning_rate * (projected_grad * noise(random_seed) + weight_decay * weights).
 
-    One pass. Several seeds, each with its gradient, make the step along their mean. Raises RuntimeError while a
-    perturbation is in place, TypeError or ValueError for what `add_noise_` refuses (a gradient that is not finite);
-    weights are untouched.
+    It is one pass. With several seeds, each with its gradient, the step is along their mean.
+
+    Raises:
+        RuntimeError: a perturbation is in place.
+        TypeError, ValueError: `add_noise_` refuses an argument, for example a gradient that is not finite. No weight
+            has changed.
     """
     several = isinstance(random_seed, Sequence)
     seeds, grads = (list(random_seed), list(projected_grad)) if several else ([random_seed], [projected_grad])
@@ -113,7 +116,7 @@ def zo_update(
 
 
 class ZOOptimizer(torch.optim.Optimizer):
-    """What a Trainer steps: its learning rate is a schedule's to set, its step is the trainer's `zo_update`."""
+    """The optimizer that a Trainer sees. A schedule sets its learning rate; its step is the trainer's `zo_update`."""
 
     def __init__(self, trainer: MeZOMixin, parameters: list[torch.nn.Parameter], lr: float):
         super().__init__(parameters, {"lr": lr})
@@ -126,13 +129,13 @@ class ZOOptimizer(torch.optim.Optimizer):
 class MeZOMixin:
     """Makes a transformers.Trainer train by MeZO: `class MyTrainer(MeZOMixin, Trainer): pass`.
 
-    Forward passes only, in eval mode and without gradients; batches, schedules, logging, checkpoints and callbacks
-    remain the Trainer's. With gradient_accumulation_steps=n a step is along the mean of n seeds. In front of a
-    MeZO trainer that has a loop of its own (`class MyTrainer(MeZOMixin, OurTrainer)`), it takes the place of
-    zo_perturb_parameters and zo_update, whose arguments and attributes (zo_random_seed, projected_grad) it keeps.
+    It runs forward passes only, in eval mode and without gradients. Batches, schedules, logging, checkpoints and
+    callbacks remain the Trainer's. With gradient_accumulation_steps=n a step is along the mean of n seeds. In front of
+    a MeZO trainer with a loop of its own (`class MyTrainer(MeZOMixin, OurTrainer)`), it replaces zo_perturb_parameters
+    and zo_update, and keeps their arguments and attributes (zo_random_seed, projected_grad).
 
-    Attributes: zo_eps (a `zo_eps` in the TrainingArguments goes first), zo_weights and zo_noise, as in ZOParameters.
-    Seeds are a function of args.seed and the step, so a resumed run draws what an unbroken one draws.
+    Attributes: zo_eps (overridden by a `zo_eps` in the TrainingArguments), zo_weights and zo_noise, as in ZOParameters.
+    Seeds are a function of args.seed and the step, so a resumed run draws the same seeds as an unbroken one.
     """
 
     zo_eps = 1e-3
@@ -172,9 +175,9 @@ class MeZOMixin:
         return self.accelerator.gather(loss.detach()).mean()
 
     def zo_step(self, model, inputs) -> torch.Tensor:
-        """Both forward passes; sets zo_random_seed and projected_grad, leaves the weights as they were, and returns
-        the loss at +eps. ValueError if a loss is NaN or infinite, RuntimeError if the model has other parameters than
-        when the training began."""
+        """Does both forward passes and sets zo_random_seed and projected_grad; returns the loss at +eps. The weights
+        are as before. ValueError if a loss is NaN or infinite; RuntimeError if the model's parameters were replaced
+        since the training began."""
         plain = self.accelerator.unwrap_model(self.model)
         if name := missing_parameter(plain, *zip(*self.zo_parameters.tensors, strict=True)):
             raise BadState(
@@ -201,7 +204,7 @@ class MeZOMixin:
     # ---- what transformers.Trainer calls ---------------------------------------------------------------------------
 
     def train(self, *args, **kwargs):
-        """Starts from the weights, the model and the arguments of now, whatever an earlier call left."""
+        """Trains from the present weights, model and arguments, whatever an earlier call left."""
         self._zo, self._zo_pending = None, []
         return super().train(*args, **kwargs)
 
@@ -217,6 +220,6 @@ class MeZOMixin:
         return loss / getattr(self, "current_gradient_accumulation_steps", self.args.gradient_accumulation_steps)
 
     def zo_apply(self, lr: float) -> None:
-        """Steps along all batches since the last step."""
+        """Steps along the seeds of all batches since the last step."""
         pending, self._zo_pending = self._zo_pending, []
         zo_update(self.zo_parameters, *map(list, zip(*pending, strict=True)), lr)

@@ -1,4 +1,4 @@
-"""Noise that is added to weights and taken away again by separate calls, as MeZO and es-at-scale do it."""
+"""Noise that separate calls add to weights and take away again, as in MeZO and es-at-scale."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ from ..utils.interrupts import held
 
 
 class Offsets:
-    """Weights plus sum_j coeffs[j] * noise(seeds[j]), whose terms come and go one call at a time.
+    """Weights plus sum_j coeffs[j] * noise(seeds[j]), where each call changes one term.
 
-    Where code adds +1, -2 and +1 times the noise and rounds thrice, here the coefficients are added up and the weights
-    are written anew from the base, in one pass: they are the rounded sum at any time, and when all terms have cancelled
-    they are the base, to the bit.
+    Other code adds +1, -2 and +1 times the noise, and rounds three times. Here the coefficients of a seed are added up,
+    and the weights are written from the base in one pass. So the weights are the sum, rounded once, at any time; and
+    when all terms have cancelled, they are the base, to the bit.
 
-    mode: one of esfast.es.weights, which says where the base is. Several seeds at once need a mode with a base on the
-        device (base, master).
-    on_change: called before noise is added to clean weights that somebody else has written; default: they become the
-        base.
+    mode: a weight mode of esfast.es.weights. Several seeds at once need a mode with a base on the device (base,
+    master). on_change: called before noise is added to weights that something else has written. Default: these become
+    the base.
     """
 
     def __init__(self, mode, on_change: Callable[[], None] | None = None):
@@ -26,7 +25,7 @@ class Offsets:
         self.terms: dict[int, float] = {}  # coefficient by seed, in the order of their first call
 
     def add(self, seed: int, coeff: float) -> None:
-        """Adds coeff * noise(seed). ValueError or TypeError for what `add_noise_` refuses; weights are untouched."""
+        """Adds coeff * noise(seed). ValueError or TypeError if `add_noise_` refuses it; no weight has then changed."""
         self.follow()
         terms = {**self.terms, seed: self.terms.get(seed, 0.0) + coeff}
         terms = {s: c for s, c in terms.items() if c != 0}
@@ -40,12 +39,12 @@ class Offsets:
             self.terms = terms
 
     def follow(self) -> None:
-        """If nothing is in place, sees to it that the base is what the weights are."""
+        """If no noise is in place, makes the base equal to the weights."""
         if not self.terms and self.mode.changed_elsewhere():
             self._on_change()
 
     def clear(self) -> None:
-        """Takes all of it away."""
+        """Takes all noise away."""
         with held():
             self.mode.restore()
             self.terms = {}

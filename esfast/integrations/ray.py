@@ -1,8 +1,8 @@
-"""N vLLM engines as Ray actors, trained by one process: members are handed out as engines become free.
+"""N vLLM engines as Ray actors, trained by one process. An engine gets its next member as soon as it is free.
 
-Between generations nothing but seeds and coefficients goes to the engines, and nothing but text comes back. Every
-engine applies every update, so all of them, and the Hugging Face model that `replay` makes of the journal, hold the
-same weights to the bit. An engine that dies loses nothing: the member that it was at is done by another.
+Only seeds, coefficients and prompts go to the engines, and only text comes back. Every engine applies every update, so
+all engines hold the same weights to the bit, and so does the Hugging Face model that `replay` makes from the journal.
+If an engine dies, another engine does its member.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ CHUNK = 256  # prompts of an evaluation that go to an engine at once, however ma
 
 
 class Fleet:
-    """The engines. Completions, updates and fingerprints are asked of it as of one.
+    """Several engines, used like one: completions, updates, fingerprints.
 
     Args:
         model: Hugging Face folder or name; a folder must be there wherever Ray may put an engine.
         max_new_tokens, temperature, dtype, options: of every engine, as in VLLMEngine.
-        num_engines: how many.
-        tensor_parallel_size: GPUs of each (on a machine without, processes).
-        processing_class: what reads prompts, as in ESTrainer; default: the engines' tokenizer.
+        num_engines: number of engines.
+        tensor_parallel_size: GPUs of each engine (processes, on a machine without GPUs).
+        processing_class: the tokenizer that reads prompts, as in ESTrainer. Default: the engines' tokenizer.
 
-    Prompts are read here, once for all engines, which get token ids.
+    Prompts are tokenized here, once for all engines, which get token ids.
 
-    Ray is started on this machine if it runs nowhere; the environment variable RAY_ADDRESS names a cluster.
+    If no Ray runs, it is started on this machine; the environment variable RAY_ADDRESS names a cluster.
 
     Raises ValueError for numbers below 1, RuntimeError if an engine can't start.
     """
@@ -94,7 +94,7 @@ class Fleet:
         return sorted(self._engines)
 
     def describe(self) -> dict:
-        """numel, layout and number of tensors of the Hugging Face model, after all weights were compared with it."""
+        """numel, layout and number of tensors of the Hugging Face model. All weights are compared with it first."""
         return self._all("call", "esfast_describe", True)
 
     def begin(self, rule: Rule, weights: str) -> None:
@@ -106,7 +106,7 @@ class Fleet:
         self._all("call", "esfast_update", dataclasses.asdict(record))
 
     def fingerprint(self) -> str:
-        """Of the weights; RuntimeError if engines do not hold the same."""
+        """The fingerprint of the weights; RuntimeError if it differs between engines."""
         return self._all("call", "esfast_fingerprint")
 
     def save(self, folder: str | Path) -> None:
@@ -117,7 +117,7 @@ class Fleet:
     def members(
         self, members: Sequence[Member], sigma: float, prompts: Sequence[str], seeds: Sequence[int] | None = None
     ) -> Iterator[tuple[Member, list[str]]]:
-        """Each member with its completions, as they come. Errors of prompts as in `generate`."""
+        """Yields each member with its completions, as they are done. Errors of prompts as in `generate`."""
         rows = self._ray.put(self.prompts(prompts))  # sent to each engine once
         jobs = [(m, (m.seed, m.sign * sigma, rows, seeds)) for m in members]
         for member, (completions, tokens) in self._hand_out("member", jobs):
@@ -125,8 +125,8 @@ class Fleet:
             yield member, completions
 
     def generate(self, prompts: Sequence[str], seeds: Sequence[int] | None = None) -> list[str]:
-        """Completions of the weights as they are, by all engines together. Raises TypeError or ValueError for prompts
-        as PromptReader does."""
+        """Completions from the present weights; all engines share the prompts. Raises TypeError or ValueError for
+        prompts, as PromptReader does."""
         rows = self.prompts(prompts)
         starts = range(0, len(rows), CHUNK)
         jobs = [(i, (rows[i : i + CHUNK], seeds and seeds[i : i + CHUNK])) for i in starts]
@@ -134,7 +134,7 @@ class Fleet:
         return [text for i in starts for text in parts[i]]
 
     def check(self, prompts: Sequence[str]) -> None:
-        """Raises ValueError for the first prompt of which `generate` would."""
+        """Raises ValueError for the first prompt that `generate` would refuse."""
         self.prompts.check(prompts)
 
     def close(self) -> None:
@@ -143,7 +143,8 @@ class Fleet:
         self._engines = {}
 
     def _hand_out(self, method: str, jobs: list[tuple]) -> Iterator[tuple]:
-        """(key, answer) of each (key, arguments), from whichever engine was free; those of engines that die, again."""
+        """Yields (key, answer) for each (key, arguments), from whichever engine is free. Work of an engine that dies is
+        done again."""
         waiting, busy, idle = deque(jobs), {}, deque(self.alive)
         while waiting or busy:
             while waiting and idle:
@@ -161,7 +162,7 @@ class Fleet:
             yield job[0], answer
 
     def _all(self, method: str, *args):
-        """What all engines answer, which must be the same."""
+        """The answer of all engines; it must be the same from each."""
         asked = {n: getattr(e, method).remote(*args) for n, e in self._engines.items()}
         answers = {}
         for number, reference in asked.items():
@@ -184,7 +185,7 @@ class Fleet:
 
 
 def _on_cpu(engines: int, ranks: int) -> dict[str, str]:
-    """Without a GPU engines share the cores, and vLLM would have each of them pin all."""
+    """Settings for engines without a GPU: they share the cores, and vLLM would let each pin all of them."""
     threads = max(1, len(os.sched_getaffinity(0)) // (engines * ranks))
     wanted = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(threads), "VLLM_CPU_KVCACHE_SPACE": "1"}
     return {name: os.environ.get(name, value) for name, value in wanted.items()}

@@ -1,9 +1,9 @@
 """esfast in a vLLM worker: `LLM(..., worker_extension_cls="esfast.integrations.vllm.WorkerExtension")`.
 
-It answers what es-at-scale's worker extension answers, by the same names and arguments, so that code that drives it
-runs with that one string changed; and methods of its own, which begin with esfast_. Noise is that of the Hugging Face
-model's tensors (vllm_layout): HF and vLLM at any tensor parallelism hold the same perturbed weights to the bit.
-Arguments are plain ints, floats, lists, dicts and strings.
+It has the methods of es-at-scale's worker extension, with the same names and arguments, so that es-at-scale's code runs
+with this one string changed. Its own further methods begin with esfast_. The noise is that of the Hugging Face model's
+tensors (vllm_layout), so a Hugging Face model and vLLM at any tensor-parallel size hold the same perturbed weights to
+the bit. Arguments are plain ints, floats, lists, dicts and strings.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ GROUP_TIMEOUT = timedelta(minutes=10)  # the longest that engines wait for each 
 
 
 class WorkerExtension:
-    """Methods of a vLLM worker, called through collective_rpc. Errors are raised there, with weights as they were.
+    """Methods of a vLLM worker, called through collective_rpc. An error is raised there, and no weight has changed.
 
-    The first call looks at all weights and takes a copy, from which members are written and restored: restoring gives
-    back the same bits, however often. A member that is asked for while another is in place is added to it, as in
-    es-at-scale, and taken away by the same call with the sign turned.
+    The first call checks all weights and copies them. Members are written from the copy and restored from it, so the
+    same bits come back, however often. As in es-at-scale, a second perturbation adds to the first, and the same call
+    with the opposite sign takes it away.
     """
 
     # after which keys and values that vLLM has cached are those of other weights
@@ -37,12 +37,12 @@ class WorkerExtension:
     # ---- es-at-scale's methods --------------------------------------------------------------------------------------
 
     def perturb_self_weights(self, seed: int, noise_scale: float, negate: bool = False) -> bool:
-        """Adds noise_scale * noise(seed), or with `negate` takes it away."""
+        """Adds noise_scale * noise(seed); with `negate` subtracts it."""
         self._esfast.offsets.add(int(seed), -float(noise_scale) if negate else float(noise_scale))
         return True
 
     def restore_self_weights(self, seed: int, sigma: float) -> bool:
-        """Takes sigma * noise(seed) away: with nothing else in place, the weights are the same bits as ever."""
+        """Takes sigma * noise(seed) away. If no other noise is in place, the weights have their original bits."""
         self._esfast.offsets.add(int(seed), -float(sigma))
         return True
 
@@ -56,7 +56,7 @@ class WorkerExtension:
         return True
 
     def init_inter_engine_group(self, master_address: str, master_port: int, engine_idx: int, num_engines: int) -> bool:
-        """Joins the engines' store, which the first engine keeps. No weights ever go through it."""
+        """Joins the engines' store, which the first engine hosts. No weights go through it."""
         from torch.distributed import TCPStore
 
         keeps = engine_idx == 0 and self._esfast.group.rank_in_group == 0
@@ -69,9 +69,9 @@ class WorkerExtension:
     def broadcast_all_weights(self, src_rank: int) -> bool:
         """Makes this engine's weights those of engine `src_rank`, on every engine at once.
 
-        Seeds and coefficients travel, a few hundred bytes; what of them this engine has not seen it applies. Then
-        fingerprints are compared, which is all that happens where every engine was given the updates. RuntimeError if
-        they differ.
+        Seeds and coefficients are sent, a few hundred bytes, and each engine applies those that it lacks. Then the
+        engines compare fingerprints; RuntimeError if they differ. If every engine got all updates, only this comparison
+        happens.
         """
         store, weights = getattr(self, "_esfast_store", None), self._esfast
         if store is None:
@@ -101,17 +101,19 @@ class WorkerExtension:
         return True
 
     def load_weights_from_disk(self, path: str) -> bool:
-        """Weights from a Hugging Face folder. ValueError, with weights as they were, if it holds another model."""
+        """Loads weights from a Hugging Face folder. ValueError if it holds another model; no weight has then
+        changed."""
         self._esfast.load(path)
         return True
 
     def save_self_initial_weights(self) -> bool:
-        """Keeps a copy of the weights as they are, in host memory, for `restore_self_initial_weights`."""
+        """Copies the present weights to host memory, for `restore_self_initial_weights`."""
         self._esfast_initial = [t.detach().to("cpu", copy=True) for t in self._esfast.all.tensors]
         return True
 
     def restore_self_initial_weights(self) -> bool:
-        """Back to the weights of `save_self_initial_weights`, from which updates then start; noise in place is gone."""
+        """Restores the weights of `save_self_initial_weights`; updates then start from these. Noise in place is
+        removed."""
         if not hasattr(self, "_esfast_initial"):
             raise BadState("restore_self_initial_weights: save_self_initial_weights was not called")
         for t, saved in zip(self._esfast.all.tensors, self._esfast_initial, strict=True):
@@ -130,8 +132,8 @@ class WorkerExtension:
         return weights.layout()
 
     def esfast_begin(self, rule: dict | None = None, weights: str = "base", include=None, exclude=None) -> bool:
-        """Chooses how weights are changed, where the first call would choose the defaults. Updates start from the
-        weights as they are; noise in place is taken away.
+        """Chooses how weights are changed, instead of the defaults of the first call. Updates start from the present
+        weights; noise in place is taken away.
 
         Args:
             rule: noise, rounding, optimizer and decay, as `esfast.update.Rule.to_json` gives them.
@@ -143,15 +145,15 @@ class WorkerExtension:
         return True
 
     def esfast_restore(self) -> None:
-        """Takes away whatever noise is in place."""
+        """Takes away all noise that is in place."""
         self._esfast.offsets.clear()
 
     def esfast_update(self, record: dict) -> None:
-        """Applies a generation (`esfast.update.Generation` as a dict), which must be the next one."""
+        """Applies a generation, which must be the next one: the record of `ES.step` as a dict."""
         self._esfast.update(Generation(**record))
 
     def esfast_fingerprint(self) -> str:
-        """Of the whole model, whatever the sharding: that of `esfast.Plan(hf_model)` where it holds the same bits."""
+        """Fingerprint of the whole model, for every sharding. It equals `esfast.Plan(hf_model).fingerprint()`."""
         return self._esfast.fingerprint()
 
     # ---- not called from outside ------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""One vLLM engine as esfast.rollout has engines, with the weights of ES inside it."""
+"""A vLLM engine with the interface of esfast.rollout.Engine; it also holds the weights of ES."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class VLLMEngine:
         tensor_parallel_size, dtype: as vLLM's.
         options: further arguments of vllm.LLM.
 
-    vLLM gets token ids: prompts are read as TransformersEngine reads them, and a completion always has room for
-    max_new_tokens, where vLLM itself would cut it off at max_model_len.
+    vLLM gets token ids. Prompts are tokenized as by TransformersEngine, and a completion always has room for
+    max_new_tokens; vLLM itself would cut it off at max_model_len.
 
-    The scheduler runs in this process (VLLM_ENABLE_V1_MULTIPROCESSING=0, which must be set before vLLM is imported), so
-    that all prompts of a call are there before the first is begun: batches, and with them the last bits of what they
-    compute, are the same at every call and in every engine.
+    The scheduler runs in this process (VLLM_ENABLE_V1_MULTIPROCESSING=0, which must be set before vLLM is imported). So
+    all prompts of a call are there before the first one begins, and batches, with the last bits of their results, are
+    the same in every call and every engine.
     """
 
     def __init__(
@@ -57,17 +57,18 @@ class VLLMEngine:
         return {"vocabulary": config.get_vocab_size(), "limit": config.max_model_len}
 
     def check(self, prompts: Sequence[str]) -> None:
-        """Raises ValueError for the first prompt of which `generate` would."""
+        """Raises ValueError for the first prompt that `generate` would refuse."""
         self.prompts.check(prompts)
 
     def generate(self, prompts: Sequence[str], seeds: Sequence[int] | None = None) -> list[str]:
-        """As esfast.rollout.Engine says. Samples are vLLM's, by a generator for each prompt, and not Transformers'.
+        """As in esfast.rollout.Engine. vLLM samples with its own generator for each prompt, so samples differ from
+        those of TransformersEngine.
 
         Raises ValueError or TypeError for prompts as PromptReader does."""
         return self.complete(self.prompts(prompts), seeds)
 
     def complete(self, rows: Sequence[Sequence[int]], seeds: Sequence[int] | None = None) -> list[str]:
-        """As `generate`, of prompts that were read: their token ids."""
+        """Like `generate`, for prompts given as token ids."""
         from vllm import SamplingParams
 
         if seeds is None:
@@ -84,8 +85,8 @@ class VLLMEngine:
     def member(
         self, seed: int, coeff: float, rows: Sequence[Sequence[int]], seeds: Sequence[int] | None = None
     ) -> tuple[list[str], int]:
-        """What `complete` returns of the model perturbed by coeff * noise(seed), and how many tokens they are; the
-        weights are as before when it returns or raises."""
+        """Perturbs the model by coeff * noise(seed), and returns the result of `complete` and its number of tokens. The
+        weights are restored when it returns or raises."""
         before = self.tokens
         try:
             self.call("perturb_self_weights", seed, coeff)
@@ -94,7 +95,7 @@ class VLLMEngine:
             self.call("esfast_restore")
 
     def call(self, method: str, *args, **kwargs):
-        """What WorkerExtension.`method` returns, on the first rank."""
+        """Calls WorkerExtension.`method` on all ranks; returns the first rank's answer."""
         return self.llm.collective_rpc(method, args=args, kwargs=kwargs)[0]
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Weights of vLLM workers, in and out of ordinary Hugging Face folders, whatever the tensor parallelism."""
+"""Saves the weights of vLLM workers to Hugging Face folders and loads them, at any tensor-parallel size."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def gather_wholes(
     first: list[list[bool]],
     group,
 ) -> dict[str, torch.Tensor]:
-    """The whole tensors on the host of the group's first rank, from the pieces of all; nothing on the others.
+    """Gathers the pieces of all ranks to whole tensors, in host memory of the group's first rank; empty on the others.
 
     places, first: of all ranks, as in `vllm_layout.check_covered`. group: vLLM's tensor-parallel group.
     """
@@ -52,9 +52,10 @@ def gather_wholes(
 
 
 def save_folder(folder: Path, tensors: dict[str, torch.Tensor], source: str, extras: Mapping[str, str]) -> None:
-    """A Hugging Face folder of the tensors, with config and tokenizer of `source`, a folder or the name of a model.
+    """Writes a Hugging Face folder with the tensors, and with config and tokenizer of `source`, a model's name or
+    folder.
 
-    extras: further text files by name. Written whole or not at all; an earlier one of that name is replaced."""
+    extras: further text files by name. The folder is written whole or not at all, and replaces an earlier one."""
     from huggingface_hub import save_torch_state_dict
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
@@ -75,10 +76,10 @@ def save_folder(folder: Path, tensors: dict[str, torch.Tensor], source: str, ext
 
 
 def folder_pieces(plan: Plan, folder: str | Path) -> Iterator[tuple[Entry, torch.Tensor]]:
-    """For each tensor of the plan its part of the Hugging Face folder's safetensors files, in the plan's dtype.
+    """Yields for each tensor of the plan its part of a Hugging Face folder's safetensors files, in the plan's dtype.
 
-    Raises ValueError or OSError, before the first is given, if the folder has no such files, or lacks a tensor or has
-    it in another shape; it is said which."""
+    Raises ValueError or OSError, before the first tensor, if the folder has no such files, lacks a tensor or has it in
+    another shape; the message names it."""
     from safetensors import safe_open
 
     folder = Path(folder)

@@ -1,8 +1,8 @@
 """Where the weights of a vLLM model lie in the tensors of the Hugging Face model that it was loaded from.
 
-vLLM fuses q, k and v, and gate and up, into one matrix each, pads embeddings, and gives each tensor-parallel rank a
-shard. Noise belongs to the Hugging Face tensors, so each vLLM tensor is described as pieces: views of it, each a Slice
-of a whole.
+vLLM fuses q, k and v into one matrix, and gate and up into another, pads embeddings, and gives each tensor-parallel
+rank a shard. Noise belongs to the Hugging Face tensors. So each vLLM tensor is described by pieces: views of it, each a
+Slice of a whole Hugging Face tensor.
 
 | vLLM layer                       | pieces on rank r of R                                                             |
 |----------------------------------|-----------------------------------------------------------------------------------|
@@ -32,7 +32,8 @@ Piece = tuple[str, torch.Tensor, Slice]
 
 @dataclass(frozen=True)
 class Rows:
-    """`count` consecutive rows of a vLLM tensor, which are rows first, first + 1, ... of the tensor of layer `leaf`."""
+    """`count` consecutive rows of a vLLM tensor: rows first, first + 1, ... of the Hugging Face tensor of layer
+    `leaf`."""
 
     leaf: str
     count: int
@@ -40,8 +41,8 @@ class Rows:
 
 
 def hf_shapes(config) -> dict[str, Shape]:
-    """Names and shapes of a Hugging Face causal LM's parameters, in the order of `named_parameters()`, from its config
-    alone; tied weights once."""
+    """Names and shapes of a Hugging Face causal LM's parameters, from its config alone, in the order of
+    `named_parameters()`. Tied weights stand there once."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -56,8 +57,9 @@ def pieces(model: torch.nn.Module, wholes: Mapping[str, Shape]) -> list[Piece]:
         model: as a vLLM worker's get_model() gives it, its layers unquantized.
         wholes: names and shapes of the Hugging Face model: `hf_shapes`.
 
-    Raises ValueError, which names the parameter: one without elements, of a name or shape that `wholes` lacks, or tied
-    where the Hugging Face model has two. That nothing is missing only all ranks together can say: `check_covered`.
+    Raises ValueError, which names the parameter, if it has no elements, has a name or shape that `wholes` lacks, or is
+    tied where the Hugging Face model has two parameters. `check_covered` checks, over all ranks, that nothing is
+    missing.
     """
     packed = getattr(model, "packed_modules_mapping", {})
     order = {name: i for i, name in enumerate(wholes)}
@@ -84,10 +86,10 @@ def pieces(model: torch.nn.Module, wholes: Mapping[str, Shape]) -> list[Piece]:
 
 
 def check_covered(wholes: Mapping[str, Shape], ranks: Sequence[Sequence[tuple[str, Shape, Shape]]]) -> list[list[bool]]:
-    """That the (name, shape, offset) of all ranks' pieces make up every whole, each element once or, where ranks hold
-    the same piece, as a copy. Returns for each piece of each rank whether it is the first that holds these elements.
+    """Checks that the pieces (name, shape, offset) of all ranks cover every whole tensor. Several ranks may hold the
+    same piece. Returns, for each piece of each rank, whether it is the first that holds these elements.
 
-    Raises ValueError that names a weight of which a part is nowhere, or which pieces overlap in part."""
+    Raises ValueError, which names the weight, if a part of it is missing or pieces overlap in part."""
     held: dict[str, list[tuple[Shape, Shape]]] = {}
     first = []
     for places in ranks:
@@ -152,7 +154,7 @@ def _pieces(
 
 
 def _rows(layer: str, module: torch.nn.Module, packed: Mapping[str, Sequence[str]]) -> list[Rows] | None:
-    """What the rows of a layer's tensors are; None for tensors that are not sharded by rows."""
+    """The Hugging Face rows that a layer's tensor holds; None for tensors that are not sharded by rows."""
     if _is(module, "VocabParallelEmbedding"):
         held = module.shard_indices
         if module.num_added_embeddings:
@@ -175,16 +177,16 @@ def _rows(layer: str, module: torch.nn.Module, packed: Mapping[str, Sequence[str
 
 
 def _is(module: torch.nn.Module, name: str) -> bool:
-    """Whether it is of vLLM's class `name` or one that derives from it, without importing vLLM."""
+    """Whether it is an instance of vLLM's class `name`, without importing vLLM."""
     return any(c.__name__ == name for c in type(module).__mro__)
 
 
 @torch.no_grad()
 def check_live(model: torch.nn.Module) -> None:
-    """That layers compute with their parameters, and not with a copy packed when they were loaded.
+    """Checks that layers compute with their parameters, and not with a packed copy made when they were loaded.
 
-    Each linear layer's rule is tried on one row of ones: with the sign of all weights turned, the result's sign must
-    turn, exactly. Afterwards the weights are the same bits. ValueError names the layer that fails.
+    Each linear layer gets one row of ones. If the signs of all its weights are flipped, the sign of the result must
+    flip exactly. Afterwards the weights have the same bits. ValueError names the layer that fails.
     """
     for name, module in model.named_modules():
         apply, weight = getattr(getattr(module, "quant_method", None), "apply", None), getattr(module, "weight", None)

@@ -1,12 +1,12 @@
-"""What vLLM has to do otherwise in engines whose workers are extended by esfast's WorkerExtension; in others, nothing.
+"""A vLLM plugin. It changes only engines whose workers are extended by esfast's WorkerExtension.
 
 vLLM calls `register` in each of its processes (entry point "vllm.general_plugins" of the installed package; the
-environment variable VLLM_PLUGINS, where set, must name esfast). Two things can't be done from inside a worker:
+environment variable VLLM_PLUGINS, if set, must name esfast). It does two things that a worker can't do itself:
 
-- The prefix cache belongs to the engine. After a call that changes weights, its keys and values are those of other
-  weights, and it is reset.
+- It resets the engine's prefix cache after a call that changes weights, since the cache's keys and values are those of
+  the old weights.
 - On CPUs vLLM packs the matrices of linear layers when it loads them, computes with the packed copy and drops the
-  weights. They are kept, and computed with.
+  weights. The plugin keeps the weights and lets vLLM compute with them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A vLLM worker's weights as ES sees them: its part of every Hugging Face tensor, a base to restore from, a record."""
+"""The weights of a vLLM worker for ES: its part of every Hugging Face tensor, a base to restore from, a record."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class WorkerWeights:
         self.mode = None
 
     def begin(self, rule: Rule, mode: str = "base", include=None, exclude=None) -> None:
-        """The weights of now are those that updates start from. Arguments as for `esfast.ES`."""
+        """Starts updates from the present weights. Arguments as for `esfast.ES`."""
         if mode not in MODES:
             raise BadValue(f"weights: expected one of {', '.join(map(repr, MODES))}, got {mode!r}")
         if self.mode is not None:
@@ -53,7 +53,7 @@ class WorkerWeights:
         self.anew()
 
     def anew(self) -> None:
-        """After the weights were written by somebody else: updates start from them."""
+        """Starts updates from the present weights, after something else has written them."""
         self.offsets = self.mode = None  # its memory first
         self.mode = MODES[self.mode_name](self.plan, self.rule)
         self.offsets = Offsets(self.mode, self._refuse_changed)
@@ -78,7 +78,7 @@ class WorkerWeights:
         )
 
     def fingerprint(self) -> str:
-        """Of the whole model's weights as they are now, the same as `Plan(hf_model).fingerprint()`."""
+        """Fingerprint of the whole model's present weights, equal to `Plan(hf_model).fingerprint()`."""
         return self._fingerprint(self.wholes)
 
     def _fingerprint(self, names) -> str:
@@ -87,7 +87,7 @@ class WorkerWeights:
         return f"{sum(self._gather(share)) & MASK:016x}"
 
     def save(self, folder: str | Path) -> None:
-        """A Hugging Face folder of the weights as they are now, and journal.jsonl, the updates that led to them."""
+        """Writes the present weights as a Hugging Face folder, with journal.jsonl, the updates that led to them."""
         tensors = vllm_files.gather_wholes(self.all, self.wholes, self.places, self.first, self.group)
         error = None
         if self.group.rank_in_group == 0:
@@ -98,7 +98,7 @@ class WorkerWeights:
         self._raise_first(error)
 
     def load(self, folder: str | Path) -> None:
-        """Weights from a Hugging Face folder, from which updates then start."""
+        """Loads weights from a Hugging Face folder; updates then start from these."""
         if self.offsets.terms:
             raise BadState("load: a member's noise is still in place; restore first")
         error = None
@@ -112,13 +112,13 @@ class WorkerWeights:
         self.anew()
 
     def verify(self) -> None:
-        """That this worker holds what the model's folder holds, weight by weight. ValueError names one that differs."""
+        """Compares this worker's weights with the model's folder. ValueError names a weight that differs."""
         for e, piece in vllm_files.folder_pieces(self.all, self.source):
             if not torch.equal(e.tensor.detach().cpu(), piece):
                 raise BadValue(f"vLLM: {e.name!r} at {e.window.offset} does not hold what {self.source} has there")
 
     def layout(self) -> dict:
-        """What a journal says of the model: its weights, their names, and the layout that HF and all shards share."""
+        """The model's numel, names and layout for a journal, which are those of the Hugging Face model."""
         names = list(dict.fromkeys(self.all.names))
         numel = sum(torch.Size(self.wholes[name]).numel() for name in names)
         return {"numel": numel, "layout": self.all.layout, "names": names}
@@ -132,7 +132,7 @@ class WorkerWeights:
             return journal.path.read_text(encoding="utf-8")
 
     def _gather(self, value) -> list:
-        """The plain values of all ranks, in their order."""
+        """The plain values of all ranks, by rank."""
         if self.group.world_size == 1:
             return [value]
         values: list = [None] * self.group.world_size

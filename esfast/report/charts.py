@@ -53,8 +53,8 @@ def lines(title: str, x_label: str, drawn: Sequence[Line]) -> str:
 
 
 def histograms(title: str, x_label: str, rewards: Sequence[Sequence[float]], colour: str) -> str:
-    """How the numbers of each generation are spread: columns are generations (or a few together), cells are darker the
-    larger the share of the numbers that lie in them; nothing if there are none."""
+    """A map of the distribution of each generation's numbers. A column is a generation (or a few together); a cell is
+    the darker the more of the numbers lie in it. Empty without numbers."""
     everything = [r for generation in rewards for r in generation if math.isfinite(r)]
     if not everything:
         return ""
@@ -81,7 +81,7 @@ def histograms(title: str, x_label: str, rewards: Sequence[Sequence[float]], col
 
 
 def shares(title: str, bars: Sequence[tuple[str, dict[str, float]]]) -> str:
-    """A stacked bar for each (label, seconds by phase) that has some; nothing if none has."""
+    """A stacked bar for each (label, seconds by phase) with seconds; empty if there are none."""
     bars = [(label, {k: v for k, v in parts.items() if v > 0}) for label, parts in bars]
     bars = [(label, parts) for label, parts in bars if parts]
     if not bars:

@@ -36,8 +36,8 @@ _OWN_CHARTS = ("eval_reward", "eval_reward_se", "eval_accuracy", "eval_kl_to_bas
 
 
 def page(runs: Sequence[Run], samples: int = 5) -> str:
-    """The report as HTML. Repeats of an experiment (runs that differ in their seed alone) are one line with their
-    spread; different experiments get different colours."""
+    """The report as HTML. Repeats of an experiment (runs that differ only in their seed) are one line with their
+    spread. Each experiment has its colour."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(run.experiment, []).append(run)
@@ -78,7 +78,7 @@ def _label(group: Sequence[Run]) -> str:
 
 
 def _rewards(group: Sequence[Run]) -> list[list[float]]:
-    """Of every generation, the rewards of the members of all repeats."""
+    """For each generation, the rewards of the members of all repeats."""
     return [sum(parts, []) for parts in itertools.zip_longest(*(run.rewards for run in group), fillvalue=[])]
 
 
@@ -88,8 +88,8 @@ def _chart(
     name: str,
     band_of_one: Callable[[Run], list[tuple[float, float, float]]] = lambda run: [],
 ) -> str:
-    """One line an experiment: of repeats the mean, their standard deviation as the band, and each of them thin; of a
-    single run its own band."""
+    """A chart with one line an experiment. For repeats the line is their mean, the band their standard deviation, and
+    each repeat is a thin line; a single run has its own band."""
     drawn = []
     for i, group in enumerate(experiments):
         colour, series = COLOURS[i % len(COLOURS)], [run.series(name) for run in group]
@@ -108,17 +108,17 @@ def _chart(
 
 
 def _population_band(run: Run) -> list[tuple[float, float, float]]:
-    """From the worst to the best member."""
+    """The band from the worst to the best member."""
     return run.together("reward_min", "reward_max")
 
 
 def _error_band(run: Run) -> list[tuple[float, float, float]]:
-    """Two standard errors to either side."""
+    """The band of two standard errors to either side."""
     return [(g, y - 2 * s, y + 2 * s) for g, y, s in run.together("eval_reward", "eval_reward_se")]
 
 
 def _phases(run: Run) -> dict[str, float]:
-    """Seconds by phase: the summary's, or of a run that goes on the sum of its generations'."""
+    """Seconds by phase, from the summary; for a run that has none yet, summed over its generations."""
     done = isinstance(run.summary.get("seconds"), dict)
     rows, prefix = ([run.summary["seconds"]], "") if done else (run.metrics, "seconds_")
     phases: dict[str, float] = {}

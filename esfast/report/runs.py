@@ -1,4 +1,4 @@
-"""What run folders hold, read for a report."""
+"""Reads run folders for a report."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ class Run:
 
     @property
     def experiment(self) -> str:
-        """Equal for repeats, that is runs that differ in their seed alone."""
+        """The settings without the seed: equal for repeats."""
         return repr(sorted((k, repr(v)) for k, v in self.config.items() if k not in _OF_A_REPEAT))
 
     def series(self, name: str) -> list[tuple[float, float]]:
-        """(generation, value) of a metric, where it was measured."""
+        """(generation, value) of a metric, for the generations that have it."""
         return self.together(name)
 
     def together(self, *names: str) -> list[tuple[float, ...]]:
-        """(generation, values) where all of these metrics were measured."""
+        """(generation, values) of these metrics, for the generations that have all of them."""
         rows = [[r.get(name) for name in ("generation", *names)] for r in self.metrics]
         return [tuple(row) for row in rows if all(map(is_number, row))]
 
@@ -49,12 +49,12 @@ class Run:
 
 
 def is_number(value: Any) -> bool:
-    """Whether it can be drawn: no NaN, no infinity, nor so large that the range of an axis is one."""
+    """Whether the value can be drawn: it is finite, and not so large that the range of an axis would be infinite."""
     return isinstance(value, (int, float)) and abs(value) < 1e300
 
 
 def load(path: str | Path) -> Run:
-    """A run, finished or not. FileNotFoundError or ValueError for a folder that holds none."""
+    """Loads a run, finished or not. FileNotFoundError or ValueError for a folder without one."""
     folder = RunFolder(Path(path))
     if not folder.metrics.exists():
         raise FileMissing(f"report: {path} is no run folder (it has no {folder.metrics.name})")

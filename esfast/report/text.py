@@ -1,4 +1,4 @@
-"""Texts of users and models as text in the page, whatever they are: nothing of them is markup, and blanks are seen."""
+"""Escapes texts of users and models for the page: no part of them becomes markup, and blanks are visible."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _BLANKS = re.compile(r"\A\s+|\s+\Z|[^\S\n]+(?=\n)|[^\S\n ]+")
 
 
 def escaped(value: Any) -> str:
-    """Any value as text for the page, also inside of an attribute's quotes."""
+    """Any value as text for the page, also inside an attribute's quotes."""
     return html.escape(_UNSEEN.sub(_number, str(value)))
 
 
 def response(text: Any) -> str:
-    """A prompt or a response for a <pre>, with blanks marked that would not be seen."""
+    """A prompt or a response for a <pre>, with marks for blanks that would not be visible."""
     text = str(text)
     if not text:
         return '<span class="blank">empty</span>'

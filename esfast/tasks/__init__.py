@@ -1,8 +1,8 @@
-"""Tasks: prompts to train on, prompts to be judged on, and the reward of a response.
+"""Tasks: prompts to train on, held-out prompts, and the reward of a response.
 
-`get(name)` is the one door. A task is its rows (dicts whose "prompt" goes to the model and whose other columns go to
-the reward functions as keyword lists, as in TRL) and functions of completions; any other source of rows and rewards
-can be handed to ESTrainer directly.
+`get(name)` returns a task. A task has rows and reward functions: a row is a dict whose "prompt" goes to the model and
+whose other columns go to the reward functions as keyword lists, as in TRL. ESTrainer also takes rows and reward
+functions from any other source.
 """
 
 import dataclasses
@@ -31,12 +31,12 @@ def get(
 ) -> Task:
     """The task of that name.
 
-    name           a key of MODULES, or `file:PATH` (see data.read) or `dataset:NAME` for prompts of one's own
-    style          of the prompts: "paper", or "compact" for the embedded model
+    name           a key of MODULES; or `file:PATH` (see records.read) or `dataset:NAME` for prompts of your own
+    style          style of the prompts: "paper", or "compact" for the embedded model
     data           a file of problems to use instead of the task's generator
-    train_prompts  train on so many fixed problems; None: on fresh ones in every generation (from a file: on all)
-    reward         names `module:function` of reward functions; they replace the task's own, and prompts of one's own
-                   need them
+    train_prompts  train on this many fixed problems; None: on fresh ones in every generation (from a file: on all)
+    reward         names `module:function` of reward functions; they replace the task's own. Prompts of your own need
+                   them
 
     Raises ValueError, which names what is known, for any other name; whatever is wrong with the rest, see the modules.
     """

@@ -1,4 +1,4 @@
-"""Where a task's problems come from: its generator, afresh or a fixed set, or a file of the user's."""
+"""Sources of a task's problems: its generator, fresh or a fixed set, or a data file."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def source(
 def split(
     records: Sequence[Mapping], row: Callable[[dict], dict], identity: Callable[[dict], Any], what: str | Path
 ) -> tuple[list[dict], list[dict]]:
-    """Rows to train on and rows to be judged on. A column "split" of the file's own decides, "train" or "test" (also
-    "validation"); otherwise a hash of the problem, by which a quarter is held out."""
+    """Divides rows into training rows and held-out rows. The file's column "split" decides, "train" or "test" (also
+    "validation"). Without it, a hash of the problem holds out a quarter."""
     rows: dict[str, list[dict]] = {"train": [], "test": []}
     first: dict | None = None
     for number, record in enumerate(records, start=1):
@@ -75,8 +75,8 @@ def split(
 
 
 def fields(record: Mapping, *names: str | tuple[str, ...]) -> list:
-    """The values of a record under these names, of which a tuple holds several for one field; the first that is there
-    and not None counts. ValueError says which one is missing."""
+    """The values of a record under these names. A tuple holds several names of one field; the first that is there and
+    not None counts. ValueError names the field that is missing."""
     choices = [(name,) if isinstance(name, str) else name for name in names]
     found = [[record[name] for name in alike if name in record] for alike in choices]
     if not all(found):
@@ -86,8 +86,8 @@ def fields(record: Mapping, *names: str | tuple[str, ...]) -> list:
 
 
 def text(what: str, value) -> str:
-    """A field that is a text, or a number that is written as one. ValueError for everything else (None and NaN, too),
-    and for nothing but blanks."""
+    """The field as a text; a number becomes one. ValueError for everything else (also None and NaN), and for a blank
+    text."""
     value = value.item() if hasattr(value, "item") else value
     if isinstance(value, (float, Decimal)) and math.isfinite(value):
         return format(Decimal(str(value)), "f")  # 1e-07 is a product in LaTeX

@@ -1,4 +1,4 @@
-"""A task of the user's own: prompts from a file, rewards from functions named on the command line."""
+"""The task of a user's file: prompts from the file, rewards from functions named on the command line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .base import Task
 
 
 def row(record: dict, style: str = "paper") -> dict:
-    """The record itself, less its column "split"; its `prompt` goes to the model."""
+    """The record without its column "split"; its `prompt` goes to the model."""
     check_prompt(data.fields(record, "prompt")[0])
     return {key: value for key, value in record.items() if key != "split"}
 
@@ -22,7 +22,8 @@ def row(record: dict, style: str = "paper") -> dict:
 def reward_function(name: str) -> Callable[..., list[float]]:
     """The function that `module:function` names; modules are also looked for in the current folder.
 
-    Raises ValueError if that is no such name, ImportError with what is missing, or with what the module raised."""
+    Raises ValueError if the name has another form; ImportError if the module or the function is missing, or if
+    importing the module raised."""
     module, _, function = name.partition(":")
     if not module or not function.isidentifier():
         raise BadValue(f"reward: expected MODULE:FUNCTION, for example rewards:brevity, got {name!r}")

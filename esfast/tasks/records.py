@@ -1,4 +1,4 @@
-"""Records of data files: JSON, lines of JSON, tables, texts, Parquet and Arrow, packed or not."""
+"""Reads records from data files: JSON, lines of JSON, tables, texts, Parquet and Arrow, compressed or not."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ UNPACK: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.decompress, ".bz2": b
 
 
 def read(path: str | Path) -> list[dict]:
-    """The records of a file, a dict each, by how its name ends, upper or lower case:
+    """The records of a file, as dicts. The ending of its name decides, in upper or lower case:
 
         .jsonl .ndjson   an object a line
         .json            a list of objects, an object of columns (lists of equal length) or of splits (lists of objects
@@ -36,7 +36,7 @@ def read(path: str | Path) -> list[dict]:
         .csv .tsv        a header and a record a row; every cell is a text, and stays one
         .txt             a prompt a line
         .parquet .arrow  (.pq, .feather) need the optional package datasets, which brings pyarrow
-        ....gz           any of the text files, packed; also .bz2 and .xz
+        ....gz           any of the text files, compressed; also .bz2 and .xz
 
     or of a folder that datasets.save_to_disk wrote (of several splits, each record gets its column "split"), or of
     `dataset:NAME`, whose split "train" is loaded from the Hugging Face hub. Texts are UTF-8, or have a byte order mark.
@@ -97,7 +97,7 @@ def _text(path: Path, raw: bytes) -> str:
 
 
 def _numbered(text: str) -> Iterator[tuple[int, str]]:
-    """Lines that are not blank, with their numbers from 1."""
+    """Lines that are not blank, numbered from 1."""
     for number, line in enumerate(text.split("\n"), start=1):
         line = line.removesuffix("\r")
         if line.strip():
@@ -112,7 +112,7 @@ def _prompts(path: Path, text: str) -> Iterator[dict]:
 
 
 class _NoJSON(ValueError):
-    """What Python's json takes, and we don't; `token` is where it stands, if that can be told."""
+    """JSON that Python's json accepts and esfast refuses; `token` is the text that it is at, if known."""
 
     def __init__(self, message: str, token: str = ""):
         super().__init__(message)
@@ -144,7 +144,7 @@ _JSON = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant, pa
 
 
 def _parse(path: Path, text: str, first_line: int = 1):
-    """The value of a JSON text that begins in that line of the file."""
+    """The value of a JSON text that begins in line `first_line` of the file."""
     try:
         return _JSON.decode(text)
     except json.JSONDecodeError as error:
