@@ -20,6 +20,7 @@ _HOMES = {
     "ESConfig": "trainer.config",
     "ESTrainer": "trainer.trainer",
     "perturbed": "es.perturbation",
+    "stacked": "rollout.stacked_model",
     "zscore": "es.shaping",
 }
 _ROOMS = ("core", "distributed", "es", "journal", "rewards", "rollout", "tasks", "trainer", "update")

@@ -163,15 +163,15 @@ def test_rounding_is_not_taken_for_padding_that_is_read():
     torch.manual_seed(0)
     expected = torch.randn(3, 3, 99)
     for dtype, noise in ((torch.float32, 1e-5), (torch.bfloat16, 0.02)):
-        assert probe._same(expected, expected + noise * torch.randn_like(expected), dtype)
-        assert not probe._same(
+        assert probe.same_but_for_rounding(expected, expected + noise * torch.randn_like(expected), dtype)
+        assert not probe.same_but_for_rounding(
             expected, expected + 10 * noise * torch.randn_like(expected) + 0.1 * expected.roll(1), dtype
         )
     # another expert for one of the texts, another first token, and what follows from it
     other = expected.clone()
     other[0] = torch.randn(3, 99)
-    assert probe._same(expected, other, torch.bfloat16)
-    assert not probe._same(expected, other, torch.float32)
+    assert probe.same_but_for_rounding(expected, other, torch.bfloat16)
+    assert not probe.same_but_for_rounding(expected, other, torch.float32)
 
 
 def test_a_model_in_16_bits_is_measured_too():

@@ -162,14 +162,14 @@ def measure(model, config: GenerationConfig, texts: list[list[int]]) -> Traits:
     def logits(rows: list[list[int]]) -> torch.Tensor:
         """Logits of the last three texts."""
         carried.forget()
-        return _logits(model, config, rows)[-len(short) :]
+        return first_logits(model, config, rows)[-len(short) :]
 
     def alone() -> torch.Tensor:
         return torch.cat([logits([row])[-1:] for row in short])
 
     def as_alone(rows: list[list[int]]) -> bool:
         try:
-            return _same(expected, logits(rows), model.dtype)
+            return same_but_for_rounding(expected, logits(rows), model.dtype)
         except torch.OutOfMemoryError:
             raise
         # ProphetNet raises one for a padded row.
@@ -213,7 +213,7 @@ class _Samples:
         return p.detach()[(0,) * max(0, p.dim() - 1)]
 
 
-def _logits(model, config: GenerationConfig, rows: list[list[int]]) -> torch.Tensor:
+def first_logits(model, config: GenerationConfig, rows: list[list[int]]) -> torch.Tensor:
     """Logits of greedy texts, generated in one batch that is padded on the left: float32 (rows, STEPS, vocabulary)."""
     width = max(map(len, rows))
     pads = [width - len(row) for row in rows]
@@ -239,7 +239,7 @@ def _logits(model, config: GenerationConfig, rows: list[list[int]]) -> torch.Ten
     return logits.clamp(min=-1e4)
 
 
-def _same(expected: torch.Tensor, logits: torch.Tensor, dtype: torch.dtype) -> bool:
+def same_but_for_rounding(expected: torch.Tensor, logits: torch.Tensor, dtype: torch.dtype) -> bool:
     """Whether the logits are equal up to rounding.
 
     A step counts if the tokens before it are the same in both. In 16 bits rounding may send a token to another expert,

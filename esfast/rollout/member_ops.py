@@ -1,0 +1,141 @@
+"""Shorter ways than torch.vmap for the operations that models spend their time in: see `member_tensor`.
+
+Each function looks at an operation's arguments, of which the rows are in the dimensions `dims`, and gives its way of
+doing it for all members, or None where vmap is to do it. A way gives each member the sums that the operation alone
+would: one batched matrix product, one lookup in a longer table, one product with a weight that is broadcast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from .member_tensor import MemberTensor, rows_of_member
+
+Way = Callable[..., torch.Tensor]
+
+
+def _are_weights(*values) -> bool:
+    return all(type(value) is MemberTensor for value in values)
+
+
+def _linear(args: tuple, kwargs: dict, dims: list) -> Way | None:
+    x, weight, bias = (*args, *[None] * (3 - len(args)))
+    if kwargs or dims[0] != 0 or x.dim() < 2 or not _are_weights(weight) or not (bias is None or _are_weights(bias)):
+        return None
+
+    def way(func, args: tuple, kwargs: dict, first: MemberTensor) -> torch.Tensor:
+        x, w = args[0], args[1].stack
+        rows_of_member(func, x.shape[0], len(w), args)
+        mine = x.reshape(len(w), -1, x.shape[-1])
+        bias = args[2] if len(args) == 3 else None
+        if bias is None:
+            y = torch.bmm(mine, w.transpose(1, 2))
+        else:
+            y = torch.baddbmm(bias.stack[:, None], mine, w.transpose(1, 2))
+        return y.view(*x.shape[:-1], w.shape[1])
+
+    return way
+
+
+def _addmm(args: tuple, kwargs: dict, dims: list) -> Way | None:
+    """Of Transformers' Conv1D: bias, rows, weight (in, out)."""
+    if kwargs or len(args) != 3 or dims[1] != 0 or not _are_weights(args[0], args[2]) or args[0].dim() != 1:
+        return None
+
+    def way(func, args: tuple, kwargs: dict, first: MemberTensor) -> torch.Tensor:
+        bias, x, w = args[0].stack, args[1], args[2].stack
+        rows_of_member(func, x.shape[0], len(w), args)
+        return torch.baddbmm(bias[:, None], x.reshape(len(w), -1, x.shape[-1]), w).view(x.shape[0], -1)
+
+    return way
+
+
+def _embedding(args: tuple, kwargs: dict, dims: list) -> Way | None:
+    """One lookup in the tables of all members behind each other. With max_norm the table would be changed."""
+    if kwargs or dims[0] != 0 or not _are_weights(args[1]) or (len(args) > 3 and args[3] is not None):
+        return None
+
+    def way(func, args: tuple, kwargs: dict, first: MemberTensor) -> torch.Tensor:
+        ids, w = args[0], args[1].stack
+        members, size, width = w.shape
+        rows = rows_of_member(func, ids.shape[0], members, args)
+        starts = torch.arange(0, members * size, size, device=ids.device)
+        shifted = ids.unflatten(0, (members, rows)) + starts.view(-1, *[1] * ids.dim())
+        return F.embedding(shifted.flatten(0, 1), w.reshape(members * size, width))
+
+    return way
+
+
+def _elementwise(args: tuple, kwargs: dict, dims: list) -> Way | None:
+    """One weight and one tensor of rows, in either order; the weight is broadcast over the rows."""
+    if kwargs or len(args) != 2 or _are_weights(*args) or not all(isinstance(a, torch.Tensor) for a in args):
+        return None
+    at = 0 if _are_weights(args[0]) else 1
+    weight, x = args[at], args[1 - at]
+    spans_rows = weight.dim() > x.dim() or (weight.dim() == x.dim() and weight.shape[:1] != (1,))
+    if dims[1 - at] != 0 or spans_rows:
+        return None
+
+    def way(func, args: tuple, kwargs: dict, first: MemberTensor) -> torch.Tensor:
+        x, w = args[1 - at], args[at].stack
+        mine = x.unflatten(0, (len(w), rows_of_member(func, x.shape[0], len(w), args)))
+        wide = w.reshape(len(w), *[1] * (mine.dim() - w.dim()), *w.shape[1:])
+        return (func(mine, wide) if at else func(wide, mine)).flatten(0, 1)
+
+    return way
+
+
+def _layer_norm(args: tuple, kwargs: dict, dims: list) -> Way | None:
+    if kwargs or len(args) < 5 or dims[0] != 0 or not all(p is None or _are_weights(p) for p in args[2:4]):
+        return None
+
+    def way(func, args: tuple, kwargs: dict, first: MemberTensor) -> torch.Tensor:
+        x, shape, weight, bias, eps = args[:5]
+        y = _by_member(func, F.layer_norm(x, shape, None, None, eps), args, first)
+        y = y if weight is None else y * _wide(weight, y)
+        y = y if bias is None else y + _wide(bias, y)
+        return y.view(x.shape)
+
+    return way
+
+
+def _rms_norm(args: tuple, kwargs: dict, dims: list) -> Way | None:
+    if kwargs or len(args) != 4 or dims[0] != 0 or not _are_weights(args[2]):
+        return None
+
+    def way(func, args: tuple, kwargs: dict, first: MemberTensor) -> torch.Tensor:
+        x, shape, weight, eps = args
+        y = _by_member(func, F.rms_norm(x, shape, None, eps), args, first)
+        return (y * _wide(weight, y)).view(x.shape)
+
+    return way
+
+
+def _by_member(func, y: torch.Tensor, args: tuple, first: MemberTensor) -> torch.Tensor:
+    members = len(first.stack)
+    return y.unflatten(0, (members, rows_of_member(func, y.shape[0], members, args)))
+
+
+def _wide(weight: MemberTensor, y: torch.Tensor) -> torch.Tensor:
+    stack = weight.stack
+    return stack.view(len(stack), *[1] * (y.dim() - stack.dim()), *stack.shape[1:])
+
+
+SHORT: dict[Callable, Callable[[tuple, dict, list], Way | None]] = {
+    F.linear: _linear,
+    torch.addmm: _addmm,
+    F.embedding: _embedding,
+    F.layer_norm: _layer_norm,
+    F.rms_norm: _rms_norm,
+    **dict.fromkeys(
+        (torch.mul, torch.add, torch.sub, torch.div)
+        + tuple(
+            getattr(torch.Tensor, name)
+            for name in "mul add sub div __mul__ __rmul__ __add__ __radd__ __sub__ __rsub__ __truediv__".split()
+        ),
+        _elementwise,
+    ),
+}

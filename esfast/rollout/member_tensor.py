@@ -1,0 +1,255 @@
+"""One weight of K members, standing in a model that answers rows of all K in one forward pass.
+
+A `MemberTensor` has the shape and dtype of one member's weight and holds the stack of all K. Activations stay ordinary
+tensors: rows k * B to (k + 1) * B belong to member k. An operation on a MemberTensor and activations gives each member
+what it would give for that member's weight and rows alone: `torch.vmap` does that for any operation, and the few that
+take most of the time have a shorter way in `member_ops`.
+
+Which dimension of an activation holds the rows can't be read off its shape: 32 may be rows or channels. So operations
+are learned: the model first answers a few rows whose number has a prime factor that divides no other dimension. Later
+calls do what was learned for the same operation on the same weight; one that was not seen then is refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+
+class Unsupported(NotImplementedError):
+    """An operation on weights that can't be done for several members in one call; the message names it."""
+
+
+class Operations:
+    """How each operation on a model's weights is done for several members, learned from a few rows.
+
+    short  looks at an operation's arguments for a shorter way than vmap, by the function: see `member_ops`
+    prime  rows of each member while operations are learned, otherwise None
+    known  the way of each operation, by its `_signature`
+    """
+
+    def __init__(self, short: Mapping[Callable, Callable]):
+        self.short = short
+        self.prime: int | None = None
+        self.known: dict[tuple, Callable] = {}
+
+
+class MemberTensor(torch.Tensor):
+    """Values of one weight for K members, or of something calculated from weights alone.
+
+    stack       (K, *shape)
+    weight      the weight's name without numbers, or several names
+    label       the same, and what was done to it
+    operations  what is known of the model's operations
+    """
+
+    stack: torch.Tensor
+    weight: str
+    label: str
+    operations: Operations
+
+    @staticmethod
+    def of(stack: torch.Tensor, weight: str, operations: Operations, done: str = "") -> MemberTensor:
+        made = torch.Tensor._make_wrapper_subclass(
+            MemberTensor, stack.shape[1:], dtype=stack.dtype, device=stack.device
+        )
+        made.stack, made.weight, made.label, made.operations = stack, weight, weight + done, operations
+        return made
+
+    def __repr__(self, **options) -> str:
+        return f"MemberTensor({self.label}, {len(self.stack)} members of {tuple(self.shape)}, {self.dtype})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        raise Unsupported(f"{func} of a weight")
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in RETURNS_ITSELF and type(args[0]) is MemberTensor:
+            return args[0]
+        with torch._C.DisableTorchFunctionSubclass():
+            if func in READS_NO_VALUES:
+                return func(*args, **kwargs)
+            leaves, key, first = _signature(func, args, kwargs)
+            way = first.operations.known.get(key)
+            if way is not None:
+                return way(func, args, kwargs, first)
+            return _learn(func, args, kwargs, leaves, key, first)
+
+
+def label_of(name: str) -> str:
+    """A parameter's name with `*` for numbers: layers are alike, and so are experts, not all of which see a row."""
+    return re.sub(r"\b\d+\b", "*", name)
+
+
+def operation_name(func) -> str:
+    name = getattr(func, "__name__", str(func))
+    return getattr(getattr(func, "__self__", None), "__name__", name) if name == "__get__" else name
+
+
+def weights_of(leaves: Sequence) -> str:
+    names = (name for leaf in leaves if type(leaf) is MemberTensor for name in leaf.weight.split(", "))
+    return ", ".join(dict.fromkeys(names))
+
+
+def rows_of_member(func, rows: int, members: int, leaves: Sequence) -> int:
+    """Unsupported unless the rows are as many for each member."""
+    if rows % members:
+        raise Unsupported(
+            f"{operation_name(func)} of {weights_of(leaves)} and {rows} rows: they must be as many for each of "
+            f"{members} members"
+        )
+    return rows // members
+
+
+def _getters(names: str) -> set:
+    """Of attributes that this version of PyTorch has."""
+    return {getattr(torch.Tensor, name).__get__ for name in names.split() if hasattr(torch.Tensor, name)}
+
+
+READS_NO_VALUES = frozenset(
+    _getters(
+        "shape dtype device ndim layout itemsize nbytes requires_grad grad grad_fn is_leaf is_cpu is_cuda is_meta "
+        "is_mps is_xpu is_mkldnn is_nested is_quantized is_sparse is_sparse_csr retains_grad"
+    )
+    | {getattr(torch.Tensor, name) for name in (
+        "size dim ndimension numel nelement element_size stride get_device is_contiguous is_floating_point is_complex "
+        "is_conj is_neg __len__ __hash__"
+    ).split()}
+    | {torch.numel, torch.is_floating_point, torch.is_complex, torch.is_conj, torch.is_neg}
+)  # fmt: skip
+RETURNS_ITSELF = frozenset(
+    _getters("data") | {torch.detach, torch.Tensor.detach, torch.Tensor.requires_grad_, torch.Tensor.contiguous}
+)
+
+
+def _signature(func, args: tuple, kwargs: dict) -> tuple[Sequence, tuple, MemberTensor]:
+    """The arguments as a list; a key that tells this use of weights from others; one of the weights."""
+    leaves = [*args, *kwargs.values()] if kwargs else args
+    if any(isinstance(leaf, (list, tuple, dict)) for leaf in leaves):
+        leaves = tree_flatten((args, kwargs))[0]
+    key, first = [func, *kwargs], None
+    for leaf in leaves:
+        if type(leaf) is MemberTensor:
+            key.append(leaf.label)
+            first = first if first is not None else leaf
+        else:
+            key.append(leaf.dim() if isinstance(leaf, torch.Tensor) else None)
+    return leaves, tuple(key), first
+
+
+def _learn(func, args: tuple, kwargs: dict, leaves: Sequence, key: tuple, first: MemberTensor):
+    """Does an operation for the first time, and notes how it is done."""
+    prime, members = first.operations.prime, len(first.stack)
+    if prime is None:
+        raise Unsupported(f"{operation_name(func)} of {weights_of(leaves)}, which the first look did not see")
+    leaves = tree_flatten((args, kwargs))[0]
+    dims = [
+        divisible(leaf.shape, prime * members)
+        if isinstance(leaf, torch.Tensor) and type(leaf) is not MemberTensor
+        else None
+        for leaf in leaves
+    ]
+    way = Mapped(func, args, kwargs, dims, leaves)
+    result = way.first(func, args, kwargs, first)
+    if all(leaf.numel() for leaf in leaves if isinstance(leaf, torch.Tensor)):
+        # Of nothing, as an expert gets it that no row is sent to, nothing is learned.
+        short = first.operations.short.get(func, lambda *_: None)(args, kwargs, dims)
+        first.operations.known[key] = short or way
+    return result
+
+
+def divisible(shape: Sequence[int], number: int) -> int | None:
+    """The first dimension that `number` divides."""
+    return next((d for d, size in enumerate(shape) if size and size % number == 0), None)
+
+
+def changes_its_argument(func) -> bool:
+    name = operation_name(func)
+    inplace_operator = name.startswith("__i") and name not in ("__int__", "__index__", "__invert__")
+    return name == "__setitem__" or inplace_operator or (name.endswith("_") and not name.endswith("__"))
+
+
+class Mapped:
+    """An operation done for each member by torch.vmap.
+
+    dims    for each argument the dimension of its rows, None for weights and for what all members share
+    leaves  the arguments that it is done with for the first time
+    """
+
+    def __init__(self, func, args: tuple, kwargs: dict, dims: list[int | None], leaves: Sequence):
+        self.dims, self.weight = dims, weights_of(leaves)
+        # for a result that is calculated from weights alone
+        labels = (leaf.label.removeprefix(leaf.weight) for leaf in leaves if type(leaf) is MemberTensor)
+        self.done = f"{''.join(labels)}.{operation_name(func)}"
+        self.has_rows = any(dim is not None for dim in dims)
+        self.inplace = changes_its_argument(func)
+        # the dimension of the rows in each result, None where the result holds no rows
+        self.out_dims: list[int | None] = []
+        if kwargs.get("out") is not None:
+            raise Unsupported(f"{operation_name(func)} of {self.weight} with out=")
+        if self.inplace and type(args[0]) is MemberTensor:
+            raise Unsupported(f"{operation_name(func)}, which changes the weight {self.weight}")
+
+    def first(self, func, args: tuple, kwargs: dict, weight: MemberTensor):
+        results, spec = tree_flatten(self._mapped(func, args, kwargs, len(weight.stack)))
+        prime = weight.operations.prime
+        self.out_dims = [divisible(r.shape[1:], prime) if isinstance(r, torch.Tensor) else None for r in results]
+        return self._merged(results, spec, args, weight)
+
+    def __call__(self, func, args: tuple, kwargs: dict, weight: MemberTensor):
+        results, spec = tree_flatten(self._mapped(func, args, kwargs, len(weight.stack)))
+        return self._merged(results, spec, args, weight)
+
+    def _mapped(self, func, args: tuple, kwargs: dict, members: int):
+        """The results of all members, each (K, ...)."""
+        leaves, spec = tree_flatten((args, kwargs))
+        places, given, in_dims = [], [], []
+        for i, (leaf, dim) in enumerate(zip(leaves, self.dims, strict=True)):
+            if type(leaf) is MemberTensor:
+                places, given, in_dims = [*places, i], [*given, leaf.stack], [*in_dims, 0]
+            elif dim is not None:
+                rows = rows_of_member(func, leaf.shape[dim], members, leaves)
+                places, given = [*places, i], [*given, leaf.unflatten(dim, (members, rows))]
+                in_dims.append(dim)
+
+        def of_one_member(*mine):
+            inside = list(leaves)
+            for i, value in zip(places, mine, strict=True):
+                inside[i] = value
+            own_args, own_kwargs = tree_unflatten(inside, spec)
+            result = func(*own_args, **own_kwargs)
+            # what changes its argument has done so
+            return () if self.inplace else result
+
+        try:
+            return torch.vmap(of_one_member, tuple(in_dims))(*given)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise Unsupported(f"{operation_name(func)} of {self.weight}: {first_line:.200}") from error
+
+    def _merged(self, results: list, spec, args: tuple, weight: MemberTensor):
+        if self.inplace:
+            return args[0]
+        merged = [self._merge(result, dim, weight) for result, dim in zip(results, self.out_dims, strict=True)]
+        return tree_unflatten(merged, spec)
+
+    def _merge(self, result, dim: int | None, weight: MemberTensor):
+        if not isinstance(result, torch.Tensor):
+            return result
+        if dim is None:
+            return MemberTensor.of(result, self.weight, weight.operations, self.done)
+        if self.has_rows:
+            return result.movedim(0, dim).flatten(dim, dim + 1)
+        # A weight that the model repeated for all rows of the batch: each member keeps its own rows.
+        rows, rest = divmod(result.shape[dim + 1], len(result))
+        if rest:
+            raise Unsupported(f"{self.weight} repeated {result.shape[dim + 1]} times for {len(result)} members")
+        own = [of_member.narrow(dim, k * rows, rows) for k, of_member in enumerate(result)]
+        return torch.cat(own, dim)

@@ -1,0 +1,220 @@
+"""`stacked`: one model that answers for several members of a population in one forward pass.
+
+    with esfast.stacked(model, [(seed, sigma) for seed in seeds]):
+        y = model(x)      # x has K * B rows; rows k * B to (k + 1) * B are answered by member k
+
+The members' weights are written by `add_noise_` from the model's own into one tensor (K, *shape) for each weight, which
+takes K times the memory of the weights. They stand in the places of the parameters until the block is left; the
+parameters themselves are not touched. Which operations on weights can be shared, and how, is tried out before the first
+answer (`member_check`); a module that can't share is called for one member after another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch.utils._pytree import tree_flatten
+
+from ..core.ops import add_noise_, check_members
+from ..core.plan import Plan
+from ..update.optimizers import Group, check_groups
+from ..update.updater import Rule
+from .member_check import Learned, check_language_model, check_module
+from .member_modules import OneByOne, Places
+from .member_tensor import MemberTensor, Unsupported, label_of
+
+__all__ = ["StackedModel", "Unsupported", "stacked"]
+
+_LEARNED: weakref.WeakKeyDictionary[torch.nn.Module, dict[tuple, Learned]] = weakref.WeakKeyDictionary()
+
+
+@contextlib.contextmanager
+def stacked(
+    model: torch.nn.Module | Plan,
+    members: Iterable[tuple[int, float]],
+    base: Plan | None = None,
+    noise: str = "gaussian",
+    rounding: str = "nearest",
+    groups: Sequence[Group | str] = (),
+    backend: str = "auto",
+) -> Iterator[torch.nn.Module]:
+    """Inside the block the model answers K * B rows, rows k * B to (k + 1) * B with member k's weights,
+    round(weights + sigma * noise(seed)). After it, however it is left, its parameters stand in their places; they are
+    never written.
+
+    Args:
+        model: an nn.Module, or a Plan of one. Its first call in a block must have the rows in dimension 0 of its
+            tensors. For a language model a few tokens are generated at once, to see how its operations are shared.
+        members: (seed, sigma) for each of the K members; with -sigma it is the mirrored one.
+        base: what members are written from, as in `add_noise_`; default: the model's weights.
+        noise, rounding, backend: as in `add_noise_`.
+        groups: esfast.Group's, whose factors of sigma count, as in ES.
+
+    Yields the module.
+
+    Raises:
+        TypeError, ValueError: an argument outside the above, or the model's weights can't be replaced.
+        esfast.rollout.stacked_model.Unsupported (a NotImplementedError): the model has an operation on weights that
+            members can't share, which is named, or answers otherwise than for each member alone.
+    """
+    members = list(members)
+    model = StackedModel(model, len(members), base, Rule(noise=noise, groups=check_groups(groups)), rounding, backend)
+    model.write(members)
+    model.check()
+    with model.in_place():
+        yield model.module
+
+
+class StackedModel:
+    """Memory for the weights of `at_once` members of a model, to be written and used again and again.
+
+    model           an nn.Module or a Plan of one
+    at_once         most members at once, K
+    base            what members are written from; default: the model's weights
+    rule            whose noise and groups count
+    rounding, backend  as in `add_noise_`
+
+    Attributes: `module`, `plan`, `at_once`, and `nbytes`, the memory that it takes.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module | Plan,
+        at_once: int,
+        base: Plan | None = None,
+        rule: Rule | None = None,
+        rounding: str = "nearest",
+        backend: str = "auto",
+    ):
+        self.plan = model if isinstance(model, Plan) else Plan(model)
+        self.module, self.at_once = self.plan.module, at_once
+        if self.module is None:
+            raise TypeError("stacked: the Plan must be made of an nn.Module, which is to answer")
+        if self.plan.sharded:
+            raise ValueError("stacked: the weights are in shards, of which each process has its own; ask one by one")
+        if at_once < 1:
+            raise ValueError("stacked: expected at least one member")
+        self._places = Places(self.module, self.plan)
+        rule, base = rule or Rule(), self.plan if base is None else base
+        self._options = {"noise": rule.noise, "rounding": rounding, "backend": backend}
+        entries = self.plan.entries
+        self._stacks = [torch.empty(at_once, *e.tensor.shape, dtype=e.tensor.dtype, device=e.tensor.device)
+                        for e in entries]  # fmt: skip
+        self._parts = []
+        for k in range(at_once):
+            mine = Plan([(e.name, stack[k], e.window) for e, stack in zip(entries, self._stacks, strict=True)])
+            self._parts.append(rule.split(mine, base))
+        self._count = 0
+        self._tensors: list[MemberTensor] = []
+        self._replaced: list[torch.nn.Module] = []
+
+    @property
+    def nbytes(self) -> int:
+        return sum(stack.numel() * stack.element_size() for stack in self._stacks)
+
+    def write(self, members: Sequence[tuple[int, float]]) -> None:
+        """Writes the weights of at most `at_once` members. TypeError or ValueError before any is written."""
+        seeds, coeffs = check_members(*zip(*members, strict=True)) if members else ((), ())
+        if not 1 <= len(seeds) <= self.at_once:
+            raise ValueError(f"stacked: expected 1 to {self.at_once} members, got {len(seeds)}")
+        for seed, coeff, parts in zip(seeds.tolist(), coeffs.tolist(), self._parts, strict=False):
+            for group, mine, base in parts:
+                add_noise_(mine, [seed], [group.sigma * coeff], base=base, **self._options)
+        self._count = len(seeds)
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[torch.nn.Module]:
+        """In the block the module answers for the members that were written last."""
+        hook = self.module.register_forward_pre_hook(self._before_call, with_kwargs=True)
+        try:
+            self._enter(self._count)
+            yield self.module
+        finally:
+            try:
+                self._leave()
+            except KeyboardInterrupt:
+                self._leave()
+                raise
+            finally:
+                hook.remove()
+
+    @contextlib.contextmanager
+    def first_two(self) -> Iterator[None]:
+        """In the block the module answers for the first two members, to learn how."""
+        try:
+            self._enter(2)
+            yield
+        finally:
+            self._leave()
+
+    @contextlib.contextmanager
+    def alone(self, k: int) -> Iterator[None]:
+        """In the block the module answers for member k alone, with ordinary tensors."""
+        try:
+            self._places.put([stack[k] for stack in self._stacks])
+            yield
+        finally:
+            self._places.restore()
+
+    def check(self, rows: Sequence[list[int]] | None = None) -> None:
+        """Finds out how the operations of a language model are shared, unless that is known.
+
+        Raises Unsupported, and what the model raises when it generates a text. Of other modules, and of one member, it
+        does nothing: for them the first call finds out.
+        """
+        learned = self._learned
+        if self._count > 1 and not learned.calls and callable(getattr(self.module, "generate", None)):
+            check_language_model(self, learned)
+            learned.calls.add("generate")
+
+    @property
+    def learned(self) -> Learned:
+        """What is known of the module as it is now."""
+        return self._learned
+
+    @property
+    def _learned(self) -> Learned:
+        first = self.plan.tensors[0]
+        state = self.plan.layout, first.dtype, first.device, self.module.training
+        return _LEARNED.setdefault(self.module, {}).setdefault(state, Learned())
+
+    def _enter(self, count: int) -> None:
+        if count == 1:
+            self._places.put([stack[0] for stack in self._stacks])
+            return
+        learned, stacks = self._learned, [stack[:count] for stack in self._stacks]
+        names = map(label_of, self.plan.names)
+        self._tensors = [MemberTensor.of(s, n, learned.operations) for s, n in zip(stacks, names, strict=True)]
+        self._places.put(self._tensors)
+        for path, module in self.module.named_modules():
+            if label_of(path) in learned.one_by_one:
+                one_by_one = OneByOne(
+                    module, path, self._places, stacks, self._tensors, learned.operations, learned.modules
+                )
+                self._replaced.append((module, vars(module).get("forward")))
+                module.forward = one_by_one
+
+    def _leave(self) -> None:
+        for module, before in self._replaced:
+            vars(module).pop("forward", None)
+            if before is not None:
+                module.forward = before
+        self._replaced, self._tensors = [], []
+        self._places.restore()
+
+    def _before_call(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+        """Before the module's first call with such arguments."""
+        learned, leaves = self._learned, tree_flatten((args, kwargs))[0]
+        call = tuple(x.dim() if isinstance(x, torch.Tensor) else None for x in leaves)
+        learning = learned.operations.prime is not None or not self._tensors
+        if learning or "generate" in learned.calls or call in learned.calls:
+            return
+        self._leave()
+        try:
+            check_module(self, learned, args, kwargs, self._count)
+            learned.calls.add(call)
+        finally:
+            self._enter(self._count)
