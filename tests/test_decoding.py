@@ -277,9 +277,11 @@ def test_engines_of_functions():
 def test_the_page_about_rollouts_runs(tiny):
     page = (Path(__file__).parent.parent / "docs" / "concepts" / "rollouts.md").read_text(encoding="utf-8")
     scope = dict(zip(("model", "tokenizer"), tiny, strict=True))
-    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    exec(block, scope)
+    engine, members = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(engine, scope)
     assert len(scope["completions"]) == 1 and isinstance(scope["completions"][0], str)
+    exec(members, scope := {})
+    assert scope["es"].generation == 20 and max(m.reward for m in scope["members"]) > 0.6
 
 
 def test_a_transformers_without_continuous_batching(engine, monkeypatch):

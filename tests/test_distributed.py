@@ -299,6 +299,9 @@ def test_two_teams_over_one_store():
     turns = [team.members("0", 5) for team in teams]
     handed = [next(turns[0]), next(turns[1]), next(turns[1]), next(turns[0]), next(turns[1])]
     assert handed == [0, 1, 2, 3, 4] and [list(t) for t in turns] == [[], []]
+    packets = [team.packets("p", 11, size) for team, size in zip(teams, (4, 3), strict=True)]
+    assert [next(packets[i]) for i in (0, 1, 1, 0)] == [range(0, 4), range(4, 7), range(7, 10), range(10, 11)]
+    assert [list(p) for p in packets] == [[], []] and list(Team().packets("p", 5, 2))[-1] == range(4, 5)
     with ThreadPoolExecutor(1) as pool:
         other = pool.submit(teams[1].exchange, "0", {1: 1.0, 2: None, 4: 4.0}, 5)
         assert teams[0].exchange("0", {0: 0.0, 3: -3.0}, 5) == [0.0, 1.0, None, -3.0, 4.0] == other.result(timeout=10)

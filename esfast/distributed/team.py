@@ -118,21 +118,27 @@ class Team:
     def members(self, turn: str, count: int) -> Iterator[int]:
         """Hands out the numbers below `count`, each to one process (or one group of shards) of those that ask under
         this `turn`, as soon as it is free. A slow process gets fewer numbers."""
+        for numbers in self.packets(turn, count, 1):
+            yield from numbers
+
+    def packets(self, turn: str, count: int, size: int) -> Iterator[range]:
+        """As `members`, but `size` neighbouring numbers at once, the last time perhaps fewer. Processes may ask for
+        different sizes."""
         if self.size == 1:
-            yield from range(count)
+            yield from (range(start, min(start + size, count)) for start in range(0, count, size))
             return
         for asked in itertools.count():
             self.check()
             key = f"{turn}/group {self.rank // self.shards}/{asked}"
             if self.leads:
-                index = self._store.add(f"{turn}/next", 1) - 1
+                start = self._store.add(f"{turn}/next", size) - size
                 if self.shards > 1:
-                    self._store.set(key, str(index))
+                    self._store.set(key, str(start))
             else:
-                index = int(self._wait(key))
-            if index >= count:
+                start = int(self._wait(key))
+            if start >= count:
                 return
-            yield index
+            yield range(start, min(start + size, count))
 
     def exchange(self, turn: str, mine: Mapping[int, float | None], count: int) -> list[float | None]:
         """The rewards of all `count` members, from `mine` of each process. None stays None. A process sends 12 bytes

@@ -7,8 +7,8 @@ __getattr__, __dir__ = lazily(
     {
         "ES": "es",
         "Member": "population",
+        "Packets": "population",
         "Population": "population",
-        "member_seed": "population",
         "coefficients": "es",
         "perturbed": "perturbation",
         "zscore": "shaping",

@@ -26,7 +26,7 @@ from ..utils.names import ROUNDINGS
 from ..utils.settings import check_positive as _check_positive
 from .buffers import Buffers
 from .history import History
-from .population import Member, Population, member_seed
+from .population import Member, Packets, Population, member_seed
 from .shaping import SHAPINGS, centered_rank, zscore  # noqa: F401
 from .weights import MODES, InplaceWeights, automatic
 
@@ -154,21 +154,27 @@ class ES:
         if self.team.size > 1:  # not before: what a process replays depends on the checkpoints that it finds
             self._weights.updater = SharedUpdates(self._weights.updater, self.team, self._run)
 
-    def population(self) -> Population:
+    def population(self, at_once: int | None = None) -> Population | Packets:
         """The members of this generation: iterate over it, directly or in a `with` block.
 
             with es.population() as members:      # restored when the block is left, on any interpreter
                 for member in members: ...
 
+        With `at_once` it gives lists of so many members, the last one perhaps shorter, for a body that evaluates them
+        together, with esfast.stacked for example. The weights stay unperturbed. Members and their seeds are the same.
+
         If it is called again before `step`, the same generation begins anew.
         """
+        if at_once is not None:
+            check_int("at_once", at_once, 1, 2**32)
         if self._inside is not None:
             raise BadState(f"population(): member {self._inside.index} is still in place; leave its loop first")
         self._check_own("population()")
         self.members, self._mine = [self._member(i) for i in range(self.population_size)], []
         self._asked += 1
         self.team.at_work = True
-        return Population(self, self.members)
+        population = Population(self, self.members)
+        return population if at_once is None else Packets(population, at_once)
 
     def _member(self, index: int) -> Member:
         pair, sign = (index // 2, 1 - 2 * (index % 2)) if self.mirrored else (index, 1)

@@ -56,12 +56,19 @@ class Population:
 
         In a team the next one is taken when it is asked for, so who is slow gets fewer: ask when ready for it.
         """
+        for packet in self.packets(1):
+            yield from packet
+
+    def packets(self, at_once: int) -> Iterator[list[Member]]:
+        """As `handed_out`, in lists of `at_once` members, the last one perhaps shorter. Processes of a team may ask for
+        lists of different lengths."""
         es = self._es
-        for index in es.team.members(es._turn, len(self.members)):
+        for numbers in es.team.packets(es._turn, len(self.members), at_once):
             if self.members is not es.members:
                 raise BadState("this population is of the past; ask for a new one with es.population()")
-            es._mine.append(self.members[index])
-            yield self.members[index]
+            packet = [self.members[i] for i in numbers]
+            es._mine += packet
+            yield packet
 
     def __iter__(self) -> Iterator[Member]:
         es, mine = self._es, []
@@ -98,6 +105,29 @@ class Population:
         inside = self._es._inside
         if inside is not None and id(inside) in map(id, members):
             self._es._leave()
+
+
+class Packets:
+    """The members of one generation in lists of `at_once`, for a body that perturbs and evaluates them itself.
+
+    The model keeps its unperturbed weights, and its buffers are put back after each list.
+    """
+
+    def __init__(self, population: Population, at_once: int):
+        self.population, self.at_once = population, at_once
+
+    def __iter__(self) -> Iterator[list[Member]]:
+        buffers = self.population._es._buffers
+        buffers.note()
+        for packet in self.population.packets(self.at_once):
+            try:
+                yield packet
+            finally:
+                buffers.put_back()
+
+    def __len__(self) -> int:
+        """How many lists there are, if this process gets all of them."""
+        return -(-len(self.population) // self.at_once)
 
 
 def _nothing() -> None: ...

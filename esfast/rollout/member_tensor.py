@@ -13,6 +13,7 @@ calls do what was learned for the same operation on the same weight; one that wa
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -227,7 +228,10 @@ class Mapped:
             return () if self.inplace else result
 
         try:
-            return torch.vmap(of_one_member, tuple(in_dims))(*given)
+            with warnings.catch_warnings():
+                # vmap does a few operations for one member after another, and says so
+                warnings.filterwarnings("ignore", "There is a performance drop")
+                return torch.vmap(of_one_member, tuple(in_dims))(*given)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:

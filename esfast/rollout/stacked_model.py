@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_flatten
 
 from ..core.ops import add_noise_, check_members
 from ..core.plan import Plan
+from ..es.perturbation import unchanged_buffers
 from ..update.optimizers import Group, check_groups
 from ..update.updater import Rule
 from .member_check import Learned, check_language_model, check_module
@@ -127,11 +128,13 @@ class StackedModel:
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[torch.nn.Module]:
-        """In the block the module answers for the members that were written last."""
+        """In the block the module answers for the members that were written last. After it the parameters are in their
+        places, and buffers as they were."""
         hook = self.module.register_forward_pre_hook(self._before_call, with_kwargs=True)
         try:
-            self._enter(self._count)
-            yield self.module
+            with unchanged_buffers(self.plan):
+                self._enter(self._count)
+                yield self.module
         finally:
             try:
                 self._leave()
@@ -159,14 +162,14 @@ class StackedModel:
         finally:
             self._places.restore()
 
-    def check(self, rows: Sequence[list[int]] | None = None) -> None:
+    def check(self) -> None:
         """Finds out how the operations of a language model are shared, unless that is known.
 
         Raises Unsupported, and what the model raises when it generates a text. Of other modules, and of one member, it
         does nothing: for them the first call finds out.
         """
         learned = self._learned
-        if self._count > 1 and not learned.calls and callable(getattr(self.module, "generate", None)):
+        if self._count > 1 and "generate" not in learned.calls and callable(getattr(self.module, "generate", None)):
             check_language_model(self, learned)
             learned.calls.add("generate")
 
