@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from transformers import GenerationConfig
 
 from ..es.perturbation import unchanged_buffers
+from ..utils.errors import BadValue
 from .encoding import embedded_tokens
 from .member_modules import first_difference, modules_on_the_way, recorded
 from .member_ops import SHORT
@@ -88,7 +89,7 @@ def check_module(stack: StackedModel, learned: Learned, args: tuple, kwargs: dic
         raise Unsupported(f"{type(stack.module).__name__} called without a tensor of rows")
     rows = len(tensors[0])
     if rows % members or not rows:
-        raise ValueError(f"stacked: {rows} rows can't be shared by {members} members: pass as many for each")
+        raise BadValue(f"stacked: {rows} rows can't be shared by {members} members: pass as many for each")
     sizes = {size for x in tensors for size in x.shape[1:]}
 
     def run(each: int, count: int) -> list[torch.Tensor]:

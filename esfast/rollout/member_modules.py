@@ -14,6 +14,7 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..core.plan import Plan
+from ..utils.errors import BadValue
 from .member_tensor import Operations, Unsupported, divisible, label_of
 
 PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
@@ -35,7 +36,7 @@ class Places:
         missing = set(range(len(plan))) - {number for _, (_, _, number) in self._found}
         if missing:
             name = plan.names[min(missing)]
-            raise ValueError(f"stacked: {name!r} of the plan is no parameter of this {type(module).__name__}")
+            raise BadValue(f"stacked: {name!r} of the plan is no parameter of this {type(module).__name__}")
 
     def inside(self, module: torch.nn.Module) -> list[tuple]:
         modules = set(map(id, module.modules()))
@@ -63,7 +64,7 @@ class Places:
                     yield container, key, number
                 elif tensor.numel() and (owner := self._memory.get(tensor.untyped_storage().data_ptr())) is not None:
                     if container is not attributes.get("_parameters"):
-                        raise ValueError(
+                        raise BadValue(
                             f"stacked: {name or 'the model'} keeps a view of the weight {names[owner]!r} in "
                             f"{key!r}, which no member's weights could replace"
                         )

@@ -19,8 +19,10 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from ..utils.errors import EsfastError
 
-class Unsupported(NotImplementedError):
+
+class Unsupported(EsfastError, NotImplementedError):
     """An operation on weights that can't be done for several members in one call; the message names it."""
 
 

@@ -23,6 +23,7 @@ from ..core.plan import Plan
 from ..es.perturbation import unchanged_buffers
 from ..update.optimizers import Group, check_groups
 from ..update.updater import Rule
+from ..utils.errors import BadType, BadValue
 from .member_check import Learned, check_language_model, check_module
 from .member_modules import OneByOne, Places
 from .member_tensor import MemberTensor, Unsupported, label_of
@@ -93,11 +94,11 @@ class StackedModel:
         self.plan = model if isinstance(model, Plan) else Plan(model)
         self.module, self.at_once = self.plan.module, at_once
         if self.module is None:
-            raise TypeError("stacked: the Plan must be made of an nn.Module, which is to answer")
+            raise BadType("stacked: the Plan must be made of an nn.Module, which is to answer")
         if self.plan.sharded:
-            raise ValueError("stacked: the weights are in shards, of which each process has its own; ask one by one")
+            raise BadValue("stacked: the weights are in shards, of which each process has its own; ask one by one")
         if at_once < 1:
-            raise ValueError("stacked: expected at least one member")
+            raise BadValue("stacked: expected at least one member")
         self._places = Places(self.module, self.plan)
         rule, base = rule or Rule(), self.plan if base is None else base
         self._options = {"noise": rule.noise, "rounding": rounding, "backend": backend}
@@ -120,7 +121,7 @@ class StackedModel:
         """Writes the weights of at most `at_once` members. TypeError or ValueError before any is written."""
         seeds, coeffs = check_members(*zip(*members, strict=True)) if members else ((), ())
         if not 1 <= len(seeds) <= self.at_once:
-            raise ValueError(f"stacked: expected 1 to {self.at_once} members, got {len(seeds)}")
+            raise BadValue(f"stacked: expected 1 to {self.at_once} members, got {len(seeds)}")
         for seed, coeff, parts in zip(seeds.tolist(), coeffs.tolist(), self._parts, strict=False):
             for group, mine, base in parts:
                 add_noise_(mine, [seed], [group.sigma * coeff], base=base, **self._options)
