@@ -18,7 +18,8 @@ from .segments import Entry, Slice
 
 
 def is_dtensor(tensor: torch.Tensor) -> bool:
-    module = sys.modules.get("torch.distributed.tensor")  # whoever has a DTensor has imported it; we needn't, for 0.5 s
+    # Importing this module takes 0.5 s. If there is a DTensor, it is imported already.
+    module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
@@ -33,7 +34,8 @@ def local_entries(e: Entry) -> list[Entry]:
             imply.
     """
     spans = _spans(e)
-    local = e.tensor._local_tensor.detach()  # what to_local() gives, without its 10 us of autograd
+    # The same as to_local(), without its 10 us of autograd.
+    local = e.tensor._local_tensor.detach()
     found = tuple(local.shape)
     expected = tuple(sum(length for _, length in dimension) for dimension in spans)
     if found != expected:
@@ -67,7 +69,8 @@ def _spans(e: Entry) -> list[list[tuple[int, int]]]:
     for placement, parts, index in zip(e.tensor.placements, mesh.shape, coordinate, strict=True):
         kind = type(
             placement
-        ).__name__  # _StridedShard has no public name, and is_shard() is true of it or not by version
+            # By name: _StridedShard is not public, and whether is_shard() is true of it depends on the version.
+        ).__name__
         if kind == "Shard":
             spans[placement.dim] = _chunk(spans[placement.dim], parts, index)
         elif kind == "_StridedShard":
@@ -158,7 +161,8 @@ def gather(dtensors: Sequence[torch.Tensor], mine: dict) -> dict:
     """
     groups = dict.fromkeys(group for t in dtensors for group in t.device_mesh.get_all_groups())
     conflict = None
-    for group in groups:  # dimension after dimension, so that after the last each rank has met every other
+    # One dimension after another: after the last one, every rank has the values of all.
+    for group in groups:
         told = [None] * torch.distributed.get_world_size(group)
         torch.distributed.all_gather_object(told, (mine, conflict), group=group)
         mine = {}

@@ -20,7 +20,8 @@ from .segments import Entry, Slice
 
 MASK = 2**64 - 1
 _INTEGERS = {4: torch.int32, 2: torch.int16}
-_CHUNK = {"cpu": 2**20, "cuda": 2**24}  # elements in flight, as int64: enough work for every core between barriers
+# Elements at once, as int64: enough work for every core between barriers.
+_CHUNK = {"cpu": 2**20, "cuda": 2**24}
 
 
 def window_sums(entries: Sequence[Entry], low: torch.Tensor | None = None) -> list[int]:
@@ -39,7 +40,8 @@ def window_sums(entries: Sequence[Entry], low: torch.Tensor | None = None) -> li
             halves = low[e.flat : e.flat + t.numel()].view(t.shape)
             total = total * 2**16 + _sum(halves, e.name, e.window, buffer)  # both halves are signed, see csrc/dtypes.h
         sums.append(total)
-    return [s & MASK for s in torch.stack(sums).tolist()]  # the only wait for a GPU
+    # Waits for the GPU, once.
+    return [s & MASK for s in torch.stack(sums).tolist()]
 
 
 def _sum(bits: torch.Tensor, name: str, window: Slice, buffer: torch.Tensor) -> torch.Tensor:

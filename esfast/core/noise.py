@@ -105,7 +105,8 @@ def noise_at(seed: int, name: str, index: np.ndarray, kind: str = "gaussian") ->
     if kind == "low_rank":
         raise BadValue("noise: 'low_rank' noise of an element depends on the tensor's shape; ask esfast.noise for it")
     index = np.asarray(index, dtype=np.uint64)
-    if index.ndim == 0:  # NumPy warns where a scalar wraps, and for arrays it doesn't
+    # An array: NumPy warns when a scalar overflows, but not for arrays.
+    if index.ndim == 0:
         return noise_at(seed, name, index[None], kind)[0]
     block, lane = np.divmod(index, np.uint64(NUMBERS_PER_BLOCK[kind]))
     words = philox(seed, block, tensor_id(name), DOMAINS[kind])
@@ -204,7 +205,8 @@ def _radius(a: np.ndarray) -> np.ndarray:
     bits = u.view(np.uint32)
     e = (bits - np.uint32(0x4F800000)).view(np.int32).astype(np.float32)  # 2^23 log2(u / 2^32), linear between powers
     f = ((bits & np.uint32(0x7FFFFF)) | np.uint32(0x3F800000)).view(np.float32) - _f(1)
-    q = fma(fma(fma(_Q[3], f, _Q[2]), f, _Q[1]), f, _Q[0])  # what the line misses, over f (1 - f)
+    # The error of the linear part, divided by f (1 - f).
+    q = fma(fma(fma(_Q[3], f, _Q[2]), f, _Q[1]), f, _Q[0])
     w = fma(fma(-f, f, f), q, e * _LN)
     y = (_MAGIC - (w.view(np.uint32) >> np.uint32(1))).view(np.float32)  # 1 / sqrt(w) within 3.5 %
     s = w * y

@@ -65,7 +65,8 @@ class Plan:
             check_tensor(entry)
         self._held, self.flat_numel = lay_out(merge_tied(held))
         check_names(self._held)
-        self._private = False  # of a clone no module knows, so nothing moves its tensors
+        # True for a clone: no module holds its tensors, so nothing can move them.
+        self._private = False
         devices = {e.tensor.device for e in self._held}
         if len(devices) > 1:
             found = ", ".join(sorted(map(str, devices)))
@@ -80,9 +81,11 @@ class Plan:
         self._tensors = [e.tensor for e in self.entries]
         self._tables: list[
             tuple[weakref.ref[Plan], weakref.ref[Plan] | None, bool, Table]
-        ] = []  # others aren't kept alive
+            # Weak references: other plans aren't kept alive.
+        ] = []
         self._table = Table(self.entries, self.entries)
-        self.number = next(_numbers)  # by which a traced call finds it
+        # A traced call finds the plan by this number.
+        self.number = next(_numbers)
         PLANS[self.number] = self
         self._addresses = self._current_addresses()
 
@@ -249,7 +252,8 @@ class Plan:
         shards.reshard(self._gathering)
 
     def _current_addresses(self) -> list[int]:
-        addresses = list(map(torch.Tensor.data_ptr, self._tensors))  # on every call: 400 take 22 us, in a loop 29
+        # This runs on every call. It takes 22 us for 400 tensors; a loop would take 29.
+        addresses = list(map(torch.Tensor.data_ptr, self._tensors))
         return addresses + [t._local_tensor.data_ptr() for _, t in self._sharded]
 
     def check_module(self) -> None:

@@ -124,7 +124,8 @@ def check_tensor(entry: Entry) -> None:
         )
     if tensor.is_neg():
         raise BadType(f"Plan: {name!r} is a view whose sign is only turned on reading; pass .resolve_neg() of it")
-    if tensor.numel() == 0 and math.prod(entry.window.shape) == 0:  # no empty shard of something
+    # An empty tensor that is not an empty shard.
+    if tensor.numel() == 0 and math.prod(entry.window.shape) == 0:
         raise BadValue(
             f"Plan: {name!r} has no elements (shape {tuple(tensor.shape)}); if its values were repacked elsewhere "
             "they would be missed. Leave it out with exclude= if that is meant"
@@ -136,7 +137,8 @@ def merge_tied(entries: list[Entry]) -> list[Entry]:
     first: dict[tuple, Entry] = {}
     for e in entries:
         t = e.tensor
-        memory = t.data_ptr() or t.untyped_storage()._cdata  # what has no elements has no address
+        # Tensors without elements have no address.
+        memory = t.data_ptr() or t.untyped_storage()._cdata
         first.setdefault((t.device, memory, t.shape, t.stride(), t.dtype), e)
     return list(first.values())
 

@@ -70,7 +70,8 @@ class RandomStream:
 
 
 def _words(seed: int, domain: int, index: int) -> Iterator[int]:
-    block, blocks = 0, 16  # Philox calls made at once: few at first, as many streams are short
+    # Philox calls at once: few at first, as many streams are short.
+    block, blocks = 0, 16
     while True:
         drawn = philox(seed, np.arange(block, block + blocks), index, domain)
         yield from np.stack(drawn, axis=1).ravel().tolist()
@@ -82,7 +83,8 @@ def seed_of(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
 
 
-@functools.lru_cache(2)  # the epoch that a run is in is asked for in every generation
+# Cached: every generation asks for the permutation of the present epoch.
+@functools.lru_cache(2)
 def permutation(size: int, seed: int, domain: str, index: int = 0) -> np.ndarray:
     """The numbers 0 to size - 1 in random order: int64, not to be written to.
 

@@ -185,7 +185,8 @@ def check_overlap(entries: list[Entry], *tables: Table) -> None:
     end = start + (rows - 1) * stride + length
     order = np.argsort(start, kind="stable")
     clear = start[order][1:] >= np.maximum.accumulate(end[order])[:-1]
-    suspect = np.zeros(len(order), dtype=bool)  # extents that meet; their rows may still be disjoint, as columns are
+    # Tensors whose extents overlap. Their rows may still be disjoint, as those of column slices are.
+    suspect = np.zeros(len(order), dtype=bool)
     suspect[order[1:][~clear]] = True
     suspect[order[:-1][~clear]] = True
     suspect |= (rows > 1) & (stride < length)

@@ -77,13 +77,15 @@ class Team:
         if made:
             if int(os.environ.get("WORLD_SIZE", 1)) == 1:
                 alone = cls(shards=shards)
-                alone.restarted = attempts > 0  # of several machines one may be left
+                # Of several machines only one may be left.
+                alone.restarted = attempts > 0
                 return alone
             found, rank, size = next(rendezvous("env://"))
-            # torchrun's store may outlive the processes, and what they left there must not meet their successors
+            # torchrun's store may outlive the processes; their successors must not find their keys.
             attempt = dist.PrefixStore(f"attempt {attempts}", found)
             device, backend = torch.device(device), "gloo"
-            if device.type == "cuda":  # what processes tell each other about shards goes by the current device
+            # Collectives over shards use the current device.
+            if device.type == "cuda":
                 torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index)
                 backend = "cpu:gloo,cuda:nccl"
             dist.init_process_group(backend, store=attempt, rank=rank, world_size=size)
@@ -145,7 +147,8 @@ class Team:
         for each of its own members and receives 8 for each member of all."""
         if self.size == 1:
             return [mine.get(i) for i in range(count)]
-        if self.leads:  # one value a process: a request for each member would take 100 us of all, one after another
+        # One value a process. A request for each member would take 100 us each, one after another.
+        if self.leads:
             parts = (struct.pack("<Id", i, math.nan if r is None else r) for i, r in mine.items())
             self._store.set(f"{turn}/from {self.rank}", b"".join(parts))
         if self.rank == 0:
@@ -172,7 +175,8 @@ class Team:
             try:
                 self._store.set(f"{key}/{self.rank}", value)
             except dist.DistError:
-                self.check()  # says who is gone
+                # Raises with the name of the process that is gone.
+                self.check()
                 raise
             return []
         return [value] + [self._wait(f"{key}/{rank}").decode() for rank in range(1, self.size)]
@@ -197,7 +201,8 @@ class Team:
                 signum = signal_of(error)
                 text = f"interrupted {int(signum)}: process {self.rank} was interrupted by {signum.name}"
             try:
-                self._store.compare_set("stop", "", text)  # the first reason is the one
+                # Only the first reason counts.
+                self._store.compare_set("stop", "", text)
             except dist.DistError:
                 pass
 
@@ -209,7 +214,8 @@ class Team:
         except BaseException as error:
             self.fail(error)
             if self.rank == 0 and self.size > 1:
-                time.sleep(BEAT / 2)  # the store that says so may end with this process
+                # Time for the others to read it: the store may end with this process.
+                time.sleep(BEAT / 2)
             raise
 
     def check(self) -> None:
@@ -260,7 +266,8 @@ class Team:
             try:
                 self._store.wait([key], timedelta(seconds=1))
                 return self._store.get(key)
-            except dist.DistError:  # time is up, or the store is gone: check() tells
+            except dist.DistError:
+                # The time is up, or the store is gone; check() raises the reason.
                 self.check()
 
     def _beat(self) -> None:
@@ -312,7 +319,8 @@ class SharedUpdates:
         bounds = shares([t.numel() for t in updater.plan.tensors], team.size)
         contiguous = all(t.is_contiguous() for t in updater.plan.tensors)
         if contiguous and not isinstance(updater.rule.optimizer, Adam) and not updater.plan.sharded:
-            self.chosen = None  # to be found out
+            # Not measured yet.
+            self.chosen = None
             self._parts = [updater.part(range(*b)) for b in bounds]
 
     def __getattr__(self, name: str):

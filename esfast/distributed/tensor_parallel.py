@@ -54,7 +54,8 @@ class RowParallel(nn.Linear):
         if self.whole:
             x = x.chunk(mesh.size(), -1)[mesh.get_local_rank()]
         y = linear(x, self.weight._local_tensor)
-        dist.all_reduce(y, group=mesh.get_group())  # the same bits everywhere
+        # All devices get the same bits.
+        dist.all_reduce(y, group=mesh.get_group())
         return y if self.bias is None else y + self.bias
 
 
@@ -62,7 +63,7 @@ STYLES = {  # by Transformers' names, of 4.56 and of 5: the class that does it, 
     "colwise": (ColumnParallel, False), "colwise_gather_output": (ColumnParallel, True),
     "colwise_rep": (ColumnParallel, True), "rowwise": (RowParallel, False), "rowwise_split_input": (RowParallel, True),
     "rowwise_rep": (RowParallel, True),
-    # left as they are, which changes no result
+    # Left as they are; that changes no result.
     "replicated_with_grad_allreduce": None, "replicate": None, "embedding_rowwise": None,
 }  # fmt: skip
 
@@ -103,7 +104,8 @@ def _planned(model, count: int) -> list[tuple[nn.Linear, type[ColumnParallel | R
     if unknown := sorted(set(plan.values()) - set(STYLES)):
         raise BadValue(f"tensor parallelism: {name} needs {', '.join(unknown)}, which esfast doesn't know")
     config = model.config.get_text_config()
-    if "colwise" in plan.values():  # such projections are cut between heads
+    # These projections are cut between attention heads.
+    if "colwise" in plan.values():
         for heads in ("num_attention_heads", "num_key_value_heads"):
             if (found := getattr(config, heads, None)) is not None and found % count:
                 raise BadValue(f"tensor parallelism: {found} {heads} of {name} can't be shared by {count} devices")

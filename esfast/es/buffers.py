@@ -17,9 +17,11 @@ from ..utils.interrupts import held
 
 log = logging.getLogger(__name__)
 
-LEAST_BUDGET = 64 * 2**20  # bytes of copies, of models whose weights are small
+# Bytes that copies may take even if the weights are small.
+LEAST_BUDGET = 64 * 2**20
 WEIGHTS_SHARE = 8  # copies of buffers may take an eighth of the weights' bytes
-KEPT_AS_IT_IS = frozenset({"training"})  # of a module's attributes: whether it is in train mode is its user's to say
+# Attributes of a module that are not restored: the user decides about train mode.
+KEPT_AS_IT_IS = frozenset({"training"})
 
 
 class Buffers:
@@ -53,7 +55,8 @@ class Buffers:
         before, self._kept, room = self._kept, {}, self._budget
         for key, tensor in sorted(tensors.items(), key=lambda item: _size(item[1])):
             room -= _size(tensor)
-            kept = before.get(key)  # which holds the tensor, so that its id is no other's
+            # The old entry keeps the tensor alive, so that no other tensor has its id.
+            kept = before.get(key)
             self._kept[key] = kept if kept is not None else _Kept(tensor, copied=room >= 0)
             self._kept[key].note()
 
@@ -117,7 +120,8 @@ class _Kept:
         if not self._in_place():
             self.tensor.data = self.memory
         if not self._same():
-            with torch.inference_mode(self.tensor.is_inference()):  # elsewhere such a tensor can't be written
+            # Outside inference mode such a tensor can't be written.
+            with torch.inference_mode(self.tensor.is_inference()):
                 self.tensor.copy_(self.copy)
             self.version = version(self.tensor)
         return True

@@ -36,7 +36,8 @@ def coefficients(members: Sequence[Member], shaped: Sequence[float], lr: float) 
     total: dict[int, float] = {}
     for m, z in zip(members, shaped, strict=True):
         total[m.seed] = total.get(m.seed, 0.0) + m.sign * z
-    with np.errstate(over="ignore"):  # ES.step refuses what is not finite
+    # ES.step refuses coefficients that are not finite.
+    with np.errstate(over="ignore"):
         return list(total), [float(np.float32(lr / len(members) * t)) for t in total.values()]
 
 
@@ -151,7 +152,8 @@ class ES:
         self._history = History(self.team, self._run, checkpoints)
         if header is not None:
             self.generation = self._history.begin(Path(journal), header, resume, self._weights)
-        if self.team.size > 1:  # not before: what a process replays depends on the checkpoints that it finds
+        # Only now: until here each process replays alone, and how much depends on the checkpoints that it finds.
+        if self.team.size > 1:
             self._weights.updater = SharedUpdates(self._weights.updater, self.team, self._run)
 
     def population(self, at_once: int | None = None) -> Population | Packets:
@@ -205,7 +207,8 @@ class ES:
         shaped = self._shape(list(rewards.values()))
         sigma, lr = _check_positive("sigma", self.sigma), _check_positive("lr", self.lr)
         seeds, coeffs = coefficients(scored, shaped, self.rule.gradient_lr(lr))
-        most = self.rule.largest("lr")  # what a group can't take must be refused before another one has moved
+        # Refuse it now if one group can't take it: no group may move before.
+        most = self.rule.largest("lr")
         if not most * max(map(abs, coeffs)) <= float(np.finfo(np.float32).max):
             raise BadValue(f"step(): lr {self.lr} and the shaped rewards give coefficients that are not finite")
         decay = float(np.float32(lr * self.weight_decay))
@@ -214,8 +217,10 @@ class ES:
         record = Generation(
             self.generation, seeds, coeffs, [rewards.get(m.index) for m in self.members], sigma, lr, decay
         )
-        with held():  # all of it or nothing: a step half taken would be taken again
-            self._history.append(record)  # on disk first: a journal that can't be written changes no weight
+        # All or nothing: a step that was interrupted halfway would be taken again.
+        with held():
+            # The journal first: if it can't be written, no weight changes.
+            self._history.append(record)
             self._weights.update(record)
             self.generation += 1
             self.members = []
@@ -226,7 +231,8 @@ class ES:
         """Exchanges rewards with the other processes of the team, so that all members have one."""
         if self.team.size == 1:
             return
-        scored = self._mine if self.team.leads else ()  # of processes that hold a model together one speaks
+        # Of the processes that hold a model together only the first reports.
+        scored = self._mine if self.team.leads else ()
         mine = {m.index: None if set_aside and m.reward is None else _check_reward(m) for m in scored}
         found = self.team.exchange(self._turn, mine, self.population_size)
         for member, reward in zip(self.members, found, strict=True):
@@ -279,7 +285,8 @@ class ES:
     def _leave(self) -> None:
         try:
             self._restore()
-        except KeyboardInterrupt:  # pressed in the very moment of restoring: finish that, then obey
+        except KeyboardInterrupt:
+            # Ctrl-C while restoring: finish the restore, then raise.
             self._restore()
             raise
         finally:
@@ -319,7 +326,8 @@ def _check_reward(member: Member) -> float:
         raise BadValue(f"step(): member {member.index} has no reward; set member.reward in the loop's body")
     try:
         reward = float(member.reward if not isinstance(member.reward, str) else None)
-    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last is PyTorch's, for several numbers
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        # RuntimeError is PyTorch's, for a tensor of several numbers.
         raise BadValue(f"step(): the reward of member {member.index} is {member.reward!r}, no number") from None
     if not math.isfinite(reward):
         raise BadValue(f"step(): the reward of member {member.index} is {reward}, not a finite number")

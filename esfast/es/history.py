@@ -49,7 +49,7 @@ class History:
                 "goes on with it: start the machines in the order of before, or keep the run folder where all see it"
             )
         found = peek(path) if resume and leads else None
-        # What the run was to be may change as long as nothing was done.
+        # As long as no generation was done, the settings may differ.
         goes_on = found is not None and bool(found.records or found.header == header)
         goes_on = team.tell(f"{self._run}: resume", lambda: b"yes" if goes_on else b"no") == b"yes"
         self._note(header)
@@ -66,7 +66,8 @@ class History:
             )
         if leads:
             self._journal, _ = Journal.take_up(path, header)
-        del lock  # which the journal has
+        # The journal holds the lock now.
+        del lock
         _, records, checks = parse(team.tell(f"{self._run}: journal", path.read_bytes), path)
         for record in records:
             self._note(dataclasses.asdict(record))
@@ -119,5 +120,6 @@ def _has_generations(path: Path) -> bool:
     try:
         found = peek(path)
     except ValueError:
-        return True  # damaged, which process 0 says
+        # It is damaged; process 0 reports that.
+        return True
     return found is not None and bool(found.records)

@@ -50,7 +50,8 @@ def perturbed(
     plan.check_module()
     truth = plan.clone() if base is None else base
     options = {"base": truth, "noise": noise, "backend": backend}
-    plan.table(truth)  # a base that does not fit must not be restored from
+    # Check that the base fits before anything is written: the restore reads it.
+    plan.table(truth)
     with unchanged_buffers(plan):
         try:
             add_noise_(plan, [seed], [sigma], **options)
@@ -58,18 +59,21 @@ def perturbed(
         finally:
             try:
                 add_noise_(plan, [], [], **options)
-            except KeyboardInterrupt:  # pressed in the very moment of restoring: finish that, then obey
+            except KeyboardInterrupt:
+                # Ctrl-C while restoring: finish the restore, then raise.
                 add_noise_(plan, [], [], **options)
                 raise
 
 
-_IDLE: weakref.WeakKeyDictionary[Plan, Buffers] = weakref.WeakKeyDictionary()  # copies are kept for a plan's next block
+# Copies of a plan's buffers are kept for its next block.
+_IDLE: weakref.WeakKeyDictionary[Plan, Buffers] = weakref.WeakKeyDictionary()
 
 
 @contextlib.contextmanager
 def unchanged_buffers(plan: Plan) -> Iterator[None]:
     """Restores the buffers of the plan's module after the block."""
-    buffers = _IDLE.pop(plan, None) or Buffers(plan)  # of nested blocks each has its own
+    # Nested blocks have a copy each.
+    buffers = _IDLE.pop(plan, None) or Buffers(plan)
     buffers.note()
     try:
         yield

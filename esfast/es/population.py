@@ -83,7 +83,8 @@ class Population:
         finally:
             try:
                 self._leave(mine)
-            except KeyboardInterrupt:  # pressed on the way to restoring, before ES._leave could see to it
+            except KeyboardInterrupt:
+                # Ctrl-C just before the restore in ES._leave: restore, then raise.
                 self._leave(mine)
                 raise
 
@@ -101,7 +102,7 @@ class Population:
             raise
 
     def _leave(self, members: Sequence[Member]) -> None:
-        # not the member of a later loop: an abandoned iterator may be closed at any time
+        # An abandoned iterator may be closed at any time; it must not restore the member of a later loop.
         inside = self._es._inside
         if inside is not None and id(inside) in map(id, members):
             self._es._leave()

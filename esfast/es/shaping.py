@@ -11,8 +11,10 @@ def zscore(rewards: Sequence[float]) -> list[float]:
     if min(rewards) == max(rewards):
         return [0.0] * len(rewards)
     exponent = math.frexp(max(map(abs, rewards)))[1]
-    rewards = [math.ldexp(r, -exponent) for r in rewards]  # exact; no square overflows, nor do all of them vanish
-    mean = math.fsum(rewards) / len(rewards)  # fsum: the same bits everywhere, whatever the order
+    # Scaling by a power of two is exact; afterwards squares neither overflow nor all become 0.
+    rewards = [math.ldexp(r, -exponent) for r in rewards]
+    # fsum gives the same bits everywhere, in any order.
+    mean = math.fsum(rewards) / len(rewards)
     std = math.sqrt(math.fsum((r - mean) ** 2 for r in rewards) / len(rewards))
     return [(r - mean) / std for r in rewards]
 

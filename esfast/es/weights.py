@@ -74,7 +74,8 @@ class BaseWeights(_Stored):
 
     def __init__(self, plan: Plan, rule: Rule, backend: str = "auto"):
         self.plan, self.truth = plan, self._truth(plan)
-        self.base = self.truth.high() if self.truth.low is not None else self.truth  # what members are written from
+        # The plan that members are written from.
+        self.base = self.truth.high() if self.truth.low is not None else self.truth
         self.updater = Updater(self.truth, rule, backend)
         self._parts = rule.split(plan, self.base)
         self._options = {"noise": rule.noise, "backend": backend}
@@ -163,7 +164,8 @@ class _MovingWeights:
 
     def _move(self, target: list[tuple[int, float]], rounding: str = "nearest") -> None:
         terms = [(s, -c) for s, c in self._applied] + target
-        with held():  # what is applied and what is noted down must not part
+        # The weights and the note of what was added to them must stay consistent.
+        with held():
             for group, plan in self._parts if terms else ():  # in one pass, rounded once
                 seeds, coeffs = [s for s, _ in terms], [group.sigma * c for _, c in terms]
                 add_noise_(plan, seeds, coeffs, rounding=rounding, **self._options)
@@ -241,7 +243,8 @@ class HostWeights(_Stored, _MovingWeights):
     def restore(self) -> None:
         with held():
             for t, mine in zip(self.plan.tensors, self._host, strict=True):
-                t.detach().copy_(mine)  # complete before the next kernel
+                # The copy is complete before the next kernel.
+                t.detach().copy_(mine)
             self._applied = []
         self._note()
 
@@ -284,7 +287,8 @@ def automatic(plan: Plan, rule: Rule) -> str:
     extra = {m: sum(MODES[m].cost(t.dtype).device * t.numel() for t in plan.tensors) for m in ("master", "base")}
     if extra["base"] < extra["master"] <= room:
         mode = "master"
-    else:  # a host copy of what lies in host memory anyway saves nothing
+    else:
+        # On a CPU a copy in host memory saves nothing.
         mode = "base" if extra["base"] <= room else "host" if plan.device.type != "cpu" else "inplace"
     log.info('weights="auto" takes %r: %.2f GB of weights, %.1f GB of memory', mode, plan.nbytes / 1e9, total / 1e9)
     return mode

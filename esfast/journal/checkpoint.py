@@ -51,7 +51,7 @@ def save(folder: Path, generation: int, updater: Updater, part: str = "", run: s
     finally:
         temporary.unlink(missing_ok=True)
     there = _list(folder)
-    # A later one is of another run, and not for this one to remove.
+    # A later checkpoint belongs to another run; leave it.
     newest = sorted(g for g, other in there if other == part and g <= generation)[-KEPT:]
     for old, other in there:
         if other == part and old < newest[0] or other.partition("of")[2] != part.partition("of")[2]:
@@ -111,7 +111,8 @@ def _load(path: Path, updater: Updater, identity: str, check: str | None) -> Non
             raise BadValue("its fingerprint does not fit")
         if "run" not in metadata and metadata["fingerprint"] != check:
             raise BadValue("it does not say of which run it is, and the journal does not vouch for its weights")
-        for name, target in targets.items():  # a tensor at a time: no second copy in memory
+        # One tensor at a time, so that there is no second copy in memory.
+        for name, target in targets.items():
             target.copy_(file.get_tensor(name))
 
 
@@ -133,7 +134,8 @@ def _fingerprint_of(file, plan: Plan) -> str:
 
 
 def _names(plan: Plan) -> list[str]:
-    return [f"{i}:{e.name}" for i, e in enumerate(plan.entries)]  # parts of one tensor share its name
+    # Numbered, since parts of one tensor share its name.
+    return [f"{i}:{e.name}" for i, e in enumerate(plan.entries)]
 
 
 def _tensors(updater: Updater) -> dict[str, torch.Tensor]:

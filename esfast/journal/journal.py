@@ -114,7 +114,8 @@ class Journal:
     def append(self, record: Generation) -> None:
         """Appends one generation and waits until it is on disk. OSError if it can't be written."""
         fields = dataclasses.asdict(record)
-        fields["seeds"] = [f"{s:016x}" for s in record.seeds]  # 64 bits don't fit the numbers of other JSON readers
+        # As text: other JSON readers have no 64-bit integers.
+        fields["seeds"] = [f"{s:016x}" for s in record.seeds]
         began = time.perf_counter()
         self._write(fields)
         self.seconds += time.perf_counter() - began
@@ -122,7 +123,8 @@ class Journal:
     def _write(self, fields: dict) -> None:
         text = json.dumps(fields, separators=(",", ":"))
         line = f"{text} {zlib.crc32(text.encode()):08x}\n".encode()
-        if not self._lock.held:  # a trainer lets go of it when it has trained
+        # A trainer releases the lock after training.
+        if not self._lock.held:
             self._lock = Lock.take(self.path, shared=True)
         try:
             file = open(self.path, "r+b", buffering=0)  # noqa: SIM115, which is closed below
@@ -144,7 +146,8 @@ class Journal:
                     raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} (a part of a line)", str(self.path))
                 os.fsync(file.fileno())
             except BaseException:
-                file.truncate(end)  # no half lines, and no line whose step was not taken: it may be taken again
+                # Remove the line, also if it is whole: its step was not taken, and may be taken again.
+                file.truncate(end)
                 raise
         self._end, self._last = end + len(line), line
 

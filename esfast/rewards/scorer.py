@@ -23,7 +23,8 @@ log = logging.getLogger(__name__)
 
 RewardFunc = Callable[..., Sequence[float]]
 
-LARGEST = 3.4e38  # a reward's size, as float32 has it: what is larger makes sums and squares of rewards infinite
+# The largest reward, about float32's maximum: larger ones make sums and squares infinite.
+LARGEST = 3.4e38
 # Exceptions that count as the function's failure: KeyboardInterrupt only if no signal raised it. Others that are no
 # Exception belong to somebody else, to a test's time limit for example, and pass.
 FAILURES = (Exception, SystemExit, GeneratorExit, asyncio.CancelledError, KeyboardInterrupt)
@@ -86,7 +87,8 @@ class Scorer:
         if self._workers:
             try:
                 pickled = pickle.dumps(columns(rows, completions))
-            except Exception as error:  # pickle has no one kind of its own
+            except Exception as error:
+                # pickle raises exceptions of many types.
                 log.warning("reward functions are called in this process: the rows can't be sent to another: %s", error)
                 self._workers = 0
         if not self._workers:

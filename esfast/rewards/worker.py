@@ -26,7 +26,8 @@ from multiprocessing.connection import Connection
 from ..utils.child import child
 from ..utils.interrupts import blocked, outlive
 
-START_SECONDS = 120  # a reward function's module may import a great deal
+# Long, since a reward function's module may import much.
+START_SECONDS = 120
 
 now = time.monotonic
 
@@ -35,7 +36,8 @@ def importable(function: Callable) -> str | None:
     """`module:qualname` if importing that gives this very function. None for closures, lambdas, methods of objects, and
     functions that are defined in a script or a notebook."""
     module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", "")
-    if module in (None, "__main__") or not hasattr(os, "killpg"):  # without POSIX: no worker
+    # There are workers on POSIX only.
+    if module in (None, "__main__") or not hasattr(os, "killpg"):
         return None
     found = sys.modules.get(module)
     for part in name.split("."):
@@ -70,15 +72,19 @@ class Worker:
         mine, theirs = socket.socketpair()
         with mine, theirs:
             code = "from esfast.rewards.worker import serve; serve(int(sys.argv[1]), sys.argv[2:])"
-            with blocked():  # until `serve` heeds none
+            # Blocked until `serve` ignores them.
+            with blocked():
                 self._process = subprocess.Popen(
                     child(code, str(theirs.fileno()), *functions),
                     pass_fds=[theirs.fileno()],
                     stdin=subprocess.DEVNULL,
-                    start_new_session=True,  # Ctrl-C is the parent's, and what the functions start is killed with them
+                    # Its own session: Ctrl-C goes to the parent only, and killing the group also kills what the
+                    # functions start.
+                    start_new_session=True,
                 )
             self.connection = Connection(mine.detach())
-        self._ready = False  # to be sent a task: it has imported the functions
+        # Becomes True when the worker has imported the functions.
+        self._ready = False
 
     def give(self, task: Task) -> None:
         self.task = task
@@ -145,14 +151,16 @@ def serve(descriptor: int, names: Sequence[str]) -> None:
     """The worker's side: answers until the parent closes the connection or dies."""
     outlive()
     connection = Connection(descriptor)
-    os.set_inheritable(descriptor, False)  # what the functions start must not keep it open
+    # Processes that the functions start must not keep it open.
+    os.set_inheritable(descriptor, False)
 
     def answer(work: Callable[[], object]) -> bool:
         try:
             message = json.dumps({"value": work()})
         except NotRewards as error:
             message = json.dumps({"error": str(error)})
-        except BaseException as error:  # sys.exit in a function is an error of the function, too
+        except BaseException as error:
+            # sys.exit in a function counts as an error of the function.
             frames = "".join(traceback.format_tb(error.__traceback__)[-1:])
             message = json.dumps({"error": f"{raised(error)}\n{frames}".rstrip()})
         connection.send_bytes(message.encode())
@@ -166,14 +174,16 @@ def serve(descriptor: int, names: Sequence[str]) -> None:
             jobs, pickled = json.loads(connection.recv_bytes()), connection.recv_bytes()
         except (EOFError, ConnectionError):
             return
-        for job in jobs:  # each gets arguments of its own, should one of them change its
+        # Each function gets its own copy of the arguments.
+        for job in jobs:
             if not answer(lambda job=job: _called(functions[job], pickled)):  # noqa: B023
                 break
 
 
 def _called(function: Callable, pickled: bytes) -> list[float | str | None]:
     arguments = pickle.loads(pickled)
-    count = len(arguments["completions"])  # before the function may change it
+    # Read it before the function can change it.
+    count = len(arguments["completions"])
     return numbers(function(**arguments), count)
 
 
@@ -192,14 +202,16 @@ def numbers(values, count: int) -> list[float | str | None]:
         raise NotRewards(f"returned {_shown(values)} ({type(values).__name__}): expected a list of {count} numbers")
     try:
         return list(map(_number, itertools.islice(values, count + 1)))
-    except TypeError as error:  # an array without dimensions calls itself iterable
+    except TypeError as error:
+        # A NumPy array without dimensions raises here.
         if getattr(values, "shape", None) != ():
             raise
         raise NotRewards(f"returned a single number: expected a list of {count}") from error
 
 
 def _number(value) -> float | str | None:
-    with contextlib.suppress(Exception):  # an array of two, say, is no number
+    # An array of two elements is not a number, for example.
+    with contextlib.suppress(Exception):
         value = value.item()
     if value is None or isinstance(value, (str, bytes, bytearray)):
         return None if value is None else _shown(value)
@@ -207,21 +219,24 @@ def _number(value) -> float | str | None:
         return float(value)
     except OverflowError:
         return "a whole number too large for a float"
-    except Exception:  # whatever conversions there are
+    except Exception:
+        # A conversion may raise anything.
         return _shown(value)
 
 
 def _shown(value) -> str:
     try:
         return f"{value!r:.60}"
-    except Exception:  # as a repr may
+    except Exception:
+        # A repr may raise anything.
         return f"a {type(value).__name__}"
 
 
 def raised(error: BaseException) -> str:
     try:
         words = str(error)
-    except Exception:  # the exception is the user's, too
+    except Exception:
+        # The exception's own str may raise.
         words = "(its message can't be made)"
     return f"raised {type(error).__name__}: {words:.1000}"
 

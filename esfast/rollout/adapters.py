@@ -53,7 +53,7 @@ def attach(model, folder: str | os.PathLike):
     """Puts all adapters of a folder that `save_pretrained` wrote into the base model; returns the PeftModel."""
     PeftModel, wrapped = _peft("an adapter folder").PeftModel, None
     for name, place in _places(Path(folder)):
-        # prompts that are learned can't be loaded as trainable, though nothing else keeps them from it
+        # PEFT refuses to load learned prompts as trainable, so make them trainable afterwards.
         learned = _peft("").PeftConfig.from_pretrained(place).is_prompt_learning
         if wrapped is None:
             wrapped = PeftModel.from_pretrained(model, place, adapter_name=name, is_trainable=not learned)
@@ -83,7 +83,8 @@ def wrap(model, peft_config, seed: int):
     if peft_config.task_type not in (None, "CAUSAL_LM"):
         raise BadValue(f"peft_config: its task_type is {peft_config.task_type!s}, expected CAUSAL_LM")
     peft_config = copy.deepcopy(peft_config)
-    peft_config.task_type = peft.TaskType.CAUSAL_LM  # without it, prompts that are learned are never put before a text
+    # Without a task type, learned prompts are never put before a text.
+    peft_config.task_type = peft.TaskType.CAUSAL_LM
     device = next(model.parameters()).device
     devices = [device] if device.type != "cpu" else []
     with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):

@@ -69,9 +69,10 @@ def _render(
             chat, tools=tools, tokenize=False, add_generation_prompt=not continued,
             continue_final_message=continued, **options,
         )  # fmt: skip
-    except Exception as error:  # Jinja's, those that templates raise, and what goes wrong inside them
+    except Exception as error:
+        # Jinja's errors, those that templates raise, and errors inside them.
         raise BadValue(f"prompt: the tokenizer's chat template refuses the chat: {error}") from None
-    # A template may write the token that a text begins with, and a tokenizer put it before any text: once is enough.
+    # If the template has written the bos token that the tokenizer will add, drop one of them.
     begin = tokenizer.bos_token
     if begin and text.startswith(begin) and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
         text = text.removeprefix(begin)
@@ -130,7 +131,7 @@ def _tools(row: Mapping[str, Any]) -> list | None:
     tools = _column(row, "tools")
     if tools and not isinstance(tools, (list, tuple)):
         raise BadValue(f"tools: expected a list of JSON schemas, got {tools!r:.60}")
-    # Templates write headings for an empty list.
+    # For an empty list templates would write headings.
     return [_without_none(_from_json("tools", tool)) for tool in tools] if tools else None
 
 
@@ -167,7 +168,8 @@ def _forms(tokenizer) -> tuple[bool, bool]:
     def rendered(content) -> str:
         try:
             return tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
-        except Exception:  # whatever a template that knows no such content raises
+        except Exception:
+            # A template that can't read this content may raise anything.
             return ""
 
     text, parts = rendered(PROBE), rendered([{"type": "text", "text": PROBE}])

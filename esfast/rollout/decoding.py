@@ -20,7 +20,7 @@ from .sampling import FiniteLogits, SeededSampling
 
 Tokens = list[list[int]]
 
-# What generate calls its cache: `cache` since Transformers 5.24, which knows the name of before for a while longer.
+# The name of generate's cache argument: `cache` since Transformers 5.24, which still accepts the old name.
 CACHE = "cache" if "cache" in getattr(transformers.generation.utils, "ALL_CACHE_NAMES", ()) else "past_key_values"
 
 
@@ -82,7 +82,8 @@ class Static(Plain):
     def _cache(self, count: int, width: int) -> dict:
         length = width + self.config.max_new_tokens
         if self._made is None or self._made[0] != count or self._made[1] < length:
-            self._made = None  # the old one's memory first
+            # Free the old cache's memory first.
+            self._made = None
             self._made = count, length, StaticCache(self.model.config.get_text_config(), max_cache_len=length)
         else:
             self._made[2].reset()
@@ -116,14 +117,15 @@ class Continuous:
         if sampling is not None:
             raise BadValue("continuous batching knows no seeds for single responses: sample with decoding='static'")
         if self.model.device.type == "cuda":
-            torch.cuda.synchronize(self.model.device)  # the weights are written in another stream than it reads them
+            # Weights are written in another stream than the one that reads them.
+            torch.cuda.synchronize(self.model.device)
         session = self.model.continuous_batching_context_manager(
             generation_config=self.config, continuous_batching_config=self._options, persistent_manager=True
         )
         texts: dict[str, list[int]] = {}
-        # Transformers before 5.24 leaves its paged attention behind where a session can't begin.
+        # If a session can't begin, Transformers before 5.24 leaves its paged attention in the model.
         with torch.no_grad(), attention_kept(self.model), session as manager:
-            # Paused, it takes all requests at once, and composes the same batches in every run.
+            # Paused until all requests are there, so that every run composes the same batches.
             with getattr(manager, "pause", contextlib.nullcontext)():
                 names = manager.add_requests(rows, max_new_tokens=self.config.max_new_tokens)
             while len(texts) < len(names):

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from ..utils.errors import BadType, BadValue
 from ..utils.rows import check_text
 
-# The first that a vocabulary knows shows what a tokenizer puts around a text.
+# Samples: the first one that the vocabulary knows shows what the tokenizer puts around a text.
 KNOWN_TEXTS = ("a", "1", "A", "the", ".", "\u4e00")
 CLOSING = ("eos_token", "sep_token", "cls_token", "pad_token")
 
-# What configurations call the longest sequence that a model takes, the first that is there counts.
+# Names for the longest sequence in configurations; the first one that is there counts.
 LIMITS = (
     "max_position_embeddings",
     "n_positions",
@@ -66,7 +66,7 @@ class PromptEncoder:
         for text in KNOWN_TEXTS:
             try:
                 (known,), (bare,) = self._ids([text]), self._ids([text], add_special_tokens=False)
-            # of a vocabulary that knows neither the text nor an unknown token
+            # The vocabulary has neither the text nor an unknown token.
             except Exception:
                 continue
             if bare:

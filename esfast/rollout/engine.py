@@ -142,7 +142,7 @@ class TransformersEngine:
         if self._in_shards and decoding not in ("auto", "plain"):
             raise BadValue(f"decoding: a model in shards generates plainly, got {decoding!r}")
         self._one_thread = is_small(model)
-        # All processes of a model in shards generate together, and so measure it when they do.
+        # The processes of a sharded model must generate together, so it is measured at the first call.
         self._traits = None if self._in_shards else self._measure()
         padded = self._traits is not None and self._traits.together == ANY
         if decoding == "static" and not padded:
@@ -211,7 +211,8 @@ class TransformersEngine:
         try:
             new = self._decode(rows, most, sampling)
         except torch.OutOfMemoryError:
-            if len(rows) == 1 or self._in_shards:  # where others may have had enough, and wait for this one
+            # In shards: the other processes may have had enough memory, and wait for this one.
+            if len(rows) == 1 or self._in_shards:
                 raise
         else:
             self.tokens += sum(map(len, new))

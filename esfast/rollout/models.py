@@ -36,7 +36,7 @@ def load_model(path: str | os.PathLike, **options) -> torch.nn.Module:
         weights_only=True,
         **options,
     )
-    # Sizes that differ are reported there, with those that are missing.
+    # Reports tensors of another size together with missing ones.
     _check_complete(path, model, report)
     return model
 
@@ -51,7 +51,7 @@ def load_tokenizer(path: str | os.PathLike):
     if not os.path.exists(os.path.join(path, "tokenizer_config.json")):
         path = adapters.base_of(path) or path
     tokenizer = _loaded("the tokenizer of", path, AutoTokenizer.from_pretrained)
-    # Without files some classes come up with special tokens alone.
+    # Without files some tokenizer classes have special tokens only.
     if not tokenizer("a", add_special_tokens=False)["input_ids"]:
         raise BadValue(f"the tokenizer of {path} has no vocabulary: are its files there (tokenizer.json)?")
     return tokenizer
@@ -64,7 +64,8 @@ def _loaded(what: str, path: str | os.PathLike, load, **options):
         raise BadFile(f"{what} {path}: {_first_lines(error)}") from error
     except MemoryError:
         raise
-    except Exception as error:  # of many libraries' types: safetensors', pickle's, json's, a missing package
+    except Exception as error:
+        # Errors of many libraries: safetensors, pickle, json, a missing package.
         if "trust_remote_code" in str(error):
             raise BadValue(
                 f"{what} {path} brings code of its own (trust_remote_code), which esfast does not run. If you trust "
@@ -94,7 +95,8 @@ def check_kind(path: str | os.PathLike, config) -> None:
 
 
 def _is_decoder(config) -> bool:
-    return bool(getattr(config, "is_decoder", False) or getattr(config, "causal", False))  # XLM's word for it
+    # XLM calls it `causal`.
+    return bool(getattr(config, "is_decoder", False) or getattr(config, "causal", False))
 
 
 def _check_complete(path: str | os.PathLike, model: torch.nn.Module, report: dict) -> None:

@@ -10,7 +10,8 @@ from ..utils.errors import BadValue
 from ..utils.rows import Rows, check_text
 
 BATCH = 1000  # prompts that are tokenized together
-QUIET_SECONDS = 5  # a look that takes longer shows how far it is
+# A check that takes longer shows its progress.
+QUIET_SECONDS = 5
 NAMED = 5  # rows with faults that a message names
 
 
@@ -31,7 +32,8 @@ def check_prompts(what: str, rows: Rows, render: Callable[[Rows], list[str]], en
     starts = range(0, len(rows), BATCH)
     for start in tqdm(starts, what, disable=not progress, delay=QUIET_SECONDS, leave=False, dynamic_ncols=True):
         batch = [rows[i] for i in range(start, min(start + BATCH, len(rows)))]
-        if _fault(check, batch) is not None:  # one by one, to say which
+        # Check one by one, to name the row.
+        if _fault(check, batch) is not None:
             found = [(start + i, _fault(check, [row])) for i, row in enumerate(batch)]
             faults += [(i, error) for i, error in found if error is not None]
     if faults:

@@ -113,7 +113,8 @@ def check_optimizer(value) -> Optimizer:
         return OPTIMIZERS[value]()
     if isinstance(value, str):
         raise BadValue(f"optimizer: expected one of {', '.join(map(repr, OPTIMIZERS))}, got {value!r}")
-    return value  # Rule looks at it
+    # Rule checks it.
+    return value
 
 
 def _check_share(what: str, value) -> None:

@@ -113,7 +113,8 @@ class Rule:
         optimizer = {"name": name, **dataclasses.asdict(self.optimizer)}
         fields = {"noise": self.noise, "rounding": self.rounding, "optimizer": optimizer, "decay_to": self.decay_to}
         groups = {"groups": [[g.pattern, g.sigma, g.lr] for g in self.groups]}
-        return fields | (groups if self.groups else {})  # journals of before groups were there are the same as ever
+        # Without groups the line is as in journals of older versions.
+        return fields | (groups if self.groups else {})
 
     @classmethod
     def from_json(cls, fields: dict) -> Rule:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .errors import BadValue, mendable
 
-# how the name of what is being written ends
+# Ending of the names of files that are being written.
 TEMPORARY = ".tmp"
 
 
@@ -31,7 +31,7 @@ def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
     temporary = temporary_beside(path)
     try:
         with open(temporary, "xb") as file:
-            # half a character, which a completion may hold, has no form in UTF-8: it is shown as \udc00
+            # A completion may hold half a surrogate pair, which UTF-8 can't encode; it is written as \udc00.
             file.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
         os.replace(temporary, path)
     finally:
@@ -51,7 +51,8 @@ def whole_folder(path: Path, replace: bool = True) -> Iterator[Path]:
         follow_umask(unfinished)
         if replace and path.exists():
             shutil.rmtree(path)
-        os.replace(unfinished, path)  # a neighbour's rename is atomic
+        # A rename within a folder is atomic.
+        os.replace(unfinished, path)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -62,7 +63,7 @@ def follow_umask(folder: Path) -> None:
     rights = folder.stat().st_mode & 0o666
     for file in folder.rglob("*"):
         if file.is_file() and not file.is_symlink():
-            # another process may have just put it in its place
+            # Another process may just have renamed the file.
             with contextlib.suppress(FileNotFoundError):
                 file.chmod(rights)
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-# A terminal, Slurm and torchrun each may send the same signal to a process once more; within so many seconds it is one.
+# Terminals, Slurm and torchrun may send a signal twice. Within this many seconds it counts once.
 REPEATED = 1.0
 _STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
@@ -98,7 +98,8 @@ def stoppable() -> Iterator[Stops]:
         if Stops.current is stops:
             Stops.current = None
         for signum, handler in before.items():
-            if handler is not None:  # not one of Python's, which can't be set from here
+            # None is a handler that Python did not install, and can't restore.
+            if handler is not None:
                 signal.signal(signum, handler)
 
 

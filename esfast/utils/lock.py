@@ -22,7 +22,7 @@ except ImportError:  # Windows
 
 log = logging.getLogger(__name__)
 
-# Seconds in which another process may end: one that was killed can take a moment until the system has cleared it away.
+# Seconds to wait for another process to end: after a kill the system may need a moment to release its lock.
 PATIENCE = 3.0
 _POLL = 0.1
 _UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
@@ -56,7 +56,8 @@ class Lock:
         mine = _holder(journal)
         if mine is not None and not shared:
             mine = None
-            gc.collect()  # a trainer that was deleted may be held by a cycle of references alone
+            # A deleted trainer may only be waiting for the garbage collector.
+            gc.collect()
             mine = _holder(journal)
         if mine is None:
             return cls(journal)
@@ -108,7 +109,8 @@ def _acquire(path: Path) -> int | None:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        except FileNotFoundError:  # the owner before removed the empty folder
+        except FileNotFoundError:
+            # The previous owner removed the empty folder.
             continue
         try:
             if fcntl is None:
@@ -129,7 +131,8 @@ def _acquire(path: Path) -> int | None:
                 os.ftruncate(descriptor, 0)
                 os.write(descriptor, _owner().encode())
                 return descriptor
-            os.close(descriptor)  # its owner removed it before it was locked here
+            # The file was removed before it was locked here: try again.
+            os.close(descriptor)
             continue
         if time.monotonic() > until:
             raise InUse(
@@ -148,7 +151,8 @@ def _is_at(path: Path, descriptor: int) -> bool:
 
 def _let_go(path: Path, descriptor: int | None, made: Sequence[Path]) -> None:
     if descriptor is not None:
-        # Removed while it is locked: who locks it afterwards sees that the name is gone, and makes it anew.
+        # Remove it while it is locked: a process that locks it afterwards sees that the file is gone, and makes a new
+        # one.
         with contextlib.suppress(OSError):
             if _is_at(path, descriptor):
                 path.unlink()

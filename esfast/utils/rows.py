@@ -15,7 +15,8 @@ Rows = Sequence[Mapping[str, Any]]
 
 TAKEN = ("prompts", "completions")
 _IMMUTABLE = frozenset({str, int, float, bool, bytes, type(None)})
-_shared: set[str] = set()  # columns of which a warning has been given
+# Columns that a warning was given for.
+_shared: set[str] = set()
 
 
 def check_rows(what: str, rows, required: bool = True) -> Rows | None:
@@ -119,7 +120,8 @@ def _own(value, column: str):
         return value
     try:
         return copy.deepcopy(value)
-    except Exception as error:  # as with pickle, whose protocol this is
+    except Exception as error:
+        # deepcopy may raise anything, as pickle does.
         if column not in _shared:
             _shared.add(column)
             log.warning("column %r: its values can't be copied, so reward functions share them: %s", column, error)

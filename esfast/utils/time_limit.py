@@ -18,8 +18,10 @@ now = time.monotonic
 # What interrupts a call in the main thread. Not SIGALRM: graders set, and switch off, alarms of their own. SIGURG is
 # ignored by default, so one that arrives late does no harm.
 INTERRUPT = getattr(signal, "SIGURG", None)
-AGAIN = 1.0  # seconds until a call that caught TooSlow is interrupted once more
-LONGEST = 1e9  # seconds; longer limits are none
+# Seconds until a call that caught TooSlow is interrupted again.
+AGAIN = 1.0
+# Seconds; a longer limit means no limit.
+LONGEST = 1e9
 
 
 class TooSlow(BaseException):
@@ -47,7 +49,8 @@ def limited(seconds: float, call: Callable[[], Result]) -> Result:
     finally:
         # TooSlow may have been raised inside the first stop(); the next one is a second away.
         late = stop()
-    if late:  # the call caught TooSlow: what it returned is what it makes of an interruption
+    # The call caught TooSlow, so its result is not to be trusted.
+    if late:
         raise TooSlow
     return result
 
@@ -97,7 +100,8 @@ def _by_exception(seconds: float) -> Callable[[], bool]:
 
     def stop() -> bool:
         cancel()
-        if struck:  # and perhaps not delivered yet
+        # TooSlow was raised, but may not have arrived yet.
+        if struck:
             ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, None)
         return struck
 
@@ -143,7 +147,8 @@ def _kernel_timer(seconds: float) -> Callable[[], None] | None:
     event = _Sigevent(None, INTERRUPT, to_thread, threading.get_native_id())
     if libc.timer_create(monotonic, ctypes.byref(event), ctypes.byref(timer)):
         return None
-    first = max(1, int(seconds * 1e9))  # 0 would mean never
+    # 0 would switch the timer off.
+    first = max(1, int(seconds * 1e9))
     spec = _Timerspec(int(AGAIN), 0, *divmod(first, 10**9))
     libc.timer_settime(timer, 0, ctypes.byref(spec), None)
     left = [timer]
@@ -176,7 +181,8 @@ def _alarm_kept() -> Iterator[None]:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        if handler is not None:  # None: not one of Python's, which can't be set from here
+        # None is a handler that Python did not install, and can't restore.
+        if handler is not None:
             signal.signal(signal.SIGALRM, handler)
         if left:
             signal.setitimer(signal.ITIMER_REAL, max(1e-6, left - (now() - began)), interval)

@@ -30,7 +30,8 @@ def run(call) -> None:
             x = _adam(x, acc, call.adam, flat)
         elif len(call.seeds) or call.decay:
             x = acc
-        elif src.format == dst.format:  # round(src) is src, whatever a NaN's payload: a copy
+        elif src.format == dst.format:
+            # No arithmetic is needed: copy, so that NaNs keep their payload.
             if dst is not src:
                 dst.tensor.detach().copy_(src.tensor.detach())
             continue

@@ -24,7 +24,8 @@ CONFIGS = ((TILE, 4, 144), (TILE, 4, 128), (2048, 4, 96), (4096, 8, 96), (8192, 
 # One member is compiled in as a constant. Without the loop ptxas gets by with 128 registers, so that four blocks fit an
 # SM and not three: 33.8 cycles per bf16 weight and not 35.4 (`esfast bench cycles`). Stochastic rounding would spill.
 ONE_MEMBER_REGISTERS = 128
-_tuned: dict[tuple, tuple[int, int, int]] = {}  # by device, noise and whether there is one member
+# Keys: device, noise, and whether there is one member.
+_tuned: dict[tuple, tuple[int, int, int]] = {}
 
 
 def run(call, tile: int | None = None) -> None:
@@ -92,7 +93,8 @@ def autotune(plan, noise: str = "gaussian", members: int = 1, repeats: int = 10)
     try:
         for config in CONFIGS:
             _tuned[_key(call)] = config
-            run(call)  # compiles, and makes the tables
+            # The first call compiles and makes the tables.
+            run(call)
             times[config] = min(_milliseconds(call) for _ in range(repeats))
     except BaseException:
         _tuned.pop(_key(call))
@@ -125,7 +127,8 @@ def missing(device: torch.device) -> str | None:
         return f"it needs tensors on a GPU, and these are on {device} (TRITON_INTERPRET=1 interprets it there, slowly)"
     try:
         triton.runtime.driver.active.get_current_target()
-    except Exception as error:  # whatever the loading of the driver raises
+    except Exception as error:
+        # Loading the driver may raise anything.
         return f"Triton finds no usable GPU driver ({error})"
     return None
 
