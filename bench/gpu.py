@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from ..core.noise import ELEMENTWISE
+from ..core.kinds import ELEMENTWISE
 from . import BenchmarkError, clocks, count
 from .clocks import Clocks
 from .isolated import isolated

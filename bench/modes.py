@@ -15,7 +15,7 @@ from statistics import median
 
 import torch
 
-from ..core.noise import ELEMENTWISE
+from ..core.kinds import ELEMENTWISE
 from ..core.plan import Plan
 from ..es.weights import MODES, Cost
 from ..update.updater import Generation, Rule

@@ -19,7 +19,7 @@ from statistics import median
 
 import torch
 
-from ..core.noise import ELEMENTWISE
+from ..core.kinds import ELEMENTWISE
 from ..core.ops import add_noise_, auto_backend
 from ..core.plan import Plan
 from . import BenchmarkError, afternoon, count, memory, today

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from ..core.noise import ELEMENTWISE
+from ..core.kinds import ELEMENTWISE
 from ..core.ops import add_noise_, backend_report
 from ..utils.child import child
 from . import BenchmarkError, count

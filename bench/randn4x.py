@@ -14,7 +14,7 @@ import triton.language as tl
 
 from ..core import segments
 from ..core.backends.tiles import members_on, tiles_of
-from ..core.noise import DOMAINS
+from ..core.kinds import DOMAINS
 from ..core.plan import Plan
 
 FLOAT32, BFLOAT16 = tl.constexpr(segments.FLOAT32), tl.constexpr(segments.BFLOAT16)

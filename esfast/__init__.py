@@ -1,12 +1,13 @@
 """esfast: full-parameter evolution-strategies fine-tuning of language models by inference alone."""
 
-from .core.noise import NOISE_VERSION, noise
+from .core.kinds import NOISE_VERSION
 from .utils.lazy import lazily
 
 __version__ = "0.1.0"
 
 # Loaded on first use: `esfast --help` need not wait for torch, nor a user of add_noise_ for transformers.
 _HOMES = {
+    "noise": "core.noise",
     "Plan": "core.plan",
     "Slice": "core.plan",
     "add_noise_": "core.ops",
@@ -32,6 +33,6 @@ _MODULES = {
     "plan": "core.plan",
     "weights": "es.weights",
 }
-__all__ = ["NOISE_VERSION", "noise", *_HOMES]
+__all__ = ["NOISE_VERSION", *_HOMES]
 
-__getattr__, __dir__ = lazily(__name__, _HOMES | _MODULES)
+__getattr__, __dir__ = lazily(__name__, _HOMES, _MODULES)

@@ -247,6 +247,7 @@ def test_info_names_backends_and_reasons(capsys):
 
 
 HEAVY = (
+    "numpy",
     "torch",
     "transformers",
     "datasets",

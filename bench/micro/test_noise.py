@@ -22,7 +22,7 @@ import torch
 
 from esfast.bench import count, today
 from esfast.bench.workload import SIGMA, make_plan, population, verify, verify_ends
-from esfast.core.noise import ELEMENTWISE
+from esfast.core.kinds import ELEMENTWISE
 from esfast.core.ops import add_noise_, auto_backend, backend_report
 
 DTYPES = ("bfloat16", "float32")

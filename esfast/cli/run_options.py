@@ -16,11 +16,10 @@ from typing import Any
 
 import yaml
 
-from ..core.noise import check_int
 from ..trainer.config import ESConfig, option
 from ..trainer.trl_names import translate
 from ..utils.errors import BadValue
-from ..utils.settings import convert_fields, number, whole_number
+from ..utils.settings import check_int, convert_fields, number, whole_number
 from .presets import NEEDS_DATA, preset
 
 

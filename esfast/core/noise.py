@@ -8,48 +8,29 @@ in a stated order. csrc/noise.h is the same in C++. Version 1 is frozen: journal
 from __future__ import annotations
 
 import math
-import operator
 import zlib
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..utils.errors import BadType, BadValue
+from ..utils.settings import check_int  # noqa: F401
+from .kinds import (  # noqa: F401
+    DOMAINS,
+    ELEMENTWISE,
+    KINDS,
+    MAX_RANK,
+    NOISE_VERSION,
+    NUMBERS_PER_BLOCK,
+    USES,
+    check_kind,
+    check_rank,
+    check_seed,
+)
 
 if TYPE_CHECKING:
     import torch
-
-NOISE_VERSION = 1
-
-
-class Use(NamedTuple):
-    """A use of random numbers: its `domain`, how many `numbers` one Philox call gives, and what they are."""
-
-    domain: int
-    numbers: int
-    what: str
-
-
-# Every use of random numbers. `domain` is the fourth counter word of Philox: one per use, so that no two uses share
-# a number; kernels are told the kind of noise by it. csrc/noise.h and kernels/noise.py are tested against this table.
-USES = {
-    "gaussian": Use(0, 4, "noise: standard normal numbers"),
-    "rademacher": Use(1, 128, "noise: signs, a bit each"),
-    "stochastic_rounding": Use(2, 4, "words whose upper 16 bits decide which neighbour a weight is rounded to"),
-    "member_seeds": Use(3, 1, "seeds of a generation's members"),
-    "response_seeds": Use(4, 1, "seeds of a prompt's responses"),
-    "tokens": Use(5, 4, "numbers that tokens are sampled with"),
-    "low_rank": Use(6, 0, "noise: it draws none of its own, its factors are gaussian noise of virtual tensors"),
-    "row_order": Use(7, 1, "the order in which a run takes its rows"),
-    "problems": Use(8, 4, "what made-up problems are drawn from"),
-}
-DOMAINS = {name: use.domain for name, use in USES.items()}
-NUMBERS_PER_BLOCK = {name: use.numbers for name, use in USES.items()}
-# Kinds of noise; of the first ones an element's noise depends on its number, but not on its tensor's shape.
-ELEMENTWISE = ("gaussian", "rademacher")
-KINDS = (*ELEMENTWISE, "low_rank")
-MAX_RANK = 256
 
 # Seven rounds are the fewest that pass BigCrush (Salmon et al., SC'11); ten would cost 3 more GPU issue slots a number.
 PHILOX_ROUNDS = 7
@@ -228,34 +209,3 @@ def fma(a, b, c) -> np.ndarray:
         inexact = (error != 0) & np.isfinite(error) & (bits.reshape(total.shape) & 1 == 0)
         odd = np.where(inexact, bits.reshape(total.shape) + toward, bits.reshape(total.shape))
         return np.atleast_1d(odd).view(np.float64).reshape(total.shape).astype(np.float32)
-
-
-def check_int(what: str, value, low: int, high: int) -> int:
-    """`value` as an int with low <= value < high; TypeError or ValueError that names `what` otherwise."""
-    try:
-        number = None if isinstance(value, (bool, np.bool_)) else operator.index(value)
-    except TypeError:
-        number = None
-    if number is None:
-        raise BadType(f"{what}: expected an int, got {type(value).__name__} {value!r}")
-    if not low <= number < high:
-        raise BadValue(f"{what}: expected {low} <= {what} < {high}, got {number}")
-    return number
-
-
-def check_seed(seed) -> int:
-    return check_int("seed", seed, 0, 2**64)
-
-
-def check_kind(kind: str) -> str:
-    if kind not in KINDS:
-        raise BadValue(f"noise: expected one of {', '.join(map(repr, KINDS))}, got {kind!r}")
-    return kind
-
-
-def check_rank(kind: str, rank: int) -> int:
-    """The rank of noise of this kind: 1 to MAX_RANK, and 1 of what has none. TypeError or ValueError otherwise."""
-    rank = check_int("rank", rank, 1, MAX_RANK + 1)
-    if rank != 1 and kind != "low_rank":
-        raise BadValue(f"rank: {kind!r} noise has no rank, got {rank}; write noise='low_rank'")
-    return rank

@@ -26,10 +26,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from ..core.noise import check_int
 from ..update.updater import Adam, Generation, Updater
 from ..utils.errors import BadState, BadValue
 from ..utils.interrupts import Interrupted, signal_of
+from ..utils.settings import check_int
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ..core.finite import check_finite
-from ..core.noise import check_int, check_seed
+from ..core.kinds import check_seed
 from ..core.ops import get_backend
 from ..core.plan import Plan
 from ..distributed.team import SharedUpdates, Team
@@ -23,6 +23,7 @@ from ..update.updater import Generation, Group, Optimizer, Rule, check_groups, c
 from ..utils.errors import BadState, BadValue
 from ..utils.interrupts import held
 from ..utils.names import ROUNDINGS
+from ..utils.settings import check_int
 from ..utils.settings import check_positive as _check_positive
 from .buffers import Buffers
 from .history import History

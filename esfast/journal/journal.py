@@ -17,12 +17,13 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
-from ..core.noise import NOISE_VERSION, check_int
+from ..core.kinds import NOISE_VERSION
 from ..core.ops import add_noise_
 from ..core.plan import Plan
 from ..update.updater import Generation, Rule, Updater
 from ..utils.errors import BadState, BadValue, FileMissing, FileTaken
 from ..utils.lock import Lock
+from ..utils.settings import check_int
 
 log = logging.getLogger(__name__)
 

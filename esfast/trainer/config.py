@@ -7,13 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..core.noise import KINDS, check_int
+from ..core.kinds import KINDS
 from ..es.shaping import SHAPINGS
 from ..rollout.chat import check_options
 from ..update.optimizers import OPTIMIZERS, Group, Optimizer, check_groups
 from ..utils.errors import BadValue
 from ..utils.names import DECAY_TO, DECODINGS, ROUNDINGS, WEIGHT_MODES
-from ..utils.settings import check_number, check_positive, convert, convert_fields
+from ..utils.settings import check_int, check_number, check_positive, convert, convert_fields
 from .loggers import LOGGERS, check_report_to
 from .schedules import SCHEDULES, check_schedule
 from .trl_names import accepts_trl_names

@@ -9,8 +9,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..core.noise import check_int
 from ..utils.errors import BadType, BadValue
+from ..utils.settings import check_int
 from ..utils.suggest import unknown
 
 

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..core.noise import check_kind
+from ..core.kinds import check_kind
 from ..core.ops import AdamStep, add_noise_
 from ..core.plan import Plan
 from ..utils.errors import BadType, BadValue

@@ -7,16 +7,21 @@ from collections.abc import Callable, Mapping
 from importlib import import_module
 
 
-def lazily(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
-    """`__getattr__` and `__dir__` of a package. `homes` maps each name to the module that defines it. If the module has
-    that name itself, as in "plan": "core.plan", the name stands for the module."""
+def lazily(
+    package: str, homes: Mapping[str, str], modules: Mapping[str, str] | None = None
+) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
+    """Returns the `__getattr__` and `__dir__` of a package. `homes` maps each name to the module in the package that
+    defines it, `modules` maps short names of modules to where they lie."""
+    modules = modules or {}
 
     def get(name: str) -> object:
-        if name not in homes:
+        if name in modules:
+            found: object = import_module(f".{modules[name]}", package)
+        elif name in homes:
+            found = getattr(import_module(f".{homes[name]}", package), name)
+        else:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        module = import_module(f".{homes[name]}", package)
-        found = module if homes[name].rpartition(".")[2] == name else getattr(module, name)
         setattr(sys.modules[package], name, found)
         return found
 
-    return get, lambda: sorted({*homes, *vars(sys.modules[package])})
+    return get, lambda: sorted({*homes, *modules, *vars(sys.modules[package])})

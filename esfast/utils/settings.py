@@ -145,6 +145,19 @@ _CONVERTERS: dict[str, Callable[[str, Any], Any]] = {
 }
 
 
+def check_int(what: str, value, low: int, high: int) -> int:
+    """`value` as an int with low <= value < high; TypeError or ValueError that names `what` otherwise."""
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None:
+        raise BadType(f"{what}: expected an int, got {type(value).__name__} {value!r}")
+    if not low <= number < high:
+        raise BadValue(f"{what}: expected {low} <= {what} < {high}, got {number}")
+    return number
+
+
 def check_number(what: str, value: float, low: float, high: float = math.inf) -> None:
     """ValueError unless low <= value < high (no infinity, no NaN)."""
     if not low <= value < high:

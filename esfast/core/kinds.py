@@ -1,0 +1,61 @@
+"""What there is to draw from the noise: its version, its kinds, and every other use of random numbers.
+
+Apart from how the numbers are made, which is in esfast.core.noise, so that settings can name and check them without
+loading NumPy.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ..utils.errors import BadValue
+from ..utils.settings import check_int
+
+NOISE_VERSION = 1
+
+
+class Use(NamedTuple):
+    """A use of random numbers: its `domain`, how many `numbers` one Philox call gives, and what they are."""
+
+    domain: int
+    numbers: int
+    what: str
+
+
+# Every use of random numbers. `domain` is the fourth counter word of Philox: one per use, so that no two uses share
+# a number; kernels are told the kind of noise by it. csrc/noise.h and kernels/noise.py are tested against this table.
+USES = {
+    "gaussian": Use(0, 4, "noise: standard normal numbers"),
+    "rademacher": Use(1, 128, "noise: signs, a bit each"),
+    "stochastic_rounding": Use(2, 4, "words whose upper 16 bits decide which neighbour a weight is rounded to"),
+    "member_seeds": Use(3, 1, "seeds of a generation's members"),
+    "response_seeds": Use(4, 1, "seeds of a prompt's responses"),
+    "tokens": Use(5, 4, "numbers that tokens are sampled with"),
+    "low_rank": Use(6, 0, "noise: it draws none of its own, its factors are gaussian noise of virtual tensors"),
+    "row_order": Use(7, 1, "the order in which a run takes its rows"),
+    "problems": Use(8, 4, "what made-up problems are drawn from"),
+}
+DOMAINS = {name: use.domain for name, use in USES.items()}
+NUMBERS_PER_BLOCK = {name: use.numbers for name, use in USES.items()}
+# Kinds of noise; of the first ones an element's noise depends on its number, but not on its tensor's shape.
+ELEMENTWISE = ("gaussian", "rademacher")
+KINDS = (*ELEMENTWISE, "low_rank")
+MAX_RANK = 256
+
+
+def check_seed(seed) -> int:
+    return check_int("seed", seed, 0, 2**64)
+
+
+def check_kind(kind: str) -> str:
+    if kind not in KINDS:
+        raise BadValue(f"noise: expected one of {', '.join(map(repr, KINDS))}, got {kind!r}")
+    return kind
+
+
+def check_rank(kind: str, rank: int) -> int:
+    """The rank of noise of this kind: 1 to MAX_RANK, and 1 of what has none. TypeError or ValueError otherwise."""
+    rank = check_int("rank", rank, 1, MAX_RANK + 1)
+    if rank != 1 and kind != "low_rank":
+        raise BadValue(f"rank: {kind!r} noise has no rank, got {rank}; write noise='low_rank'")
+    return rank
