@@ -49,6 +49,15 @@ def folder(tmp_path_factory):
     return make
 
 
+@pytest.fixture(scope="module")
+def one_ray():
+    """Ray on this machine, for the fleets of a module's tests."""
+    ray = pytest.importorskip("ray", reason="Ray is not installed here; `make test-vllm` runs these tests where it is")
+    ray.init(include_dashboard=False, log_to_driver=False, num_cpus=2)
+    yield
+    ray.shutdown()
+
+
 class Engine:
     """An LLM, and the Hugging Face model that it was loaded from."""
 

@@ -50,8 +50,8 @@ def test_one_engine(folder, ending):
     assert texts[0] == texts[1]
 
 
+@pytest.mark.usefixtures("one_ray")
 def test_a_fleet_s_prompts_are_looked_at_before_the_run_begins(ending, tmp_path):
-    pytest.importorskip("ray", reason="Ray is not installed here; `make test-vllm` runs these tests where it is")
     from esfast.integrations.fleet import FleetTrainer
 
     config = esfast.ESConfig(

@@ -8,19 +8,13 @@ import esfast
 
 pytest.importorskip("vllm", reason="vLLM is not installed here; `make test-vllm` runs these tests where it is")
 ray = pytest.importorskip("ray", reason="Ray is not installed here; `make test-vllm` runs these tests where it is")
+pytestmark = pytest.mark.usefixtures("one_ray")
 
 ROWS = [{"prompt": f"{i} plus {i + 1} is"} for i in range(6)]
 
 
 def letters(prompts, completions, **columns):
     return [float(sum(map(ord, text)) % 101) for text in completions]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_ray():
-    ray.init(include_dashboard=False, log_to_driver=False, num_cpus=2)
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture
