@@ -1,4 +1,4 @@
-"""Builds esfast._cpu: cpu_kernel.cpp once per instruction set, chosen among at run time by what the processor has; and
+"""Builds esfast._cpu: its kernels once per instruction set, chosen among at run time by what the processor has; and
 esfast._cuda: the CUDA kernels if there is an nvcc, else a module that says why they are not there.
 
 Only the toolchain is asked what it can do, never the machine: a wheel built here runs on any processor of the
@@ -40,7 +40,8 @@ CUDA_SOURCES = [os.path.join("csrc", name) for name in ("cuda_module.cpp", "cuda
 CUDA_HEADERS = [
     os.path.join("csrc", name) for name in ("noise.h", "dtypes.h", "cuda_job.h", "cuda_memory.cuh", "cuda_kernel.cuh")
 ]
-HEADERS = [os.path.join("csrc", name) for name in ("noise.h", "lanes.h", "dtypes.h", "cpu.h")]
+HEADERS = [os.path.join("csrc", name) for name in ("noise.h", "lanes.h", "dtypes.h", "cpu.h", "cpu_rows.h")]
+CPU_KERNELS = [os.path.join("csrc", name) for name in ("cpu_kernel.cpp", "cpu_low_rank.cpp")]
 NO_COMPILER = """
 esfast: the C++ extension could not be built: {error}
 
@@ -103,7 +104,7 @@ class Build(build_ext):
         openmp = ["-fopenmp"] if self.accepts("-fopenmp") else []
         for name, flags in {"baseline": [], **sets}.items():
             ext.extra_objects += self.compiler.compile(
-                ["csrc/cpu_kernel.cpp"],
+                CPU_KERNELS,
                 output_dir=os.path.join(self.build_temp, name),
                 extra_postargs=[*COMMON, *flags, "-fopenmp-simd" if openmp else "-O3", f"-DESFAST_ISA={name}"],
                 depends=HEADERS,
@@ -186,7 +187,7 @@ def build_with_nvcc(target):
 
 setup(
     ext_modules=[
-        Pybind11Extension("esfast._cpu", ["csrc/module.cpp"], depends=["csrc/cpu_kernel.cpp", *HEADERS]),
+        Pybind11Extension("esfast._cpu", ["csrc/module.cpp"], depends=[*CPU_KERNELS, *HEADERS]),
         Pybind11Extension("esfast._cuda", CUDA_SOURCES, depends=CUDA_HEADERS),
     ],
     cmdclass={"build_ext": Build},

@@ -35,20 +35,38 @@ struct Job {
     const uint64_t* seeds;
     const float* coeffs;
     int64_t member_count;
-    int64_t kind;     // Domain::GAUSSIAN or Domain::RADEMACHER
+    int64_t kind;     // Domain::GAUSSIAN, RADEMACHER or LOW_RANK
     bool stochastic;  // rounding, from words of seeds[0]
     bool streamed;    // where dst is not src it is written past the cache
     float decay;      // 0: none
     uint16_t* low;    // flat buffer of the low halves, of the side (or both) whose format is SPLIT
     Adam adam;
+    int64_t rank = 1;   // of low-rank noise
+    float scale = 1;    // 1 / sqrt(rank)
 };
 
 inline int64_t tiles_per_row(const Segment& s) { return (s.cols + TILE - 2) / TILE + 1; }  // at most, over all rows
+
+// Low-rank noise takes matrices by blocks of so many rows and columns: each number of a factor that is drawn serves a row
+// or a column of it.
+constexpr int BLOCK_ROWS = 64, BLOCK_COLS = 256;
+
+inline bool has_factors(const Segment& s) { return s.a_step != 0; }
+
+inline int64_t tiles_of(const Segment& s) {
+    if (!has_factors(s)) return s.rows * tiles_per_row(s);
+    return ((s.rows + BLOCK_ROWS - 1) / BLOCK_ROWS) * ((s.cols + BLOCK_COLS - 1) / BLOCK_COLS);
+}
 
 using TileFunction = void (*)(const Job&, int64_t tile);
 
 void tile_baseline(const Job&, int64_t tile);
 void tile_avx2(const Job&, int64_t tile);
 void tile_avx512(const Job&, int64_t tile);
+
+// The tiles of segments that have factors (cpu_low_rank.cpp); `block` counts within the segment.
+void block_baseline(const Job&, const Segment&, int64_t block);
+void block_avx2(const Job&, const Segment&, int64_t block);
+void block_avx512(const Job&, const Segment&, int64_t block);
 
 }  // namespace esfast

@@ -3,6 +3,7 @@
 #include <type_traits>
 
 #include "cpu.h"
+#include "cpu_rows.h"
 #include "dtypes.h"
 #include "lanes.h"
 
@@ -68,13 +69,7 @@ void add_rademacher(Acc acc, const Job& job, uint32_t tensor_id, uint64_t first_
     }
 }
 
-// A tile of memory: element 0 of the tile lies at `p` (and `low`), though only those of the span may be touched.
-template <class T>
-struct Place {
-    typename T::storage* p;
-    uint16_t* low = nullptr;  // of SPLIT
-};
-
+// The Place is that of element 0 of the tile, though only those of the span may be touched.
 template <class T>
 void read(Acc acc, Place<T> from, Span span) {
     constexpr bool SPLIT_PAIR = std::is_same_v<T, Split>;
@@ -209,7 +204,7 @@ void run_row(const Job& job, const Segment& s, int64_t row, int64_t tile) {
     }
     if (adam) memset(g, 0, sizeof(g));
     const Acc acc = adam ? g : x;
-    if (job.kind == GAUSSIAN) {
+    if (job.kind != RADEMACHER) {  // vectors get gaussian noise where matrices get low-rank noise
         add_gaussian(acc, job, uint32_t(s.tensor_id), uint64_t(tile_start) / GAUSSIANS_PER_BLOCK, span);
     } else {
         add_rademacher(acc, job, uint32_t(s.tensor_id), uint64_t(tile_start) / SIGNS_PER_BLOCK, span);
@@ -249,6 +244,7 @@ void ESFAST_JOIN(tile_, ESFAST_ISA)(const Job& job, int64_t tile) {
     }
     const Segment& s = job.segments[low];
     const int64_t per_row = tiles_per_row(s), local = tile - job.first_tile[low];
+    if (has_factors(s)) return ESFAST_JOIN(block_, ESFAST_ISA)(job, s, local);
     const int64_t row = local / per_row, column = local % per_row;
     ROWS[s.src_format][s.dst_format](job, s, row, column);
 }

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -90,11 +91,11 @@ using Array = py::array_t<T, py::array::c_style>;
 // `low`, `m` and `v` are addresses of the plan's flat buffers, 0 for none; `adam` is {1 - beta1, 1 - beta2, step, eps}.
 void add_noise(Array<int64_t> segments, Array<uint64_t> seeds, Array<float> coeffs, int64_t kind, bool stochastic,
                float decay, uintptr_t low, uintptr_t m, uintptr_t v, std::array<float, 4> adam, int threads,
-               const std::string& instruction_set) {
+               const std::string& instruction_set, int64_t rank) {
     constexpr int64_t FIELDS = sizeof(Segment) / sizeof(int64_t);
     if (segments.ndim() != 2 || segments.shape(1) != FIELDS) throw std::invalid_argument("segments: one int64 per field of a segment expected");
     if (seeds.size() != coeffs.size()) throw std::invalid_argument("seeds and coeffs differ in length");
-    if (kind != GAUSSIAN && kind != RADEMACHER)
+    if (kind != GAUSSIAN && kind != RADEMACHER && kind != LOW_RANK)
         throw std::invalid_argument("kind: no noise has the number " + std::to_string(kind));
     TileFunction run = nullptr;
     for (auto& v : variants())
@@ -103,17 +104,18 @@ void add_noise(Array<int64_t> segments, Array<uint64_t> seeds, Array<float> coef
 
     Job job = {reinterpret_cast<const Segment*>(segments.data()), nullptr, segments.shape(0), seeds.data(), coeffs.data(),
                seeds.size(), kind, stochastic, false, decay, reinterpret_cast<uint16_t*>(low),
-               {reinterpret_cast<float*>(m), reinterpret_cast<float*>(v), adam[0], adam[1], adam[2], adam[3]}};
+               {reinterpret_cast<float*>(m), reinterpret_cast<float*>(v), adam[0], adam[1], adam[2], adam[3]}, rank, float(1 / std::sqrt(double(rank)))};
     job.streamed = is_streamed(job);
     std::vector<int64_t> first_tile(size_t(job.segment_count) + 1, 0);
     for (int64_t i = 0; i < job.segment_count; ++i)
-        first_tile[size_t(i) + 1] = first_tile[size_t(i)] + job.segments[i].rows * tiles_per_row(job.segments[i]);
+        first_tile[size_t(i) + 1] = first_tile[size_t(i)] + tiles_of(job.segments[i]);
     job.first_tile = first_tile.data();
     const int64_t tiles = first_tile.back();
 
     py::gil_scoped_release release;
-    // a thread is worth its wake-up (some 10 us) from about 32 tiles on
-    const int team = int(std::max<int64_t>(1, std::min<int64_t>(threads, tiles / 32)));
+    // a thread is worth its wake-up (some 10 us) from about 32 tiles on; a block of a matrix is 16 times as large
+    const int64_t worth = kind == LOW_RANK ? 2 : 32;
+    const int team = int(std::max<int64_t>(1, std::min<int64_t>(threads, tiles / worth)));
     if (team == 1) {  // no parallel region: libgomp would wake or resize the team that torch keeps warm
         IeeeMode mode;
         for (int64_t tile = 0; tile < tiles; ++tile) run(job, tile);
@@ -122,7 +124,7 @@ void add_noise(Array<int64_t> segments, Array<uint64_t> seeds, Array<float> coef
 #pragma omp parallel num_threads(team)
     {
         IeeeMode mode;
-#pragma omp for schedule(dynamic, 32)
+#pragma omp for schedule(dynamic, worth)
         for (int64_t tile = 0; tile < tiles; ++tile) run(job, tile);
     }
 }
@@ -138,7 +140,7 @@ PYBIND11_MODULE(_cpu, m) {
     m.doc() = "The CPU backend of esfast.add_noise_.";
     m.def("add_noise", &add_noise, py::arg("segments"), py::arg("seeds"), py::arg("coeffs"), py::arg("kind"),
           py::arg("stochastic"), py::arg("decay"), py::arg("low"), py::arg("m"), py::arg("v"), py::arg("adam"),
-          py::arg("threads"), py::arg("instruction_set"));
+          py::arg("threads"), py::arg("instruction_set"), py::arg("rank") = 1);
     m.def("set_streamed_from", [](int64_t bytes) { streamed_from = bytes; }, "For the tests: see module.cpp.");
     m.def("instruction_sets", &instruction_sets, "Instruction sets that this build and this processor have, best first.");
     m.def("philox", &philox_words, "The four words of one Philox4x32-7 call, for the known-answer test.");

@@ -19,7 +19,7 @@ TOOLS = ("g++", "aarch64-linux-gnu-g++", "qemu-aarch64")
 
 def output_of(compiler, runner, folder):
     program = folder / compiler
-    sources = [TESTS / "baseline_kernels.cpp", TESTS.parent / "csrc" / "cpu_kernel.cpp"]
+    sources = [TESTS / "baseline_kernels.cpp", *(TESTS.parent / "csrc").glob("cpu_*.cpp")]
     static = ["-static"] if runner else []
     subprocess.run([compiler, *FLAGS, *static, *sources, "-o", program], check=True)
     return subprocess.run([*runner, program], capture_output=True, text=True, check=True).stdout

@@ -245,7 +245,7 @@ def _cpu(call: Call) -> None:
         call.table.rows, call.seeds, call.coeffs, DOMAINS[call.kind], call.stochastic, call.decay,
         call.low.data_ptr() if call.low is not None else 0, m, v,
         call.adam.numbers if call.adam is not None else (0.0,) * 4,
-        torch.get_num_threads(), instruction_set(extension.instruction_sets()),
+        torch.get_num_threads(), instruction_set(extension.instruction_sets()), call.rank,
     )  # fmt: skip
 
 
@@ -302,7 +302,7 @@ def _why_not(name: str, device: torch.device) -> str | None:
 # against 5.3. Timings on a GPU will decide once there are any.
 _BACKENDS = {"cpu": _cpu, "cuda": _cuda, "triton": _triton, "reference": _reference}
 # Backends with kernels for low-rank noise.
-_LOW_RANK = ("reference",)
+_LOW_RANK = ("cpu", "reference")
 
 
 def get_backend(name: str, device: torch.device, kind: str = "gaussian"):
