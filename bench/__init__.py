@@ -1,8 +1,8 @@
-"""Everything that yields a number: `esfast bench NAME [options] [--json FILE|-]`.
+"""Benchmarks, all that yields a number: `esfast bench NAME [options] [--json FILE|-]`.
 
 A benchmark is a module of this package with `add_arguments(parser)`, `run(args) -> dict` that holds "rows" (a list of
-dicts), and `table(result) -> (headers, lines of cells)`, which the terminal and the docs show. A row that has a key
-"pass" and fails it makes the exit status 1.
+dicts), and `table(result) -> (headers, lines of cells)`, which the terminal and the docs show. If a row has a key
+"pass" and it is false, the exit status is 1.
 """
 
 from __future__ import annotations

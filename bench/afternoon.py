@@ -1,7 +1,6 @@
-"""The strongest that anyone can write in an afternoon with plain PyTorch or NumPy: the rivals that `esfast bench noise`
-times beside what is run today.
+"""The strongest rivals of `esfast bench noise`: what anyone can write in an afternoon with plain PyTorch or NumPy.
 
-All of them draw noise of the right law that differs between tensors (tests/test_bench_afternoon.py holds them to that),
+All of them draw noise with the right distribution, different for each tensor (tests/test_bench_afternoon.py checks it),
 round once, write a member from a copy of the weights in one pass, and sum an update in float32. They work in pieces
 that stay in the cache, with as many threads as PyTorch has. None promises the same numbers on another machine, with
 another number of threads, or for a shard.

@@ -1,7 +1,7 @@
-"""A tiny model of every architecture that Transformers has a causal language model of, made from its configuration.
+"""Makes a tiny model of every architecture for which Transformers has a causal language model, from its configuration.
 
-Configurations call the same thing by many names: SIZES has a small value for each of them. What that leaves
-inconsistent stands in OVERRIDES, by architecture.
+Configurations have many names for the same size; SIZES has a small value for each name. OVERRIDES mends, for some
+architectures, what that leaves inconsistent.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Clocks, power and throttling of the GPU while something is measured: what its figures depend on besides the code.
+"""Records clocks, power and throttling of the GPU during a measurement: its figures depend on them.
 
-nvidia-smi tells them five times a second, from a process of its own, so that asking does not leave the GPU idle.
+nvidia-smi reports them five times a second, in a process of its own, so that the GPU does not become idle meanwhile.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """`esfast bench cycles`: how long the GPU kernels should take, simulated from their machine code, without a GPU.
 
-bench/scheduler.py says what is modelled and what is left out. Clocks are what these GPUs hold under load (1.755 GHz)
-and their highest (1.98 GHz); bandwidths are what a copy from device to device was measured to move. A perturbation is
-in place, an update has 30 members. `--measured` puts what `esfast bench gpu` measured beside the predictions.
+bench/scheduler.py says what is modelled and what is left out. The clocks are those that these GPUs hold under load
+(1.755 GHz) and their highest (1.98 GHz). The bandwidths were measured with copies on the device. A perturbation is in
+place; an update has 30 members. `--measured` puts the results of `esfast bench gpu` beside the predictions.
 """
 
 from __future__ import annotations

@@ -2,16 +2,17 @@
 
 Weights are N(0, 0.02^2). Two runs of generations each, for every dtype and way of changing weights:
 
-    restore   members only. The weights should come back: share of them that did not, and their RMS distance (drift)
+    restore   members only. The weights should come back: the fraction that did not, and their RMS distance (drift)
     update    members, then an update with the coefficients of random rewards. How much of an update arrives: regression
-              slope and correlation of what the weights did on what they should have done, in one update and in all
+              slope and correlation of the weights' change on the exact change, in one update and in all
 
-and single updates with smaller and smaller learning rates. The truth is float64: the noise is drawn alone (ours by
-add_noise_ into zeros, held to the reference; the usual code's by torch.randn in the dtype), and
-weights + sum_j coefficient_j * noise_j is written down just so. Nothing of the code under test takes part.
+and single updates with smaller and smaller learning rates. The exact result is computed in float64, as weights + sum_j
+coefficient_j * noise_j, without the code under test. Its noise is drawn separately: ours by add_noise_ into zeros,
+compared with the reference; the usual code's by torch.randn in the dtype.
 
-A way that claims to be exact passes if no bit differs after any population; "master" if its weights are besides no
-farther from the truth than the truth rounded once; stochastic rounding if its slope is 1 within five standard errors.
+A way that claims to be exact passes if no bit differs after any population. "master" also needs weights that are no
+farther from the exact result than one rounding. Stochastic rounding passes if its slope is 1 within five standard
+errors.
 """
 
 from __future__ import annotations

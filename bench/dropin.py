@@ -1,10 +1,9 @@
-"""`esfast bench dropin`: what a generation costs beside its evaluations, in loops of others and with esfast in them.
+"""`esfast bench dropin`: what a generation costs besides its evaluations, in others' loops, before and after esfast.
 
-Before is each loop as recipes.md and coming-from.md of docs/how-to/ show it, after is what they put in its place;
-rewards are made up, so that nothing but making members, restoring and updating is timed. `restored` is the share of
-weights that are the same bits after a generation's members as before them; of ours it must be all, or no figures are
-given. Then
-MeZO, before and after, on a tiny OPT model: how far the loss falls.
+*Before* and *after* are the loops of recipes.md, coming-from.md and vllm.md in docs/how-to/. Rewards are made up, so
+that only making members, restoring and updating are timed. `restored` is the fraction of weights that have the same
+bits after a generation's members as before. With esfast it must be 1; otherwise there are no figures. A second part
+trains a tiny OPT model by MeZO, before and after, and compares how far the loss falls.
 """
 
 from __future__ import annotations

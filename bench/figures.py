@@ -1,7 +1,6 @@
 """Figures of the docs from bench/results/: `python -m esfast.bench.figures docs/figures`, or `--plots` of a benchmark.
 
-Each is an SVG that carries a checksum of the rows it was drawn from, so that a test can tell a figure that is out of
-date.
+Each is an SVG with a checksum of the rows that it was drawn from, so that a test finds figures that are out of date.
 """
 
 from __future__ import annotations

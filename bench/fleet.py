@@ -1,8 +1,8 @@
-"""A generation on many workers: simulated, and measured in real processes that sleep instead of generating text.
+"""A generation on many workers: a simulation, and a measurement with real processes that sleep instead of generating.
 
-Simulated is what esfast.distributed.Team does. A worker asks the store for a member, scores it, asks again; at the end
-it sets its rewards in the store, process 0 collects them from one after another, and every process reads all of them.
-The store is one queue: it answers a request after `operation` seconds of work, and everything else waits.
+The simulation follows esfast.Team. A worker asks the store for a member, scores it, and asks again. At the end it
+writes its rewards to the store; process 0 collects them from one worker after another, and every process reads all of
+them. The store is one queue: it answers a request after `operation` seconds of work, and all other requests wait.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """`esfast bench gpu`: add_noise_ over the parameters of real models, against ES code of today, a fused kernel on
 Triton's generator and a plain copy.
 
-First the backends are held to the reference; one that differs in a bit is not timed. Then each round runs every
-contender once, so that clocks that fall slow all of them. A contender is queued behind a copy and timed by CUDA events:
-the device is busy while the host launches, as it is between the forward passes of a run, so a contender pays for its
-launches only where they take longer than its work, as today's do. The host's own time, from the call to its return, is
-a column of its own. Models are many times larger than the L2 cache, which needs no flushing.
+First the backends are compared with the reference; one that differs in a bit is not timed. Then each round runs every
+contender once, so that falling clocks slow all of them. A contender is queued behind a copy and timed by CUDA events.
+So the device is busy while the host launches, as between the forward passes of a run, and a contender pays for its
+launches only if they take longer than its work, as today's do. The host's own time, from the call to its return, is a
+column of its own. Models are many times larger than the L2 cache, so it needs no flushing.
 
-The work is done by gpu_rows.py in a process of its own: what fails there costs its own rows, and the result is written
+gpu_rows.py does the work in a process of its own: a failure there costs only its own rows, and the result is written
 after every row. With --device cpu the same code runs on a machine without a GPU, by the wall clock; its rows say so.
 """
 

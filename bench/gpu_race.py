@@ -1,4 +1,4 @@
-"""The contenders of `esfast bench gpu`, and the clock by which they run."""
+"""The contenders of `esfast bench gpu`, and how they are timed."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The work of `esfast bench gpu`, in a process of its own (bench/isolated.py): rows, and what is left out of them.
+"""The work of `esfast bench gpu`, in a process of its own (bench/isolated.py): its rows, and what they leave out.
 
-A contender that fails is left out of a row and the others are timed without it; one of ours that differs from the
-reference in one bit is timed nowhere. After an error that the GPU does not survive, such as an illegal address, this
-process ends, and gpu.py goes on in a new one without the contender that ran.
+A contender that fails is left out of a row, and the others are timed without it. A backend that differs from the
+reference in one bit is not timed at all. After an error that the GPU does not survive, such as an illegal address, this
+process ends, and gpu.py continues in a new one, without the contender that ran.
 """
 
 from __future__ import annotations

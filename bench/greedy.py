@@ -1,9 +1,9 @@
 """Greedy completions of a small Qwen2 without the bookkeeping of `generate`, which costs most of a tiny model's time.
 
-For `esfast bench training`, whose 3 million rollouts differ in the weights alone. Weights of any dtype are widened to
-float32 at each call and activations are float32: on a CPU that is faster than bfloat16, and what is compared is what
-ES does to the weights. For the embedded model it takes less than half the time of TransformersEngine, and gives the
-same completions as that does with the widened model: `check` holds it to them before anything is trained.
+It is for `esfast bench training`, whose 3 million rollouts differ only in the weights. Each call converts the weights
+to float32, and activations are float32. On a CPU this is faster than bfloat16, and the benchmark compares what ES does
+to the weights. For the embedded model it takes less than half the time of TransformersEngine, and gives the same
+completions as that with the converted model; `check` compares them before anything is trained.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Work in a process of its own, told of event by event: what fails there (no memory, a CUDA error, a signal) ends that
-process and not the benchmark, whose other rows stand.
+"""Runs work in a process of its own, which reports its events. A failure there (no memory, a CUDA error, a signal) ends
+that process and not the benchmark, whose other rows are kept.
 
-The module that does the work has `events(job)`, which yields dicts that JSON knows. After a CUDA error nothing more can
-be done with a GPU in the same process, so the work goes on in a new one.
+The module that does the work has `events(job)`, which yields dicts for JSON. After a CUDA error a process can't use the
+GPU any more, so the work continues in a new one.
 """
 
 from __future__ import annotations

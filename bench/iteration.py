@@ -1,16 +1,16 @@
-"""`esfast bench iteration`: a whole generation of ES, beside the text generation that it consists of, and beside the
-loop that ES code on plain PyTorch is today.
+"""`esfast bench iteration`: a whole generation of ES, compared with generating its text alone, and with the loop of
+today's ES code on plain PyTorch.
 
 In one process, on one model, each round runs the three once:
 
     esfast  ESTrainer's generation: perturb, generate, score, restore, journal, update
-    frozen  the same engine generates as many times with weights that nobody changes, and nothing is scored
+    frozen  the same engine generates as many times with frozen weights, and nothing is scored
     plain   torch.randn added and subtracted for every member, model.generate on all prompts at once, torch.randn for
             every member once more for the update
 
-The overhead ratio is esfast / frozen. All texts have the same number of tokens: no token ends one. Models but the
-embedded one have random weights. The plain loop has as many threads as esfast, one for the embedded model. Before the
-rounds, where weights are float32, both engines must give the same texts.
+The overhead ratio is esfast / frozen. All texts have the same number of tokens: no token ends one. All models but the
+embedded one have random weights. The plain loop has as many threads as esfast, one for the embedded model. With float32
+weights both engines must give the same texts, which is checked before the rounds.
 """
 
 from __future__ import annotations

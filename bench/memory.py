@@ -1,6 +1,6 @@
 """Extra memory of add_noise_: growth of the peak resident set, in a process of its own that did nothing before.
 
-Linux only, since it reads /proc/self/status. And what a whole generation takes, by esfast's modes and by today's way.
+It also measures a whole generation, by esfast's modes and by today's way. Linux only, since it reads /proc/self/status.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""`esfast bench modes`: the weight modes side by side, in time, in memory, and in what they state (`cost`).
+"""`esfast bench modes`: time and memory of the weight modes, and whether the memory is what they state (`cost`).
 
-In one process, each round takes every mode in turn: one member after another, restored, updated. Memory is the growth
-of the peak resident set (on a GPU of the peak of allocated memory) from a plan of weights to two generations of ES on
-them, in a process of its own; a row fails where that differs from the statement by more than 2 %.
+In one process, each round runs every mode in turn: members one after another, a restore, an update. Memory is the
+growth of the peak resident set (on a GPU, of the peak of allocated memory) from a plan of weights to two generations of
+ES on them, in a process of its own. A row fails if it differs from the statement by more than 2 %.
 """
 
 from __future__ import annotations

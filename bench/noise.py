@@ -1,10 +1,10 @@
 """`esfast bench noise`: add_noise_ against what ES code does today (today.py), against the strongest that anyone writes
 in an afternoon (afternoon.py), and a plain memory copy, side by side.
 
-First the backend is held to the reference, and over a bit that differs nothing is timed. Then, in one process, each
-round runs all of them one after the other, so that a busy machine slows all. The strongest is that of each row: the way
-with the least median. With the environment variable ATEN_CPU_CAPABILITY=avx2 all do without AVX-512: our backend,
-PyTorch's kernels and the vectors of torch.compile (though not what g++ makes of the rest of its code).
+First the backend is compared with the reference; if a bit differs, nothing is timed. Then, in one process, each round
+runs all contenders one after the other, so that a busy machine slows all. The strongest is chosen for each row: the one
+with the smallest median. The environment variable ATEN_CPU_CAPABILITY=avx2 keeps all of them from AVX-512: our backend,
+PyTorch's kernels, and the vectors of torch.compile (but not the rest of its code, which g++ compiles).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""`esfast bench profile`: what the GPU's own counters say of each kernel, read by Nsight Compute (ncu).
+"""`esfast bench profile`: the GPU's own counters for each kernel, read by Nsight Compute (ncu).
 
-Beside the time: the shares of the memory's and of the schedulers' peak, and instructions and cycles per weight, which
-`esfast bench sass` and `cycles` predict from the machine code. ncu runs a kernel several times, each from the same
-memory, and its clocks are those of a GPU that does nothing else: speeds are `esfast bench gpu`'s to say.
+Besides the time they give the fractions of the memory's and the schedulers' peak, and instructions and cycles per
+weight, which `esfast bench sass` and `cycles` predict from the machine code. ncu runs a kernel several times, each time
+from the same memory, at the clocks of a GPU that does nothing else. For speeds use `esfast bench gpu`.
 """
 
 from __future__ import annotations

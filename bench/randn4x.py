@@ -1,8 +1,8 @@
-"""A rival: one fused launch over all tensors as ours is, but on Triton's own generator, tl.randn4x and tl.randint4x.
+"""A rival: one fused launch over all tensors, like ours, but with Triton's own generator, tl.randn4x and tl.randint4x.
 
-As well as one can write it on top of these. Each of the four numbers that a Philox call gives goes to another quarter
-of the tile, so nothing is shuffled and accesses are wide, and one call of tl.randint4x gives 32 signs. The noise
-depends on the tiles of the launch: no other backend can repeat it.
+It is as good as one can write it with these. Each of the four numbers of a Philox call goes to another quarter of the
+tile, so nothing is shuffled and accesses are wide; one call of tl.randint4x gives 32 signs. The noise depends on the
+tiles of the launch, so no other backend can repeat it.
 """
 
 import os

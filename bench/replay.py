@@ -1,4 +1,4 @@
-"""`esfast bench replay`: the main job, exported, and made again from the base model: its size, its time, its bits."""
+"""`esfast bench replay`: exports the main job and makes it again from the base model; measures size, time and bits."""
 
 from __future__ import annotations
 

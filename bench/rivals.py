@@ -1,4 +1,4 @@
-"""What `esfast bench gpu` measures add_noise_ against: ES code of today, and a copy. A fused rival is in randn4x.py."""
+"""The rivals of `esfast bench gpu`: today's ES code, and a copy. A fused rival is in randn4x.py."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""`esfast bench sass`: what the GPU kernels cost, read from their machine code; no GPU is needed.
+"""`esfast bench sass`: instructions of the GPU kernels, counted in their machine code; no GPU is needed.
 
-Triton and nvcc compile offline for each architecture, and the disassembly is cut into basic blocks. A perturbation is
-the shortest path through the kernel that uses its 128-bit loads and stores and passes once through the member loop;
-the update's figure is one turn of that loop. Both are divided by the weights that a thread holds, NOPs left out. At the
-bandwidth of an H200 there are 28 to 31 issue slots per bf16 weight: a kernel above that is bound by arithmetic.
+Triton and nvcc compile offline for each architecture, and the disassembly is divided into basic blocks. A perturbation
+is the shortest path through the kernel that uses its 128-bit loads and stores and passes once through the member loop;
+an update's figure is one turn of that loop. Both are divided by the weights that a thread holds, without NOPs. At the
+bandwidth of an H200 there are 28 to 31 issue slots per bf16 weight; a kernel above that is bound by arithmetic.
 """
 
 from __future__ import annotations

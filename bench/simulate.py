@@ -1,14 +1,14 @@
 """`esfast bench simulate`: a generation on up to 10,000 workers, from costs that are measured here.
 
-Measured: the seconds of the embedded model's members (a distribution, from which members are drawn anew), an update's
-seconds, what the store that hands out members takes to answer, and bytes on the wire. The simulation is held to real
-generations of four processes that sleep instead of generating. Two scenarios:
+Measured are: the seconds of the embedded model's members (a distribution, from which simulated members are drawn), the
+seconds of an update, the time of the store's answers, and the bytes on the wire. The simulation is compared with real
+generations of four processes that sleep instead of generating. There are two scenarios:
 
     embedded model   all as measured, on machines like this one
     7.6B weights     the measured distribution stretched to --member-seconds; an update as fast as its instructions can
-                     be issued on an H100 (--update-seconds: from `esfast bench sass`, nothing that was timed)
+                     be issued on an H100 (--update-seconds: from `esfast bench sass`, not timed)
 
-Network: --latency and --bandwidth are assumptions too.
+The network (--latency, --bandwidth) is an assumption, too.
 """
 
 from __future__ import annotations

@@ -1,13 +1,12 @@
-"""The stages of a day with a GPU: `bash bench/gpu_suite.sh [STAGE ...]`; without a name all, what gives most first.
+"""The stages of a day with a GPU: `bash bench/gpu_suite.sh [STAGE ...]`. Without a name all, the most useful first.
 
-A stage runs in a process of its own for as long as its limit allows. One that fails is recorded and the next one runs;
-the exit status is 1 at the end. What is found goes to bench/results/ and, where OUT names a folder, there too, after
-every row; in OUT are besides suite.log, all that was printed, and status.json, the stages so far. What is built is
-built in place, once.
+A stage runs in a process of its own, with a time limit. If one fails, it is recorded and the next one runs; the exit
+status is then 1. Results go to bench/results/ after every row, and also to the folder OUT if it is set. OUT also gets
+suite.log, all that was printed, and status.json, the stages so far. The build is done once, in place.
 
-ESFAST_SUITE_DEVICE=cpu tries the stages on a machine without a GPU, on tiny shapes: its figures mean nothing, are
-called *_dry_run.json, and go to OUT alone. ESFAST_SUITE_SECONDS is the most that a stage gets, ESFAST_SUITE_TESTS names
-other tests for the stage of that name. This file runs before esfast is built, and needs Python alone.
+ESFAST_SUITE_DEVICE=cpu tries the stages on a machine without a GPU, on tiny shapes. Its figures mean nothing, are
+called *_dry_run.json, and go to OUT only. ESFAST_SUITE_SECONDS limits the seconds of a stage; ESFAST_SUITE_TESTS names
+other tests for the stage `tests`. This file runs before esfast is built, and needs only Python.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Puts measured figures into Markdown: `python -m esfast.bench.tables README.md docs/*/*.md [--check]`.
 
-What stands between `<!-- begin:NAME -->` and `<!-- end:NAME -->` is replaced by the table NAME, made from a file of
-bench/results/, with a caption that says where its figures come from. With --check nothing is written, and a file that
-isn't up to date is shown as a diff and makes the exit status 1.
+The text between `<!-- begin:NAME -->` and `<!-- end:NAME -->` is replaced by the table NAME, which is made from a file
+of bench/results/, with a caption that says where its figures come from. With --check nothing is written; a file that is
+out of date is shown as a diff, and the exit status is 1.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What is run today: ES code on top of plain PyTorch, the rival that most benchmarks time.
+"""Today's ES code on plain PyTorch, the rival of most benchmarks.
 
-Per tensor, as users of such code meet it: the generator is seeded, the noise is drawn in the weights' dtype, scaled and
-added; restoring subtracts it; the update sums coeff * noise in a float32 tensor and adds that in the weights' dtype, as
-es-at-scale does since v1.0.0. It is not the fastest that PyTorch can do: that stands in afternoon.py.
+For each tensor it seeds the generator, draws the noise in the weights' dtype, scales it and adds it. Restoring
+subtracts it. An update sums coeff * noise in a float32 tensor and adds that in the weights' dtype, as es-at-scale does
+since v1.0.0. It is not the fastest that PyTorch can do; that is in afternoon.py.
 """
 
 from __future__ import annotations

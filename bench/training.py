@@ -1,9 +1,9 @@
 """`esfast bench training`: the embedded model learns Countdown by every weight mode, and by the usual code's numerics.
 
-The weights are bfloat16, but for the yardstick of a float32 model. Ways differ in how weights are perturbed, restored
-and updated, in the kind of noise, or in the number of members; a seed decides the prompts of every generation and the
-members' seeds. One run is one way with one seed, by ESTrainer in one thread; `--keep` makes a benchmark that was cut
-short go on where it was.
+The weights are bfloat16; one way has float32 weights, for comparison. Ways differ in how weights are perturbed,
+restored and updated, in the kind of noise, or in the number of members. A seed determines the prompts of every
+generation and the members' seeds. A run is one way with one seed, by ESTrainer in one thread. With `--keep` a benchmark
+that was cut short continues where it was.
 """
 
 from __future__ import annotations

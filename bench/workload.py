@@ -1,4 +1,4 @@
-"""Weights to measure on: tensors of the shapes of a language model, and odd ones for the check to the bit."""
+"""Weights to measure on: tensors with the shapes of a language model, and odd ones for the check to the bit."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""`esfast bench zoo`: does ESTrainer train what Transformers has? A tiny model of every architecture is trained for two
-generations, saved, loaded, and made again from its journal, to the bit; texts in batches are compared with texts alone.
+"""`esfast bench zoo`: trains a tiny model of every architecture of Transformers for two generations, saves it, loads
+it, and makes it again from its journal, to the bit; texts in batches are compared with texts alone.
 """
 
 from __future__ import annotations
