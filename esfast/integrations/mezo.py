@@ -63,7 +63,8 @@ class ZOParameters:
         moved = [i for i in items if not any(i is s for s in still)]
         rule = Rule(noise, rounding)
         self.zo_eps, self.weight_decay, self.updates = float(zo_eps), float(weight_decay), 0
-        self.groups = [  # with its decay: two passes where some weights decay and others don't, else one
+        # Each with its decay. Two passes if some weights decay and others don't, else one.
+        self.groups = [
             (Offsets(MODES[weights](Plan(group), rule, backend)), decay)
             for group, decay in ((moved, self.weight_decay), (still, 0.0))
             if group

@@ -29,7 +29,8 @@ class Offsets:
         self.follow()
         terms = {**self.terms, seed: self.terms.get(seed, 0.0) + coeff}
         terms = {s: c for s, c in terms.items() if c != 0}
-        with held():  # what is applied and what is noted down must not part
+        # The weights and the note of what was added to them must stay consistent.
+        with held():
             if len(terms) > 1:
                 self._place(terms)
             elif terms:

@@ -23,7 +23,8 @@ from ..utils.interrupts import kept_handlers
 
 log = logging.getLogger(__name__)
 
-CHUNK = 256  # prompts of an evaluation that go to an engine at once, however many engines there are
+# Prompts of an evaluation that one engine gets at a time, for any number of engines.
+CHUNK = 256
 
 
 class Fleet:
@@ -67,7 +68,8 @@ class Fleet:
         own = options.get("tokenizer") or str(model)
         tokenizer = open_tokenizer(own if processing_class is None else processing_class, None)
         if not ray.is_initialized():
-            with kept_handlers():  # Ray's own would end the process before the run is saved
+            # Ray's handlers would end the process before the run is saved.
+            with kept_handlers():
                 ray.init(include_dashboard=False, log_to_driver=False)
         gpus = tensor_parallel_size if ray.cluster_resources().get("GPU") else 0
         actor = ray.remote(num_gpus=gpus, num_cpus=0)(VLLMEngine)
@@ -80,7 +82,8 @@ class Fleet:
         self._engines = {number: start(*arguments, **options) for number in range(num_engines)}
         for number, engine in list(
             self._engines.items()
-        ):  # who can't start is not done without: it would be every time
+            # An engine that can't start is an error: it would fail every time.
+        ):
             try:
                 ray.get(engine.__ray_ready__.remote())
             except ray.exceptions.RayError as error:
@@ -118,7 +121,8 @@ class Fleet:
         self, members: Sequence[Member], sigma: float, prompts: Sequence[str], seeds: Sequence[int] | None = None
     ) -> Iterator[tuple[Member, list[str]]]:
         """Yields each member with its completions, as they are done. Errors of prompts as in `generate`."""
-        rows = self._ray.put(self.prompts(prompts))  # sent to each engine once
+        # Sent to each engine once.
+        rows = self._ray.put(self.prompts(prompts))
         jobs = [(m, (m.seed, m.sign * sigma, rows, seeds)) for m in members]
         for member, (completions, tokens) in self._hand_out("member", jobs):
             self.tokens += tokens

@@ -28,7 +28,7 @@ class WorkerExtension:
     with the opposite sign takes it away.
     """
 
-    # after which keys and values that vLLM has cached are those of other weights
+    # After these calls vLLM's cached keys and values belong to other weights.
     CHANGES_WEIGHTS = frozenset({
         "perturb_self_weights", "restore_self_weights", "update_weights_from_seeds", "broadcast_all_weights",
         "load_weights_from_disk", "restore_self_initial_weights", "esfast_begin", "esfast_restore", "esfast_update",

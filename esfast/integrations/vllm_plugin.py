@@ -46,7 +46,8 @@ def _then_reset(original):
         changes = method in WorkerExtension.CHANGES_WEIGHTS and _extended(self.vllm_config)
         try:
             return original(self, method, timeout, args, kwargs)
-        finally:  # an error may have left other weights too
+        finally:
+            # Also after an error, which may have left other weights.
             if changes and not self.reset_prefix_cache():
                 raise BadState(
                     f"{method}: requests are running, with keys and values of the weights of before; wait for them, or "

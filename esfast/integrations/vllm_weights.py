@@ -54,7 +54,8 @@ class WorkerWeights:
 
     def anew(self) -> None:
         """Starts updates from the present weights, after something else has written them."""
-        self.offsets = self.mode = None  # its memory first
+        # Free its memory first.
+        self.offsets = self.mode = None
         self.mode = MODES[self.mode_name](self.plan, self.rule)
         self.offsets = Offsets(self.mode, self._refuse_changed)
         self.records: list[Generation] = []
@@ -93,7 +94,8 @@ class WorkerWeights:
         if self.group.rank_in_group == 0:
             try:
                 vllm_files.save_folder(Path(folder), tensors, self.source, {"journal.jsonl": self._journal_text()})
-            except Exception as e:  # for all ranks to raise: one that waits for another would wait for ever
+            except Exception as e:
+                # All ranks must raise it: a rank that waits for another would wait forever.
                 error = e
         self._raise_first(error)
 

@@ -99,7 +99,8 @@ def _chart(
         values: dict[float, list[float]] = {}
         for x, y in (point for points in series for point in points):
             values.setdefault(x, []).append(y)
-        full = sorted((x, ys) for x, ys in values.items() if len(ys) == len(group))  # where all repeats have come to
+        # Only generations that all repeats have reached.
+        full = sorted((x, ys) for x, ys in values.items() if len(ys) == len(group))
         means = [(x, statistics.fmean(ys)) for x, ys in full]
         band = [(x, m - s, m + s) for (x, ys), (_, m) in zip(full, means, strict=True) for s in [statistics.stdev(ys)]]
         drawn += [Line("", points, colour, thin=True) for points in series]

@@ -38,7 +38,8 @@ def source(
         train, test = split(read(data), lambda record: row(record, style), identity, data)
         train = train[:train_prompts]
         return FixedRows(lambda seed: train), lambda count: test[:count]
-    problems(1, 0, "train", style)  # an unknown style is refused here rather than at the first generation
+    # Refuses an unknown style here, not at the first generation.
+    problems(1, 0, "train", style)
     train_rows: Callable[[int, int, int], Sequence[dict]]
     if train_prompts is None:
         train_rows = lambda generation, count, seed: problems(count, f"{seed}/{generation}", "train", style)  # noqa: E731
@@ -90,7 +91,8 @@ def text(what: str, value) -> str:
     text."""
     value = value.item() if hasattr(value, "item") else value
     if isinstance(value, (float, Decimal)) and math.isfinite(value):
-        return format(Decimal(str(value)), "f")  # 1e-07 is a product in LaTeX
+        # LaTeX would read 1e-07 as a product.
+        return format(Decimal(str(value)), "f")
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str) or not value.strip():

@@ -28,12 +28,14 @@ def reward_function(name: str) -> Callable[..., list[float]]:
     if not module or not function.isidentifier():
         raise BadValue(f"reward: expected MODULE:FUNCTION, for example rewards:brevity, got {name!r}")
     if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))  # and it stays there: processes that score are given this path
+        # It stays there, since reward workers get this path.
+        sys.path.append(str(Path.cwd()))
     try:
         found = importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise BadImport(f"reward: no module {error.name!r} here or among the installed packages") from None
-    except (Exception, SystemExit) as error:  # it is the user's, and may do anything
+    except (Exception, SystemExit) as error:
+        # It is the user's code, and may raise anything.
         raise BadImport(f"reward: importing {module} raised {type(error).__name__}: {error}") from error
     if not callable(getattr(found, function, None)):
         raise BadValue(f"reward: {module} has no function {function!r}")

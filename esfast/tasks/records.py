@@ -16,7 +16,8 @@ from pathlib import Path
 
 from ..utils.errors import BadImport, BadValue, FileMissing
 
-DATASETS = "dataset:"  # names for datasets.load_dataset begin so
+# Prefix of names for datasets.load_dataset.
+DATASETS = "dataset:"
 SPLITS = ("train", "test", "validation")
 DELIMITERS = ",;\t|"
 # Longer ones first: UTF-32's begins with UTF-16's.
@@ -74,7 +75,8 @@ def _of(path: Path) -> Iterator[dict]:
     if unpack:
         try:
             raw = unpack(raw)
-        except Exception as error:  # each packer has errors of its own
+        except Exception as error:
+            # Each compression has its own errors.
             raise BadValue(f"{path}: can't be unpacked ({error})") from None
     return TEXTS[kind](path, _text(path, raw))
 
@@ -92,7 +94,7 @@ def _text(path: Path, raw: bytes) -> str:
             f"{path}: line {line} is no {encoding.removesuffix('-sig').upper()} ({error.reason} "
             f"0x{raw[error.start]:02x}); convert the file, as by iconv -f LATIN1 -t UTF-8"
         ) from None
-    # Old Macs, and some spreadsheets still, end lines so.
+    # Old Macs ended lines this way, and some spreadsheets still do.
     return text if "\n" in text else text.replace("\r", "\n")
 
 
@@ -156,16 +158,19 @@ def _parse(path: Path, text: str, first_line: int = 1):
         )
         where = "" if at is None else f" line {first_line + text.count(chr(10), 0, at)}:"
         raise BadValue(f"{path}:{where} {error}") from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets without end
+    except (ValueError, RecursionError) as error:
+        # For example a number of thousands of digits, or endless brackets.
         raise BadValue(f"{path}: line {first_line} can't be read ({error})") from None
 
 
 def _lines(path: Path, text: str) -> Iterator[dict]:
-    if text.lstrip("\ufeff \t\r\n").startswith("["):  # a list under another name
+    # A list in a file with another ending.
+    if text.lstrip("\ufeff \t\r\n").startswith("["):
         yield from _document(path, text)
         return
     for number, line in _numbered(text):
-        record = _parse(path, line.lstrip("\ufeff"), number)  # files that were joined bring their marks along
+        # Files that were joined may contain byte order marks.
+        record = _parse(path, line.lstrip("\ufeff"), number)
         if not isinstance(record, dict):
             raise BadValue(f"{path}: line {number}: expected an object, got {line.strip():.60}")
         yield record
@@ -177,7 +182,8 @@ def _document(path: Path, text: str) -> Iterator[dict]:
     except ValueError as error:
         if getattr(error.__cause__, "msg", None) != "Extra data" or text.lstrip().startswith("["):
             raise
-        yield from _lines(path, text)  # an object a line, under another name
+        # An object a line, in a file with another ending.
+        yield from _lines(path, text)
         return
     if isinstance(found, dict) and found and found.keys() <= set(SPLITS):
         found = [{"split": name, **record} for name in found for record in _objects(path, f"{name}: ", found[name])]
@@ -212,7 +218,7 @@ def _table(path: Path, text: str, delimiter: str | None = None) -> Iterator[dict
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         names = next(reader, [])
-        # What pandas writes before the first column is the number of the row.
+        # pandas writes the row's number in a first column without a name.
         start = 1 if names[:1] == [""] and len(names) > 1 else 0
         names = [name.strip() for name in names[start:]]
         if "" in names or len(set(names)) < len(names):
@@ -243,7 +249,8 @@ def _arrow(path: Path):
     with pyarrow.OSFile(str(path)) as file:
         try:
             return pyarrow.ipc.open_file(file).read_all()
-        except pyarrow.ArrowInvalid:  # a stream, as the datasets package writes
+        except pyarrow.ArrowInvalid:
+            # A stream, as the datasets package writes it.
             file.seek(0)
             return pyarrow.ipc.open_stream(file).read_all()
 
@@ -253,7 +260,8 @@ def _rows_of(path: Path, load: Callable) -> Iterator[dict]:
         rows = load(path).to_pylist()
     except ImportError:
         raise BadImport(f"{path}: needs pyarrow, of the datasets package: pip install 'esfast[datasets]'") from None
-    except Exception as error:  # whatever pyarrow makes of a damaged file
+    except Exception as error:
+        # pyarrow may raise anything for a damaged file.
         raise BadValue(f"{path}: can't be read ({error})") from None
     return iter(rows)
 
@@ -264,7 +272,8 @@ def _saved(folder: Path) -> Iterator[dict]:
     package = _datasets(folder)
     try:
         found = package.load_from_disk(str(folder))
-    except Exception as error:  # whatever the package makes of a damaged folder, or of a table without columns
+    except Exception as error:
+        # The package may raise anything for a damaged folder, or a table without columns.
         raise BadValue(f"{folder}: can't be read ({type(error).__name__}: {error})") from None
     if not isinstance(found, dict):
         return iter(found)

@@ -32,14 +32,16 @@ class Batches:
 
     def __init__(self, dataset: Rows | Callable[[int, int], Rows], config: ESConfig, tokenizer):
         self._dataset, self._config, self._tokenizer = dataset, config, tokenizer
-        if callable(dataset):  # a batch that was looked at is the one that is trained on
+        # Cached: the batch that was checked is the batch that is trained on.
+        if callable(dataset):
             self._fresh_rows = functools.lru_cache(1)(dataset)
 
     def __call__(self, generation: int) -> Batch:
         c = self._config
         rows = [row for row in self.rows(generation) for _ in range(c.num_generations)]
         seeds = None
-        if c.temperature > 0:  # the same for every member: they differ by their weights alone
+        # The same for every member, so that members differ by their weights alone.
+        if c.temperature > 0:
             seeds = response_seeds(c.seed, generation, len(rows) // c.num_generations, c.num_generations)
         return Batch(rows, self.texts(rows), seeds)
 

@@ -20,7 +20,8 @@ class Clock:
         self._device, self._last = device, time.perf_counter()
 
     def lap(self, phase: str) -> None:
-        if self._device.type == "cuda":  # kernels run on after the call that launched them
+        # Kernels run on after the call that launched them returns.
+        if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         now = time.perf_counter()
         self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last

@@ -39,7 +39,7 @@ class HeldOut:
             completions = self._engine.generate(texts)
         except LogitsError:
             raise nonsense(f"the model after generation {generation}") from None
-        # needs the model, so it can't be scored elsewhere
+        # KL needs the model, so no other process can compute it.
         kl = {} if self.kl is None else {"kl_to_base": self.kl(texts, completions)}
         return in_process_0(lambda: self._score(generation, texts, completions, kl))
 

@@ -13,7 +13,7 @@ from ..core.random_stream import DRAWS_VERSION
 from ..utils.errors import BadValue
 from ..utils.rows import Rows
 
-# Settings of a model that say where it came from, or how it is run, and not what it computes.
+# Settings that say where a model came from or how it is run, and don't affect its results.
 _OF_NO_CONSEQUENCE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache",
                       "id2label", "label2id", "prompt_task", "prompt_style")  # fmt: skip
 
@@ -30,7 +30,8 @@ def identity(
     }
     if not callable(train_dataset):
         found["train_dataset"] = digest(train_dataset)
-    elif not name_of(train_dataset).startswith("esfast."):  # the command line compares tasks by their names
+    elif not name_of(train_dataset).startswith("esfast."):
+        # The command line's tasks are compared by name.
         found["train_dataset"] = f"the function {name_of(train_dataset)}"
     return _plain(found | dict(more or {}))
 

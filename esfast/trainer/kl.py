@@ -10,7 +10,8 @@ from ..core.dtensors import fsdp_modules, reshard
 from ..rollout.encoding import PromptEncoder, embedded_tokens
 from ..utils.interrupts import held
 
-MOST_LOGITS = 2**26  # of one mini-batch: 256 MB in float32
+# Logits of one mini-batch at most: 256 MB in float32.
+MOST_LOGITS = 2**26
 
 
 class KLToBase:
@@ -37,8 +38,10 @@ class KLToBase:
         self._encode = PromptEncoder(tokenizer)
         self._gathering = fsdp_modules(model)
         reshard(self._gathering)
-        here = (getattr(p, "_local_tensor", p) for p in model.parameters())  # of a DTensor its shard
-        parameters = {p.data_ptr(): p for p in here}  # tied ones once
+        # The shard of a DTensor.
+        here = (getattr(p, "_local_tensor", p) for p in model.parameters())
+        # Tied parameters once.
+        parameters = {p.data_ptr(): p for p in here}
         self._tuned = [p.detach() for p in parameters.values()]
         self._base = [p.to("cpu", copy=True) for p in self._tuned]
 
@@ -71,7 +74,8 @@ class KLToBase:
             base = self._log_probabilities(ids, mask)
         finally:
             self._exchange()
-        divergence = (tuned.exp() * (tuned - base)).sum(-1)  # at each position, of what it says of the next token
+        # At each position, over the next token.
+        divergence = (tuned.exp() * (tuned - base)).sum(-1)
         return [
             divergence[i, len(row) - count - 1 : len(row) - 1].double().mean().item()
             for i, (row, count) in enumerate(rows)
@@ -82,7 +86,8 @@ class KLToBase:
 
     def _exchange(self) -> None:
         reshard(self._gathering)
-        with held():  # half exchanged is no model
+        # All or nothing: half swapped weights are no model.
+        with held():
             for tuned, base in zip(self._tuned, self._base, strict=True):
                 kept = tuned.to("cpu", copy=True)
                 tuned.copy_(base)

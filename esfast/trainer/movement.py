@@ -19,7 +19,8 @@ class Movement:
 
     def __init__(self, plan: Plan):
         found = [] if plan.sharded else sample(plan)
-        self._views = [(view, window.shape[0]) for _, view, window in found]  # weights, and for how many
+        # Sampled weights, and how many weights of the tensor they stand for.
+        self._views = [(view, window.shape[0]) for _, view, window in found]
         self._initial = self._last = self._read()
 
     def norms(self) -> dict[str, float]:

@@ -48,7 +48,8 @@ class RunRecorder:
         """The summary of a run that has done all of its generations and what follows them; else None."""
         try:
             rows, summary = self.folder.read_metrics(), self.folder.read_summary()
-        except ValueError:  # what is damaged is written anew
+        except ValueError:
+            # A damaged summary is written again.
             return None
         complete = (
             generation >= self._config.generations
@@ -96,7 +97,8 @@ class RunRecorder:
             row, known = by_generation.get(record.generation + 1, {}), of_rewards(record)
             fits = math.isclose(row.get("reward_mean", math.nan), known["reward_mean"], rel_tol=1e-9)
             rows.append(row if fits else known)
-            lost += not fits and record is not records[-1]  # which is what a kill costs
+            # A kill loses at most the last row; that needs no message.
+            lost += not fits and record is not records[-1]
         if 0 not in by_generation:
             log.warning("%s: the evaluation of the base model is lost", self.folder.metrics)
         if lost:
@@ -164,7 +166,8 @@ class RunRecorder:
             log.warning("%s: saving the model after generation %d", by, generation)
             try:
                 summary = self.finish(generation, eval_prompts)
-            except Exception as error:  # engines that the same signal ended, a full disk
+            except Exception as error:
+                # For example engines that the same signal ended, or a full disk.
                 log.warning("the model could not be saved: %s: %s", type(error).__name__, error)
         self.say_how_to_go_on(by, generation)
         return summary

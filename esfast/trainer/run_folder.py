@@ -92,7 +92,8 @@ class RunFolder:
         """Files that only a run that has done generations can have left."""
         found = [self.metrics] if _lines(self.metrics) > 1 else []
         found += [p for p in (self.checkpoints, self.best) if p.is_dir() and any(p.iterdir())]
-        if not self.journal.exists():  # Ctrl-C before the first generation used to save these
+        # Older versions saved these on Ctrl-C before the first generation.
+        if not self.journal.exists():
             found += [p for p in (self.model, self.summary, self.samples, self.curves) if p.exists()]
         return found
 
@@ -171,7 +172,8 @@ class RunFolder:
         left.plot(x, [r["reward_mean"] for r in trained], label="mean of the population")
         left.plot(x, [r["reward_max"] for r in trained], lw=0.8, label="best member")
         left.set(title="Training reward (fresh prompts)", xlabel="generation", ylabel="reward")
-        others = ("eval_reward_se", "eval_length", "eval_kl_to_base")  # of other units than rewards
+        # These have other units than rewards.
+        others = ("eval_reward_se", "eval_length", "eval_kl_to_base")
         for name in sorted({k for r in rows for k in r if k.startswith("eval_") and k not in others}):
             points = [(r["generation"], r[name]) for r in rows if name in r]
             right.plot(*zip(*points, strict=True), marker="o", ms=3, label=name.removeprefix("eval_"))
@@ -196,7 +198,8 @@ def save_model(path: Path, model, tokenizer, card: str = "", weights: dict | Non
             raise BadFile(f"{path} could not be written: {error}") from None
         tokenizer.save_pretrained(unfinished)
         settings = getattr(model, "generation_config", None)
-        if settings is not None and not (unfinished / "generation_config.json").exists():  # PEFT leaves it out
+        # PEFT doesn't save it.
+        if settings is not None and not (unfinished / "generation_config.json").exists():
             settings.save_pretrained(unfinished)
         if card:
             (unfinished / "README.md").write_text(card, encoding="utf-8")

@@ -36,7 +36,8 @@ def cosine(start: float, step: int, total: int, final_fraction: float = 0.1, war
 
 
 def _warmed(step: int, warmup: int) -> float:
-    return min((step + 1) / (warmup + 1), 1.0)  # never 0: ES has no use for a generation that learns nothing
+    # Never 0: ES refuses an lr of 0.
+    return min((step + 1) / (warmup + 1), 1.0)
 
 
 def _progress(step: int, total: int, warmup: int) -> float:

@@ -126,12 +126,14 @@ class ESTrainer(SavesLikeTRL):
         self.engine = self.evaluator.engine
         self.batches = Batches(train_dataset, c, processing_class)
         self.batches.check(self.engine, eval_dataset, c.progress and self.team.rank == 0)
-        self._evaluates = self.team.rank < self.team.shards  # process 0, with those that hold its model's other shards
+        # Process 0, and the processes with other shards of its model.
+        self._evaluates = self.team.rank < self.team.shards
         workers = c.reward_workers if self.team.leads else 0
         self.scorer = Scorer([*self.reward_funcs, *self.metrics.values()], workers, c.reward_timeout)
         require(c.report_to)
         self.identity = identity_of(model, self.reward_funcs, self.train_dataset, adapters.identity(model))
-        self.described: dict[str, Any] = {}  # what else goes into config.yaml, from the command line
+        # Further entries of config.yaml, from the command line.
+        self.described: dict[str, Any] = {}
         self.summary: dict[str, Any] = {}
         self.folder = RunFolder(c.output_dir)
         try:
@@ -306,7 +308,8 @@ class ESTrainer(SavesLikeTRL):
                     if isinstance(completions, Exception):
                         whose = f"member {member.index} of generation {self.es.generation} (sigma {self.es.sigma:g})"
                         self._set_aside(member, nonsense(whose))
-                    elif self.team.leads:  # one of the processes that hold a model together
+                    elif self.team.leads:
+                        # Only the first of the processes that hold a model together scores.
                         answered = chat.answered(batch.rows, completions)
                         scored.append((member, self.scorer.submit(self.reward_funcs, *answered)))
                     self._stops.check()

@@ -27,7 +27,7 @@ RENAMED = {
     "lr_scheduler_type": "lr_schedule",
     "adam_epsilon": "adam_eps",
 }
-# Names, or how they begin if they end in "*".
+# Names; "*" at the end matches every ending.
 LEFT_OUT = tuple(
     """
     accelerator_config activation_* auto_find_batch_size average_tokens_* batch_eval_metrics bf16*
@@ -48,7 +48,7 @@ LEFT_OUT = tuple(
 """.split()
 )
 _KINDS = {bool: "bool | None", int: "float | None", dict: "dict | None"}
-# Names: the values that ask for nothing, and what to do for any other.
+# For each name, the values that have no effect, and what to do for any other value.
 _SAMPLING = "responses are greedy, or sampled with a temperature alone"
 REFUSED: dict[str, tuple[tuple, str]] = {
     "beta": (
@@ -155,7 +155,7 @@ def _strategy(setting: str) -> Callable[[str, Any, Mapping[str, Any]], dict[str,
     return meaning
 
 
-# Names whose values have to be read: what they mean here.
+# Names whose values must be converted, and how.
 _MEANINGS: dict[str, Callable[[str, Any, Mapping[str, Any]], dict[str, Any]]] = {
     "warmup_ratio": _warmup,
     "warmup_steps": _warmup,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..utils.errors import BadValue, FileTaken
 
-# Names of TRL's and Transformers' trainers that ESTrainer has not: what there is instead.
+# Names of TRL's and Transformers' trainers that ESTrainer lacks, and what to use instead.
 _INSTEAD = {
     "push_to_hub": "upload the folder {model}, for example with `hf upload NAME {model}`",
     "create_model_card": "{model} has a model card",
