@@ -1,11 +1,29 @@
-"""How the help of every command looks: what it does, its options with their defaults, examples at the end."""
+"""How the help of every command looks: what it does, its options with their defaults, examples at the end; and what is
+said of options that it does not have."""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import Any, NoReturn
+
+from ..utils.suggest import did_you_mean
 
 EXAMPLES = "examples:\n"
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, and which names the closest option for one that it does not know."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            option = next((word.partition("=")[0] for word in unknown if word.startswith("--")), "")
+            hint = did_you_mean(option, self._option_string_actions) if option else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint and '.' + hint}")
+        return found, unknown
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} ({self.prog} --help tells more)\n")
 
 
 class Formatter(argparse.HelpFormatter):

@@ -6,16 +6,17 @@ import argparse
 from collections.abc import Callable
 from importlib import import_module
 
-from .command_help import looks
+from .command_help import Parser, looks
+from .options import add_options, integer
 from .presets import PRESETS
-from .run_options import add_arguments
+from .run_options import GROUPS, SETTINGS, TRAIN_DEFAULTS
 
 # Settings of a run that `esfast eval` takes as options, too.
 EVAL_SETTINGS = ("task", "style", "data", "reward", "dtype", "device")
 
 
 def parser_of_all() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="esfast",
         **looks(
             "Full-parameter evolution-strategies fine-tuning of language models.",
@@ -75,7 +76,7 @@ def parser_of_all() -> argparse.ArgumentParser:
                         "repeats of one experiment")  # fmt: skip
     where = "file to write (default: report.html in the current folder; beside it, if that is the run's own)"
     report.add_argument("--out", metavar="FILE", help=where)
-    report.add_argument("--samples", type=int, metavar="N", default=5, help="responses that are shown")
+    report.add_argument("--samples", type=integer, metavar="N", default=5, help="responses that are shown")
     report.set_defaults(run=_command("report"))
 
     replay = commands.add_parser(
@@ -127,27 +128,27 @@ def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="settings from a YAML file, such as a run's config.yaml; "
                         "they replace the preset's, and options replace them")  # fmt: skip
     parser.add_argument("--print-config", action="store_true", help="print all settings as YAML, and train nothing")
-    add_arguments(parser)
+    add_options(parser, SETTINGS, GROUPS, TRAIN_DEFAULTS)
 
 
 def _add_eval_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("evaluation")
     names = "Hugging Face names or folders, or run folders (default: the embedded small model)"
     group.add_argument("--model", nargs="+", dest="models", metavar="MODEL", help=names)
-    group.add_argument("--samples", type=int, default=500, metavar="N", help="held-out problems")
+    group.add_argument("--samples", type=integer, default=500, metavar="N", help="held-out problems")
     longest = "longest response, in tokens (default: the run's or the task's, as far as the model's context goes)"
-    group.add_argument("--max-completion-length", type=int, metavar="N", help=longest)
-    group.add_argument("--batch-size", type=int, metavar="N", help="most prompts generated at once (default: 64)")
+    group.add_argument("--max-completion-length", type=integer, metavar="N", help=longest)
+    group.add_argument("--batch-size", type=integer, metavar="N", help="most prompts generated at once (default: 64)")
     group.add_argument("--save", metavar="FILE", help="write the responses to a JSONL file")
     group.add_argument("--json", action="store_true", help="print the result as JSON")
-    add_arguments(parser, EVAL_SETTINGS)
+    add_options(parser, SETTINGS, GROUPS, TRAIN_DEFAULTS, only=EVAL_SETTINGS)
 
 
 def _add_replay_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("journal", help="journal.jsonl of a run folder, or an exported .safetensors file")
     result = parser.add_argument_group("result")
     result.add_argument("--out", metavar="FOLDER", required=True, help="folder for the tuned model; must not exist")
-    result.add_argument("--until", type=int, metavar="N", help="generations to apply (default: all)")
+    result.add_argument("--until", type=integer, metavar="N", help="generations to apply (default: all)")
     base = parser.add_argument_group("base model, as in the run")
     base.add_argument("--base", metavar="MODEL", help="Hugging Face name or folder (default: the embedded model)")
     base.add_argument("--adapter", metavar="FOLDER", help="PEFT adapter that the run began with (default: the folder "

@@ -9,17 +9,18 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ..trainer.config import ESConfig, option
+from ..trainer.config import ESConfig
 from ..trainer.trl_names import translate
 from ..utils.errors import BadValue
-from ..utils.settings import check_int, convert_fields, number, whole_number
+from ..utils.settings import check_int, convert_fields, convert_given, option
+from .options import as_flag
 from .presets import NEEDS_DATA, preset
 
 
@@ -79,7 +80,8 @@ GROUPS = {  # of options in the help, each by its first one
     "eval_every": "evaluation and logging",
 }
 
-FIELDS = {f.name: f for kind in (RunOptions, ESConfig) for f in dataclasses.fields(kind)}
+SETTINGS = (RunOptions, ESConfig)
+FIELDS = {f.name: f for owner in SETTINGS for f in dataclasses.fields(owner)}
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -104,11 +106,6 @@ def dump(*parts: RunOptions | ESConfig) -> str:
     return yaml.safe_dump({k: v for part in parts for k, v in dataclasses.asdict(part).items()}, sort_keys=False)
 
 
-def as_flag(name: str) -> str:
-    """The option of a setting."""
-    return "--out" if name == "output_dir" else "--" + name.replace("_", "-")
-
-
 def in_flags(message: str) -> str:
     """An error's message with the options' names for the settings that it speaks of."""
     message = re.sub(r"\b(?:ESConfig|RunOptions)\.(\w+)", lambda m: as_flag(m[1]) if m[1] in FIELDS else m[0], message)
@@ -120,53 +117,15 @@ def in_flags(message: str) -> str:
     return re.sub(rf"(?<![\w/.'\"-])(?:{names})(?![\w/'\"-])(?!\.\w)", lambda m: as_flag(long[m[0]]), message)
 
 
-def add_arguments(parser: argparse.ArgumentParser, only: Collection[str] = tuple(FIELDS)) -> None:
-    """An option for each field. One that isn't given leaves no trace: that is not the same as the default, since
-    presets, tasks and the embedded model have defaults of their own."""
-    group: argparse._ArgumentGroup | None = None
-    for name, f in FIELDS.items():
-        if name in GROUPS:
-            group = parser.add_argument_group(GROUPS[name])
-        if name not in only:
-            continue
-        names = ["--out", "--output-dir"] if name == "output_dir" else [as_flag(name)]
-        text = f.metadata["help"]
-        default = TRAIN_DEFAULTS.get(name, f.default)
-        if default is not None and "default:" not in text:
-            text += f" (default: {'yes' if default is True else 'no' if default is False else default})"
-        options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
-        if f.type == "bool":
-            group.add_argument(*names, action=argparse.BooleanOptionalAction, **options)
-            continue
-        kind = f.type.replace("list[", "").split("]")[0].split(" |")[0]
-        if f.type.startswith("list["):
-            options |= {"nargs": "+", "metavar": name.upper()}
-        elif not f.metadata["choices"]:
-            options |= {"metavar": {"int": "N", "float": "X", "dict": "JSON"}.get(kind, name.upper())}
-        group.add_argument(*names, type=_TYPES.get(kind, str), choices=f.metadata["choices"], **options)
-
-
-def _int(text: str) -> int:
-    return whole_number("", text)
-
-
-def _float(text: str) -> float:
-    return number("", text)
-
-
-# argparse's errors name them
-_int.__name__, _float.__name__ = "int", "float"
-_TYPES = {"int": _int, "float": _float}
-
-
 def given(args: argparse.Namespace) -> dict[str, Any]:
-    """What the command line, the file of --config and the --preset say, in this order of precedence."""
+    """What the command line, the file of --config and the --preset say, in this order of precedence, each value
+    converted to its field's type. TypeError or ValueError names a setting of another type or choice."""
     settings = preset(args.preset) if args.preset else {}
     settings |= read_yaml(args.config) if args.config else {}
     settings |= {name: getattr(args, name) for name in FIELDS if hasattr(args, name)}
     if args.preset in NEEDS_DATA and not settings.get("data"):
         raise BadValue(f"preset {args.preset}: name a file of {NEEDS_DATA[args.preset]} with --data")
-    return settings
+    return {name: value for owner in SETTINGS for name, value in convert_given(owner, settings).items()}
 
 
 def run_options(settings: Mapping[str, Any]) -> RunOptions:

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from ..core.kinds import KINDS
 from ..es.shaping import SHAPINGS
 from ..rollout.chat import check_options
-from ..update.optimizers import OPTIMIZERS, Group, Optimizer, check_groups
+from ..update.optimizers import OPTIMIZERS, Adam, Group, Momentum, Optimizer, check_groups
 from ..utils.errors import BadValue
 from ..utils.names import DECAY_TO, DECODINGS, ROUNDINGS, WEIGHT_MODES
-from ..utils.settings import check_int, check_number, check_positive, convert, convert_fields
+from ..utils.settings import check_int, check_number, check_positive, convert_fields, convert_given, option
 from .loggers import LOGGERS, check_report_to
 from .schedules import SCHEDULES, check_schedule
 from .trl_names import accepts_trl_names
-
-
-def option(default, text: str, choices: Sequence[str] | None = None):
-    """A field of a dataclass of settings, which the command line makes an option of."""
-    return field(default=default, metadata={"help": text, "choices": choices})
-
 
 # All others are part of what a run is: when it is resumed they must be the same.
 _MAY_CHANGE = ("output_dir", "reward_workers", "reward_timeout", "eval_every", "eval_prompts", "on_reward_error",
@@ -77,11 +70,11 @@ class ESConfig:
     optimizer: str = option(
         "sgd", "sgd: the paper's; momentum: replays seeds, no memory; adam: 8 bytes a weight", tuple(OPTIMIZERS)
     )
-    momentum: float = option(0.9, "of optimizer momentum: share of the velocity kept from one generation to the next")
-    momentum_window: int = option(10, "of optimizer momentum: generations whose seeds are replayed in an update")
-    adam_beta1: float = option(0.9, "of optimizer adam: how much the mean of the gradient keeps")
-    adam_beta2: float = option(0.999, "of optimizer adam: how much the mean of its square keeps")
-    adam_eps: float = option(1e-8, "of optimizer adam: added to the root of that mean")
+    momentum: float = option(Momentum.beta, "of optimizer momentum: share of the velocity that a generation keeps")
+    momentum_window: int = option(Momentum.window, "of optimizer momentum: generations that an update replays")
+    adam_beta1: float = option(Adam.beta1, "of optimizer adam: how much the mean of the gradient keeps")
+    adam_beta2: float = option(Adam.beta2, "of optimizer adam: how much the mean of its square keeps")
+    adam_eps: float = option(Adam.eps, "of optimizer adam: added to the root of that mean")
     include: list[str] | None = option(None, "patterns of the names of the weights that are tuned (default: all)")
     exclude: list[str] | None = option(None, "patterns of weights that stay as they are, such as *embed* or *norm*")
     groups: list[str] | None = option(
@@ -161,10 +154,11 @@ class ESConfig:
                 "leave it at 1, or set a temperature (GRPO's is 1.0)"
             )
         check_groups(self.groups or ())
+        for name in OPTIMIZERS:
+            self._optimizer(name)
         for name in ("sigma", "lr"):
             check_positive(f"ESConfig.{name}", getattr(self, name))
             check_schedule(f"ESConfig.{name}", *(getattr(self, name + s) for s in ("", "_schedule", "_final_fraction")))
-        self.make_optimizer()
 
     def _take_optimizer(self) -> None:
         """The numbers of an esfast.Momentum or Adam that is given in place of a name."""
@@ -179,18 +173,24 @@ class ESConfig:
         may_change = set(_MAY_CHANGE)
         if self.lr_schedule == self.sigma_schedule == "constant" and not self.warmup_generations:
             may_change.add("generations")
-        for setting in dataclasses.fields(self):
-            name, mine = setting.name, getattr(self, setting.name)
-            if name in may_change or name not in found:
-                continue
-            theirs = convert(f"config.yaml: {name}", found[name], setting.type)
+        fixed = {name: value for name, value in found.items() if name not in may_change}
+        for name, theirs in convert_given(type(self), fixed).items():
+            mine = getattr(self, name)
             if theirs != mine:
                 raise BadValue(f"resume: the run has {name} {theirs!r}, asked for is {mine!r}")
 
     def make_optimizer(self) -> Optimizer:
-        return OPTIMIZERS[self.optimizer](
-            **{its: getattr(self, mine) for mine, its in _NUMBERS[self.optimizer].items()}
-        )
+        return self._optimizer(self.optimizer)
+
+    def _optimizer(self, name: str) -> Optimizer:
+        kind, numbers = OPTIMIZERS[name], _NUMBERS[name]
+        try:
+            return kind(**{its: getattr(self, mine) for mine, its in numbers.items()})
+        except BadValue as error:
+            message = str(error)
+            for mine, its in numbers.items():
+                message = message.replace(f"{kind.__name__}.{its}", f"ESConfig.{mine}")
+            raise BadValue(message) from None
 
     def rates(self, generation: int) -> tuple[float, float]:
         """sigma and lr of a generation (0, 1, ...), from its number alone, so that a run can be taken up anywhere."""

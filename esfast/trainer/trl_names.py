@@ -47,7 +47,7 @@ LEFT_OUT = tuple(
     vespo_* vllm_* wandb_*
 """.split()
 )
-_KINDS = {bool: "bool | None", int: "float | None", dict: "dict | None"}
+_KINDS = {bool: bool | None, int: float | None, dict: dict | None}
 # For each name, the values that have no effect, and what to do for any other value.
 _SAMPLING = "responses are greedy, or sampled with a temperature alone"
 REFUSED: dict[str, tuple[tuple, str]] = {
@@ -121,7 +121,7 @@ def _steps(settings: Mapping[str, Any]) -> int | None:
 def _is_silent(value: Any, silent: tuple) -> bool:
     """Whether the value, perhaps as YAML's text, is None or one of the values that have no effect."""
     try:
-        value = convert("", value, _KINDS[type(silent[0])] if silent else "float | None")
+        value = convert("", value, _KINDS[type(silent[0])] if silent else float | None)
     except TypeError:  # some other kind of value
         return False
     return value is None or value in silent

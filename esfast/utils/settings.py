@@ -8,54 +8,110 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
+import inspect
 import json
 import math
 import operator
 import os
-from collections.abc import Callable, Mapping
-from typing import Any
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from .errors import BadType, BadValue
+from .suggest import did_you_mean
 
 _TRUTHS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 _NOTHING = ("none", "null")
 FLOAT32_MAX = (2 - 2.0**-23) * 2.0**127
 
 
+class Kind(NamedTuple):
+    """What a setting may be: an int, float, bool, str or dict, or a list of them, or also None."""
+
+    item: type
+    is_list: bool
+    is_optional: bool
+
+
+def option(default, text: str, choices: Sequence[str] | None = None):
+    """A field of a dataclass of settings, with its help. The command line makes an option of it."""
+    return dataclasses.field(default=default, metadata={"help": text, "choices": choices})
+
+
+@functools.cache
+def options_of(owner: type) -> dict[str, tuple[dataclasses.Field, Kind]]:
+    """The fields of a dataclass that `option` made, by name. Other fields of a subclass, whatever their types, are not
+    looked at."""
+    made = {f.name: f for f in dataclasses.fields(owner) if "choices" in f.metadata}
+    found = {}
+    for base in reversed(owner.__mro__):
+        names = made.keys() & inspect.get_annotations(base).keys()
+        hints = inspect.get_annotations(base, eval_str=True) if names else {}
+        found |= {name: _kind(hints[name]) for name in names}
+    return {name: (field, found[name]) for name, field in made.items()}
+
+
+def _kind(hint: Any) -> Kind:
+    alternatives = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    (inner,) = (a for a in alternatives if a is not types.NoneType)
+    is_list = typing.get_origin(inner) is list
+    return Kind(typing.get_args(inner)[0] if is_list else inner, is_list, types.NoneType in alternatives)
+
+
 def convert_fields(settings: Any) -> None:
-    """Converts every field of a dataclass of settings to its type (see `convert`), and checks the choices of fields
-    that have some. Fields of a subclass that `option` did not make are left alone."""
-    owner = type(settings).__name__
-    for field in (f for f in dataclasses.fields(settings) if "choices" in f.metadata):
-        what, given, choices = f"{owner}.{field.name}", getattr(settings, field.name), field.metadata["choices"]
-        try:
-            value = convert(what, given, field.type)
-        except TypeError:
-            if choices is None:
-                raise
-            # none of them
-            value = repr(given)
-        for item in value if isinstance(value, list) else [value]:
-            if choices is not None and item is not None and item not in choices:
-                raise BadValue(f"{what}: expected one of {', '.join(map(repr, choices))}, got {given!r:.80}")
-        setattr(settings, field.name, value)
+    """Converts every field that `option` made to its type, in place; see `convert_given`."""
+    mine = {name: getattr(settings, name) for name in options_of(type(settings))}
+    for name, value in convert_given(type(settings), mine).items():
+        setattr(settings, name, value)
 
 
-def convert(what: str, value: Any, kind: str) -> Any:
-    """The value as int, float, bool, str, dict, or as a list of one of them; None where `kind` ends in "| None".
+def convert_given(owner: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings among `given` that are fields of the dataclass `owner`, each converted to its field's type.
+
+    TypeError names a field whose value is of another type, ValueError one whose value is not among its choices.
+    """
+    return {
+        name: _converted(f"{owner.__name__}.{name}", given[name], kind, field.metadata["choices"])
+        for name, (field, kind) in options_of(owner).items()
+        if name in given
+    }
+
+
+def _converted(what: str, given: Any, kind: Kind, choices: Sequence[str] | None) -> Any:
+    try:
+        value = _convert(what, given, kind)
+    except TypeError:
+        if choices is None:
+            raise
+        # none of them
+        value = repr(given)
+    for item in value if isinstance(value, list) else [value]:
+        if choices is not None and item is not None and item not in choices:
+            known, hint = ", ".join(map(repr, choices)), did_you_mean(item, choices)
+            raise BadValue(f"{what}: expected one of {known}, got {given!r:.80}{hint and '.' + hint}")
+    return value
+
+
+def convert(what: str, value: Any, hint: Any) -> Any:
+    """The value as `hint` says, such as int, dict | None or list[str]; None where it may be.
 
     TypeError, which begins with `what`, if the value is something else or the conversion would lose something: 30.0
     becomes an int, 30.5 does not; 0 and 1 become bools, other numbers do not; a bool never becomes a number.
     """
-    inner = kind.removesuffix(" | None")
+    return _convert(what, value, _kind(hint))
+
+
+def _convert(what: str, value: Any, kind: Kind) -> Any:
     value = plain(value)
-    if inner != kind and (value is None or isinstance(value, str) and value.strip().lower() in _NOTHING):
+    if kind.is_optional and (value is None or isinstance(value, str) and value.strip().lower() in _NOTHING):
         return None
-    if not inner.startswith("list["):
-        return _CONVERTERS[inner](what, value)
+    item = _CONVERTERS[kind.item]
+    if not kind.is_list:
+        return item(what, value)
     if isinstance(value, Mapping):
         raise BadType(f"{what}: expected a list, got {value!r:.80}")
-    item = _CONVERTERS[inner[len("list[") : -1]]
     return [item(what, v) for v in (value if isinstance(value, list) else [value])]
 
 
@@ -136,12 +192,12 @@ def mapping(what: str, value: Any) -> dict[str, Any]:
     return dict(value)
 
 
-_CONVERTERS: dict[str, Callable[[str, Any], Any]] = {
-    "int": whole_number,
-    "float": number,
-    "bool": truth,
-    "str": text,
-    "dict": mapping,
+_CONVERTERS: dict[type, Callable[[str, Any], Any]] = {
+    int: whole_number,
+    float: number,
+    bool: truth,
+    str: text,
+    dict: mapping,
 }
 
 

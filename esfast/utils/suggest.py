@@ -7,8 +7,13 @@ from collections.abc import Iterable
 def unknown(what: str, name: object, known: Iterable[str]) -> str:
     """One line with the closest of the known names, if one is close, and with all of them, unless they are many."""
     known = list(known)
-    close = difflib.get_close_matches(str(name), known, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
+    hint = did_you_mean(name, known)
     if hint and len(known) > 20:
         return f"unknown {what} {name!r}.{hint}"
     return f"unknown {what} {name!r}.{hint} Known {what}s: {', '.join(sorted(known))}"
+
+
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """A sentence with the closest of the known names, after a space; nothing if none is close."""
+    close = difflib.get_close_matches(str(name), list(known), n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
