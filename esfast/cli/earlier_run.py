@@ -38,7 +38,7 @@ def resumed(given: Mapping[str, Any]) -> dict[str, Any]:
         if name in given and name in found and given[name] != found[name]:
             raise BadValue(f"{as_flag(name)}: the run in {folder} has {found[name]!r}, asked for is {given[name]!r}")
     mine = _OF_THE_LAUNCH if found.get("engine") != "vllm" else ("device",)
-    return {name: value for name, value in found.items() if name not in mine} | given
+    return {name: value for name, value in found.items() if name not in mine} | dict(given)
 
 
 def run_of(model: str) -> Path | None:
@@ -74,4 +74,4 @@ def asked_of(run: Path, given: Mapping[str, Any]) -> dict[str, Any]:
         return dict(given)
     if "reward" in given:
         found.pop("reward_weights", None)
-    return found | given
+    return found | dict(given)

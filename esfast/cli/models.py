@@ -29,7 +29,7 @@ def task_of(run: RunOptions):
     return tasks.get(run.task, run.style, run.data, run.train_prompts, run.reward or ())
 
 
-def device_of(args: argparse.Namespace) -> str:
+def device_of(args: argparse.Namespace | RunOptions) -> str:
     import torch
 
     from ..core.ops import auto_backend

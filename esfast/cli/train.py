@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import secrets
 import time
+from typing import Any
 
 from ..distributed.team import Team
 from ..tasks import embedded
@@ -51,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
     began = time.perf_counter()
     if options.model is None:  # one process makes it, the others find it
         team.tell("embedded model", lambda: str(embedded.cached(task=options.task)).encode())
-    data = {
+    data: dict[str, Any] = {
         "train_dataset": task.train_dataset(config.seed),
         "eval_dataset": eval_rows or None,
         "metrics": {} if task.accuracy is None else {"accuracy": task.accuracy},
@@ -61,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
 
         pretraining = 0.0
         path = options.model if options.model is not None else str(embedded.cached(task=options.task))
-        trainer = FleetTrainer(
+        trainer: ESTrainer = FleetTrainer(
             path,
             list(task.reward_funcs),
             config,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 
@@ -23,6 +24,16 @@ def is_dtensor(tensor: torch.Tensor) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def _dtensor(tensor: torch.Tensor) -> Any:
+    """The tensor, which is a DTensor: torch.Tensor does not declare what that has."""
+    return tensor
+
+
+def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """What `to_local()` of a DTensor gives, without its 10 us of autograd."""
+    return _dtensor(tensor)._local_tensor
+
+
 def local_entries(e: Entry) -> list[Entry]:
     """The part of a DTensor on this rank, as a list of slices, mostly one. An empty shard counts as a slice.
 
@@ -34,14 +45,13 @@ def local_entries(e: Entry) -> list[Entry]:
             imply.
     """
     spans = _spans(e)
-    # The same as to_local(), without its 10 us of autograd.
-    local = e.tensor._local_tensor.detach()
+    local = local_tensor(e.tensor).detach()
     found = tuple(local.shape)
     expected = tuple(sum(length for _, length in dimension) for dimension in spans)
     if found != expected:
         raise BadValue(
-            f"Plan: {e.name!r} {tuple(e.tensor.shape)}, placed as {e.tensor.placements}, should have {expected} here, "
-            f"but its local tensor has {found}"
+            f"Plan: {e.name!r} {tuple(e.tensor.shape)}, placed as {_dtensor(e.tensor).placements}, should have "
+            f"{expected} here, but its local tensor has {found}"
         )
     if not local.numel():
         return [Entry(e.name, local, Slice(e.window.shape, e.window.offset))]
@@ -62,11 +72,12 @@ def _spans(e: Entry) -> list[list[tuple[int, int]]]:
     one of each of k equal parts: that is how FSDP2 cuts what tensor parallelism has cut already, and how the halves of
     a fused gate_up matrix are cut.
     """
-    mesh, coordinate = e.tensor.device_mesh, e.tensor.device_mesh.get_coordinate()
+    tensor = _dtensor(e.tensor)
+    mesh, coordinate = tensor.device_mesh, tensor.device_mesh.get_coordinate()
     if coordinate is None:
         raise BadValue(f"Plan: {e.name!r} lies on {mesh}, which this rank is not part of")
     spans = [[(0, n)] for n in e.tensor.shape]
-    for placement, parts, index in zip(e.tensor.placements, mesh.shape, coordinate, strict=True):
+    for placement, parts, index in zip(tensor.placements, mesh.shape, coordinate, strict=True):
         kind = type(
             placement
             # By name: _StridedShard is not public, and whether is_shard() is true of it depends on the version.
@@ -77,7 +88,7 @@ def _spans(e: Entry) -> list[list[tuple[int, int]]]:
             factor, pieces = placement.split_factor, spans[placement.dim]
             if sum(length for _, length in pieces) % factor:
                 raise BadValue(
-                    f"Plan: {e.name!r} {tuple(e.tensor.shape)} is placed as {e.tensor.placements}, but its dimension "
+                    f"Plan: {e.name!r} {tuple(e.tensor.shape)} is placed as {tensor.placements}, but its dimension "
                     f"{placement.dim} can't be split into {factor} equal parts"
                 )
             spans[placement.dim] = [
@@ -85,7 +96,7 @@ def _spans(e: Entry) -> list[list[tuple[int, int]]]:
             ]
         elif kind != "Replicate":
             raise BadType(
-                f"Plan: {e.name!r} is a DTensor placed as {e.tensor.placements}; only Shard and Replicate hold weights "
+                f"Plan: {e.name!r} is a DTensor placed as {tensor.placements}; only Shard and Replicate hold weights "
                 "that can be perturbed. Redistribute it, or leave it out with exclude="
             )
     return spans
@@ -126,7 +137,7 @@ def fsdp_modules(source) -> list[torch.nn.Module]:
     return [m for m in source.modules() if isinstance(m, module.FSDPModule)]
 
 
-def reshard(modules: Iterable[torch.nn.Module]) -> None:
+def reshard(modules: Iterable[Any]) -> None:
     """Frees the weights that `fsdp_modules` gathered for a forward pass."""
     for module in modules:
         module.reshard()
@@ -159,11 +170,11 @@ def gather(dtensors: Sequence[torch.Tensor], mine: dict) -> dict:
 
     Raises RuntimeError on all ranks if two have different values under one key.
     """
-    groups = dict.fromkeys(group for t in dtensors for group in t.device_mesh.get_all_groups())
+    groups = dict.fromkeys(group for t in dtensors for group in _dtensor(t).device_mesh.get_all_groups())
     conflict = None
     # One dimension after another: after the last one, every rank has the values of all.
     for group in groups:
-        told = [None] * torch.distributed.get_world_size(group)
+        told: list[Any] = [None] * torch.distributed.get_world_size(group)
         torch.distributed.all_gather_object(told, (mine, conflict), group=group)
         mine = {}
         for theirs, theirs_conflict in told:

@@ -102,7 +102,8 @@ def matrices_of(shape: tuple[int, ...]) -> tuple[int, int, int] | None:
     """(matrices, rows, columns) as which low-rank noise takes a whole tensor of this shape; None: as a vector."""
     if len(shape) < 2:
         return None
-    return tuple(shape) if len(shape) == 3 else (1, shape[0], math.prod(shape[1:]))
+    matrices, rows = shape[:2] if len(shape) == 3 else (1, shape[0])
+    return matrices, rows, math.prod(shape[2:] if len(shape) == 3 else shape[1:])
 
 
 def factor_names(name: str) -> tuple[str, str]:

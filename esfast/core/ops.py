@@ -10,6 +10,7 @@ import os
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,7 +49,7 @@ class AdamStep:
 
     @property
     def numbers(self) -> tuple[float, float, float, float]:
-        return tuple(float(x) for x in (self.one_minus_beta1, self.one_minus_beta2, self.step, self.eps))
+        return float(self.one_minus_beta1), float(self.one_minus_beta2), float(self.step), float(self.eps)
 
 
 @dataclass(frozen=True)
@@ -148,11 +149,12 @@ def add_noise_(
     with _subnormals_kept():
         if isinstance(seeds, torch.Tensor) and run in (_cuda, _triton):
             _check_device_members(plan, seeds, coeffs)
+            members: tuple[Any, Any] = seeds, coeffs
         else:
-            seeds, coeffs = check_members(seeds, coeffs)
+            members = check_members(seeds, coeffs)
         if adam is not None:
             _check_adam(plan, base, adam)
-        call = Call(plan, seeds, coeffs, base, noise, rounding == "stochastic", np.float32(decay), anchor, adam, rank)
+        call = Call(plan, *members, base, noise, rounding == "stochastic", np.float32(decay), anchor, adam, rank)
         call.table  # noqa: B018  for its checks, before anything changes
         if len(plan):  # all the shards on this rank may be empty
             run(call)
@@ -196,19 +198,19 @@ def check_members(seeds: Sequence[int], coeffs: Sequence[float]) -> tuple[np.nda
     otherwise."""
     if not all(isinstance(x, Iterable) and not isinstance(x, str) for x in (seeds, coeffs)):
         raise BadType("seeds and coeffs: expected sequences of equal length, for example [seed], [sigma]")
-    seeds = np.array([check_seed(s) for s in seeds], dtype=np.uint64)
+    keys = np.array([check_seed(s) for s in seeds], dtype=np.uint64)
     try:
         wide = np.array([float(c) for c in coeffs], dtype=np.float64)
     except (TypeError, ValueError, OverflowError):
         raise BadType(f"coeffs: expected numbers, got {coeffs!r:.80}") from None
-    if len(seeds) != len(wide):
-        raise BadValue(f"seeds and coeffs: expected equally many, got {len(seeds)} and {len(wide)}")
+    if len(keys) != len(wide):
+        raise BadValue(f"seeds and coeffs: expected equally many, got {len(keys)} and {len(wide)}")
     with np.errstate(over="ignore"):
-        coeffs = wide.astype(np.float32)
-    if not np.isfinite(coeffs).all():
-        j = int(np.flatnonzero(~np.isfinite(coeffs))[0])
+        factors = wide.astype(np.float32)
+    if not np.isfinite(factors).all():
+        j = int(np.flatnonzero(~np.isfinite(factors))[0])
         raise BadValue(f"coeffs[{j}]: expected a finite float32, got {wide[j]}")
-    return seeds, coeffs
+    return keys, factors
 
 
 def _check_device_members(plan: Plan, seeds: torch.Tensor, coeffs) -> None:

@@ -128,7 +128,8 @@ def _segments(dst: Entry, src: Entry, anchor: Entry | None, matrices: bool = Fal
             dims[0] = (n * dims[0][0], *dims[0][1:])
         else:
             dims.insert(0, (n, *strides))
-    cols, rows, row_strides = 1, 1, (0,) * 7
+    cols, rows = 1, 1
+    row_strides: Sequence[int] = (0,) * 7
     if dims and dims[-1][1:7] == (1, 1, 1, 1, 1, 0):
         cols = dims.pop()[0]
     # without columns: rows of one element
@@ -139,7 +140,8 @@ def _segments(dst: Entry, src: Entry, anchor: Entry | None, matrices: bool = Fal
             f"Plan: {dst.name!r} with strides {dst.tensor.stride()} is scattered over more than "
             f"{MAX_SEGMENTS_PER_TENSOR} matrices; make it .contiguous()"
         )
-    ids, steps = (0, 0), (0, 0)
+    ids: tuple[int, ...] = (0, 0)
+    steps = (0, 0)
     if factors:
         ids = tuple(map(tensor_id, factor_names(dst.name)))
         steps = factors[0] * factors[1], factors[0] * factors[2]

@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -63,7 +63,9 @@ class Team:
                 f"Team: {size} processes can't be grouped by {shards}; start a multiple of {shards} with torchrun"
             )
         self.rank, self.size, self.shards = rank, size, shards
-        self._store, self._lost, self._own_group, self._runs = store, None, False, 0
+        self._store: Any = store
+        self._lost: str | None = None
+        self._own_group, self._runs = False, 0
         self._ended, self._noticed = threading.Event(), threading.Event()
         self.restarted = self.at_work = False
         if size > 1:

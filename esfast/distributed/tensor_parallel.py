@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from operator import attrgetter
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,6 +31,8 @@ class ColumnParallel(nn.Linear):
 
     dim = 0
     whole: bool
+    weight: Any
+    bias: Any
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = linear(x, self.weight._local_tensor, None if self.bias is None else self.bias._local_tensor)
@@ -48,6 +51,8 @@ class RowParallel(nn.Linear):
 
     dim = 1
     whole: bool
+    weight: Any
+    bias: Any
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         mesh = self.weight.device_mesh
@@ -59,7 +64,8 @@ class RowParallel(nn.Linear):
         return y if self.bias is None else y + self.bias
 
 
-STYLES = {  # by Transformers' names, of 4.56 and of 5: the class that does it, and its `whole`
+# by Transformers' names, of 4.56 and of 5: the class that does it, and its `whole`
+STYLES: dict[str, tuple[Any, bool] | None] = {
     "colwise": (ColumnParallel, False), "colwise_gather_output": (ColumnParallel, True),
     "colwise_rep": (ColumnParallel, True), "rowwise": (RowParallel, False), "rowwise_split_input": (RowParallel, True),
     "rowwise_rep": (RowParallel, True),
@@ -95,7 +101,7 @@ def shard(model, mesh: DeviceMesh, device: torch.device | str) -> None:
             tensor.data = tensor.to(device)
 
 
-def _planned(model, count: int) -> list[tuple[nn.Linear, type[ColumnParallel | RowParallel], bool]]:
+def _planned(model, count: int) -> list[tuple[Any, type[ColumnParallel | RowParallel], bool]]:
     """The modules to cut, each with the class of its style and the style's `whole`."""
     name = type(model).__name__
     plan = getattr(model, "_tp_plan", None)

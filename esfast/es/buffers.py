@@ -92,12 +92,10 @@ class _Place:
         for name in attributes.keys() - self.attributes.keys() - KEPT_AS_IT_IS:
             del attributes[name]
         attributes.update({n: v for n, v in self.attributes.items() if n not in KEPT_AS_IT_IS})
-        for mutable, value in (
-            (self.module._buffers, before),
-            (self.module._non_persistent_buffers_set, self.transient),
-        ):
-            mutable.clear()
-            mutable.update(value)
+        self.module._buffers.clear()
+        self.module._buffers.update(before)
+        self.module._non_persistent_buffers_set.clear()
+        self.module._non_persistent_buffers_set.update(self.transient)
 
 
 class _Kept:
@@ -105,7 +103,9 @@ class _Kept:
 
     def __init__(self, tensor: torch.Tensor, copied: bool):
         self.tensor, self.copied = tensor, copied and _is_plain(tensor)
-        self.memory = self.copy = self.version = None
+        self.memory: torch.Tensor | None = None
+        self.copy: torch.Tensor | None = None
+        self.version: int | None = None
 
     def note(self) -> None:
         if self.copied and not (self.memory is not None and self._in_place() and self._same()):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 
@@ -49,7 +50,7 @@ def perturbed(
     plan = model if isinstance(model, Plan) else Plan(model)
     plan.check_module()
     truth = plan.clone() if base is None else base
-    options = {"base": truth, "noise": noise, "backend": backend}
+    options: dict[str, Any] = {"base": truth, "noise": noise, "backend": backend}
     # Check that the base fits before anything is written: the restore reads it.
     plan.table(truth)
     with unchanged_buffers(plan):

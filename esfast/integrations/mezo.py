@@ -8,7 +8,9 @@ move is one fused pass that writes the weights from a base, so they come back to
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 
@@ -103,7 +105,8 @@ def zo_update(
             has changed.
     """
     several = isinstance(random_seed, Sequence)
-    seeds, grads = (list(random_seed), list(projected_grad)) if several else ([random_seed], [projected_grad])
+    given: Any = (random_seed, projected_grad) if several else ([random_seed], [projected_grad])
+    seeds, grads = map(list, given)
     coeffs = [-learning_rate * float(g) / len(seeds) for g in grads]
     for offsets, _ in parameters.groups:
         if offsets.terms:
@@ -138,6 +141,17 @@ class MeZOMixin:
     Attributes: zo_eps (overridden by a `zo_eps` in the TrainingArguments), zo_weights and zo_noise, as in ZOParameters.
     Seeds are a function of args.seed and the step, so a resumed run draws the same seeds as an unbroken one.
     """
+
+    # the Trainer's
+    args: Any
+    state: Any
+    model: Any
+    accelerator: Any
+    optimizer: Any
+    lr_scheduler: Any
+    compute_loss: Callable[..., torch.Tensor]
+    compute_loss_context_manager: Callable[[], AbstractContextManager]
+    _prepare_inputs: Callable[[Any], Any]
 
     zo_eps = 1e-3
     zo_weights = "base"
@@ -207,7 +221,7 @@ class MeZOMixin:
     def train(self, *args, **kwargs):
         """Trains from the present weights, model and arguments, whatever an earlier call left."""
         self._zo, self._zo_pending = None, []
-        return super().train(*args, **kwargs)
+        return super().train(*args, **kwargs)  # type: ignore[misc]  # the Trainer beside it has it
 
     def create_optimizer(self, model=None) -> ZOOptimizer:
         if self.optimizer is None:
@@ -223,4 +237,4 @@ class MeZOMixin:
     def zo_apply(self, lr: float) -> None:
         """Steps along the seeds of all batches since the last step."""
         pending, self._zo_pending = self._zo_pending, []
-        zo_update(self.zo_parameters, *map(list, zip(*pending, strict=True)), lr)
+        zo_update(self.zo_parameters, [seed for seed, _ in pending], [grad for _, grad in pending], lr)

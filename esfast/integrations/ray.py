@@ -13,6 +13,7 @@ import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..es.es import Member
 from ..rollout.encoding import PromptReader
@@ -149,7 +150,8 @@ class Fleet:
     def _hand_out(self, method: str, jobs: list[tuple]) -> Iterator[tuple]:
         """Yields (key, answer) for each (key, arguments), from whichever engine is free. Work of an engine that dies is
         done again."""
-        waiting, busy, idle = deque(jobs), {}, deque(self.alive)
+        waiting, idle = deque(jobs), deque(self.alive)
+        busy: dict[Any, tuple] = {}
         while waiting or busy:
             while waiting and idle:
                 number, job = idle.popleft(), waiting.popleft()

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 import numpy as np
 
@@ -27,6 +29,11 @@ class WorkerExtension:
     same bits come back, however often. As in es-at-scale, a second perturbation adds to the first, and the same call
     with the opposite sign takes it away.
     """
+
+    # What it finds in the worker.
+    vllm_config: Any
+    get_model: Callable[[], Any]
+    _esfast_weights: Any
 
     # After these calls vLLM's cached keys and values belong to other weights.
     CHANGES_WEIGHTS = frozenset({
@@ -140,8 +147,8 @@ class WorkerExtension:
             weights: "base", "master", "host" or "inplace", as in `esfast.ES`.
             include, exclude: glob patterns of Hugging Face names, as in `esfast.Plan`.
         """
-        rule = Rule() if rule is None else Rule.from_json(rule)
-        self._esfast_looked_at.begin(rule, weights, include, exclude)
+        changed_by = Rule() if rule is None else Rule.from_json(rule)
+        self._esfast_looked_at.begin(changed_by, weights, include, exclude)
         return True
 
     def esfast_restore(self) -> None:

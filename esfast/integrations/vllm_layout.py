@@ -20,6 +20,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -91,7 +92,7 @@ def check_covered(wholes: Mapping[str, Shape], ranks: Sequence[Sequence[tuple[st
 
     Raises ValueError, which names the weight, if a part of it is missing or pieces overlap in part."""
     held: dict[str, list[tuple[Shape, Shape]]] = {}
-    first = []
+    first: list[list[bool]] = []
     for places in ranks:
         first.append([])
         for name, shape, offset in places:
@@ -117,7 +118,7 @@ def _meet(windows: list[tuple[Shape, Shape]]) -> bool:
 def _pieces(
     prefix: str,
     leaf: str,
-    module: torch.nn.Module,
+    module: Any,
     p: torch.Tensor,
     packed: Mapping[str, Sequence[str]],
     wholes: Mapping[str, Shape],
@@ -153,7 +154,7 @@ def _pieces(
         raise BadValue(f"vLLM: {prefix}.{leaf} has {p.shape[0]} rows, of which only {start} are known")
 
 
-def _rows(layer: str, module: torch.nn.Module, packed: Mapping[str, Sequence[str]]) -> list[Rows] | None:
+def _rows(layer: str, module: Any, packed: Mapping[str, Sequence[str]]) -> list[Rows] | None:
     """The Hugging Face rows that a layer's tensor holds; None for tensors that are not sharded by rows."""
     if _is(module, "VocabParallelEmbedding"):
         held = module.shard_indices

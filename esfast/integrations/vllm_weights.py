@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -40,7 +41,7 @@ class WorkerWeights:
         mine = zip(self.places[group.rank_in_group], self.first[group.rank_in_group], strict=True)
         kept = {(name, offset) for (name, _, offset), first in mine if first}
         self._owned = [e for e in self.all.entries if (e.name, tuple(e.window.offset)) in kept]
-        self.mode = None
+        self.mode: Any = None  # of esfast.es.weights, once `begin` was called
 
     def begin(self, rule: Rule, mode: str = "base", include=None, exclude=None) -> None:
         """Starts updates from the present weights. Arguments as for `esfast.ES`."""
@@ -109,8 +110,8 @@ class WorkerWeights:
         except Exception as e:
             error = e
         self._raise_first(error)
-        for e, piece in zip(self.all.entries, new, strict=True):
-            e.tensor.detach().copy_(piece)
+        for entry, piece in zip(self.all.entries, new, strict=True):
+            entry.tensor.detach().copy_(piece)
         self.anew()
 
     def verify(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from .text import escaped
 
@@ -152,7 +153,7 @@ def _figure(title: str, body: str, labels: Sequence[tuple[str, str]], height: in
     )
 
 
-def _finite(rows: Sequence[tuple[float, ...]]) -> list[tuple[float, ...]]:
+def _finite(rows: Sequence[tuple[float, ...]]) -> list[tuple[Any, ...]]:
     return [row for row in rows if all(map(math.isfinite, row))]
 
 

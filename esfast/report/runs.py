@@ -29,11 +29,11 @@ class Run:
         """The settings without the seed: equal for repeats."""
         return repr(sorted((k, repr(v)) for k, v in self.config.items() if k not in _OF_A_REPEAT))
 
-    def series(self, name: str) -> list[tuple[float, float]]:
+    def series(self, name: str) -> list[tuple[Any, ...]]:
         """(generation, value) of a metric, for the generations that have it."""
         return self.together(name)
 
-    def together(self, *names: str) -> list[tuple[float, ...]]:
+    def together(self, *names: str) -> list[tuple[Any, ...]]:
         """(generation, values) of these metrics, for the generations that have all of them."""
         rows = [[r.get(name) for name in ("generation", *names)] for r in self.metrics]
         return [tuple(row) for row in rows if all(map(is_number, row))]

@@ -11,6 +11,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import wait
+from typing import Any
 
 from ..utils.errors import BadType, BadValue
 from ..utils.interrupts import came_by_signal
@@ -120,7 +121,7 @@ class Scorer:
                     idle.append(Worker(self._names, self._timeout))
                     self._running.append(idle[-1])
                 idle.pop().give(self._waiting.popleft())
-            busy = {worker.connection: worker for worker in self._running if worker.task is not None}
+            busy: dict[Any, Worker] = {worker.connection: worker for worker in self._running if worker.task is not None}
             first = min((worker.deadline for worker in busy.values()), default=math.inf)
             patience = 0.0 if until is None else None if first == math.inf else max(0.0, first - now())
             answered = [] if until is not None and until.done else wait(list(busy), patience)
@@ -198,9 +199,9 @@ def judge(
     out.
     """
 
-    def of(scores: Callable[[], list]) -> list:
+    def of(scores: Callable[..., list], *arguments) -> list:
         try:
-            return scores()
+            return scores(*arguments)
         except RewardError as error:
             if not skip:
                 raise
@@ -208,9 +209,9 @@ def judge(
             return []
 
     pending = [scorer.submit([f], rows, completions) for f in [*reward_funcs, *metrics.values()]]
-    values = [of(lambda p=p: p.result()[0]) for p in pending]
+    values = [of(lambda future: future.result()[0], p) for p in pending]
     scores, named = values[: len(reward_funcs)], zip(metrics, values[len(reward_funcs) :], strict=True)
-    rewards = of(lambda: combine(scores, weights)) if all(scores) else []
+    rewards = of(combine, scores, weights) if all(scores) else []
     figures = {"eval_reward": mean(rewards)} if rewards else {}
     if len(rewards) > 1:
         figures["eval_reward_se"] = standard_error(rewards)

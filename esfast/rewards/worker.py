@@ -8,6 +8,7 @@ worker answers in JSON, since a function that scores a model's text may run that
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import itertools
 import json
@@ -22,6 +23,7 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
+from typing import Any
 
 from ..utils.child import child
 from ..utils.interrupts import blocked, outlive
@@ -176,7 +178,7 @@ def serve(descriptor: int, names: Sequence[str]) -> None:
             return
         # Each function gets its own copy of the arguments.
         for job in jobs:
-            if not answer(lambda job=job: _called(functions[job], pickled)):  # noqa: B023
+            if not answer(functools.partial(_called, functions[job], pickled)):
                 break
 
 
@@ -253,7 +255,7 @@ def _reason(status: int) -> str:
 
 def _import(name: str) -> Callable:
     module, _, qualname = name.partition(":")
-    found = importlib.import_module(module)
+    found: Any = importlib.import_module(module)
     for part in qualname.split("."):
         found = getattr(found, part)
     return found

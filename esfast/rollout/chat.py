@@ -47,6 +47,7 @@ def answered(rows: Rows, responses: Sequence[str]) -> tuple[Rows, list]:
     + completion is the conversation.
     """
     asked, completions = [], []
+    response: Any
     for row, response in zip(rows, responses, strict=True):
         prompt = row["prompt"]
         if is_chat(prompt):

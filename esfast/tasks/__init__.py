@@ -8,6 +8,7 @@ functions from any other source.
 import dataclasses
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 from ..utils.errors import BadValue
 from ..utils.suggest import unknown
@@ -40,7 +41,7 @@ def get(
 
     Raises ValueError, which names what is known, for any other name; whatever is wrong with the rest, see the modules.
     """
-    source = {"style": style, "train_prompts": train_prompts}
+    source: dict[str, Any] = {"style": style, "train_prompts": train_prompts}
     if name.startswith(("file:", DATASETS)):
         return file.task(name.removeprefix("file:"), reward, **source)
     if name not in MODULES:

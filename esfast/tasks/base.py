@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,9 +39,9 @@ class Recipe:
 class FixedRows:
     """The `train_rows` of a Task that trains on the same rows in every generation: `all(seed)`."""
 
-    all: Callable[[int], Sequence[dict]]
+    all: Callable[[int], Rows]
 
-    def __call__(self, generation: int, count: int, seed: int) -> Sequence[dict]:
+    def __call__(self, generation: int, count: int, seed: int) -> Rows:
         return draw(self.all(seed), generation, count, seed)
 
 
@@ -59,13 +59,13 @@ class Task:
 
     name: str
     reward_funcs: tuple[Callable[..., list[float]], ...]
-    train_rows: Callable[[int, int, int], Sequence[dict]]
-    eval_rows: Callable[[int], Sequence[dict]]
+    train_rows: Callable[[int, int, int], Rows]
+    eval_rows: Callable[[int], Rows]
     accuracy: Callable[..., list[float]] | None
     max_new_tokens: int
     settings: dict[str, Any] = field(default_factory=dict)
 
-    def train_dataset(self, seed: int) -> Sequence[dict] | Callable[[int, int], Sequence[dict]]:
+    def train_dataset(self, seed: int) -> Rows | Callable[[int, int], Rows]:
         """What ESTrainer takes: all rows where they are fixed, which it can look at before it begins, and otherwise a
         function (generation, count) of fresh ones. With the same seed it draws what train_rows gives."""
         if isinstance(self.train_rows, FixedRows):

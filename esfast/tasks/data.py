@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from ..utils.errors import BadValue
+from ..utils.rows import Rows
 from .base import FixedRows, split_of
 from .records import DATASETS, SPLITS, read
 
 __all__ = ["DATASETS", "Source", "fields", "read", "source", "split", "text"]
 
-Source = tuple[Callable[[int, int, int], Sequence[dict]], Callable[[int], Sequence[dict]]]
+Source = tuple[Callable[[int, int, int], Rows], Callable[[int], Rows]]
 
 
 def source(
@@ -40,7 +41,7 @@ def source(
         return FixedRows(lambda seed: train), lambda count: test[:count]
     # Refuses an unknown style here, not at the first generation.
     problems(1, 0, "train", style)
-    train_rows: Callable[[int, int, int], Sequence[dict]]
+    train_rows: Callable[[int, int, int], Rows]
     if train_prompts is None:
         train_rows = lambda generation, count, seed: problems(count, f"{seed}/{generation}", "train", style)  # noqa: E731
     else:

@@ -73,4 +73,4 @@ def open_rewards(
         raise BadValue("reward_funcs: expected at least one function")
     if weights and len(weights) != len(functions):
         raise BadValue(f"reward_weights: expected one for each of the {len(functions)} reward functions, got {weights}")
-    return functions, weights or [1.0] * len(functions)
+    return functions, list(weights or ()) or [1.0] * len(functions)

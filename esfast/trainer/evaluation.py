@@ -55,7 +55,7 @@ def respond(
 def summarize(model: str, task: Task, responses: Sequence[dict]) -> dict[str, Any]:
     """Means with their standard errors; lengths are in characters."""
     rewards = [r["reward"] for r in responses]
-    result = {"model": model, "task": task.name, "samples": len(responses)}
+    result: dict[str, Any] = {"model": model, "task": task.name, "samples": len(responses)}
     if task.accuracy is not None:
         correct = [r["correct"] for r in responses]
         result |= {"accuracy": mean(correct), "standard_error": _error(correct)}
@@ -66,7 +66,7 @@ def summarize(model: str, task: Task, responses: Sequence[dict]) -> dict[str, An
 def against(first: Sequence[dict], other: Sequence[dict]) -> dict[str, float]:
     """Compares another model's responses to the same prompts with the first's: the means of the differences. Their
     standard errors are smaller than with two different samples of prompts."""
-    result = {}
+    result: dict[str, float] = {}
     for key in ("correct", "reward"):
         if key in first[0]:
             differences = [b[key] - a[key] for a, b in zip(first, other, strict=True)]

@@ -114,12 +114,12 @@ class RunFolder:
                 path.unlink(missing_ok=True)
             shutil.rmtree(self.adapter, ignore_errors=True)
         rest = (self.metrics, self.samples, self.checkpoints, self.best, self.model, self.summary, self.curves)
-        if left := [p for p in rest if p.exists()]:
+        if found := [p for p in rest if p.exists()]:
             earlier = next(p for n in range(1, 10**6) if not (p := self.path / f"earlier-{n}").exists())
             earlier.mkdir()
-            for path in [*left, *([self.adapter] if self.adapter.exists() else [])]:
+            for path in [*found, *([self.adapter] if self.adapter.exists() else [])]:
                 path.rename(earlier / path.name)
-            log.info("%s: %s of an earlier run moved to %s", self.path, ", ".join(p.name for p in left), earlier)
+            log.info("%s: %s of an earlier run moved to %s", self.path, ", ".join(p.name for p in found), earlier)
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         _append(self.metrics, row)

@@ -7,17 +7,20 @@ what to do instead; at its default value it is ignored like the others.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from ..utils.errors import BadType, BadValue
 from ..utils.settings import convert, number, plain, truth, whole_number
 from ..utils.suggest import unknown
 
 log = logging.getLogger(__name__)
+
+_Class = TypeVar("_Class", bound=type)
 
 RENAMED = {
     "learning_rate": "lr",
@@ -81,7 +84,9 @@ def translate(settings: Mapping[str, Any], known: Iterable[str], what: str = "ES
     TypeError for an unknown name, and for two names of one setting. ValueError for a setting without a counterpart.
     Both say what to do. One warning lists the ignored settings.
     """
-    known, result, left_out, meant = list(known), {}, [], {}
+    known, left_out = list(known), []
+    result: dict[str, Any] = {}
+    meant: dict[str, str] = {}
     for name, value in settings.items():
         mine = name if name in known else RENAMED.get(name)
         if mine is not None:
@@ -167,13 +172,14 @@ _MEANINGS: dict[str, Callable[[str, Any, Mapping[str, Any]], dict[str, Any]]] = 
 _VALUES = {"constant_with_warmup": "constant"}
 
 
-def accepts_trl_names(cls: type) -> type:
+def accepts_trl_names(cls: _Class) -> _Class:
     """Class decorator: the dataclass's keyword arguments go through `translate`."""
-    init = cls.__init__
+    init: Callable[..., None] = vars(cls)["__init__"]
+    fields = [field.name for field in dataclasses.fields(cls)]
 
     @functools.wraps(init)
     def __init__(self, *args, **settings):
-        init(self, *args, **translate(settings, cls.__dataclass_fields__))
+        init(self, *args, **translate(settings, fields))
 
-    cls.__init__ = __init__
+    setattr(cls, "__init__", __init__)  # noqa: B010  a plain assignment is one to a method, to a type checker
     return cls

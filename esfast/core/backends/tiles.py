@@ -20,9 +20,12 @@ def members_on(device: torch.device, seeds, coeffs) -> tuple[torch.Tensor, torch
     is."""
     if isinstance(seeds, torch.Tensor):
         return seeds, coeffs
-    # the driver stages small pageable copies, so the host does not wait for the stream
-    arrays = seeds.view(np.int64), coeffs
-    return tuple(torch.from_numpy(a).to(device, non_blocking=True) for a in arrays)
+
+    def there(values: np.ndarray) -> torch.Tensor:
+        # the driver stages small pageable copies, so the host does not wait for the stream
+        return torch.from_numpy(values).to(device, non_blocking=True)
+
+    return there(seeds.view(np.int64)), there(coeffs)
 
 
 def copy_base(call, tile: int, copy_tiles: Callable[[torch.Tensor, int], None]) -> None:
@@ -59,8 +62,8 @@ def tiles_of(table: Table, tile: int, device: torch.device, extras: bool) -> lis
         found = []
         for src, dst in np.unique(pairs, axis=0):
             records, more = tile_table(table.rows[(pairs == (src, dst)).all(axis=1)], tile, extras)
-            more = torch.from_numpy(more).to(device) if extras else None
-            found.append(Tiles(int(src), int(dst), torch.from_numpy(records).to(device), more))
+            places = torch.from_numpy(more).to(device) if extras else None
+            found.append(Tiles(int(src), int(dst), torch.from_numpy(records).to(device), places))
         table.device[key] = found
     return table.device[key]
 
