@@ -86,8 +86,8 @@ def instruction(text: str, code: int) -> Instruction:
 
 
 def with_transfers(trace: list[Instruction], loads: int) -> list[Instruction]:
-    """The last `loads` 128-bit loads of a warp and all of its 128-bit stores move weights. Loads before them are of the
-    tile's record, which all lanes share and which other tiles' records come with."""
+    """Marks the instructions that move weights: the last `loads` 128-bit loads of a warp and all of its 128-bit
+    stores. Loads before them read the tile's record, which all lanes share and which arrives with the next records."""
     wide = [i for i, op in enumerate(trace) if ".128" in op.name and op.name.startswith("LDG")]
     found = list(trace)
     for i in wide[len(wide) - loads :]:

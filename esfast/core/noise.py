@@ -99,7 +99,7 @@ def noise_at(seed: int, name: str, index: np.ndarray, kind: str = "gaussian") ->
 
 
 def matrices_of(shape: tuple[int, ...]) -> tuple[int, int, int] | None:
-    """(matrices, rows, columns) as which low-rank noise takes a whole tensor of this shape; None: as a vector."""
+    """(matrices, rows, columns): how low-rank noise divides a whole tensor of this shape; None: it is a vector."""
     if len(shape) < 2:
         return None
     matrices, rows = shape[:2] if len(shape) == 3 else (1, shape[0])

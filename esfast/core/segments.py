@@ -164,8 +164,8 @@ def _row_major(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def _factor_strides(whole: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """By how much the numbers of factors A and B grow along each dimension of a whole that low-rank noise takes for
-    matrices; ValueError if they don't fit 64 bits."""
+    """Strides of the element numbers of factors A and B along each dimension of a whole tensor, for low-rank noise.
+    ValueError if the numbers don't fit 64 bits."""
     matrices, rows, cols = matrices_of(whole)
     if matrices * max(rows, cols) * MAX_RANK > 2**62:
         raise BadValue(f"Plan: a whole of {whole} has factors of more than 2**62 numbers, too many for low-rank noise")

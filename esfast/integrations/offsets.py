@@ -15,9 +15,8 @@ class Offsets:
     and the weights are written from the base in one pass. So the weights are the sum, rounded once, at any time; and
     when all terms have cancelled, they are the base, to the bit.
 
-    mode: a weight mode of esfast.es.weights. Several seeds at once need a mode with a base on the device (base,
-    master). on_change: called before noise is added to weights that something else has written. Default: these become
-    the base.
+    mode: a weight mode of esfast.es.weights. Several seeds at once need a mode with a base on the device: base, master.
+    on_change: called before noise is added to weights that something else has written. Default: they become the base.
     """
 
     def __init__(self, mode, on_change: Callable[[], None] | None = None):

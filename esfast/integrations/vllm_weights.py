@@ -22,11 +22,13 @@ from .offsets import Offsets
 class WorkerWeights:
     """
     Args:
-        model: the worker's model. config: its Hugging Face config. source: the model's folder or name.
-        group: vLLM's tensor-parallel group. All ranks make, save and fingerprint their weights at the same time.
+        model: the worker's model.
+        config: its Hugging Face config.
+        source: the model's folder or name.
+        group: vLLM's tensor-parallel group. All ranks make, save and fingerprint their weights together.
 
-    Raises TypeError or ValueError, which names the weight, for what `vllm_layout` and Plan refuse. Copies of the
-    weights are made by `begin`.
+    Raises TypeError or ValueError, which names the weight, if `vllm_layout` or Plan refuses one. `begin` copies the
+    weights.
     """
 
     def __init__(self, model, config, source: str, group):

@@ -1,4 +1,4 @@
-"""Packets: a journal packed into one safetensors file of a few kilobytes, which `replay` reads like a journal.
+"""Exported journals: a journal packed into one safetensors file of a few kilobytes, which `replay` reads as well.
 
 Tensors, with all generations in a row: seeds (int64, the bits of the uint64) and coeffs (float32); counts (int64), the
 number of seeds of each generation; rewards (float64, NaN for a member that was set aside) and their reward_counts;

@@ -221,7 +221,7 @@ def replay(plan: Plan, path: str | Path, until: int | None = None, backend: str 
 
     Args:
         plan: the base weights; they become the tuned weights.
-        path: a journal, or a packet that `pack` made of one.
+        path: a journal, or a file that `pack` made of one.
         until: how many generations to apply. Default: all.
         backend: as in `add_noise_`.
 

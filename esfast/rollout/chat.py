@@ -137,7 +137,7 @@ def _tools(row: Mapping[str, Any]) -> list | None:
 
 
 def _column(row: Mapping[str, Any], name: str):
-    """The row's value, read if it is JSON; None where a table has a blank or NaN for a value that is missing."""
+    """The row's value in this column; JSON text is read. None if the value is missing, a blank or NaN."""
     value = row.get(name)
     missing = value != value if isinstance(value, float) else isinstance(value, str) and not value.strip()
     return None if missing else _from_json(name, value)

@@ -85,7 +85,7 @@ def _converted(what: str, given: Any, kind: Kind, choices: Sequence[str] | None)
     except TypeError:
         if choices is None:
             raise
-        # none of them
+        # Not convertible: none of the choices.
         value = repr(given)
     for item in value if isinstance(value, list) else [value]:
         if choices is not None and item is not None and item not in choices:

@@ -21,8 +21,9 @@ NO_DECAY, TO_ZERO, TO_ANCHOR = range(3)
 
 # What autotune tries: tile, warps, registers a thread. The default comes first.
 CONFIGS = ((TILE, 4, 144), (TILE, 4, 128), (2048, 4, 96), (4096, 8, 96), (8192, 8, 144), (8192, 16, 96))
-# One member is compiled in as a constant. Without the loop ptxas gets by with 128 registers, so that four blocks fit an
-# SM and not three: 33.8 cycles per bf16 weight and not 35.4 (`esfast bench cycles`). Stochastic rounding would spill.
+# A single member is compiled in as a constant. Without the loop over members ptxas needs only 128 registers, so four
+# blocks fit an SM instead of three: 33.8 cycles per bf16 weight instead of 35.4 (`esfast bench cycles`). Stochastic
+# rounding would spill registers.
 ONE_MEMBER_REGISTERS = 128
 # Keys: device, noise, and whether there is one member.
 _tuned: dict[tuple, tuple[int, int, int]] = {}
