@@ -21,7 +21,7 @@ Tensors = Sequence[torch.Tensor] | None  # the weights to start from; None: thos
 
 
 class Drawn:
-    """Noise is drawn into a buffer that is used again and again, a part by each thread, and added with `alpha`."""
+    """Draws noise into a buffer that is used again and again, each thread a part of it, and adds it with `alpha`."""
 
     def __init__(self, fill: Callable[[torch.Tensor, np.random.SeedSequence], None], in_weights_dtype: bool = False):
         self.fill, self.in_weights_dtype = fill, in_weights_dtype
@@ -58,8 +58,8 @@ def _standard_normal(part: torch.Tensor, seed: np.random.SeedSequence) -> None:
 
 @functools.cache
 def _signs_of(dtype: torch.dtype) -> tuple[torch.Tensor, np.ndarray]:
-    """Every word of bits as +1 and -1 in 32 bytes: 16 of a 16-bit dtype, 8 of float32. Looking a word up is faster than
-    np.unpackbits and what it takes to make +1 and -1 of its bytes."""
+    """A table with the +1 and -1 of every word of bits, in 32 bytes: 16 signs of a 16-bit dtype, 8 of float32. A lookup
+    is faster than np.unpackbits and converting its bytes to +1 and -1."""
     words = np.arange(2**8, dtype=np.uint8) if dtype == torch.float32 else np.arange(2**16, dtype=np.uint16)
     bits = np.unpackbits(words.view(np.uint8)).reshape(len(words), -1)
     signs = torch.from_numpy(bits).to(dtype).mul_(2).sub_(1)
@@ -79,7 +79,7 @@ def _random_signs(part: torch.Tensor, seed: np.random.SeedSequence) -> None:
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    """For NumPy, which has no bfloat16."""
+    """A view of the bits, since NumPy has no bfloat16."""
     return tensor if tensor.dtype == torch.float32 else tensor.view(torch.int16)
 
 
@@ -229,5 +229,5 @@ WAYS: dict[str, dict[str, Callable[[], Way]]] = {
 
 
 def ways(kind: str) -> dict[str, Way]:
-    """Those for a kind of noise, for PyTorch's number of threads of now."""
+    """The ways for a kind of noise, for PyTorch's present number of threads."""
     return {name: make() for name, make in WAYS[kind].items()}

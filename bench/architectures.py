@@ -199,12 +199,12 @@ NOT_MADE = {
 
 
 def architectures() -> list[str]:
-    """Names (model types) of those that the installed Transformers has."""
+    """Names (model types) of the architectures of the installed Transformers."""
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
 def tiny_config(name: str, tokenizer) -> PretrainedConfig:
-    """A configuration of the architecture, small, for the tokenizer's vocabulary."""
+    """A small configuration of the architecture, for the tokenizer's vocabulary."""
     made = CONFIG_MAPPING[name]
     return made(**_small(made(), tokenizer))
 
@@ -230,7 +230,7 @@ def tiny_model(name: str, tokenizer, seed: int = 0) -> torch.nn.Module:
 
 
 def _small(config: PretrainedConfig, tokenizer) -> dict[str, Any]:
-    """What of a default configuration is to be smaller, those inside it included."""
+    """The sizes of a default configuration to make smaller, nested configurations included."""
     given, small = config.to_dict(), {}
     layers = given.get("num_hidden_layers", 0)
     for key, value in given.items():
@@ -249,6 +249,6 @@ def _small(config: PretrainedConfig, tokenizer) -> dict[str, Any]:
 
 
 def _two_kinds(layers: list) -> list:
-    """Of a list with an entry for each layer the first, and the first that differs from it."""
+    """From a list with an entry for each layer: the first entry, and the first that differs from it."""
     others = [entry for entry in layers if entry != layers[0]]
     return [layers[0], (others or layers)[0]]

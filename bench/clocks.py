@@ -22,7 +22,7 @@ REASONS = {
 
 
 class Clocks:
-    """Samples while it is open: `with Clocks() as clocks: ...; clocks.between(began, ended)`."""
+    """Takes samples while it is open: `with Clocks() as clocks: ...; clocks.between(began, ended)`."""
 
     def __init__(self, device: str = "cuda"):
         self.absent: str | None = None if device == "cuda" else "measured on a CPU"
@@ -71,8 +71,8 @@ class Clocks:
             self.absent = f"nvidia-smi says: {line.strip()}"
 
     def between(self, began: float, ended: float) -> dict:
-        """Of the time from began to ended, as time.time() has them: medians, the lowest SM clock, why the clocks were
-        lowered. Of a time too short for a sample, the nearest one. Without samples None, and the reason."""
+        """Samples from began to ended (time.time()): medians, the lowest SM clock, and why the clocks were lowered. If
+        the time is too short for a sample, the nearest sample. Without samples, None and the reason."""
         if not self._samples and self._process is not None and self._process.poll() is None:
             self._ask()  # some versions keep their lines back
         samples = list(self._samples)

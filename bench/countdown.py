@@ -85,7 +85,7 @@ def _one(seed: int, folder: Path, options: list[str], environment: dict, pretrai
 
 
 def call(what: str, command: list[str], environment: dict) -> None:
-    """Runs it with its output on our stderr: stdout may be a JSON file in the making."""
+    """Runs a command with its output on our stderr, since stdout may be a JSON file."""
     sys.stderr.flush()
     status = subprocess.run(command, env=environment, stdout=2).returncode
     if status:

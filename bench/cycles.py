@@ -28,7 +28,7 @@ NOT_YET = "not yet measured"
 
 @dataclass(frozen=True)
 class Launch:
-    """What a warp executes for `weights` weights in each of its lanes, and the warps of a scheduler."""
+    """Instructions of a warp with `weights` weights in each of its lanes, and the number of warps of a scheduler."""
 
     backend: str
     kernel: str
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> dict:
 
 
 def traces_of(code: Disassembly, loop: bool, data_loads: int) -> tuple[list[Instruction], list[Instruction]]:
-    """Instructions of a warp that holds a whole tile, and with `loop` of one of its MEMBERS turns of that."""
+    """Instructions of a warp that holds a whole tile; with `loop`, of one of the MEMBERS turns of the loop."""
     blocks = control_flow(code.sass)
     path, turn = way_through(blocks, loop)
     if turn:
@@ -96,7 +96,7 @@ def cuda_launches(dtypes: list[str]) -> list[Launch]:
 
 
 def triton_launches(noise: str, dtype: str) -> list[Launch]:
-    """Compiled as for a launch, which makes one member a constant and gives it fewer registers."""
+    """Compiles as a launch does, which makes a single member a constant and gives it fewer registers."""
     from ..core.backends.triton import CONFIGS, ONE_MEMBER_REGISTERS
 
     found, (tile, warps, many) = [], CONFIGS[0]
@@ -121,8 +121,8 @@ def _launch(backend, kernel, noise, dtype, code: Disassembly, weights: int, thre
 
 
 def predict(launch: Launch, gpu: str, clock: float) -> dict:
-    """A row: the time for all weights of MODEL, and the cycles that a weight in each of 32 lanes costs a scheduler:
-    in a perturbation by the whole kernel, in an update by a turn of the loop, which is for one member."""
+    """A row: the time for all weights of MODEL, and the scheduler's cycles for a weight in each of 32 lanes. For a
+    perturbation these are of the whole kernel, for an update of one turn of the loop, that is of one member."""
     per_cycle = COPY[gpu] / (SMS * SCHEDULERS) / clock
     whole = scheduler.simulate(launch.trace, launch.warps, launch.resident, per_cycle, 3 if launch.turn else 12)
     count, held = numel(parameters(MODELS[MODEL])), launch.warps * launch.weights

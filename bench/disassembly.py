@@ -57,8 +57,8 @@ def tool(folder: str, name: str, *arguments) -> str:
 
 @dataclass
 class Block:
-    """Instructions without a jump into or out of their midst. `codes`: the control code of each, 21 bits by which the
-    compiler tells the scheduler when to issue it (bench/scheduler.py)."""
+    """A basic block: instructions without a jump into or out of the middle. `codes`: the control code of each, 21 bits
+    that tell the scheduler when to issue it (bench/scheduler.py)."""
 
     label: str | None
     instructions: list[str] = field(default_factory=list)
@@ -97,13 +97,15 @@ def control_flow(sass: str) -> list[Block]:
 
 
 def way_through(blocks: list[Block], loop: bool = True) -> tuple[list[int], list[int]]:
-    """Blocks of a perturbation and of one turn of the loop over members. Without `loop`: of a kernel for one member."""
+    """Blocks of a perturbation and of one turn of the loop over members. Without `loop`: blocks of a kernel for one
+    member."""
     _, path, turn = min(_passes(blocks)) if loop else (*_straight(blocks), [])
     return path, turn
 
 
 def _passes(blocks: list[Block]) -> list[tuple[int, list[int], list[int]]]:
-    """For each loop: price and blocks of the cheapest path through the kernel that turns in it once, and the turn."""
+    """For each loop: price and blocks of the cheapest path through the kernel with one turn of the loop, and the
+    turn."""
     found = []
     loops = [(to, i) for i, b in enumerate(blocks) for to in b.following if to <= i]
     for head, tail in loops:
@@ -153,7 +155,8 @@ def _cheapest(blocks: list[Block], starts: list[int], goal: int | None, avoid: S
 
 
 def _price(block: Block) -> int:
-    """Instructions, and a fine for access to single elements, which serves tiles that are not whole or not aligned."""
+    """Number of instructions, plus a penalty for accesses to single elements, which are for tiles that are not whole or
+    not aligned."""
     return block.cost + 1_000_000 * (block.uses(".U16", "STS", "LDS") or _single_float(block))
 
 

@@ -55,7 +55,7 @@ def _mode(name: str, rounding: str = "nearest") -> Callable[[Plan], Any]:
 
 
 class _Moved(InplaceWeights):
-    """Members from one to the next in one pass, half the traffic: why `inplace` doesn't do so is what the rows show."""
+    """Moves from member to member in one pass, with half the traffic. Its rows show why `inplace` doesn't do so."""
 
     def perturb(self, seed: int, coeff: float, rounding: str = "nearest") -> None:
         self._move([(seed, coeff)], rounding)
@@ -250,7 +250,7 @@ class _Run:
         return plan, weights, self.way.make(plan)
 
     def _state(self, mode, weights: torch.Tensor) -> torch.Tensor:
-        """What the next update builds on, as float64: a master where there is one, else the weights."""
+        """The weights that the next update starts from, as float64: the master if there is one."""
         truth = getattr(mode, "truth", None)
         if truth is None:
             return weights.double()
@@ -290,7 +290,7 @@ def regression(y: torch.Tensor, x: torch.Tensor) -> tuple[float, float, float]:
 
 
 def _kept_generations(generations: int) -> list[int]:
-    """About twenty, evenly spread on a logarithmic axis, with the first and the last."""
+    """About twenty generations, evenly spread on a logarithmic axis, with the first and the last."""
     return sorted({max(1, round(generations ** (i / 19))) for i in range(20)})
 
 

@@ -134,7 +134,7 @@ class Randn(Loop):
 
 
 class Worker(Randn):
-    """What the worker of es-at-scale v1.0.0 does: the update is summed in float32."""
+    """The worker of es-at-scale v1.0.0, which sums the update in float32."""
 
     def update(self) -> None:
         coeffs = [LR / self.n * z for z in zscore(self.rewards)]
@@ -164,7 +164,7 @@ class Generators(Loop):
 
 
 class FunctionalCall(Loop):
-    """Without the call: the dict of perturbed parameters that it is given."""
+    """functional_call without the call: makes the dict of perturbed parameters."""
 
     def members(self) -> None:
         self.noises = []
@@ -259,7 +259,7 @@ class OurAskTell(Loop):
 
 
 class OurWorker(Loop):
-    """What WorkerExtension does at the calls of es-at-scale's trainer, without vLLM around it."""
+    """WorkerExtension's work for the calls of es-at-scale's trainer, without vLLM."""
 
     def begin(self) -> None:
         self.mode = BaseWeights(self.plan, Rule())

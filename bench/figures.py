@@ -148,7 +148,7 @@ def _panels(result: dict, count: int) -> tuple[Figure, list]:
 
 
 def _band(axes, x, curves: list[list[float]], color: str, label: str, line: str = "-") -> None:
-    """The mean over seeds, and a band of one standard deviation."""
+    """The mean over seeds, with a band of one standard deviation."""
     columns = list(zip(*curves, strict=True))
     middle, spread = [mean(c) for c in columns], [pstdev(c) for c in columns]
     axes.plot(x, middle, line, color=color, lw=1.2, label=label)

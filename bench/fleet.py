@@ -62,7 +62,7 @@ def dynamic(durations: np.ndarray, slowness: np.ndarray, costs: Costs) -> tuple[
 
 
 def static(durations: np.ndarray, slowness: np.ndarray) -> float:
-    """Seconds of the last worker, each of which has every P-th member."""
+    """Seconds of the last worker, if each of P workers has every P-th member."""
     workers = len(slowness)
     padded = np.zeros(-(-len(durations) // workers) * workers)
     padded[: len(durations)] = durations
@@ -70,7 +70,7 @@ def static(durations: np.ndarray, slowness: np.ndarray) -> float:
 
 
 def ideal(durations: np.ndarray, slowness: np.ndarray) -> float:
-    """Seconds of all the work cut as fine as one likes, but that a member takes as long as on the fastest worker."""
+    """Seconds if the work could be divided without remainder; at least those of a member on the fastest worker."""
     return max(float(durations.sum() / (1 / slowness).sum()), float(durations.max() * slowness.min()))
 
 
@@ -85,7 +85,8 @@ def exchange(members: int, workers: int, costs: Costs) -> float:
 
 
 def update(members: int, workers: int, costs: Costs) -> dict[str, float]:
-    """Seconds of an update by either plan: all of it everywhere, or a share each and the weights sent around."""
+    """Seconds of an update in two ways: every worker updates all, or each its share, which is then sent to the
+    others."""
     every = members * costs.member
     sent = costs.weights * (workers - 1) / workers / costs.bandwidth + math.ceil(math.log2(workers)) * costs.round_trip
     return {"all": every, "share": every / workers + sent}
@@ -112,9 +113,9 @@ class Job:
 def measure(jobs: Sequence[Job], isolated: bool = False) -> list[dict]:
     """Runs generations in real processes, as many as there are slownesses, which sleep for each member's seconds.
 
-    Returns for each `seconds`, from everybody's readiness to the last being told that no member is left; `exchange`,
-    from there to the rewards being everywhere; `loopback_bytes`, of use only if `isolated`, which takes a network
-    namespace of its own and so Linux and its root.
+    Returns for each generation: `seconds`, from when all are ready until the last hears that no member is left;
+    `exchange`, from then until all have the rewards; and `loopback_bytes`, which means something only if `isolated`.
+    That makes a network namespace, so it needs Linux and root.
     """
     command = child("from esfast.bench.fleet import lead; lead()", json.dumps([dataclasses.asdict(j) for j in jobs]))
     if isolated:
@@ -160,7 +161,7 @@ def follow() -> None:
 
 
 def _work(store, rank: int, jobs: list[Job]) -> list[tuple[float, float, float, float]]:
-    """Of each job: when it began, when the last member was scored here, when the rewards were here; its bytes."""
+    """For each job: when it began, when the last member was scored here, when the rewards arrived here; its bytes."""
     size, marks = len(jobs[0].slowness), []
     team = Team(store, rank, size)
     for turn, job in enumerate(jobs):

@@ -93,7 +93,7 @@ class Result:
         return {"rows": rows, "left_out": self.left_out, "seconds": seconds}
 
     def take(self, events: Iterator[dict], job: dict) -> bool:
-        """Whether there is more to do in a new process, for which the job then holds what is left."""
+        """Takes the events of a process. True if a new process must continue; the job then holds what is left."""
         at: dict = {}
         for event in events:
             for what, found in event.items():
@@ -129,7 +129,7 @@ class Result:
         self.save(self.found())
 
     def _died(self, reason: str, at: dict, job: dict) -> bool:
-        """The contender that ran when its process died runs no more; without one, the model that was being made."""
+        """Excludes the contender that ran when the process died; if none ran, the model that was being made."""
         keys = ("model", "dtype", "op", "noise", "contender")
         self._leave_out({k: at[k] for k in keys if k in at} | {"reason": reason, "failed": True})
         if "contender" in at and at["contender"] not in job["without"]:
@@ -178,7 +178,7 @@ def table(result: dict) -> Table:
 
 
 def readme_table(result: dict) -> Table:
-    """What stands on a page that says GPU: ValueError for figures of anything else."""
+    """The table for a page about GPUs; ValueError for figures of anything else."""
     devices = {r["device"] for r in result["rows"]}
     if devices - {"cuda"}:
         raise ValueError(f"noise_gpu.json was measured on {' and '.join(sorted(devices))}, which is no GPU")
@@ -186,7 +186,7 @@ def readme_table(result: dict) -> Table:
 
 
 def summary(result: dict) -> Table:
-    """The rows of a first look: bfloat16 weights of one model, and every row where a rival is faster."""
+    """The short table: bfloat16 weights of one model, and every row where a rival is faster."""
     models = [r["model"] for r in result["rows"]]
     model = "Qwen2.5-7B" if "Qwen2.5-7B" in models else models[-1] if models else None
 

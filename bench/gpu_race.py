@@ -29,7 +29,7 @@ now = time.perf_counter
 
 @dataclass
 class Workload:
-    """A model's weights, which lie in one allocation so that they can be copied at once, and a base copy of them."""
+    """A model's weights, in one allocation so that one copy moves them all, and a base copy of them."""
 
     flat: torch.Tensor
     plan: Plan
@@ -89,7 +89,7 @@ def run_ours(w: Workload, todo: list[Pass], kind: str, backend: str) -> None:
 
 
 def run_today(today: Today, op: str, members: int) -> None:
-    """From a base or in place, today's is the same: in place."""
+    """Runs today's way, which is always in place."""
     if op == "update":
         seeds, coeffs = population(members)
         today.update_weights_from_seeds(seeds, coeffs, alpha=1.0, population_size=1)
@@ -102,7 +102,7 @@ def run_today(today: Today, op: str, members: int) -> None:
 
 
 def randn4x_contenders(w: Workload, device: str) -> dict[str, Callable]:
-    """The rival's launches (todo, kind), by what they are compiled with; none where Triton can't run."""
+    """The rival's launches (todo, kind), by compile options; none if Triton can't run."""
     try:
         from . import randn4x
     except ImportError as error:
@@ -164,7 +164,7 @@ def lap(contender: Contender, on_gpu: bool) -> Lap:
 
 
 def race(contenders: dict[str, Contender], repeats: int, seconds: float, on_gpu: bool) -> dict[str, list[Lap]]:
-    """Laps of each contender, by turns. Each gets its least number of rounds, and further ones while they fit in."""
+    """Times each contender in turn. Each gets its minimum number of rounds, and more while time is left."""
     end = now() + seconds
     laps: dict[str, list[Lap]] = {name: [] for name in contenders}
     for _ in range(repeats):
@@ -179,7 +179,7 @@ def race(contenders: dict[str, Contender], repeats: int, seconds: float, on_gpu:
 
 
 class Budget:
-    """Shares of the time that is left, by cost: what one row saves, the later ones have."""
+    """Divides the remaining time by cost: time that one row saves goes to later rows."""
 
     def __init__(self, deadline: float, cost: float):
         self.deadline, self.cost = deadline, cost
@@ -191,13 +191,14 @@ class Budget:
 
 
 def cost_of(model: str, dtype: str, op: str, members: int) -> float:
-    """Of a row, in bytes: what the slowest contender passes over, and as much for what does not depend on the size."""
+    """The cost of a row, in bytes: what the slowest contender passes over, plus a constant for work that does not
+    depend on the size."""
     weight = {"update": max(1.0, members / 3), "perturb_restore": 2.0, "perturb_restore_base": 2.0}.get(op, 1.0)
     return weight * (numel(parameters(MODELS[model])) * getattr(torch, dtype).itemsize + 2**30)
 
 
 def figures(laps: dict[str, list[Lap]], rival: str, scale: float) -> dict:
-    """Of a rival's fastest variant; `scale` turns the time of some members into that of all."""
+    """Figures of a rival's fastest variant; `scale` converts the time of some members to that of all."""
     variants = {name.partition(":")[2]: x for name, x in laps.items() if name.partition(":")[0] == rival}
     keys = ("variant", "ms_median", "ms_min", "repeats", "host_us_median")
     if not variants:

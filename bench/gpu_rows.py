@@ -44,7 +44,7 @@ RIVALS = ("today", "today_kept", "randn4x")
 
 
 def ready_backends(device: str) -> list[str]:
-    """The backends that run there, without the reference, which is not made to be fast."""
+    """The backends that run on the device, without the reference, which is slow."""
     report = backend_report(device)
     ready = [name for name, state in report.items() if state == "ready" and name != "reference"]
     if not ready:
@@ -150,7 +150,7 @@ def _rows(model: str, dtype: str, backends: list[str], budget: Budget, job: dict
 def _race_row(
     w: Workload, op: str, kind: str, backends: list[str], fused: dict[str, Callable], seconds: float, job: dict
 ) -> Iterator[dict]:
-    """One operation: a row for each backend, the rivals' laps being shared."""
+    """One operation: a row for each backend; the rivals are timed once for all."""
     began, wall, on_gpu = now(), time.time(), job["device"] == "cuda"
     kind = job["noise"][0] if kind == "none" else kind
     todo = passes(op, job["members"])
@@ -213,7 +213,7 @@ def _race_row(
 
 
 def _survives(error: Exception, device: str) -> bool:
-    """Whether the GPU still works after an error; that of one launch shows at a later call."""
+    """Whether the GPU still works after an error. (The error of a launch shows at a later call.)"""
     if device != "cuda":
         return True
     try:

@@ -18,7 +18,7 @@ from . import BenchmarkError
 
 
 class Greedy:
-    """An engine for ESTrainer, as TransformersEngine is: the weights are read anew at each call."""
+    """An engine for ESTrainer, like TransformersEngine: each call reads the weights anew."""
 
     def __init__(self, model, tokenizer, max_new_tokens: int):
         self.model, self.tokenizer, self.max_new_tokens = model, tokenizer, max_new_tokens
@@ -56,7 +56,8 @@ class Greedy:
 
 
 def check(model, tokenizer, max_new_tokens: int, prompts: Sequence[str]) -> None:
-    """BenchmarkError at the first prompt that TransformersEngine completes otherwise, with a float32 `model`."""
+    """BenchmarkError at the first prompt for which TransformersEngine, with a float32 `model`, has another
+    completion."""
     ours = Greedy(model, tokenizer, max_new_tokens).generate(prompts)
     theirs = TransformersEngine(model, tokenizer, max_new_tokens).generate(prompts)
     for prompt, a, b in zip(prompts, ours, theirs, strict=True):
@@ -65,7 +66,7 @@ def check(model, tokenizer, max_new_tokens: int, prompts: Sequence[str]) -> None
 
 
 class _Network:
-    """The weights of this moment in float32, matrices with one input joined, and the keys and values so far."""
+    """The present weights in float32, with matrices of the same input joined, and the keys and values so far."""
 
     def __init__(self, model):
         self.embedding, self.head = (m.weight.float() for m in (model.model.embed_tokens, model.lm_head))

@@ -21,8 +21,8 @@ END_SECONDS = 60  # that a process has to end after its last event
 
 
 def isolated(module: str, job: dict) -> Iterator[dict]:
-    """What `events(job)` of esfast.bench's `module` yields in a new process. Where that process fails a last
-    {"died": reason} follows. Left early, it ends the process."""
+    """Yields what `events(job)` of `module` in esfast.bench yields in a new process. If the process fails, a last
+    {"died": reason} follows. Leaving the iteration early ends the process."""
     reading, writing = os.pipe()
     code = f"from esfast.bench.isolated import serve; serve({module!r}, {writing})"
     with subprocess.Popen(child(code), stdin=subprocess.PIPE, pass_fds=[writing]) as process:
@@ -56,7 +56,7 @@ def isolated(module: str, job: dict) -> Iterator[dict]:
 
 
 def serve(module: str, descriptor: int) -> None:
-    """The process: reads the job from stdin, and writes a line of JSON for each event."""
+    """Runs in the process: reads the job from stdin, and writes a line of JSON for each event."""
     with open(descriptor, "w", encoding="utf-8") as out:
 
         def tell(event: dict) -> None:
@@ -72,7 +72,8 @@ def serve(module: str, descriptor: int) -> None:
 
 
 def reason_of(error: BaseException) -> str:
-    """One line: the kind of the error, unless its message is made to be shown alone, and what it says first."""
+    """One line: the type of the error (unless its message is meant to stand alone) and the first line of its
+    message."""
     from . import BenchmarkError
 
     text = next(iter(str(error).strip().splitlines()), "")

@@ -109,7 +109,7 @@ def run(args: argparse.Namespace) -> dict:
 
 
 def _cases(args: argparse.Namespace) -> list[tuple[str, tuple]]:
-    """(model, what it is measured with)."""
+    """(model, its members, prompts and lengths)."""
     known = CPU if args.device == "cpu" else GPU
     names = args.models or list(dict.fromkeys(name for name, _ in known))
     return [case for case in known if case[0] in names] + [
@@ -207,7 +207,9 @@ class Work:
         return self.members * len(self.prompts) * self.new_tokens
 
     def check(self) -> None:
-        """Both sides give the same texts of float32 weights; in 16 bits a batch's order can show in the last bit."""
+        """Checks that both sides give the same completions with float32 weights. In 16 bits the order of a batch can
+            change the
+        last bit."""
         if self.dtype == "float32" and self.engine.generate(self.prompts) != self._generate():
             raise BenchmarkError(f"{self.name}: the plain loop gives other texts than the engine. No figures are given")
 

@@ -22,15 +22,15 @@ STATUS = Path("/proc/self/status")
 def measure(
     numel: int, tensors: int, members: int, threads: int, dtype: str, backend: str, kinds: list[str]
 ) -> dict | None:
-    """Extra bytes of perturbing (from a base and in place) and updating with each kind of noise, the most that any
-    takes, and the same of today's way; None where it can't be known."""
+    """The largest extra memory, in bytes, of perturbing (from a base and in place) and updating with each kind of
+    noise, and the same for today's way; None if it can't be measured."""
     if not STATUS.exists():
         return None
     return in_child(__name__, numel, tensors, members, threads, dtype, backend, *kinds)
 
 
 def generation_table(modes_result: dict) -> tuple[list[str], list[list[str]]]:
-    """What a generation takes beside bfloat16 weights: by esfast's modes as `esfast bench modes` measured it, and by
+    """Memory of a generation besides bfloat16 weights: for esfast's modes as `esfast bench modes` measured it; for
     today's way computed from the shapes of real models, since it depends on their largest tensor."""
     headers = ["way", "on the device", "in host memory", "measured on a CPU"]
     lines = []
@@ -47,9 +47,9 @@ def generation_table(modes_result: dict) -> tuple[list[str], list[list[str]]]:
 
 
 def todays_share(shapes: models.Parameters, itemsize: int, device: str) -> float:
-    """What today's way takes beside weights of these shapes, in shares of them, while it updates the largest tensor:
-    the sum in float32, a member's noise in the weights' dtype, and on a CPU the float32 copy of that noise that PyTorch
-    makes before it adds."""
+    """Memory of today's way besides weights of these shapes, as a fraction of them, while it updates the largest
+    tensor: the sum in float32, a member's noise in the weights' dtype, and on a CPU the float32 copy of that noise that
+    PyTorch makes before it adds."""
     converted = 4 if device == "cpu" and itemsize < 4 else 0
     return (4 + itemsize + converted) / itemsize * max(map(math.prod, shapes.values())) / models.numel(shapes)
 
@@ -59,7 +59,7 @@ def _percent(share: float) -> str:
 
 
 def in_child(module: str, *arguments) -> dict:
-    """What `main` of a module prints as JSON in a process of its own, which has done nothing before."""
+    """The JSON that `main` of a module prints in a new process."""
     command = child(f"from {module} import main; main()", *map(str, arguments))
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -87,7 +87,7 @@ def _status(field: str) -> int:
 
 
 def main() -> None:
-    """The process: prints one line of JSON."""
+    """Runs in the process: prints one line of JSON."""
     import torch
 
     from ..core.ops import add_noise_, get_backend

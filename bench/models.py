@@ -10,7 +10,7 @@ Parameters = dict[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Decoder:
-    """What of a Qwen2 or Llama config decides its parameters."""
+    """The values of a Qwen2 or Llama config that determine its parameters."""
 
     hidden: int
     layers: int

@@ -65,7 +65,7 @@ def table(result: dict) -> tuple[list[str], list[list[str]]]:
 
 
 def memory_table(result: dict) -> tuple[list[str], list[list[str]]]:
-    """The statement, and the memory measured: one line a mode and dtype."""
+    """The stated and the measured memory: one line for each mode and dtype."""
     headers = ["weights=", "dtype", "extra memory on the device", "in host memory", "both, measured on a CPU",
                "a member, bytes a weight", "restoring", "an update"]  # fmt: skip
     lines = []
@@ -103,7 +103,7 @@ def _ms(value: float) -> str:
 
 
 def measure(mode: str, dtype: str, args: argparse.Namespace) -> int | None:
-    """Extra bytes of a mode; None where it can't be known."""
+    """Extra bytes of a mode; None if they can't be measured."""
     if args.device == "cpu" and not memory.STATUS.exists():
         return None
     sizes = args.numel, args.tensors, args.members, args.threads
@@ -111,7 +111,7 @@ def measure(mode: str, dtype: str, args: argparse.Namespace) -> int | None:
 
 
 def main() -> None:
-    """The process that memory is measured in: prints one line of JSON."""
+    """Runs in the process that is measured: prints one line of JSON."""
     mode, dtype, device, *numbers = sys.argv[1:]
     numel, tensors, members, used = map(int, numbers)
     torch.set_num_threads(used)

@@ -91,7 +91,7 @@ def table(result: dict) -> Table:
 
 
 def summary(*results: dict) -> Table:
-    """The rows of a first look: bfloat16 weights, from a base; results side by side, by instruction set."""
+    """The short table: bfloat16 weights, from a base; the instruction sets side by side."""
     kept = ("perturb_base", "perturb_restore_base", "update")
     headers, lines = ["operation", "noise"], []
     for number, result in enumerate(results):
@@ -109,7 +109,7 @@ def _label(row: dict) -> str:
 
 
 def _fewer(row: dict, whose: str) -> str:
-    """How many rounds it ran, where that's fewer than ours did."""
+    """The number of rounds, if a contender ran fewer than ours."""
     return f" ({row[f'{whose}_repeats']}x)" if row[f"{whose}_repeats"] < row["repeats"] else ""
 
 
@@ -119,7 +119,7 @@ def _ms(value: float) -> str:
 
 @dataclass(frozen=True)
 class Case:
-    """One row: what is run, and what of it is counted."""
+    """One row: what is run, and how it is counted."""
 
     op: str
     members: int
@@ -188,7 +188,7 @@ def _cases(plan: Plan, base: Plan, kind: str, args: argparse.Namespace) -> list[
 
 
 def _warm(way: afternoon.Way, plan: Plan, base: Plan) -> None:
-    """Compiles, for the largest tensor and the last, which is small."""
+    """Compiles by running on the largest tensor and on the last, which is small."""
     for i in (max(range(len(plan)), key=lambda i: plan.tensors[i].numel()), -1):
         tensors, source = [plan.tensors[i]], [base.tensors[i]]
         way.perturb_(tensors, 1, SIGMA, source)
@@ -235,7 +235,7 @@ def _has_time(times: list[float], budget: float) -> bool:
 
 
 def _is_beaten(name: str, times: dict[str, list[float]]) -> bool:
-    """Whether another took less than half as long, so that this one won't be the strongest."""
+    """Whether another took less than half of the time, so that this one can't be the strongest."""
     return bool(times[name]) and median(times[name]) > 2 * min(median(t) for t in times.values() if t)
 
 

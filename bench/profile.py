@@ -106,7 +106,7 @@ def cases(dtypes: list[str], kinds: list[str]) -> list[tuple[str, str, str]]:
 
 
 def launch(backend: str, device: str, numel: int, dtypes: list[str], kinds: list[str]) -> None:
-    """In the process that ncu looks at: each kernel once."""
+    """Runs in the process that ncu profiles: launches each kernel once."""
     for dtype in dtypes:
         plan = make_plan(numel, 2, getattr(torch, dtype), device)
         base = plan.clone()
@@ -178,7 +178,7 @@ _SCALE = {"usecond": 1e3, "us": 1e3, "msecond": 1e6, "ms": 1e6, "second": 1e9, "
 
 
 def _metric(value: str | None, unit: str | None) -> float | None:
-    """A number in ns, bytes or as it is; None for what ncu could not read."""
+    """A number, in ns or bytes if it has such a unit; None if ncu could not read it."""
     try:
         return float((value or "").replace(",", "")) * _SCALE.get((unit or "").strip(), 1.0)
     except ValueError:

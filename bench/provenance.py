@@ -23,7 +23,7 @@ SOURCES = ("esfast", "csrc", "kernels", "bench/*.py", "setup.py", "pyproject.tom
 
 
 def provenance(name: str, argv: list[str]) -> dict:
-    """Of a run of `esfast bench NAME ARGV...`; what can't be known here is None."""
+    """Provenance of a run of `esfast bench NAME ARGV...`; None for what can't be known here."""
     commit, dirty = git_state()
     return {
         "hardware": {
@@ -102,7 +102,7 @@ def _gpu() -> dict:
 
 
 def driver_version() -> str | None:
-    """Of NVIDIA's kernel driver."""
+    """The version of NVIDIA's kernel driver."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
@@ -112,8 +112,8 @@ def driver_version() -> str | None:
 
 
 def git_state() -> tuple[str | None, bool | None]:
-    """Commit of the checkout that this code runs from, and whether its sources were changed since. Where the checkout
-    was copied without its history, ESFAST_COMMIT says it: a commit, and "+" behind it if there are changes."""
+    """Commit of the checkout that this code runs from, and whether its sources were changed since. If the checkout was
+    copied without its history, ESFAST_COMMIT names the commit, with "+" behind it if there are changes."""
     told = os.environ.get("ESFAST_COMMIT", "").strip()
     if told:
         if not re.fullmatch(r"[0-9a-f]{7,40}\+?", told):
@@ -153,13 +153,13 @@ def _version(distribution: str) -> str | None:
 
 
 def _environment() -> list[str]:
-    """What keeps PyTorch, its compiler and the CPU backend from the best instruction set."""
+    """Environment variables that keep PyTorch, its compiler and the CPU backend from the best instruction set."""
     limit = os.environ.get("ATEN_CPU_CAPABILITY")
     return [f"ATEN_CPU_CAPABILITY={limit}"] if limit else []
 
 
 def _without_files(argv: list[str]) -> list[str]:
-    """The arguments less those that say where to write, which change no figure."""
+    """The arguments without those that say where to write, which affect no figure."""
     kept, writes = [], False
     for argument in argv:
         if argument.startswith("--"):

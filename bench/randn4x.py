@@ -129,7 +129,7 @@ def randn4x_kernel(
 
 
 class Randn4x:
-    """plan = base + sum_j coeffs[j] * noise(seeds[j]), or in place, over the tiles that ours works on too."""
+    """plan = base + sum_j coeffs[j] * noise(seeds[j]), or in place, over the same tiles as our kernels."""
 
     def __init__(self, plan: Plan, base: Plan):
         self.plan, self.base = plan, base

@@ -11,10 +11,10 @@ class Today:
     """The three methods by which a worker of es-at-scale v1.0.0 (June 2026), the library of arXiv 2509.24372, changes
     its weights.
 
-    Parameter by parameter: a generator is seeded, the same for each, noise is drawn in the weights' dtype, multiplied
-    into a temporary and added; restoring subtracts; an update sums the members in float32 and adds the sum, rounded to
-    the weights' dtype. Each method ends with a synchronisation and an empty allocator cache, which costs time by
-    itself: without `empties_cache` it does not. `update_member_by_member` is the update of v0.1.0 (October 2025), which
+    For each parameter it seeds a generator, with the same seed, draws noise in the weights' dtype, multiplies it into a
+    temporary and adds it. Restoring subtracts it. An update sums the members in float32 and adds the sum, rounded to
+    the weights' dtype. Each method ends with a synchronisation, and empties the allocator's cache, which itself costs
+    time; without `empties_cache` it does not. `update_member_by_member` is the update of v0.1.0 (October 2025), which
     rounds the weights after every member.
     """
 
@@ -48,7 +48,7 @@ class Today:
         self._finish()
 
     def fill_cache(self) -> None:
-        """The allocator's cache as it is in the midst of a run, after another contender emptied it."""
+        """Fills the allocator's cache as in the middle of a run, after another contender emptied it."""
         for p in (max(self.parameters, key=torch.numel), min(self.parameters, key=torch.numel)):
             self._add(p, 0, 0.0)
 
@@ -74,8 +74,8 @@ def copy_each(destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tens
 
 
 def copy_flat(flat: torch.Tensor) -> None:
-    """As many bytes as `flat` has are read and written by two copies that are as large as can be, without more memory:
-    its halves go onto each other."""
+    """Reads and writes as many bytes as `flat` has, with two copies of half of it onto the other half, so that no
+    further memory is needed."""
     low, high = flat.chunk(2)
     low.copy_(high)
     high.copy_(low)

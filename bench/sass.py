@@ -72,8 +72,8 @@ def compile_kernel(
     members: int | None = None,
     options: dict | None = None,
 ):
-    """The compiled Triton kernel, for a GPUTarget (default sm_90). Needs no GPU. `members`: compiled in as a constant,
-    as Triton does with an argument of 1. `options`: of the compiler, beside those that ship."""
+    """Compiles the Triton kernel for a GPUTarget (default sm_90); needs no GPU. `members` is compiled in as a constant,
+    as Triton does with an argument of 1. `options` are compiler options besides those that ship."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -138,7 +138,7 @@ class Figures:
 
 
 def measure(code: Disassembly, loop: bool = True) -> Figures:
-    """What a kernel costs; without `loop`, one that is made for one member."""
+    """The costs of a kernel; without `loop`, of a kernel for one member."""
     blocks = control_flow(code.sass)
     path, turn = way_through(blocks, loop)
     used = [i for b in dict.fromkeys(path) for i in blocks[b].instructions]
@@ -155,7 +155,7 @@ def measure(code: Disassembly, loop: bool = True) -> Figures:
 
 
 def resources(code: Disassembly) -> dict[str, int]:
-    """Registers (REG) and bytes of spilled ones (STACK) of a thread."""
+    """Registers (REG) of a thread, and bytes of spilled registers (STACK)."""
     return {k: int(v) for k, v in re.findall(r"(REG|STACK):(\d+)", code.resources)}
 
 

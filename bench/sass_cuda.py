@@ -55,12 +55,12 @@ def machine_code(arch: int) -> dict[str, Disassembly]:
 
 
 def weights_per_thread(noise: str, kernel: str) -> int:
-    """csrc/cuda_kernel.cuh's Layout."""
+    """Weights a thread, as Layout in csrc has them."""
     return 128 if (noise, kernel) == ("rademacher", "update") else 32
 
 
 def kernels(arch: int, dtypes: Collection[str] = tuple(sass.DTYPES)) -> list[tuple[str, str, str, Disassembly]]:
-    """Kernel ("perturb", "update"), noise, dtype and code of those whose weights are read and written in one dtype."""
+    """Kernel ("perturb", "update"), noise, dtype and code of the kernels that read and write the same dtype."""
     found = []
     for function, code in machine_code(arch).items():
         name = _KERNEL.search(function)
@@ -70,7 +70,7 @@ def kernels(arch: int, dtypes: Collection[str] = tuple(sass.DTYPES)) -> list[tup
 
 
 def rows(arch: int, dtypes: Collection[str] = tuple(sass.DTYPES)) -> list[dict]:
-    """Rows as those of sass.run."""
+    """Rows like those of sass.run."""
     found = []
     for kernel, noise, dtype, code in kernels(arch, dtypes):
         figures = sass.measure(code, loop=kernel == "update")

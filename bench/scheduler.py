@@ -55,7 +55,8 @@ NO_BARRIER = 7
 
 @dataclass(frozen=True)
 class Instruction:
-    """One of a warp. `latency`: cycles until its barrier is free; `transfer`: bytes of weights that it moves."""
+    """One instruction of a warp. `latency`: cycles until its barrier is free; `transfer`: bytes of weights that it
+    moves."""
 
     name: str
     pipe: str
@@ -71,7 +72,7 @@ class Instruction:
 
 
 def instruction(text: str, code: int) -> Instruction:
-    """From a line of machine code and its control code."""
+    """Reads a line of machine code and its control code."""
     name = _GUARD.sub("", text).split()[0]
     kind = name.partition(".")[0]
     if kind not in PIPE_OF:
@@ -115,9 +116,10 @@ class _Warp:
 
 
 def simulate(trace: list[Instruction], warps: int, resident: int, bytes_per_cycle: float, rounds: int = 6) -> dict:
-    """`rounds` times as many blocks as are resident pass through a scheduler, to which each brings `warps`.
+    """Lets `rounds` times the resident number of blocks pass through a scheduler; each block brings `warps` warps.
 
-    Returns cycles per block in the steady state, and which share of them each pipe is busy and an instruction issued.
+    Returns cycles per block in the steady state, and the fractions of them in which each pipe is busy and in which an
+    instruction is issued.
     """
     total, begun, ended, now, issued = resident * rounds, 0, 0, 0, 0
     free = dict.fromkeys((*BUSY, "heavy", "light"), 0)

@@ -89,7 +89,8 @@ def run(args: argparse.Namespace) -> dict:
 
 
 def embedded_model(members: int) -> tuple[np.ndarray, float, float]:
-    """Seconds of each of so many members, perturbing included; seconds of an update, per member; bytes of weights."""
+    """Seconds of each of `members` members, perturbing included; seconds of an update, per member; bytes of the
+    weights."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from .. import tasks
@@ -148,7 +149,7 @@ def simulate(
 
 
 def check(measured: np.ndarray, generations: int = 4, members: int = 48, mean: float = 0.04) -> list[dict]:
-    """Four processes that sleep, against the simulation of the same members."""
+    """Compares four processes that sleep with the simulation of the same members."""
     random, rows = np.random.default_rng(0), []
     round_trip, operation = fleet.store_costs(1000)
     costs = Costs(operation, round_trip, 0, 0, math.inf)
@@ -172,7 +173,8 @@ def check(measured: np.ndarray, generations: int = 4, members: int = 48, mean: f
 
 
 def wire() -> list[dict]:
-    """Bytes of a generation by way, P and N: esfast's from what the loopback of a few processes counted."""
+    """Bytes of a generation for each way, P and N; esfast's are extrapolated from the loopback bytes of a few
+    processes."""
     points = [(workers, members) for workers in (2, 4) for members in (32, 256)]
     try:
         bytes_ = [
@@ -201,7 +203,7 @@ def wire() -> list[dict]:
 
 
 def table(result: dict) -> tuple[list[str], list[list[str]]]:
-    """Generations of 4 members a worker, in the numbers of workers that are shown."""
+    """Generations with 4 members a worker, for the numbers of workers that are shown."""
     headers = ["scenario", "workers", "members", "1 % of workers 5x slower", "ideal, s", "static", "dynamic",
                "wait for a member, ms", "rewards, s", "update, all, s", "update, shares, s", "efficiency"]  # fmt: skip
     lines = [

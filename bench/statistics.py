@@ -13,8 +13,8 @@ standard error under the hypothesis; a row passes within LIMIT standard errors. 
 (Var z = 1, Var z^2 = 2; the asymptotic variances 6 and 24 are Fisher's; Var of a product of independents is the product
 of their variances.) Signs have variance 1 too. Moments and correlations are summed in float64, chunk by chunk; lag
 correlations take the pairs inside a chunk. The largest |z| of n has the distribution function erf(x / sqrt 2)^n: its
-expected value is the median, its deviation the normal quantile of its probability. Last, z is held to Box-Muller in
-float64 of the very same random bits.
+expected value is the median, its deviation the normal quantile of its probability. Last, z is compared with Box-Muller
+in float64 of the same random bits.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def summary(result: dict) -> dict:
 
 
 class Source:
-    """Chunks of noise out of one large tensor, which is never there as a whole."""
+    """Chunks of the noise of one large tensor, which is never made as a whole."""
 
     def __init__(self, numbers: int, seed: int, backend: str):
         self.numbers, self.seed, self.backend = numbers, seed, backend
@@ -129,7 +129,7 @@ class Means:
         return self.total.pop(name) / self.terms.pop(name)
 
     def rows(self) -> list[dict]:
-        """Of all that are left, whose terms have mean 0 and variance 1."""
+        """Rows of the remaining means, whose terms have mean 0 and variance 1."""
         return [_row(name, self.total[name] / n, 0, math.sqrt(1 / n)) for name, n in self.terms.items()]
 
 

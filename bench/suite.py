@@ -49,7 +49,7 @@ sys.exit(any(state[name] != "ready" for name in sys.argv[2:]))
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """Where the suite runs: `results` are folders, the package as it is when installed lies in `tree`."""
+    """Where the suite runs. `results` are folders; `tree` holds the package as it is when installed."""
 
     device: str
     tree: Path
@@ -205,7 +205,7 @@ class Suite:
         self._write()
 
     def _run(self, command: list[str], seconds: float) -> tuple[str, str]:
-        """How it ended and, unless it passed, why."""
+        """How a stage ended and, unless it passed, why."""
         began, last = time.monotonic(), [b""]
         command = ["timeout", "-k", str(KILL_AFTER), f"{seconds:.0f}", *command]
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join(
@@ -239,7 +239,7 @@ class Suite:
         return "failed", last[0].decode(errors="replace")[-200:]
 
     def _found(self, file: str) -> dict:
-        """What the stage's result holds, also where the stage failed."""
+        """The contents of the stage's result, also if the stage failed."""
         path = self.site.results[0] / f"{file}_{'gpu' if self.site.on_gpu else 'dry_run'}.json"
         with contextlib.suppress(OSError, ValueError):
             result = json.loads(path.read_text(encoding="utf-8"))
@@ -258,7 +258,7 @@ class Suite:
             os.replace(temporary, path)
 
     def close(self) -> int:
-        """The closing table; the exit status."""
+        """Prints the closing table; returns the exit status."""
         self.log.say(f"\n{'stage':<10} {'state':<10} {'seconds':>7}  {'rows':>4}  reason")
         for r in self.stages:
             cells = f"{r['stage']:<10} {r['state']:<10} {r['seconds']:>7.0f}  {r.get('rows', ''):>4}  {r['reason']}"
@@ -270,7 +270,7 @@ class Suite:
 
 @contextlib.contextmanager
 def site_of(device: str, out: Path | None) -> Iterator[Site]:
-    """The package as it is when installed, bench/ and kernels/ inside esfast/, in a folder of links."""
+    """Makes a folder of links with the package as it is when installed: bench/ and kernels/ inside esfast/."""
     with tempfile.TemporaryDirectory(prefix="esfast-suite-") as folder:
         tree = Path(folder) / "tree"
         (tree / "esfast").mkdir(parents=True)
@@ -286,7 +286,7 @@ def site_of(device: str, out: Path | None) -> Iterator[Site]:
 
 
 def architectures(device: str) -> str | None:
-    """Those of this machine's GPUs, as ESFAST_CUDA_ARCHS wants them; None: nothing is known of them."""
+    """The architectures of this machine's GPUs, in the form of ESFAST_CUDA_ARCHS; None if they are unknown."""
     if device != "cuda":
         return None
     command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]

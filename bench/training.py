@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> dict:
 
 
 def jobs(args: argparse.Namespace) -> list[dict]:
-    """Settings of every run; seed by seed, so that what is there when one is cut short covers all ways."""
+    """Settings of every run, seed by seed, so that a benchmark that is cut short has rows of all ways."""
     settings = {"generations": args.generations, "prompts_per_generation": args.prompts,
                 "eval_every": args.eval_every, "eval_prompts": args.eval_prompts}  # fmt: skip
     ways = [(w, args.repeats) for w in MODES] + [(w, args.sweep_repeats) for w in SWEEP if w.name not in SAME]
@@ -133,7 +133,7 @@ def _all(settings: list[dict], runs: Path, workers: int) -> list[dict]:
 
 
 def _model(prompts: int) -> str:
-    """Folder of the embedded model, for which the engine was held to TransformersEngine."""
+    """Folder of the embedded model; checks the engine against TransformersEngine first."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from .. import tasks
@@ -146,7 +146,7 @@ def _model(prompts: int) -> str:
 
 
 def _kept(settings: dict, runs: Path, model: str, commit: str | None) -> dict:
-    """The row of a run, from its folder where it was finished before."""
+    """The row of a run that was finished before, from its folder."""
     folder = runs / f"{settings['way']['name'].replace(', ', '-').replace(' ', '')}-seed{settings['seed']}"
     path = folder / "row.json"
     asked = {**settings, "commit": commit}

@@ -10,9 +10,9 @@ from . import rivals, today
 
 
 class UsualWeights:
-    """Noise from torch.randn in the weights' dtype is added and subtracted in place, and an update adds the members
-    one by one, as es-at-scale v0.1.0 does, or their float32 sum if `summed`, as v1.0.0 does: every step is rounded to
-    the dtype."""
+    """Adds and subtracts noise from torch.randn in the weights' dtype, in place. An update adds the members one by one,
+    as es-at-scale v0.1.0 does, or with `summed` their float32 sum, as v1.0.0 does. Every step is rounded to the
+    dtype."""
 
     def __init__(self, plan: Plan, noise: str = "gaussian", summed: bool = False):
         self.plan, self.noise, self.summed = plan, noise, summed
@@ -32,7 +32,7 @@ class UsualWeights:
             self._applied = None
 
     def changed_elsewhere(self) -> bool:
-        """Never: whatever the live weights are, they are the truth."""
+        """Always False: there is no copy that could differ."""
         return False
 
     @torch.no_grad()

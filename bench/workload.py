@@ -40,7 +40,7 @@ def make_plan(numel: int, tensors: int, dtype: torch.dtype, device: str = "cpu")
 
 
 def odd_plan(dtype: torch.dtype, device: str = "cpu") -> Plan:
-    """Sizes that no tile or vector divides, and a slice out of a larger matrix."""
+    """A plan of sizes that no tile or vector divides, and of a slice of a larger matrix."""
     generator = torch.Generator().manual_seed(1)
     slices = {
         "one": ((1,), Slice((1,), (0,))),
@@ -54,7 +54,7 @@ def odd_plan(dtype: torch.dtype, device: str = "cpu") -> Plan:
 
 
 def verify(backend: str, dtype: torch.dtype, kind: str, members: int, device: str = "cpu") -> None:
-    """Holds the backend to the reference on odd sizes: from a base and in place, one member and many.
+    """Compares the backend with the reference on odd sizes: from a base and in place, with one member and many.
 
     Raises BenchmarkError at the first weight that differs in a bit.
     """
@@ -92,15 +92,15 @@ def _ends(plan: Plan) -> list[tuple[str, torch.Tensor, Slice]]:
 
 
 def expected_ends(base: Plan, seed: int, kind: str) -> Plan:
-    """What the reference makes of both ends of every tensor."""
+    """The reference's result on both ends of every tensor."""
     expected = Plan([(name, part.to("cpu", copy=True), window) for name, part, window in _ends(base)])
     add_noise_(expected, [seed], [SIGMA], noise=kind, backend="reference")
     return expected
 
 
 def verify_ends(plan: Plan, base: Plan, seed: int, kind: str, backend: str, expected: Plan | None = None) -> None:
-    """The very call that is timed, checked on both ends of every tensor; `plan` is left perturbed. `expected`: of
-    `expected_ends`, where several backends are checked."""
+    """Checks the call that is timed, on both ends of every tensor; `plan` stays perturbed. `expected` is the result of
+    `expected_ends`, to share it between backends."""
     add_noise_(plan, [seed], [SIGMA], base=base, noise=kind, backend=backend)
     what = f"backend {backend!r}, {kind}, on the weights to be timed"
     require_equal(Plan(_ends(plan)), expected or expected_ends(base, seed, kind), what)
@@ -120,7 +120,7 @@ def require_equal(found: Plan, expected: Plan, what: str) -> None:
 
 
 def population(count: int) -> tuple[list[int], list[float]]:
-    """Seeds and coefficients such as a generation of `count` members gives; SIGMA if it is one."""
+    """Seeds and coefficients like those of a generation of `count` members; for one member the coefficient is SIGMA."""
     if count == 1:
         return [2**63 + 1], [SIGMA]
     coeffs = np.linspace(-1.7, 1.7, count) * 5e-4 / count

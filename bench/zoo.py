@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> dict:
 
 
 def trial(name: str, folder: Path) -> dict:
-    """What becomes of one architecture: its row. Nothing is raised; `result` and `reason` say what happened."""
+    """The row of one architecture. Nothing is raised; `result` and `reason` say what happened."""
     from .architectures import NOT_MADE as REASONS
 
     row = {"architecture": name, "class": "", "weights": 0, "together": "", "result": NOT_MADE, "pass": True}
@@ -59,7 +59,7 @@ def trial(name: str, folder: Path) -> dict:
 
 
 class Refused(Exception):
-    """The trainer would not take the model, for the reason that is the message."""
+    """The trainer refused the model; the message is the reason."""
 
     def __init__(self, kind: str, reason: str):
         super().__init__(reason)
@@ -115,7 +115,7 @@ def _train(name: str, folder: Path) -> dict:
 
 
 def different_letters(completions: Sequence[str], **columns) -> list[float]:
-    """A reward that members differ in."""
+    """A reward that differs between members."""
     return [len(set(text)) + len(text) / 100 + (sum(map(ord, text)) % 97) / 1000 for text in completions]
 
 
@@ -130,7 +130,7 @@ def table(result: dict) -> tuple[list[str], list[list[str]]]:
 
 
 def summary(result: dict) -> tuple[list[str], list[list[str]]]:
-    """How many of each result."""
+    """The number of architectures for each result."""
     results = [r["result"] for r in result["rows"]]
     together = [r["together"] for r in result["rows"]]
     headers = [f"architectures of Transformers {result['transformers']}", "work", "of them with padded batches"]
