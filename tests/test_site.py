@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import esfast
+
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 NOTEBOOKS = sorted(DOCS.glob("**/*.ipynb"))
@@ -77,3 +79,9 @@ def test_the_notebook_runs(notebook, tmp_path, monkeypatch):
     assert not any(cell.outputs or cell.execution_count for cell in code), "strip the outputs"
     nbclient.NotebookClient(content, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
     assert "the same bits: True" in json.dumps(code[-1].outputs)
+
+
+def test_the_api_page_has_every_public_name():
+    page = (DOCS / "reference" / "api.md").read_text(encoding="utf-8")
+    headings = set(re.findall(r"^      heading: esfast\.(\w+)$", page, re.MULTILINE))
+    assert headings == {*esfast.__all__} - {"NOISE_VERSION"}
