@@ -1,5 +1,7 @@
 """vLLM engines, one and a fleet, on stand-ins for vLLM and Ray: what prompts they take, and runs of FleetTrainer."""
 
+import shutil
+
 import pytest
 import torch
 import vllm_stand_in
@@ -56,11 +58,12 @@ def letters(prompts, completions, **columns):
     return [float(sum(map(ord, str(text))) % 101) for text in completions]
 
 
-def trainer(path, model, train=ROWS, evaluated=None, engines=1, engine_options=None, processing_class=None, **changes):
+def trainer(path, model, train=ROWS, evaluated=None, engines=1, engine_options=None, processing_class=None,
+            functions=letters, **changes):  # fmt: skip
     settings = {"generations": 2, "population_size": 4, "sigma": 0.1, "lr": 0.1, "prompts_per_generation": 6,
                 "max_completion_length": 4, "eval_every": 0, "progress": False}  # fmt: skip
     config = esfast.ESConfig(output_dir=str(path), **settings | changes)
-    return FleetTrainer(model, letters, config, engines, engine_options=engine_options, train_dataset=train,
+    return FleetTrainer(model, functions, config, engines, engine_options=engine_options, train_dataset=train,
                         eval_dataset=evaluated, processing_class=processing_class)  # fmt: skip
 
 
@@ -207,3 +210,70 @@ def test_a_fleet_trains_as_one_model_does(folder, tmp_path, same_bits, monkeypat
         path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:2]))
     trainer(tmp_path / "two", folder(), ROWS, ROWS[:2], resume=True).train()
     assert journal.read(tmp_path / "two" / "journal.jsonl").records == wanted.records
+
+
+def same_weights(path, other):
+    ours, theirs = (Qwen2ForCausalLM.from_pretrained(p).state_dict() for p in (path, other))
+    return all(torch.equal(t, theirs[name]) for name, t in ours.items())
+
+
+def test_the_command_line_trains_a_fleet_resumes_it_and_leaves_it_when_it_is_done(folder, tmp_path, capsys, caplog):
+    """Checkpoints are asked for too: the journal holds all of a fleet's run, so there are none."""
+    lines = [f'{{"prompt": "{i}+1=", "split": "{"test" if i < 2 else "train"}"}}\n' for i in range(6)]
+    (tmp_path / "p.jsonl").write_text("".join(lines))
+    run = tmp_path / "run"
+    arguments = ["train", "--engine", "vllm", "--num-engines", "2", "--model", str(folder()), "--task",
+                 f"file:{tmp_path / 'p.jsonl'}", "--reward", "odd_scoring:length", "--out", str(run), "--generations",
+                 "3", "--population-size", "3", "--checkpoint-every", "1", "--max-completion-length", "4"]  # fmt: skip
+    assert cli.main(arguments) == 0
+    assert "after 3 generations, on 2 held-out prompts" in capsys.readouterr().out
+    assert not list(run.glob("checkpoints/*")) and (run / "model" / "README.md").exists()
+    wanted, before = journal.read(run / "journal.jsonl").records, len(vllm_stand_in.LLM.made)
+    shutil.copytree(run, tmp_path / "whole")
+    assert cli.main(["train", "--out", str(run), "--resume"]) == 0
+    assert "is finished" in caplog.text and journal.read(run / "journal.jsonl").records == wanted
+    for name in ("journal.jsonl", "metrics.jsonl"):
+        path = run / name
+        path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:2]))
+    assert cli.main(["train", "--out", str(run), "--resume"]) == 0
+    assert journal.read(run / "journal.jsonl").records == wanted and same_weights(
+        run / "model", tmp_path / "whole" / "model"
+    )
+    assert len(vllm_stand_in.LLM.made) == before + 4 and not any(llm.running for llm in vllm_stand_in.LLM.made)
+
+
+def test_a_script_may_save_before_training_and_after(folder, tmp_path):
+    made = trainer(tmp_path / "run", folder(), generations=1)
+    made.save_model(tmp_path / "before")
+    assert same_weights(tmp_path / "before", folder())
+    made.train()
+    for target in (None, tmp_path / "run", tmp_path / "after"):
+        made.save_model(target)
+    assert same_weights(tmp_path / "after", tmp_path / "run" / "model")
+    assert not same_weights(tmp_path / "after", folder())
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").touch()
+    with pytest.raises(FileExistsError, match="holds other things than a model"):
+        made.save_model(tmp_path / "other")
+    for ask in (made.engine.fingerprint, lambda: made.engine.generate(["a"]), lambda: made.engine.save(tmp_path / "x")):
+        with pytest.raises(esfast.EsfastError, match="the fleet is closed"):
+            ask()
+
+    def broken(prompts, completions, **columns):
+        raise RuntimeError("no")
+
+    stopped = trainer(tmp_path / "stopped", folder(), functions=broken)
+    with pytest.raises(esfast.rewards.RewardError):
+        stopped.train()
+    with pytest.raises(
+        esfast.EsfastError, match="train.., which saved no model: resume the run .* `esfast replay .*journal"
+    ):
+        stopped.save_model(tmp_path / "y")
+    assert not (tmp_path / "y").exists()
+
+
+def test_a_model_is_saved_by_an_engine_that_lives(folder, tmp_path):
+    fleet = Fleet(folder(), 3, num_engines=2)
+    vllm_stand_in.kill(fleet._engines[0])
+    fleet.save(tmp_path / "saved")
+    assert fleet.alive == [1] and same_weights(tmp_path / "saved", folder())

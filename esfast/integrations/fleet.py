@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from ..trainer.config import ESConfig
 from ..trainer.trainer import ESTrainer
 from ..update.updater import Generation, Rule
 from ..utils.errors import BadState, BadValue
+from ..utils.files import whole_folder
 from .ray import Fleet
 
 
@@ -168,3 +170,18 @@ class FleetTrainer(ESTrainer):
         except BaseException:
             fleet.close()
             raise
+
+    def _write_model(self, path: Path) -> None:
+        """Once `train` has ended, and the engines with it, this copies the model that train saved."""
+        if self.engine.alive:
+            super()._write_model(path)
+            return
+        saved = self.folder.model
+        if self.summary.get("generations") != self.es.generation or not saved.is_dir():
+            raise BadState(
+                "save_model: the engines ended with train(), which saved no model: resume the run "
+                f"(ESConfig(resume=True)), or make the model with `esfast replay {self.folder.journal}`"
+            )
+        if path.resolve() != saved.resolve():
+            with whole_folder(path) as unfinished:
+                shutil.copytree(saved, unfinished, dirs_exist_ok=True)

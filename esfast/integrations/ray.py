@@ -114,9 +114,8 @@ class Fleet:
         return self._all("call", "esfast_fingerprint")
 
     def save(self, folder: str | Path) -> None:
-        """A Hugging Face folder, written by an engine."""
-        number = self.alive[0]
-        self._ray.get(self._engines[number].call.remote("save_self_weights_to_disk", str(folder)))
+        """Writes a Hugging Face folder; one engine does it."""
+        list(self._hand_out("call", [(folder, ("save_self_weights_to_disk", str(folder)))]))
 
     def members(
         self, members: Sequence[Member], sigma: float, prompts: Sequence[str], seeds: Sequence[int] | None = None
@@ -150,6 +149,7 @@ class Fleet:
     def _hand_out(self, method: str, jobs: list[tuple]) -> Iterator[tuple]:
         """Yields (key, answer) for each (key, arguments), from whichever engine is free. Work of an engine that dies is
         done again."""
+        self._check_open()
         waiting, idle = deque(jobs), deque(self.alive)
         busy: dict[Any, tuple] = {}
         while waiting or busy:
@@ -169,6 +169,7 @@ class Fleet:
 
     def _all(self, method: str, *args):
         """The answer of all engines; it must be the same from each."""
+        self._check_open()
         asked = {n: getattr(e, method).remote(*args) for n, e in self._engines.items()}
         answers = {}
         for number, reference in asked.items():
@@ -182,6 +183,10 @@ class Fleet:
                 what = args[0] if args else method
                 raise RuntimeError(f"{what}: engine {self.alive[0]} says {first}, engine {number} says {answer}")
         return first
+
+    def _check_open(self) -> None:
+        if not self._engines:
+            raise BadState("the fleet is closed, and its engines are gone with the weights: make another one")
 
     def _lose(self, number: int, error: Exception) -> None:
         del self._engines[number]

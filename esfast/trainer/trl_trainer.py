@@ -37,6 +37,9 @@ class SavesLikeTRL:
         is_model = any((path / name).exists() for name in ("config.json", "adapter_config.json"))
         if path.exists() and not is_model and (not path.is_dir() or any(path.iterdir())):
             raise FileTaken(f"save_model: {path} holds other things than a model; take another folder")
+        self._write_model(path)
+
+    def _write_model(self, path: Path) -> None:
         evaluated = [row for row in self.recorder.rows if "eval_reward" in row]
         self.recorder.save_model(str(path.absolute()), self.es.generation, evaluated[-1] if evaluated else {})
 
