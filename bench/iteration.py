@@ -179,7 +179,7 @@ class Work:
                 result = contender()
                 seconds[name].append(self._now() - began)
                 if name == "plain":  # ES refuses to go on from weights that something else moved
-                    self.trainer.es._weights.restore()
+                    self.trainer.es.store.restore()
                 if name == "esfast":
                     phases.append(result)
                 if name != "plain" and self.engine.tokens - tokens != self.tokens:

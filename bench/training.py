@@ -194,7 +194,7 @@ def train(settings: dict, folder: Path, model: str) -> dict:
         metrics={"accuracy": task.accuracy}, engine=greedy.Greedy(net, tokenizer, task.max_new_tokens),
     )  # fmt: skip
     if usual:
-        trainer.es._weights = UsualWeights(trainer.es.plan, way.noise, summed=way.weights == "summed")
+        trainer.es.store = UsualWeights(trainer.es.plan, way.noise, summed=way.weights == "summed")
     summary = trainer.train()
     metrics = trainer.folder.read_metrics()
     evaluated = [m for m in metrics if "eval_accuracy" in m]

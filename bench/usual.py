@@ -5,17 +5,19 @@ from __future__ import annotations
 import torch
 
 from ..core.plan import Plan
-from ..update.updater import Generation
+from ..es.store import LocalStore
+from ..update.updater import Generation, Rule
 from . import rivals, today
 
 
-class UsualWeights:
+class UsualWeights(LocalStore):
     """Adds and subtracts noise from torch.randn in the weights' dtype, in place. An update adds the members one by one,
     as es-at-scale v0.1.0 does, or with `summed` their float32 sum, as v1.0.0 does. Every step is rounded to the
     dtype."""
 
     def __init__(self, plan: Plan, noise: str = "gaussian", summed: bool = False):
-        self.plan, self.noise, self.summed = plan, noise, summed
+        super().__init__(plan, Rule(noise))
+        self.noise, self.summed = noise, summed
         self._code = rivals.Today(plan.tensors, noise, empties_cache=False)
         self._applied: tuple[int, float] | None = None
 
@@ -30,10 +32,6 @@ class UsualWeights:
         if self._applied is not None:
             self._code.restore_self_weights(*self._applied)
             self._applied = None
-
-    def changed_elsewhere(self) -> bool:
-        """Always False: there is no copy that could differ."""
-        return False
 
     @torch.no_grad()
     def update(self, record: Generation) -> None:

@@ -52,8 +52,8 @@ def test_a_way_trains_as_it_says(way, model, tmp_path, monkeypatch):
     row = training.train(settings(way), tmp_path / "run", str(model))
     es = seen[0]
     assert es.plan.tensors[0].dtype is getattr(torch, way.dtype) and len(seen) == 2
-    assert isinstance(es._weights, UsualWeights) == way.name.startswith("usual code")
-    assert getattr(es._weights, "summed", False) == way.name.endswith("summed")
+    assert isinstance(es.store, UsualWeights) == way.name.startswith("usual code")
+    assert getattr(es.store, "summed", False) == way.name.endswith("summed")
     assert (es.rule.rounding, es.rule.noise, es.population_size) == (way.rounding, way.noise, way.population_size)
     assert "checkpoint_every: 0" in (tmp_path / "run" / "config.yaml").read_text()  # of the usual code there is none
     assert row["rollouts"] == 2 * way.population_size * 4 and row["evaluated"] == [0, 1, 2]

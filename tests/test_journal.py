@@ -199,8 +199,8 @@ def test_the_record_is_on_disk_before_the_weights_change(tmp_path, monkeypatch):
     path, plan = tmp_path / "journal.jsonl", plan_of()
     es, _ = train(plan, path, generations=0)
     lines_then = []
-    update = es._weights.update
-    monkeypatch.setattr(es._weights, "update", lambda *a: lines_then.append(len(bytes_of_lines(path))) or update(*a))
+    update = es.store.update
+    monkeypatch.setattr(es.store, "update", lambda *a: lines_then.append(len(bytes_of_lines(path))) or update(*a))
     step(es)
     assert lines_then == [2]
 

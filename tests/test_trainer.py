@@ -152,7 +152,7 @@ def test_interrupt_saves_the_last_completed_generation(tmp_path, model):
 
 def test_a_model_that_cannot_be_saved_leaves_no_half_folder(tmp_path, model):
     folder = RunFolder(tmp_path / "run")
-    folder.save_model(*model)
+    folder.save_model(model[0].save_pretrained, model[1])
 
     class Broken:
         def save_pretrained(self, path):
@@ -160,7 +160,7 @@ def test_a_model_that_cannot_be_saved_leaves_no_half_folder(tmp_path, model):
             raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        folder.save_model(Broken(), model[1])
+        folder.save_model(Broken().save_pretrained, model[1])
     assert [p.name for p in folder.path.iterdir()] == ["model"]
     AutoModelForCausalLM.from_pretrained(folder.model)
 

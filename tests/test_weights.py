@@ -35,10 +35,10 @@ def train(dtype, weights, generations=20, numel=300, **options):
 def check_rounds(es, rounds, same_bits):
     before = [t.clone() for t in es.plan.tensors]
     for seed in range(rounds):
-        es._weights.perturb(seed, 1e-3)
+        es.store.perturb(seed, 1e-3)
         if seed % 7 == 0:
             assert not same_bits(es.plan.tensors, before)
-        es._weights.restore()
+        es.store.restore()
     assert same_bits(es.plan.tensors, before)
 
 
@@ -152,9 +152,9 @@ def test_auto_takes_the_most_exact_that_fits(dtype, share, mode, monkeypatch, ca
     plan = Plan([("a", torch.zeros(1000, dtype=dtype))])
     memory = share * plan.nbytes / w.WEIGHTS_SHARE
     monkeypatch.setattr(w.os, "sysconf", lambda name: 1 if name == "SC_PAGE_SIZE" else memory)
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.INFO):
         es = ES(plan, weights="auto")
-    assert type(es._weights) is MODES[mode] and f"takes {mode!r}" in caplog.text
+    assert type(es.store) is MODES[mode] and f"takes {mode!r}" in caplog.text
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from pathlib import Path
 
 from ..core.plan import Plan
@@ -11,6 +12,7 @@ from ..rollout import adapters
 from ..trainer.run_folder import RunFolder, save_model
 from ..utils.errors import BadValue, FileTaken
 from ..utils.files import check_writable
+from ..utils.unwrap import save_unwrapped
 from .models import load
 
 
@@ -28,5 +30,5 @@ def run(args: argparse.Namespace) -> None:
             if found[name] != mine[name]:
                 raise BadValue(f"--base: the run had {name} of fingerprint {found[name]}, these have {mine[name]}")
     replay(Plan(model, args.include or adapters.patterns(model), args.exclude), args.journal, args.until)
-    save_model(Path(args.out), model, tokenizer)
+    save_model(Path(args.out), functools.partial(save_unwrapped, model), tokenizer)
     print(f"tuned model: {args.out}")

@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
     if team.rank:
         trainer.train()
         return
-    log.info("%r, %s on %s -> %s", trainer.es.plan, options.model or "embedded model", task.name, config.output_dir)
+    log.info("%r, %s on %s -> %s", trainer.es.store, options.model or "embedded model", task.name, config.output_dir)
     try:
         trainer.train()
     finally:

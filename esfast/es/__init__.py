@@ -14,5 +14,7 @@ __getattr__, __dir__ = lazily(
         "zscore": "shaping",
         "centered_rank": "shaping",
         "MODES": "weights",
+        "WeightStore": "store",
+        "LocalStore": "store",
     },
 )

@@ -25,7 +25,7 @@ KEPT_AS_IT_IS = frozenset({"training"})
 
 
 class Buffers:
-    """The buffers of a plan's module, if it was made of one.
+    """The buffers of a plan's module, if there is a plan and it was made of one.
 
         buffers = Buffers(plan)
         buffers.note()       # remembers the buffers as they are now
@@ -39,9 +39,9 @@ class Buffers:
     warning names it once.
     """
 
-    def __init__(self, plan: Plan):
-        self._module = plan.module
-        self._budget = max(LEAST_BUDGET, plan.nbytes // WEIGHTS_SHARE)
+    def __init__(self, plan: Plan | None):
+        self._module = plan.module if plan is not None else None
+        self._budget = max(LEAST_BUDGET, plan.nbytes // WEIGHTS_SHARE) if plan is not None else 0
         self._places: list[_Place] = []
         self._kept: dict[int, _Kept] = {}
         self._told: set[int] = set()

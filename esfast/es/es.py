@@ -13,9 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..core.finite import check_finite
 from ..core.kinds import check_seed
-from ..core.ops import get_backend
 from ..core.plan import Plan
 from ..distributed.team import SharedUpdates, Team
 from ..journal.journal import header_of
@@ -29,7 +27,8 @@ from .buffers import Buffers
 from .history import History
 from .population import Member, Packets, Population, member_seed
 from .shaping import SHAPINGS, centered_rank, zscore  # noqa: F401
-from .weights import MODES, InplaceWeights, automatic
+from .store import WeightStore
+from .weights import MODES, open_store
 
 
 def coefficients(members: Sequence[Member], shaped: Sequence[float], lr: float) -> tuple[list[int], list[float]]:
@@ -56,7 +55,8 @@ class ES:
     esfast.es.buffers).
 
     Args:
-        model: an nn.Module, a Plan, or an iterable of (name, tensor); its weights are changed in place.
+        model: an nn.Module, a Plan, or an iterable of (name, tensor); its weights are changed in place. Or a
+            WeightStore, which holds weights elsewhere; `weights` must then be its mode.
         sigma: standard deviation of the perturbation, in units of the weights. > 0.
         lr: step size of the update (alpha in the paper). > 0.
         population_size: members a generation, at least 2; an even number if mirrored.
@@ -88,15 +88,13 @@ class ES:
             weight has changed.
         FileExistsError: there is a journal already and no `resume`, or another process uses it (InUse).
 
-    Attributes: `plan`; `generation`, the number of steps taken; `members` of the current generation; `sigma` and `lr`,
-    which may be changed between generations.
+    Attributes: `store`, which holds the weights; `plan`, the weights in this process; `generation`, the number of steps
+    taken; `members` of the current generation; `sigma` and `lr`, which may be changed between generations.
     """
-
-    modes = MODES
 
     def __init__(
         self,
-        model: torch.nn.Module | Plan | Iterable[tuple],
+        model: torch.nn.Module | Plan | Iterable[tuple] | WeightStore,
         sigma: float = 1e-3,
         lr: float = 5e-4,
         population_size: int = 30,
@@ -132,30 +130,38 @@ class ES:
             _check_positive("weight_decay", weight_decay)
         self.weight_decay, self._perturb_rounding = float(weight_decay), perturb_rounding
         self.rule = Rule(noise, rounding, check_optimizer(optimizer), decay_to, check_groups(groups))
-        self.plan = model if isinstance(model, Plan) else Plan(model)
-        self.rule.check_names(self.plan.whole_names)
-        weights = automatic(self.plan, self.rule) if weights == "auto" else weights
-        get_backend(backend, self.plan.device)
-        check_finite((e.name, e.tensor) for e in self.plan.entries)
+        source = model if isinstance(model, (Plan, WeightStore)) else Plan(model)
+        self.rule.check_names(source.whole_names)
+        self.team = team if team is not None else Team()
+        self._run = self.team.run()
+        self.store = self._open(source, weights, backend)
+        self.plan = self.store.plan
         self.generation = 0
         self.members: list[Member] = []
         self._inside: Member | None = None
         self._buffers = Buffers(self.plan)
-        self.team = team if team is not None else Team()
-        self._run = self.team.run()
-        if self.plan.sharded and self.team.size > 1 and self.team.shards == 1:
-            raise BadValue("the weights are in shards: say how many processes hold a model: Team.join(device, shards=)")
-        if self.team.size > 1 and weights == "inplace":
-            raise BadValue('weights: "inplace" drifts apart in several processes; take "base", "master" or "host"')
-        header = header_of(self.rule, self.seed, weights, self.plan) if journal is not None else None
-        self._weights = self.modes[weights](self.plan, self.rule, backend)
         self._asked, self._mine = 0, []
         self._history = History(self.team, self._run, checkpoints)
-        if header is not None:
-            self.generation = self._history.begin(Path(journal), header, resume, self._weights)
+        if journal is not None:
+            header = header_of(self.rule, self.seed, self.store.mode, self.store)
+            self.generation = self._history.begin(Path(journal), header, resume, self.store)
         # Only now: until here each process replays alone, and how much depends on the checkpoints that it finds.
-        if self.team.size > 1:
-            self._weights.updater = SharedUpdates(self._weights.updater, self.team, self._run)
+        if self.team.size > 1 and self.store.updater is not None:
+            self.store.updater = SharedUpdates(self.store.updater, self.team, self._run)
+
+    def _open(self, source: Plan | WeightStore, weights: str, backend: str) -> WeightStore:
+        """The store that was given, or one of this mode for a plan."""
+        if isinstance(source, WeightStore):
+            if weights != source.mode:
+                raise BadValue(f"weights: those of {source!r} are of mode {source.mode!r}, asked for is {weights!r}")
+            source.begin(self.rule)
+            return source
+        if source.sharded and self.team.size > 1 and self.team.shards == 1:
+            raise BadValue("the weights are in shards: say how many processes hold a model: Team.join(device, shards=)")
+        store = open_store(source, self.rule, weights, backend)
+        if self.team.size > 1 and store.mode == "inplace":
+            raise BadValue('weights: "inplace" drifts apart in several processes; take "base", "master" or "host"')
+        return store
 
     def population(self, at_once: int | None = None) -> Population | Packets:
         """The members of this generation: iterate over it, directly or in a `with` block.
@@ -222,7 +228,7 @@ class ES:
         with held():
             # The journal first: if it can't be written, no weight changes.
             self._history.append(record)
-            self._weights.update(record)
+            self.store.update(record)
             self.generation += 1
             self.members = []
         self.team.at_work = False
@@ -247,7 +253,7 @@ class ES:
         """Writes the weights' fingerprint into the journal, so that a replay can compare. In a team all processes call
         it; RuntimeError if their weights differ."""
         with self.team.working():
-            found = self.plan.fingerprint()
+            found = self.store.fingerprint()
         self.team.agree(f"{self._run}: fingerprint after generation {self.generation}", found)
         self._history.check(self.generation, found)
 
@@ -257,14 +263,15 @@ class ES:
         Of a model in shards, the processes of the first group save a part each, and the same number of shards resumes
         from them. A sharded model without a team is not saved: it resumes from the journal alone.
         """
-        if self.team.rank < self.team.shards and (self.team.shards > 1 or not self.plan.sharded):
-            self._history.save(self.generation, self._weights.updater)
+        updater, shards = self.store.updater, self.team.shards
+        if updater is not None and self.team.rank < shards and (shards > 1 or not self.plan.sharded):
+            self._history.save(self.generation, updater)
         self.vouch()
 
     def drift(self) -> float | None:
         """With weights="inplace", the RMS distance of sampled weights from exact float32 arithmetic, in units of the
         weights (see esfast.es.weights). None in the modes that restore exactly."""
-        return self._weights.drift() if type(self._weights) is InplaceWeights else None
+        return self.store.drift()
 
     @property
     def journal_seconds(self) -> float:
@@ -281,7 +288,7 @@ class ES:
         sigma = _check_positive("sigma", self.sigma)
         _check_positive("sigma, times the largest factor of a group,", sigma * self.rule.largest("sigma"))
         coeff = member.sign * sigma
-        self._weights.perturb(member.seed, coeff, self._perturb_rounding)
+        self.store.perturb(member.seed, coeff, self._perturb_rounding)
 
     def _leave(self) -> None:
         try:
@@ -294,12 +301,11 @@ class ES:
             self._inside = None
 
     def _restore(self) -> None:
-        self._weights.restore()
+        self.store.restore()
         self._buffers.put_back()
 
     def _check_own(self, what: str) -> None:
-        self.plan.check_module()
-        if self._weights.changed_elsewhere():
+        if self.store.changed_elsewhere():
             raise BadState(
                 f"{what}: the weights were changed since ES last wrote them, by something else (load_state_dict?); ES "
                 "would undo that. Make a new ES of the model as it is"

@@ -14,6 +14,7 @@ from ..journal.journal import Journal, parse, peek, verify
 from ..update.updater import Generation, Updater
 from ..utils.errors import BadValue, FileMissing
 from ..utils.lock import Lock
+from .store import WeightStore
 
 log = logging.getLogger(__name__)
 
@@ -33,8 +34,8 @@ class History:
         self._journal: Journal | None = None
         self._checked = -1
 
-    def begin(self, path: Path, header: dict, resume: bool, weights) -> int:
-        """Begins the journal. With `resume`, brings `weights` (a mode of esfast.es.weights) to the end of the journal
+    def begin(self, path: Path, header: dict, resume: bool, store: WeightStore) -> int:
+        """Begins the journal. With `resume`, brings `store` to the end of the journal
         that is there. Returns the number of generations done.
 
         Raises FileExistsError, FileNotFoundError, InUse or ValueError, as ES documents.
@@ -71,9 +72,9 @@ class History:
         _, records, checks = parse(team.tell(f"{self._run}: journal", path.read_bytes), path)
         for record in records:
             self._note(dataclasses.asdict(record))
-        updater, start = weights.updater, 0
-        if self._checkpoints is not None:
-            start = checkpoint.load_newest(self._checkpoints, len(records), updater, team.part, self.identities, checks)
+        start, folder = 0, self._checkpoints
+        if folder is not None and store.updater is not None:
+            start = checkpoint.load_newest(folder, len(records), store.updater, team.part, self.identities, checks)
         log.info(
             "resuming after generation %d: %d of them from a checkpoint, %d from the journal",
             len(records),
@@ -81,11 +82,9 @@ class History:
             len(records) - start,
         )
         for record in records[:start]:
-            updater.recall(record)
-        for record in records[start:]:
-            updater(record)
-        weights.settle()
-        verify(weights.plan, len(records), checks)
+            store.note_applied(record)
+        store.replay(records[start:])
+        verify(store, len(records), checks)
         self._checked = max(checks, default=-1)
         return len(records)
 

@@ -21,13 +21,14 @@ from typing import NamedTuple
 
 import torch
 
-from ..core.ops import add_noise_
+from ..core.finite import check_finite
+from ..core.ops import add_noise_, get_backend
 from ..core.plan import Plan
 from ..core.segments import Slice
 from ..update.updater import Generation, Rule, Updater
 from ..utils.changes import same_bits, versions
 from ..utils.interrupts import held
-from ..utils.names import WEIGHT_MODES
+from .store import LocalStore
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ class Cost(NamedTuple):
     update: int  # read and written by an update of however many members, after which the weights are restored
 
 
-class _Stored:
+class _Stored(LocalStore):
     """Shared by the modes with a copy: detects that something else wrote the live weights, which the copy would
     undo."""
 
@@ -55,6 +56,7 @@ class _Stored:
         It detects writes that PyTorch counts (esfast.utils.changes), but not writes to DTensors. Without a write it
         takes microseconds. After one, it compares the weights with the copy; equal bits count as unchanged.
         """
+        super().changed_elsewhere()
         tensors = self.plan.tensors
         if self.plan.sharded or (now := versions(tensors)) == self._seen:
             return False
@@ -72,8 +74,11 @@ class BaseWeights(_Stored):
     whatever interrupts a member, `restore` gives back the bits.
     """
 
+    mode = "base"
+
     def __init__(self, plan: Plan, rule: Rule, backend: str = "auto"):
-        self.plan, self.truth = plan, self._truth(plan)
+        super().__init__(plan, rule)
+        self.truth = self._truth(plan)
         # The plan that members are written from.
         self.base = self.truth.high() if self.truth.low is not None else self.truth
         self.updater = Updater(self.truth, rule, backend)
@@ -121,13 +126,14 @@ class BaseWeights(_Stored):
         self.settle()
 
     def settle(self) -> None:
-        """Brings the live weights up to date after an update of the base."""
         self.restore()
 
 
 class MasterWeights(BaseWeights):
     """The base is float32 (Plan.master), so updates are not rounded to 16 bits. Members are written from its upper
     halves. Between generations the live weights are the master, rounded once."""
+
+    mode = "master"
 
     @staticmethod
     def cost(dtype: torch.dtype) -> Cost:
@@ -140,11 +146,12 @@ class MasterWeights(BaseWeights):
         return plan.master()
 
 
-class _MovingWeights:
+class _MovingWeights(LocalStore):
     """Members are made in place, in the live weights; between populations these are the only copy."""
 
     def __init__(self, plan: Plan, rule: Rule, backend: str = "auto"):
-        self.plan, self.truth = plan, plan
+        LocalStore.__init__(self, plan, rule)
+        self.truth = plan
         self.updater = Updater(plan, rule, backend)
         self._parts = rule.split(plan)
         self._options = {"noise": rule.noise, "backend": backend}
@@ -154,13 +161,6 @@ class _MovingWeights:
         self.restore()
         self.updater(record)
         self.settle()
-
-    def settle(self) -> None:
-        """Called after an update has changed the live weights. There is no copy to bring up to date here."""
-
-    def changed_elsewhere(self) -> bool:
-        """Always False: there is no copy that could differ."""
-        return False
 
     def _move(self, target: list[tuple[int, float]], rounding: str = "nearest") -> None:
         terms = [(s, -c) for s, c in self._applied] + target
@@ -181,6 +181,8 @@ class InplaceWeights(_MovingWeights):
 
     `drift()` measures the rounding errors of members and updates, on a sample of the weights.
     """
+
+    mode = "inplace"
 
     def __init__(self, plan: Plan, rule: Rule, backend: str = "auto"):
         super().__init__(plan, rule, backend)
@@ -224,6 +226,8 @@ class HostWeights(_Stored, _MovingWeights):
     """Members are made in place, each from the one before in one pass. When the population is left, the weights come
     back from a copy in host memory. A member carries the rounding errors of the moves before it. So in a team a reward
     may depend, in its last bits, on which process scored which members. The update depends on the rewards alone."""
+
+    mode = "host"
 
     def __init__(self, plan: Plan, rule: Rule, backend: str = "auto"):
         super().__init__(plan, rule, backend)
@@ -270,7 +274,19 @@ def sample(plan: Plan) -> list[tuple[str, torch.Tensor, Slice]]:
     return views
 
 
-MODES = dict(zip(WEIGHT_MODES, (BaseWeights, MasterWeights, HostWeights, InplaceWeights), strict=True))
+MODES: dict[str, type[LocalStore]] = {
+    store.mode: store for store in (BaseWeights, MasterWeights, HostWeights, InplaceWeights)
+}
+
+
+def open_store(plan: Plan, rule: Rule, mode: str, backend: str) -> LocalStore:
+    """A store of this mode for weights in this process; with "auto" the most exact one that fits in memory.
+
+    Raises RuntimeError if the backend can't run here, ValueError for weights that are NaN or infinite. No weight has
+    changed."""
+    get_backend(backend, plan.device)
+    check_finite((e.name, e.tensor) for e in plan.entries)
+    return MODES[automatic(plan, rule) if mode == "auto" else mode](plan, rule, backend)
 
 
 def automatic(plan: Plan, rule: Rule) -> str:

@@ -5,87 +5,48 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import torch
-
-from ..core.plan import Plan
-from ..es.es import ES
 from ..es.population import Member, Population
+from ..es.store import WeightStore
 from ..rewards.scorer import RewardFunc
 from ..trainer.config import ESConfig
 from ..trainer.trainer import ESTrainer
+from ..trainer.tuned import check_store_settings
 from ..update.updater import Generation, Rule
 from ..utils.errors import BadState, BadValue
 from ..utils.files import whole_folder
 from .ray import Fleet
 
 
-class FleetPlan(Plan):
-    """The weights of a Fleet, none of which are in this process: what ES and its journal ask of a plan."""
+class FleetStore(WeightStore):
+    """The weights of a Fleet: none are in this process, and the engines make members by themselves."""
 
-    def __init__(self, fleet: Fleet):
-        self.fleet, self._stated = fleet, fleet.describe()
-        self._held, self._sharded, self._gathering, self._private = [], [], [], True
-        self.device, self.low = torch.device("cpu"), None
-        self._finish()
+    def __init__(self, fleet: Fleet, mode: str = "base"):
+        self.fleet, self.mode, self.source = fleet, mode, fleet.model
+        stated = fleet.describe()
+        self.whole_names, self.whole_numel, self.layout = stated["names"], stated["numel"], stated["layout"]
 
-    sharded = True  # nothing here to make a checkpoint of: the journal holds all
-    config = property(lambda self: SimpleNamespace(_name_or_path=self.fleet.model))
-
-    @property
-    def layout(self) -> str:
-        return self._stated["layout"]
-
-    @property
-    def names(self) -> list[str]:
-        return self._stated["names"]
-
-    @property
-    def numel(self) -> int:
-        return self._stated["numel"]
-
-    whole_numel, whole_names = numel, names
-
-    def fingerprint(self) -> str:
-        return self.fleet.fingerprint()
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        self.fleet.save(folder)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __repr__(self) -> str:
-        return f"FleetPlan({len(self)} tensors, {self.numel:,} weights, in each of {len(self.fleet.alive)} engines)"
-
-
-class FleetWeights:
-    """A weight mode whose weights are in the engines, which make members by themselves."""
-
-    mode = "base"
-
-    def __init__(self, plan: FleetPlan, rule: Rule, backend: str = "auto"):
-        self.plan, self.fleet, self.updater = plan, plan.fleet, self
+    def begin(self, rule: Rule) -> None:
         self.fleet.begin(rule, self.mode)
-
-    def __call__(self, record: Generation) -> None:
-        self.fleet.update(record)
-
-    update = __call__
-
-    def settle(self) -> None:
-        """Engines do so after every update."""
 
     def perturb(self, seed: int, coeff: float, rounding: str = "nearest") -> None:
         raise BadState("the members of a Fleet are in its engines: ask for their completions with Fleet.members")
 
     def restore(self) -> None: ...
 
-    def changed_elsewhere(self) -> bool:
-        """Not from here: an engine refuses an update when its own weights were changed."""
-        return False
+    def update(self, record: Generation) -> None:
+        self.fleet.update(record)
+
+    def fingerprint(self) -> str:
+        return self.fleet.fingerprint()
+
+    def save(self, folder: Path, gathered: Any = None) -> None:
+        self.fleet.save(folder)
+
+    def __repr__(self) -> str:
+        engines = len(self.fleet.alive)
+        return f"Fleet({len(self.whole_names)} tensors, {self.whole_numel:,} weights, in each of {engines} engines)"
 
 
 class FleetEvaluator:
@@ -107,8 +68,7 @@ class FleetEvaluator:
         self.engine.close()
 
 
-class FleetES(ES):
-    modes = {name: type(f"Fleet_{name}", (FleetWeights,), {"mode": name}) for name in ("base", "master", "host")}
+MODES = ("base", "master", "host")
 
 
 class FleetTrainer(ESTrainer):
@@ -125,8 +85,6 @@ class FleetTrainer(ESTrainer):
     exclude, weights="inplace" or "auto"), before an engine is started.
     """
 
-    es_class = FleetES
-
     def __init__(
         self,
         model: str | Path,
@@ -140,18 +98,9 @@ class FleetTrainer(ESTrainer):
         **others,
     ):
         args = args if args is not None else ESConfig()
-        for name, only in (
-            ("kl_to_base", False),
-            ("perturb_rounding", "nearest"),
-            ("include", None),
-            ("exclude", None),
-        ):
-            if getattr(args, name) != only:
-                raise BadValue(
-                    f"{name}: with the weights in vLLM engines only {only!r} works, got {getattr(args, name)!r}"
-                )
-        if args.weights not in FleetES.modes:
-            known = ", ".join(map(repr, FleetES.modes))
+        check_store_settings(args)
+        if args.weights not in MODES:
+            known = ", ".join(map(repr, MODES))
             raise BadValue(f"weights: with vLLM engines expected one of {known}, got {args.weights!r}")
         fleet = Fleet(
             model, args.max_completion_length, num_engines, tensor_parallel_size, args.temperature or 1.0, dtype,
@@ -160,7 +109,7 @@ class FleetTrainer(ESTrainer):
         fleet.prompts.length_setting = "max_completion_length"
         try:
             super().__init__(
-                FleetPlan(fleet),
+                FleetStore(fleet, args.weights),
                 reward_funcs,
                 args,
                 processing_class=fleet.prompts.tokenizer,

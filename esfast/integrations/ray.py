@@ -67,7 +67,7 @@ class Fleet:
         from .vllm_engine import VLLMEngine
 
         own = options.get("tokenizer") or str(model)
-        tokenizer = open_tokenizer(own if processing_class is None else processing_class, None)
+        tokenizer = open_tokenizer(processing_class, own)
         if not ray.is_initialized():
             # Ray's handlers would end the process before the run is saved.
             with kept_handlers():

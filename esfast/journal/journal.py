@@ -40,7 +40,8 @@ class Contents(NamedTuple):
 
 
 def header_of(rule: Rule, seed: int, weights: str, plan: Plan) -> dict:
-    """The first line of a journal, for a run that begins with the plan's present weights."""
+    """The first line of a journal, for a run that begins with the present weights of a plan (or of a WeightStore, which
+    has a plan's `whole_numel`, `layout` and `fingerprint`)."""
     return {
         "esfast_journal": FORMAT, "noise_version": NOISE_VERSION, **rule.to_json(), "seed": seed, "weights": weights,
         "numel": plan.whole_numel, "layout": plan.layout, "base": plan.fingerprint(),

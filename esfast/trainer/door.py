@@ -6,6 +6,7 @@ import copy
 import os
 from collections.abc import Callable, Mapping, Sequence
 
+from ..es.store import WeightStore
 from ..rewards.scorer import RewardFunc
 from ..rollout import adapters
 from ..rollout.engine import TransformersEngine, as_engine
@@ -21,10 +22,10 @@ def open_model(model):
     return load_model(os.fspath(model)) if isinstance(model, (str, os.PathLike)) else unwrap(model)
 
 
-def open_tokenizer(processing_class, model):
+def open_tokenizer(processing_class, name: str):
     """The tokenizer. Without one, the model's own; a name or folder is loaded; of a processor it is the tokenizer
     inside, with the processor's chat template if it has none. TypeError for anything else."""
-    given = model.config._name_or_path if processing_class is None else processing_class
+    given = name if processing_class is None else processing_class
     if given == "":
         raise BadType("processing_class: the model was not loaded by a name or from a folder; give its tokenizer")
     if isinstance(given, (str, os.PathLike)):
@@ -53,6 +54,8 @@ def open_evaluator(evaluator: MemberEvaluator | None, engine, model, tokenizer, 
         return evaluator
     if engine is not None:
         return SequentialEvaluator(as_engine(engine))
+    if isinstance(model, WeightStore):
+        raise BadType("evaluator: weights in a store need an evaluator whose engine generates from them")
     adapters.check_generates(model)
     made = TransformersEngine(
         model, tokenizer, config.max_completion_length, config.batch_size, config.temperature or 1.0, config.decoding

@@ -19,12 +19,11 @@ _OF_NO_CONSEQUENCE = ("_name_or_path", "transformers_version", "dtype", "torch_d
 
 
 def identity(
-    model, reward_funcs: Sequence[Callable], train_dataset: Rows | Callable, more: Mapping[str, Any] | None = None
+    model: Mapping[str, Any], reward_funcs: Sequence[Callable], train_dataset: Rows | Callable
 ) -> dict[str, Any]:
-    """A dict, fit for JSON, of what must be the same when the run is resumed."""
+    """A dict, fit for JSON, of what must be the same when the run is resumed. `model` is a Tuned's."""
     found = {
-        "model": type(model).__qualname__,
-        "model config": config_of(model),
+        **model,
         "reward_funcs": [name_of(f) for f in reward_funcs],
         "draws": DRAWS_VERSION,
     }
@@ -33,7 +32,7 @@ def identity(
     elif not name_of(train_dataset).startswith("esfast."):
         # The command line's tasks are compared by name.
         found["train_dataset"] = f"the function {name_of(train_dataset)}"
-    return _plain(found | dict(more or {}))
+    return _plain(found)
 
 
 def check(found: Mapping[str, Any], mine: Mapping[str, Any]) -> None:

@@ -7,17 +7,18 @@ from typing import Any
 
 import yaml
 
-from ..rollout.adapters import is_peft
 from .config import ESConfig
 
 
-def model_card(model, config: ESConfig, generations: int, before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    """Markdown with the metadata that the Hugging Face hub reads. `before` and `after` are rows of metrics; `after` may
+def model_card(
+    name: str, library: str, config: ESConfig, generations: int, before: Mapping[str, Any], after: Mapping[str, Any]
+) -> str:
+    """Markdown with the metadata that the Hugging Face hub reads. `name` is the base model's, `library` loads the tuned
+    one. `before` and `after` are rows of metrics; `after` may
     belong to an earlier generation than the model."""
     from .. import __version__
 
-    origin = getattr(model.config, "_name_or_path", "") or "a model without a name"
-    library = "peft" if is_peft(model) else "transformers"
+    origin = name or "a model without a name"
     header: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation",
                               "tags": ["esfast", "evolution-strategies"]}  # fmt: skip
     if "/" in origin and not origin.startswith(("/", ".")):

@@ -14,11 +14,12 @@ class Movement:
     """Euclidean norms of the changes of the stored weights. Updates that bfloat16 rounds away count as zero.
 
     The norms are estimated from up to weights.DRIFT_SAMPLE weights of each whole, contiguous tensor, each of which
-    stands for its share of the tensor. Call it while no member is in place. It reports nothing for sharded weights.
+    stands for its share of the tensor. Call it while no member is in place. It reports nothing for
+    sharded weights, nor without a plan.
     """
 
-    def __init__(self, plan: Plan):
-        found = [] if plan.sharded else sample(plan)
+    def __init__(self, plan: Plan | None):
+        found = [] if plan is None or plan.sharded else sample(plan)
         # Sampled weights, and how many weights of the tensor they stand for.
         self._views = [(view, window.shape[0]) for _, view, window in found]
         self._initial = self._last = self._read()

@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import yaml
 
-from ..core.dtensors import in_shards, whole_state_dict
 from ..distributed.team import Team
+from ..es.store import WeightStore
 from ..journal.journal import read
 from ..update.updater import Generation
 from ..utils.files import write_whole
@@ -21,7 +21,6 @@ from ..utils.interrupts import signal_of
 from .clock import PHASES, Clock, account
 from .config import ESConfig
 from .loggers import Report
-from .model_card import model_card
 from .run_folder import RunFolder, readable_lines
 
 log = logging.getLogger(__name__)
@@ -34,13 +33,16 @@ class RunRecorder:
     rows    rows of metrics.jsonl, in process 0: the base model's, then one a generation
     best    best reward of an evaluation so far
     clock   the training's Clock
+    card    (generations done, first row of metrics, last evaluated row) -> the model card
     """
 
-    def __init__(self, folder: RunFolder, config: ESConfig, model, tokenizer, team: Team):
+    def __init__(
+        self, folder: RunFolder, config: ESConfig, store: WeightStore, tokenizer, team: Team, card: Callable[..., str]
+    ):
         self.folder = folder
         self.rows: list[dict[str, Any]] = []
         self.best, self.clock = -math.inf, Clock(torch.device("cpu"))
-        self._config, self._model, self._tokenizer, self._team = config, model, tokenizer, team
+        self._config, self._store, self._tokenizer, self._team, self._card = config, store, tokenizer, team, card
         self._report: Report | None = None
         self._evaluation: dict[str, float] = {}
 
@@ -134,10 +136,10 @@ class RunRecorder:
     def save_model(self, name: str, generation: int, after: Mapping[str, Any]) -> None:
         """Saves the present model under this name. All processes with shards of it call this."""
         with self._team.working():
-            weights = whole_state_dict(self._model, keep=self._team.rank == 0) if in_shards(self._model) else None
+            gathered = self._store.gather(keep=self._team.rank == 0)
         if self._team.rank == 0:
-            card = model_card(self._model, self._config, generation, self.rows[0], after) if self.rows else ""
-            self.folder.save_model(self._model, self._tokenizer, card, name, weights)
+            card = self._card(generation, self.rows[0], after) if self.rows else ""
+            self.folder.save_model(lambda path: self._store.save(path, gathered), self._tokenizer, card, name)
         self.clock.lap("save")
 
     def finish(self, generation: int, eval_prompts: int) -> dict[str, Any]:

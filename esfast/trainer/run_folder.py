@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from ..journal.journal import peek
 from ..utils.errors import BadFile, BadValue, FileMissing, FileTaken
 from ..utils.files import TEMPORARY, whole_folder, write_whole
 from ..utils.lock import Lock
-from ..utils.unwrap import unwrapped
 
 log = logging.getLogger(__name__)
 
@@ -157,8 +156,8 @@ class RunFolder:
         """The summary; {} if there is none. ValueError names the file."""
         return _read_json(self.summary, "delete it; resuming the run writes it anew")
 
-    def save_model(self, model, tokenizer, card: str = "", name: str = "model", weights: dict | None = None) -> None:
-        save_model(self.path / name, model, tokenizer, card, weights)
+    def save_model(self, write: Callable[[Path], None], tokenizer, card: str = "", name: str = "model") -> None:
+        save_model(self.path / name, write, tokenizer, card)
 
     def draw_curves(self, rows: Sequence[dict[str, Any]]) -> None:
         """Reward and held-out metrics over generations, as curves.png."""
@@ -187,20 +186,15 @@ class RunFolder:
         os.replace(temporary, self.curves)
 
 
-def save_model(path: Path, model, tokenizer, card: str = "", weights: dict | None = None) -> None:
-    """Writes a Hugging Face folder for from_pretrained, with a model card (README.md), whole or not at all. It replaces
-    an older one. `weights` is the state dict of a sharded model. OSError if the folder can't be written."""
+def save_model(path: Path, write: Callable[[Path], None], tokenizer, card: str = "") -> None:
+    """Makes a Hugging Face folder for from_pretrained, whole or not at all. `write` puts the model into it;
+    a tokenizer and a model card (README.md) are added. It replaces an older one. OSError if it can't be written."""
     with whole_folder(path) as unfinished:
         try:
-            with unwrapped(model) as plain:
-                plain.save_pretrained(unfinished, **({} if weights is None else {"state_dict": weights}))
+            write(unfinished)
         except SafetensorError as error:
             raise BadFile(f"{path} could not be written: {error}") from None
         tokenizer.save_pretrained(unfinished)
-        settings = getattr(model, "generation_config", None)
-        # PEFT doesn't save it.
-        if settings is not None and not (unfinished / "generation_config.json").exists():
-            settings.save_pretrained(unfinished)
         if card:
             (unfinished / "README.md").write_text(card, encoding="utf-8")
 

@@ -22,11 +22,12 @@ from ..core.plan import Plan
 from ..distributed.team import Team
 from ..es.es import ES
 from ..es.population import Member
+from ..es.store import WeightStore
 from ..rewards.scorer import RewardError, RewardFunc, Scorer, Scores, check_metrics, combine, judge
-from ..rollout import adapters, chat
+from ..rollout import chat
 from ..rollout.engine import Engine
 from ..rollout.evaluator import MemberEvaluator
-from ..utils.errors import BadType, BadValue
+from ..utils.errors import BadType
 from ..utils.files import check_writable
 from ..utils.interrupts import Stops, stoppable
 from ..utils.rows import Rows, check_rows
@@ -34,16 +35,17 @@ from ..utils.stats import mean
 from .batches import Batch, Batches
 from .clock import Clock, account
 from .config import ESConfig
-from .door import open_evaluator, open_model, open_rewards, open_tokenizer
+from .door import open_evaluator, open_rewards, open_tokenizer
 from .held_out import HeldOut, nonsense
 from .identity import check as check_identity
 from .identity import identity as identity_of
-from .kl import KLToBase
 from .loggers import require
+from .model_card import model_card
 from .movement import Movement
 from .recorder import RunRecorder, of_rewards
 from .run_folder import RunFolder
 from .trl_trainer import SavesLikeTRL, check_not_resumed_here
+from .tuned import open_tuned
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +56,8 @@ class ESTrainer(SavesLikeTRL):
     A trainer owns its run folder until it has trained, or is deleted.
 
     Args:
-        model: a Hugging Face causal LM, or the name or folder of one or of a PEFT adapter. It is tuned in place.
+        model: a Hugging Face causal LM, or the name or folder of one or of a PEFT adapter. It is tuned in place. Or an
+            esfast.es.WeightStore, which holds weights elsewhere; it needs an evaluator.
         reward_funcs: one function or several, whose rewards are added: f(prompts=, completions=, **columns) -> list of
             floats, one a completion; higher is better. Completions are strings. A member's reward is the mean over the
             prompts. As in TRL, if a prompt is a chat (a list of messages), its completion is a list of one message; a
@@ -81,11 +84,9 @@ class ESTrainer(SavesLikeTRL):
         FileNotFoundError: the run to resume has files, but no journal.
     """
 
-    es_class = ES
-
     def __init__(
         self,
-        model: torch.nn.Module | str | os.PathLike,
+        model: torch.nn.Module | str | os.PathLike | WeightStore,
         reward_funcs: RewardFunc | Sequence[RewardFunc],
         args: ESConfig | None = None,
         train_dataset: Rows | Callable[[int, int], Rows] | None = None,
@@ -108,21 +109,11 @@ class ESTrainer(SavesLikeTRL):
         eval_dataset = check_rows("eval_dataset", eval_dataset, required=False)
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         self.team = team if team is not None else Team()
-        if self.team.shards > 1 and (
-            isinstance(model, (str, os.PathLike)) or peft_config is not None or adapters.is_peft(model)
-        ):
-            raise BadValue(
-                "a model in shards: expected the model itself, without adapters; see esfast.distributed.tensor_parallel"
-            )
-        model = open_model(model)
-        processing_class = open_tokenizer(processing_class, model)
         c = self.args
-        if peft_config is not None:
-            model = adapters.wrap(model, peft_config, c.seed)
-        adapters.check(model)
-        include = c.include or adapters.patterns(model)
-        self.model, self.processing_class = model, processing_class
-        self.evaluator = open_evaluator(evaluator, engine, model, processing_class, c)
+        self.tuned = open_tuned(model, peft_config, c, self.team)
+        self.model = self.tuned.model
+        self.processing_class = processing_class = open_tokenizer(processing_class, self.tuned.name)
+        self.evaluator = open_evaluator(evaluator, engine, self.model, processing_class, c)
         self.engine = self.evaluator.engine
         self.batches = Batches(train_dataset, c, processing_class)
         self.batches.check(self.engine, eval_dataset, c.progress and self.team.rank == 0)
@@ -131,32 +122,30 @@ class ESTrainer(SavesLikeTRL):
         workers = c.reward_workers if self.team.leads else 0
         self.scorer = Scorer([*self.reward_funcs, *self.metrics.values()], workers, c.reward_timeout)
         require(c.report_to)
-        self.identity = identity_of(model, self.reward_funcs, self.train_dataset, adapters.identity(model))
+        self.identity = identity_of(self.tuned.identity(), self.reward_funcs, self.train_dataset)
         # Further entries of config.yaml, from the command line.
         self.described: dict[str, Any] = {}
         self.summary: dict[str, Any] = {}
         self.folder = RunFolder(c.output_dir)
         try:
             with self.team.telling():
-                self._begin(model if isinstance(model, Plan) else Plan(model, include, c.exclude))
+                self._begin()
         except BaseException:
             self.folder.release()
             raise
 
-    def _begin(self, plan: Plan) -> None:
+    def _begin(self) -> None:
         """Takes the run folder, and makes ES: a resumed run's is brought to where its journal ends."""
         c, resume = self.args, self.args.resume or self.team.restarted
-        adapters.check_saved(self.model, plan.whole_names)
+        weights = self.tuned.weights()
         if self.team.rank == 0:
             self.folder = RunFolder.claim(check_writable("output_dir", c.output_dir, folder=True), resume)
             if self.folder.begun():
                 c.check_resumes(self.folder.read_config())
                 check_identity(self.folder.read_identity(), self.identity)
             self.folder.prepare()
-        adapters.begin(self.model, self.folder.adapter, resume and self.folder.begun(), self.team.rank == 0)
-        kl = None
-        if c.kl_to_base and self._evaluates:
-            kl = KLToBase(self.model, self.processing_class, c.max_completion_length)
+        self.tuned.begin(self.folder.adapter, resume and self.folder.begun(), self.team.rank == 0)
+        kl = self.tuned.kl(self.processing_class) if self._evaluates else None
         scores = functools.partial(judge, self.scorer, self.reward_funcs, self.reward_weights, self.metrics,
                                    skip=c.on_reward_error == "skip")  # fmt: skip
         self.held_out = None
@@ -164,17 +153,18 @@ class ESTrainer(SavesLikeTRL):
             self.held_out = HeldOut(
                 self.eval_dataset, self.batches.texts, self.engine, scores, kl, self.folder, c.samples
             )
-        self.movement = Movement(plan)
-        self.es = self.es_class(
-            plan, c.sigma, c.lr, c.population_size, c.seed, c.mirrored, c.noise, c.shaping, c.weights,
+        self.movement = Movement(weights if isinstance(weights, Plan) else weights.plan)
+        self.es = ES(
+            weights, c.sigma, c.lr, c.population_size, c.seed, c.mirrored, c.noise, c.shaping, c.weights,
             journal=self.folder.journal, rounding=c.rounding, weight_decay=c.weight_decay, decay_to=c.decay_to,
             optimizer=c.make_optimizer(), perturb_rounding=c.perturb_rounding, team=self.team, resume=resume,
             checkpoints=self.folder.checkpoints, groups=c.groups or (),
         )  # fmt: skip
         # Reset the baseline after resuming, so that the first logged norm covers one update.
         self.movement.norms()
-        self.clock = Clock(self.es.plan.device)
-        self.recorder = RunRecorder(self.folder, c, self.model, self.processing_class, self.team)
+        self.clock = Clock(self.es.store.device)
+        card = functools.partial(model_card, self.tuned.name, self.tuned.library, c)
+        self.recorder = RunRecorder(self.folder, c, self.es.store, self.processing_class, self.team, card)
         self._told, self._run, self._stops = 0, self.team.run(), Stops()
 
     def train(self, resume_from_checkpoint: bool | str | None = None) -> dict[str, Any]:
@@ -231,7 +221,7 @@ class ESTrainer(SavesLikeTRL):
 
     def _generations(self) -> None:
         c, recorder, leads = self.args, self.recorder, self.team.rank == 0
-        self.clock = recorder.clock = Clock(self.es.plan.device)
+        self.clock = recorder.clock = Clock(self.es.store.device)
         if self.es.generation < c.generations:
             self.batches.check_fresh(self.engine, self.es.generation, c.progress)
         if self._evaluates:

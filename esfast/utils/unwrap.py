@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -51,6 +52,16 @@ def unwrapped(model) -> Iterator:
     finally:
         for parent, name, part in parts:
             parent._modules[name] = part
+
+
+def save_unwrapped(model, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
+    """Saves the plain model in a folder for from_pretrained. `weights` is the state dict of a sharded model."""
+    with unwrapped(model) as plain:
+        plain.save_pretrained(folder, **({} if weights is None else {"state_dict": weights}))
+    settings = getattr(model, "generation_config", None)
+    # PEFT doesn't save it.
+    if settings is not None and not (folder / "generation_config.json").exists():
+        settings.save_pretrained(folder)
 
 
 def _holder(module) -> str | None:

@@ -157,7 +157,7 @@ def test_a_checkpoint_of_another_run_is_left_out(tmp_path, whole, caplog):
 def test_a_checkpoint_that_names_no_run_needs_the_journal_to_vouch_for_it(checked, tmp_path, whole, caplog):
     made = stopped(tmp_path / "run", 3)
     made.es._history.identities.clear()  # as if an older version had written it
-    made.es._history.save(3, made.es._weights.updater)
+    made.es._history.save(3, made.es.store.updater)
     assert 3 in read(made.folder.journal).checks
     if not checked:
         lines = made.folder.journal.read_bytes().splitlines(keepends=True)
