@@ -11,6 +11,7 @@ _HOMES = {
     "Plan": "core.plan",
     "Slice": "core.plan",
     "add_noise_": "core.ops",
+    "low_rank_factors": "core.factors",
     "ES": "es.es",
     "EsfastError": "utils.errors",
     "Team": "distributed.team",

@@ -73,9 +73,9 @@ class Twin:
         assert sharded.layout == whole.layout and sharded.whole_numel == whole.numel
         assert sharded.fingerprint() == whole.fingerprint()
         bases = sharded.clone(), whole.clone()
-        for kind in ("gaussian", "rademacher"):
+        for kind, rank in (("gaussian", 1), ("rademacher", 1), ("low_rank", 3)):
             for plan, base in zip(self.plans, bases, strict=True):
-                add_noise_(plan, [2**63 + 5], [0.02], base=base, noise=kind)
+                add_noise_(plan, [2**63 + 5], [0.02], base=base, noise=kind, rank=rank)
             self.compare(f"perturb, {kind}")
         assert sharded.fingerprint() == whole.fingerprint()
         for plan, base in zip(self.plans, bases, strict=True):

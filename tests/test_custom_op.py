@@ -13,11 +13,21 @@ def two_plans(dtype=torch.bfloat16):
     return made
 
 
-@pytest.mark.parametrize("options", [{}, {"noise": "rademacher"}, {"rounding": "stochastic", "decay": 0.1}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"noise": "rademacher"}, {"rounding": "stochastic", "decay": 0.1}, {"noise": "low_rank", "rank": 3}],
+    ids=str,
+)
 def test_opcheck(options):
     plan, _ = two_plans()
     base = plan.clone()
-    rest = options.get("noise", "gaussian"), options.get("rounding", "nearest"), "cpu", options.get("decay", 0.0)
+    rest = (
+        options.get("noise", "gaussian"),
+        options.get("rounding", "nearest"),
+        "cpu",
+        options.get("decay", 0.0),
+        options.get("rank", 1),
+    )
     for source in ([], base.tensors):
         torch.library.opcheck(custom_op.add_noise_op, (plan.tensors, source, plan.number, [1, -5], [0.5, 0.25], *rest))
 
@@ -30,6 +40,7 @@ def test_compiled_calls_give_the_same_bits(backend, same_bits):
     def step(plan, x):
         add_noise_(plan, [1, 2**64 - 1], [0.5, 0.25], base=base)
         add_noise_(plan, [7], [0.125], noise="rademacher", rounding="stochastic", decay=0.01)
+        add_noise_(plan, [7], [0.125], noise="low_rank", rank=2)
         return x + plan.tensors[0].float().sum()
 
     x = torch.ones(3)

@@ -77,8 +77,9 @@ def test_the_same_bits_and_journal_for_any_number_of_processes(processes, single
         {"weights": "master", "dtype": "bfloat16", "groups": ["*norm*:sigma=2,lr=0.5"]},
         {"optimizer": "momentum", "momentum_window": 2, "rounding": "stochastic", "dtype": "float16"},
         {"optimizer": "adam", "weight_decay": 0.5, "decay_to": "initial", "noise": "rademacher"},
+        {"noise": "low_rank", "rank": 2, "rounding": "stochastic", "dtype": "bfloat16"},
     ],
-    ids=["master", "momentum", "adam"],
+    ids=["master", "momentum", "adam", "low rank"],
 )
 def test_modes_and_optimizers(settings, tmp_path):
     """Updates are tried both whole and shared out (generations 0, 2 and 1, 3), and then as is faster."""

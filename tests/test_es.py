@@ -340,7 +340,7 @@ def test_a_shaping_function_sees_the_rewards(same_bits):
 # ---- the update -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("noise", ("gaussian", "rademacher"))
+@pytest.mark.parametrize("noise", ("gaussian", "rademacher", "low_rank"))
 @pytest.mark.parametrize("mirrored", (False, True))
 @pytest.mark.parametrize("weights", ("base", "inplace"))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -374,7 +374,11 @@ def run_of(seed, generations=3, **options):
     return plan.tensors
 
 
-@pytest.mark.parametrize("options", ({}, {"mirrored": True}, {"noise": "rademacher"}, {"weights": "inplace"}), ids=str)
+@pytest.mark.parametrize(
+    "options",
+    ({}, {"mirrored": True}, {"noise": "rademacher"}, {"noise": "low_rank", "rank": 2}, {"weights": "inplace"}),
+    ids=str,
+)
 def test_the_seed_decides(options, same_bits):
     first = run_of(5, **options)
     assert same_bits(first, run_of(5, **options)) and same_bits(first, run_of(5, backend="reference", **options))

@@ -10,6 +10,7 @@ from esfast.update.updater import Rule
 
 OPTIONS = {
     "sgd": {},
+    "low rank": {"noise": "low_rank", "rank": 3},
     "momentum": {"optimizer": esfast.Momentum(0.5, 3)},
     "adam": {"optimizer": "adam", "weight_decay": 2.0},
     "anchor, stochastic": {"decay_to": "initial", "weight_decay": 5.0, "rounding": "stochastic"},

@@ -35,7 +35,11 @@ def with_crc(fields) -> str:
 
 
 @pytest.mark.parametrize("backend", ("cpu", "reference"))
-@pytest.mark.parametrize("options", ({}, {"mirrored": True}, {"noise": "rademacher", "seed": 2**64 - 1}), ids=str)
+@pytest.mark.parametrize(
+    "options",
+    ({}, {"mirrored": True}, {"noise": "rademacher", "seed": 2**64 - 1}, {"noise": "low_rank", "rank": 3}),
+    ids=str,
+)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
 def test_replay_gives_the_weights_to_the_bit(dtype, options, backend, tmp_path, same_bits):
     plan, again = plan_of(dtype), plan_of(dtype)

@@ -16,7 +16,7 @@ def bits_of(m):
     return [p.detach().clone() for p in m.parameters()]
 
 
-@pytest.mark.parametrize("kind", ["gaussian", "rademacher"])
+@pytest.mark.parametrize("kind", ["gaussian", "rademacher", "low_rank"])
 @pytest.mark.parametrize("with_base", [False, True])
 def test_the_model_is_the_member_and_then_itself(kind, with_base, same_bits):
     m = model()

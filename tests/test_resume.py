@@ -88,6 +88,7 @@ def test_a_full_disk_is_a_clear_error_and_loses_nothing(size, settings, tmp_path
 
 OPTIONS = [
     {}, {"weights": "master"}, {"weights": "host"}, {"optimizer": "momentum"},
+    {"noise": "low_rank", "rank": 3, "optimizer": "momentum", "weights": "master"},
     {"optimizer": "adam", "decay_to": "initial", "weight_decay": 1.0, "weights": "master"},
 ]  # fmt: skip
 
@@ -210,7 +211,7 @@ def test_replay_compares_fingerprints(tmp_path):
 
 
 def test_an_exported_journal_is_the_journal(tmp_path, same_bits):
-    es = start(tmp_path, optimizer="momentum", weights="master")
+    es = start(tmp_path, optimizer="momentum", weights="master", noise="low_rank", rank=2)
     for _ in range(3):
         step(es)
     for member in es.population():

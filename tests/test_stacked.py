@@ -156,7 +156,7 @@ def test_each_member_answers_as_alone(name, same_bits):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("noise", ["gaussian", "rademacher"])
+@pytest.mark.parametrize("noise", ["gaussian", "rademacher", "low_rank"])
 def test_members_have_the_weights_that_perturbed_gives(dtype, noise, same_bits):
     model = Text().to(dtype)
     together = StackedModel(model, 3, rule=Rule(noise=noise, groups=check_groups(["words*:sigma=0.5"])))

@@ -53,9 +53,10 @@ def check_kind(kind: str) -> str:
     return kind
 
 
-def check_rank(kind: str, rank: int) -> int:
-    """The rank of noise of this kind: 1 to MAX_RANK, and 1 of what has none. TypeError or ValueError otherwise."""
-    rank = check_int("rank", rank, 1, MAX_RANK + 1)
+def check_rank(kind: str, rank: int, what: str = "rank") -> int:
+    """The rank of noise of this kind: 1 to MAX_RANK, and 1 of what has none. TypeError or ValueError, which names
+    `what`, otherwise."""
+    rank = check_int(what, rank, 1, MAX_RANK + 1)
     if rank != 1 and kind != "low_rank":
-        raise BadValue(f"rank: {kind!r} noise has no rank, got {rank}; write noise='low_rank'")
+        raise BadValue(f"{what}: {kind!r} noise has no rank, got {rank}; write noise='low_rank'")
     return rank

@@ -62,7 +62,7 @@ class ES:
         population_size: members a generation, at least 2; an even number if mirrored.
         seed: the run's seed, 0 <= seed < 2**64. The same seed and the same rewards give the same weights to the bit.
         mirrored: members come in pairs, +noise and -noise of one seed.
-        noise: "gaussian" or "rademacher".
+        noise: "gaussian", "rademacher" or "low_rank"; see `add_noise_`.
         shaping: "zscore", "centered_rank", or a function from the list of rewards to a list of as many numbers.
         weights: where members are written from and restored to. "base": exact; one extra copy of the weights. "master":
             exact, and updates are not rounded to 16 bits; two extra copies. "host": exact; the copy is in host memory.
@@ -76,6 +76,7 @@ class ES:
             see esfast.update.
         groups: esfast.Group objects, or texts such as "*embed*:lr=0.1", which give weights their own sigma and lr. The
             first group whose pattern matches a name counts.
+        rank: of low-rank noise, 1 to 256.
         backend: as in `add_noise_`.
         journal: path of the journal. Every step is appended to it before the weights change. See esfast.journal.
         team: an esfast.Team of several processes. Each scores some members of a population, and `step` collects the
@@ -114,6 +115,7 @@ class ES:
         resume: bool = False,
         checkpoints: str | Path | None = None,
         groups: Sequence[Group | str] = (),
+        rank: int = 1,
     ):
         self.sigma, self.lr = _check_positive("sigma", sigma), _check_positive("lr", lr)
         self.population_size = check_int("population_size", population_size, 2, 2**32)
@@ -129,7 +131,7 @@ class ES:
         if weight_decay != 0:
             _check_positive("weight_decay", weight_decay)
         self.weight_decay, self._perturb_rounding = float(weight_decay), perturb_rounding
-        self.rule = Rule(noise, rounding, check_optimizer(optimizer), decay_to, check_groups(groups))
+        self.rule = Rule(noise, rounding, check_optimizer(optimizer), decay_to, check_groups(groups), rank)
         source = model if isinstance(model, (Plan, WeightStore)) else Plan(model)
         self.rule.check_names(source.whole_names)
         self.team = team if team is not None else Team()

@@ -22,6 +22,7 @@ def perturbed(
     base: Plan | None = None,
     noise: str = "gaussian",
     backend: str = "auto",
+    rank: int = 1,
 ) -> Iterator[Plan]:
     """Perturbs a model inside a `with` block.
 
@@ -39,7 +40,7 @@ def perturbed(
         base: a copy of the weights (`plan.clone()`), from which the member is written and restored. Make a new one
             after loading other weights into the model. Without a base each block makes its own copy, which costs one
             more pass over the weights and the allocation.
-        noise, backend: as in `add_noise_`.
+        noise, rank, backend: as in `add_noise_`.
 
     Yields:
         The Plan.
@@ -50,7 +51,7 @@ def perturbed(
     plan = model if isinstance(model, Plan) else Plan(model)
     plan.check_module()
     truth = plan.clone() if base is None else base
-    options: dict[str, Any] = {"base": truth, "noise": noise, "backend": backend}
+    options: dict[str, Any] = {"base": truth, "noise": noise, "rank": rank, "backend": backend}
     # Check that the base fits before anything is written: the restore reads it.
     plan.table(truth)
     with unchanged_buffers(plan):

@@ -15,6 +15,7 @@ made in place, each from the one before, so they carry the rounding errors of th
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -83,7 +84,7 @@ class BaseWeights(_Stored):
         self.base = self.truth.high() if self.truth.low is not None else self.truth
         self.updater = Updater(self.truth, rule, backend)
         self._parts = rule.split(plan, self.base)
-        self._options = {"noise": rule.noise, "backend": backend}
+        self._options = {**rule.noise_options, "backend": backend}
         self._note()
 
     @staticmethod
@@ -154,7 +155,7 @@ class _MovingWeights(LocalStore):
         self.truth = plan
         self.updater = Updater(plan, rule, backend)
         self._parts = rule.split(plan)
-        self._options = {"noise": rule.noise, "backend": backend}
+        self._options = {**rule.noise_options, "backend": backend}
         self._applied: list[tuple[int, float]] = []
 
     def update(self, record: Generation) -> None:
@@ -218,7 +219,7 @@ class InplaceWeights(_MovingWeights):
         if self._exact is None:
             return None
         exact = self._exact.plan.tensors
-        apart = [(t.float() - e).double() for (_, t, _), e in zip(self._watched, exact, strict=True)]
+        apart = [(t.float() - e).double().reshape(-1) for (_, t, _), e in zip(self._watched, exact, strict=True)]
         return float(torch.cat(apart).square().mean().sqrt())
 
 
@@ -267,10 +268,14 @@ def sample(plan: Plan) -> list[tuple[str, torch.Tensor, Slice]]:
     """Up to DRIFT_SAMPLE neighbouring weights from the middle of each whole, contiguous tensor, as views."""
     views = []
     for e in plan.entries:
-        n, t = e.tensor.numel(), e.tensor.detach()
+        t = e.tensor.detach()
         if t.is_contiguous() and tuple(t.shape) == e.window.shape:
-            start = max(0, n // 2 - DRIFT_SAMPLE // 2)
-            views.append((e.name, t.view(-1)[start : start + DRIFT_SAMPLE], Slice((n,), (start,))))
+            offset = [0] * t.dim()
+            for d, n in enumerate(e.window.shape):
+                kept = max(1, min(n, DRIFT_SAMPLE // math.prod(e.window.shape[d + 1 :])))
+                offset[d] = (n - kept) // 2
+                t = t.narrow(d, offset[d], kept)
+            views.append((e.name, t, Slice(e.window.shape, tuple(offset))))
     return views
 
 
@@ -284,7 +289,7 @@ def open_store(plan: Plan, rule: Rule, mode: str, backend: str) -> LocalStore:
 
     Raises RuntimeError if the backend can't run here, ValueError for weights that are NaN or infinite. No weight has
     changed."""
-    get_backend(backend, plan.device)
+    get_backend(backend, plan.device, rule.noise)
     check_finite((e.name, e.tensor) for e in plan.entries)
     return MODES[automatic(plan, rule) if mode == "auto" else mode](plan, rule, backend)
 

@@ -37,7 +37,7 @@ class ZOParameters:
         zo_eps: size of the perturbation. > 0.
         weights: "base" (exact; one copy of the weights), "master" (exact, updates in float32), "host" or "inplace" (no
             copy, and the rounding errors of MeZO); see esfast.es.weights.
-        noise, rounding, backend: as in `add_noise_`.
+        noise, rank, rounding, backend: as in `add_noise_`.
         weight_decay: of `zo_update`, for all weights but those with "bias" or "layer norm" in their name.
     """
 
@@ -50,6 +50,7 @@ class ZOParameters:
         rounding: str = "nearest",
         weight_decay: float = 0.0,
         backend: str = "auto",
+        rank: int = 1,
     ):
         if weights not in MODES:
             raise BadValue(f"weights: expected one of {', '.join(map(repr, MODES))}, got {weights!r}")
@@ -63,7 +64,7 @@ class ZOParameters:
         self.tensors = [(name, tensor) for name, tensor, *_ in items]
         still = [i for i in items if weight_decay and any(part in i[0] for part in NOT_DECAYED)]
         moved = [i for i in items if not any(i is s for s in still)]
-        rule = Rule(noise, rounding)
+        rule = Rule(noise, rounding, rank=rank)
         self.zo_eps, self.weight_decay, self.updates = float(zo_eps), float(weight_decay), 0
         # Each with its decay. Two passes if some weights decay and others don't, else one.
         self.groups = [
@@ -138,8 +139,9 @@ class MeZOMixin:
     a MeZO trainer with a loop of its own (`class MyTrainer(MeZOMixin, OurTrainer)`), it replaces zo_perturb_parameters
     and zo_update, and keeps their arguments and attributes (zo_random_seed, projected_grad).
 
-    Attributes: zo_eps (overridden by a `zo_eps` in the TrainingArguments), zo_weights and zo_noise, as in ZOParameters.
-    Seeds are a function of args.seed and the step, so a resumed run draws the same seeds as an unbroken one.
+    Attributes: zo_eps (overridden by a `zo_eps` in the TrainingArguments), zo_weights, zo_noise and zo_rank, as in
+    ZOParameters. Seeds are a function of args.seed and the step, so a resumed run draws the same seeds as an unbroken
+    one.
     """
 
     # the Trainer's
@@ -156,6 +158,7 @@ class MeZOMixin:
     zo_eps = 1e-3
     zo_weights = "base"
     zo_noise = "gaussian"
+    zo_rank = 1
 
     def __init__(self, *args, **kwargs):
         self._zo: ZOParameters | None = None
@@ -169,7 +172,7 @@ class MeZOMixin:
                 raise BadValue("MeZO: fp16=True scales gradients, of which there are none; load the model in float16")
             self._zo = ZOParameters(
                 self.accelerator.unwrap_model(self.model), getattr(self.args, "zo_eps", self.zo_eps), self.zo_weights,
-                self.zo_noise, weight_decay=self.args.weight_decay,
+                self.zo_noise, weight_decay=self.args.weight_decay, rank=self.zo_rank,
             )  # fmt: skip
         return self._zo
 

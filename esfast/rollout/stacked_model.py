@@ -42,6 +42,7 @@ def stacked(
     rounding: str = "nearest",
     groups: Sequence[Group | str] = (),
     backend: str = "auto",
+    rank: int = 1,
 ) -> Iterator[torch.nn.Module]:
     """Inside the block the model answers K * B rows, rows k * B to (k + 1) * B with member k's weights,
     round(weights + sigma * noise(seed)). After it, however it is left, its parameters stand in their places; they are
@@ -52,7 +53,7 @@ def stacked(
             tensors. For a language model a few tokens are generated at once, to see how its operations are shared.
         members: (seed, sigma) for each of the K members; with -sigma it is the mirrored one.
         base: what members are written from, as in `add_noise_`; default: the model's weights.
-        noise, rounding, backend: as in `add_noise_`.
+        noise, rank, rounding, backend: as in `add_noise_`.
         groups: esfast.Group's, whose factors of sigma count, as in ES.
 
     Yields the module.
@@ -63,7 +64,8 @@ def stacked(
             members can't share, which is named, or answers otherwise than for each member alone.
     """
     members = list(members)
-    model = StackedModel(model, len(members), base, Rule(noise=noise, groups=check_groups(groups)), rounding, backend)
+    rule = Rule(noise=noise, groups=check_groups(groups), rank=rank)
+    model = StackedModel(model, len(members), base, rule, rounding, backend)
     model.write(members)
     model.check()
     with model.in_place():
@@ -101,7 +103,7 @@ class StackedModel:
             raise BadValue("stacked: expected at least one member")
         self._places = Places(self.module, self.plan)
         rule, base = rule or Rule(), self.plan if base is None else base
-        self._options = {"noise": rule.noise, "rounding": rounding, "backend": backend}
+        self._options = {**rule.noise_options, "rounding": rounding, "backend": backend}
         entries = self.plan.entries
         self._stacks = [torch.empty(at_once, *e.tensor.shape, dtype=e.tensor.dtype, device=e.tensor.device)
                         for e in entries]  # fmt: skip

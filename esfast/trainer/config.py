@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..core.kinds import KINDS
+from ..core.kinds import KINDS, check_rank
 from ..es.shaping import SHAPINGS
 from ..rollout.chat import check_options
 from ..update.optimizers import OPTIMIZERS, Adam, Group, Momentum, Optimizer, check_groups
@@ -56,6 +56,7 @@ class ESConfig:
     warmup_generations: int = option(0, "first generations, in which lr rises to its full value")
     mirrored: bool = option(False, "members come in pairs, +noise and -noise")
     noise: str = option("gaussian", "kind of noise", KINDS)
+    rank: int = option(1, "rank of low_rank noise, 1 to 256")
     shaping: str = option("zscore", "how rewards become weights of the noise", tuple(SHAPINGS))
     weights: str = option(
         "base",
@@ -133,6 +134,7 @@ class ESConfig:
                 check_int(f"ESConfig.{name}", value, least, 2**63)
         check_int("ESConfig.seed", self.seed, 0, 2**64)
         check_int("ESConfig.population_size", self.population_size, 2, 2**32)
+        check_rank(self.noise, self.rank, "ESConfig.rank")
         check_int("ESConfig.warmup_generations", self.warmup_generations, 0, self.generations)
         if self.mirrored and self.population_size % 2:
             raise BadValue(

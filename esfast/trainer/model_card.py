@@ -31,8 +31,8 @@ def model_card(
         table = ["", f"| on held-out prompts | before | {when} |", "|---|--:|--:|", *rows, ""]
     settings = "\n".join(
         f"    {field}: {getattr(config, field)}"
-        for field in ("seed", "population_size", "sigma", "lr", "noise", "mirrored", "shaping", "optimizer", "weights",
-                      "prompts_per_generation", "max_completion_length", "include", "exclude", "groups")
+        for field in ("seed", "population_size", "sigma", "lr", "noise", "rank", "mirrored", "shaping", "optimizer",
+                      "weights", "prompts_per_generation", "max_completion_length", "include", "exclude", "groups")
     )  # fmt: skip
     return "\n".join([
         "---", yaml.safe_dump(header, sort_keys=False) + "---", "", "# Tuned by evolution strategies", "",

@@ -21,7 +21,7 @@ class Movement:
     def __init__(self, plan: Plan | None):
         found = [] if plan is None or plan.sharded else sample(plan)
         # Sampled weights, and how many weights of the tensor they stand for.
-        self._views = [(view, window.shape[0]) for _, view, window in found]
+        self._views = [(view, math.prod(window.shape)) for _, view, window in found]
         self._initial = self._last = self._read()
 
     def norms(self) -> dict[str, float]:

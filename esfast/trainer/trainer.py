@@ -158,7 +158,7 @@ class ESTrainer(SavesLikeTRL):
             weights, c.sigma, c.lr, c.population_size, c.seed, c.mirrored, c.noise, c.shaping, c.weights,
             journal=self.folder.journal, rounding=c.rounding, weight_decay=c.weight_decay, decay_to=c.decay_to,
             optimizer=c.make_optimizer(), perturb_rounding=c.perturb_rounding, team=self.team, resume=resume,
-            checkpoints=self.folder.checkpoints, groups=c.groups or (),
+            checkpoints=self.folder.checkpoints, groups=c.groups or (), rank=c.rank,
         )  # fmt: skip
         # Reset the baseline after resuming, so that the first logged norm covers one update.
         self.movement.norms()

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..core.kinds import check_kind
+from ..core.kinds import check_kind, check_rank
 from ..core.ops import AdamStep, add_noise_
 from ..core.plan import Plan
 from ..utils.errors import BadType, BadValue
@@ -56,7 +56,7 @@ class Generation:
 class Rule:
     """The settings that, with a generation's seeds and coefficients, determine an update.
 
-    noise, rounding: as in `add_noise_`. decay_to: "zero", or "initial" for the weights before the first update.
+    noise, rank, rounding: as in `add_noise_`. decay_to: "zero", or "initial" for the weights before the first update.
     groups: the first group whose pattern matches a name counts. Raises TypeError or ValueError for anything else.
     """
 
@@ -65,9 +65,10 @@ class Rule:
     optimizer: Optimizer = SGD()
     decay_to: str = "zero"
     groups: tuple[Group, ...] = ()
+    rank: int = 1
 
     def __post_init__(self):
-        check_kind(self.noise)
+        check_rank(check_kind(self.noise), self.rank)
         for what, value, known in (("rounding", self.rounding, ROUNDINGS), ("decay_to", self.decay_to, DECAY_TO)):
             if value not in known:
                 raise BadValue(f"{what}: expected one of {', '.join(map(repr, known))}, got {value!r}")
@@ -85,6 +86,11 @@ class Rule:
         """Bytes that an Updater takes: the moments and the anchor."""
         moments = 8 * plan.flat_numel if isinstance(self.optimizer, Adam) else 0
         return moments + (plan.nbytes if self.decay_to == "initial" else 0)
+
+    @property
+    def noise_options(self) -> dict:
+        """The arguments of `add_noise_` that say which noise."""
+        return {"noise": self.noise, "rank": self.rank}
 
     def split(self, *plans: Plan | None) -> list[tuple]:
         """Divides plans of the same tensors by group: for each group (group, *parts), a part of each plan. Without
@@ -113,6 +119,7 @@ class Rule:
         optimizer = {"name": name, **dataclasses.asdict(self.optimizer)}
         fields = {"noise": self.noise, "rounding": self.rounding, "optimizer": optimizer, "decay_to": self.decay_to}
         groups = {"groups": [[g.pattern, g.sigma, g.lr] for g in self.groups]}
+        fields |= {"rank": self.rank} if self.noise == "low_rank" else {}
         # Without groups the line is as in journals of older versions.
         return fields | (groups if self.groups else {})
 
@@ -122,7 +129,8 @@ class Rule:
         optimizer = dict(fields["optimizer"])
         made = OPTIMIZERS[optimizer.pop("name")](**optimizer)
         groups = tuple(Group(*group) for group in fields.get("groups", ()))
-        return cls(fields["noise"], fields["rounding"], made, fields["decay_to"], groups)
+        rank = fields["rank"] if fields["noise"] == "low_rank" else 1
+        return cls(fields["noise"], fields["rounding"], made, fields["decay_to"], groups, rank)
 
 
 class Updater:
@@ -135,6 +143,9 @@ class Updater:
 
     def __init__(self, plan: Plan, rule: Rule, backend: str = "auto"):
         self.plan, self.rule, self.backend = plan, rule, backend
+        if rule.noise == "low_rank":
+            # What it refuses must be refused before a part of the weights has changed.
+            plan.table(matrices=True)
         self.anchor = plan.anchor() if rule.decay_to == "initial" else None
         self.moments: torch.Tensor | None = None
         if isinstance(rule.optimizer, Adam):
@@ -152,7 +163,7 @@ class Updater:
                 lr = group.lr * record.lr
                 adam, scaled = AdamStep.at(record.generation + 1, self.moments, lr, o.beta1, o.beta2, o.eps), coeffs
             add_noise_(
-                plan, seeds, scaled, noise=rule.noise, rounding=rule.rounding, backend=self.backend,
+                plan, seeds, scaled, rounding=rule.rounding, backend=self.backend, **rule.noise_options,
                 decay=group.lr * record.decay, anchor=anchor, adam=adam,
             )  # fmt: skip
         self.recall(record)
