@@ -101,7 +101,15 @@ def test_a_list_is_expected(groups):
 @pytest.mark.parametrize("weights", ["base", "master", "host", "inplace"])
 def test_what_a_group_can_not_take_changes_no_weight(weights, same_bits):
     tensors = model()
-    es = ES(tensors.items(), 1e-3, 0.1, 2, weight_decay=5.0, weights=weights, groups=["norm*:sigma=1e30,lr=3"])
+    es = ES(
+        tensors.items(),
+        1e-3,
+        0.1,
+        population_size=2,
+        weight_decay=5.0,
+        weights=weights,
+        groups=["norm*:sigma=1e30,lr=3"],
+    )
     for member in es.population():
         member.reward = float(member.index)
         es.sigma = 1e-3

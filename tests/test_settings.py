@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import enum
+import inspect
 from decimal import Decimal
 from pathlib import Path
 
@@ -13,8 +14,10 @@ import yaml
 
 import esfast
 from esfast import cli
-from esfast.cli.run_options import FIELDS, RunOptions, read_yaml
+from esfast.cli.run_options import FIELDS, SETTINGS, RunOptions, read_yaml
 from esfast.trainer.config import ESConfig
+from esfast.update.optimizers import OPTIMIZERS
+from esfast.utils.settings import options_of
 
 
 class Schedule(enum.Enum):
@@ -175,3 +178,94 @@ def test_every_setting_is_of_a_type_that_is_converted():
     for name, field in FIELDS.items():
         inner = field.type.removesuffix(" | None").removeprefix("list[").removesuffix("]")
         assert inner in ("int", "float", "bool", "str", "dict") and "choices" in field.metadata, name
+
+
+def test_es_takes_names_after_lr_and_the_trainer_gives_it_all_that_it_knows():
+    parameters = inspect.signature(esfast.ES).parameters
+    by_place = [p.name for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert by_place == ["model", "sigma", "lr"]
+    with pytest.raises(TypeError, match="positional argument"):
+        esfast.ES([("a", torch.zeros(3))], 1e-3, 1e-3, 30)
+    known = {f.name for f in dataclasses.fields(ESConfig)} & parameters.keys()
+    # whether a process goes on depends on the team, too
+    assert ESConfig().es_settings().keys() == known - {"resume"}
+
+
+def test_defaults_of_an_optimizer_are_the_optimizers():
+    for name, kind in OPTIMIZERS.items():
+        assert ESConfig(optimizer=name).make_optimizer() == kind()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"adam_beta1": 1.5}, "ESConfig.adam_beta1: expected a number between 0 and 1, got 1.5"),
+        ({"optimizer": "momentum", "momentum_window": 1}, "ESConfig.momentum_window: expected 2 <="),
+        ({"groups": ["*a*:lrr=2"]}, "ESConfig.groups: group: unknown factor 'lrr'. Did you mean 'lr'?"),
+        ({"lr": 0.5, "weight_decay": 4}, "ESConfig.weight_decay: 4.0 times lr 0.5 is more than all of the weights"),
+        ({"noise": "gausian"}, "got 'gausian'. Did you mean 'gaussian'?"),
+        ({"report_to": ["wandbb"]}, "got ['wandbb']. Did you mean 'wandb'?"),
+    ],
+)
+def test_refused_by_the_fields_own_name(settings, message):
+    with pytest.raises(esfast.EsfastError) as caught:
+        ESConfig(**settings)
+    assert message in str(caught.value)
+
+
+# of every type of field: a value that it can't take, whatever the field is called
+WRONG = {int: 1.5, float: "much", bool: "maybe", str: {"a": 1}, dict: [1]}
+EVERY = {name: kind for owner in SETTINGS for name, (_, kind) in options_of(owner).items()}
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_wrong_value_of_any_field_is_refused_before_a_model_is_loaded(name, tmp_path, monkeypatch, capsys):
+    kind = EVERY[name]
+    wrong = {"a": 1} if kind.is_list else WRONG[kind.item]
+    (owner,) = (o for o in SETTINGS if name in options_of(o))
+    with pytest.raises(esfast.EsfastError, match=rf"\A{owner.__name__}\.{name}: (group: )?expected "):
+        owner(**{name: wrong})
+    monkeypatch.chdir(tmp_path)
+    Path("run.yaml").write_text(yaml.safe_dump({name: wrong}))
+    assert cli.main(["train", "--config", "run.yaml"]) == 1
+    flag = "--out" if name == "output_dir" else "--" + name.replace("_", "-")
+    assert f"esfast: error: {flag}: expected " in capsys.readouterr().err
+    Path("run.yaml").write_text(yaml.safe_dump({name[:-1] + "qq": 1}))
+    assert cli.main(["train", "--config", "run.yaml"]) == 1
+    assert f"unknown setting '{name[:-1]}qq'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["train", f"{flag[:-1]}q", "1"])
+    assert f"unrecognized arguments: {flag[:-1]}q 1. Did you mean '--" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["run.yaml"]
+
+
+def test_a_text_for_a_truth_is_no_wish_to_resume(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("run.yaml").write_text("resume: 'false'\noutput_dir: run\nmodel: ''\n")
+    assert cli.main(["train", "--config", "run.yaml"]) == 1
+    assert "esfast: error: --model: expected a name, got an empty text" in capsys.readouterr().err
+    Path("run").mkdir()
+    Path("run/metrics.jsonl").write_text('{"generation": 0}\n{"generation": 1}\n')
+    Path("run.yaml").write_text("resume: 'false'\noutput_dir: run\nmodel: none here\ntask: countdown\nstyle: paper\n")
+    assert cli.main(["train", "--config", "run.yaml"]) == 1
+    assert "holds a run already" in capsys.readouterr().err
+
+
+def test_what_the_trainer_would_refuse_is_refused_before_a_model_is_loaded(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    wanted = ["train", "--model", "none here", "--task", "countdown", "--style", "paper", "--device", "cpu"]
+    assert cli.main([*wanted, "--reward-weights", "1", "2", "3"]) == 1
+    assert "--reward-weights: expected one for each of the " in capsys.readouterr().err
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert cli.main([*wanted, "--report-to", "wandb"]) == 1
+    assert "--report-to: wandb is not installed: pip install wandb" in capsys.readouterr().err
+
+
+class Odd(ESConfig):
+    """As somebody's script may have it: a type that can't be resolved there."""
+
+    mine: "Nowhere" = None  # noqa: F821
+
+
+def test_fields_of_a_subclass_may_be_of_any_type():
+    assert dataclasses.dataclass(Odd)(sigma="0.5", mine=object()).sigma == 0.5

@@ -58,6 +58,10 @@ class RunOptions:
 
     def __post_init__(self):
         convert_fields(self)
+        for name in ("model", "task", "data", "device"):
+            # as a variable of the shell that is not set leaves it
+            if getattr(self, name) == "":
+                raise BadValue(f"RunOptions.{name}: expected a name, got an empty text")
         for name in ("train_prompts", "num_engines", "tensor_parallel_size"):
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name), 1, 2**31)

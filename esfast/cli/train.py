@@ -11,6 +11,8 @@ from typing import Any
 
 from ..distributed.team import Team
 from ..tasks import embedded
+from ..trainer.door import open_rewards
+from ..trainer.loggers import require
 from ..trainer.run_folder import RunFolder
 from ..trainer.trainer import ESTrainer
 from ..utils.errors import BadValue
@@ -46,6 +48,9 @@ def run(args: argparse.Namespace) -> None:
                 RunFolder.claim(settings["output_dir"], settings.get("resume", False) or team.restarted)
     task = task_of(options)
     config = es_config(_defaults(options, task) | settings)
+    # what the trainer would refuse after minutes of loading
+    open_rewards(list(task.reward_funcs), {}, config.reward_weights)
+    require(config.report_to)
     eval_rows = task.eval_rows(config.eval_prompts)
     if not eval_rows:
         log.warning("no problems of %s are held out, so nothing is evaluated", options.data or options.task)

@@ -98,6 +98,7 @@ class ES:
         model: torch.nn.Module | Plan | Iterable[tuple] | WeightStore,
         sigma: float = 1e-3,
         lr: float = 5e-4,
+        *,
         population_size: int = 30,
         seed: int = 0,
         mirrored: bool = False,

@@ -10,7 +10,7 @@ from ..core.kinds import KINDS, check_rank
 from ..es.shaping import SHAPINGS
 from ..rollout.chat import check_options
 from ..update.optimizers import OPTIMIZERS, Adam, Group, Momentum, Optimizer, check_groups
-from ..utils.errors import BadValue
+from ..utils.errors import BadValue, EsfastError
 from ..utils.names import DECAY_TO, DECODINGS, ROUNDINGS, WEIGHT_MODES
 from ..utils.settings import check_int, check_number, check_positive, convert_fields, convert_given, option
 from .loggers import LOGGERS, check_report_to
@@ -20,6 +20,12 @@ from .trl_names import accepts_trl_names
 # All others are part of what a run is: when it is resumed they must be the same.
 _MAY_CHANGE = ("output_dir", "reward_workers", "reward_timeout", "eval_every", "eval_prompts", "on_reward_error",
               "checkpoint_every", "resume", "progress", "samples", "save_best", "report_to", "kl_to_base")  # fmt: skip
+
+# What ES takes under the same name
+_OF_ES = (
+    "sigma", "lr", "population_size", "seed", "mirrored", "noise", "shaping", "weights", "rounding", "weight_decay",
+    "decay_to", "perturb_rounding", "rank",
+)  # fmt: skip
 
 # The least that whole numbers may be
 _LEAST = {
@@ -155,12 +161,19 @@ class ESConfig:
                 f"ESConfig.num_generations: {self.num_generations} equal responses to a prompt at temperature 0; "
                 "leave it at 1, or set a temperature (GRPO's is 1.0)"
             )
-        check_groups(self.groups or ())
+        try:
+            check_groups(self.groups or ())
+        except EsfastError as error:
+            raise BadValue(f"ESConfig.groups: {error}") from None
         for name in OPTIMIZERS:
             self._optimizer(name)
         for name in ("sigma", "lr"):
             check_positive(f"ESConfig.{name}", getattr(self, name))
             check_schedule(f"ESConfig.{name}", *(getattr(self, name + s) for s in ("", "_schedule", "_final_fraction")))
+        if self.lr * self.weight_decay > 1:
+            raise BadValue(
+                f"ESConfig.weight_decay: {self.weight_decay} times lr {self.lr} is more than all of the weights"
+            )
 
     def _take_optimizer(self) -> None:
         """The numbers of an esfast.Momentum or Adam that is given in place of a name."""
@@ -180,6 +193,11 @@ class ESConfig:
             mine = getattr(self, name)
             if theirs != mine:
                 raise BadValue(f"resume: the run has {name} {theirs!r}, asked for is {mine!r}")
+
+    def es_settings(self) -> dict[str, Any]:
+        """Arguments of `esfast.ES`."""
+        same = {name: getattr(self, name) for name in _OF_ES}
+        return same | {"optimizer": self.make_optimizer(), "groups": self.groups or ()}
 
     def make_optimizer(self) -> Optimizer:
         return self._optimizer(self.optimizer)

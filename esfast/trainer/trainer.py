@@ -102,6 +102,7 @@ class ESTrainer(SavesLikeTRL):
         if not isinstance(self.args, ESConfig):
             raise BadType(f"args: expected an esfast.ESConfig, got {type(args).__name__}")
         self.args.check()
+        require(self.args.report_to)
         self.metrics = check_metrics(metrics)
         self.reward_funcs, self.reward_weights = open_rewards(reward_funcs, self.metrics, self.args.reward_weights)
         if not callable(train_dataset):
@@ -121,7 +122,6 @@ class ESTrainer(SavesLikeTRL):
         self._evaluates = self.team.rank < self.team.shards
         workers = c.reward_workers if self.team.leads else 0
         self.scorer = Scorer([*self.reward_funcs, *self.metrics.values()], workers, c.reward_timeout)
-        require(c.report_to)
         self.identity = identity_of(self.tuned.identity(), self.reward_funcs, self.train_dataset)
         # Further entries of config.yaml, from the command line.
         self.described: dict[str, Any] = {}
@@ -155,11 +155,13 @@ class ESTrainer(SavesLikeTRL):
             )
         self.movement = Movement(weights if isinstance(weights, Plan) else weights.plan)
         self.es = ES(
-            weights, c.sigma, c.lr, c.population_size, c.seed, c.mirrored, c.noise, c.shaping, c.weights,
-            journal=self.folder.journal, rounding=c.rounding, weight_decay=c.weight_decay, decay_to=c.decay_to,
-            optimizer=c.make_optimizer(), perturb_rounding=c.perturb_rounding, team=self.team, resume=resume,
-            checkpoints=self.folder.checkpoints, groups=c.groups or (), rank=c.rank,
-        )  # fmt: skip
+            weights,
+            **c.es_settings(),
+            journal=self.folder.journal,
+            checkpoints=self.folder.checkpoints,
+            team=self.team,
+            resume=resume,
+        )
         # Reset the baseline after resuming, so that the first logged norm covers one update.
         self.movement.norms()
         self.clock = Clock(self.es.store.device)
