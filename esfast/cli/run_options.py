@@ -26,34 +26,37 @@ from .presets import NEEDS_DATA, preset
 
 @dataclass
 class RunOptions:
-    """What is tuned on what. `None` leaves it to the model or the task."""
+    """Model, task, data and devices of a run. `None` leaves the choice to the model or the task."""
 
     model: str | None = option(None, "Hugging Face name or folder (default: the embedded small model)")
     task: str | None = option(
-        None, "countdown, conciseness, math, sudoku, or file:PATH or dataset:NAME with --reward "
+        None, "countdown, conciseness, math or sudoku; or file:PATH or dataset:NAME, with --reward "
         "(default: what the model was made for, else countdown)"
     )  # fmt: skip
     style: str | None = option(
-        None, "prompts of the task (default: those that the model was made with; else paper)", ("paper", "compact")
+        None, "style of the prompts (default: the style that the model was made with, else paper)", ("paper", "compact")
     )
     data: str | None = option(
         None, "file of problems (.jsonl, .json, .csv, .parquet, ...) or dataset:NAME, instead of the task's generator"
     )
-    train_prompts: int | None = option(None, "train on so many fixed problems (default: fresh ones every generation)")
+    train_prompts: int | None = option(
+        None, "train on this many fixed problems (default: fresh ones in every generation)"
+    )
     reward: list[str] | None = option(None, "reward functions MODULE:FUNCTION instead of the task's")
     dtype: str = option("auto", "dtype of the weights; auto: the checkpoint's", ("auto", "float32", "bfloat16",
                         "float16"))  # fmt: skip
     device: str = option(
-        "auto", "cpu, cuda:1, ...; auto: what a backend is ready for, under torchrun a GPU for each process"
+        "auto",
+        "cpu, cuda:1, ...; auto: a GPU (under torchrun one a process) if a backend is ready for it, else the CPU",
     )
     engine: str = option(
-        "transformers", "what generates, in this process; vllm: in processes that Ray starts, which hold the weights",
+        "transformers", "what generates. transformers: this process; vllm: processes of Ray, which hold the weights",
         ("transformers", "vllm"),
     )  # fmt: skip
-    num_engines: int = option(1, "vLLM engines")
+    num_engines: int = option(1, "number of vLLM engines")
     tensor_parallel_size: int = option(
-        1, "processes, of those that torchrun starts, that hold one model together, each a part of it; "
-        "with --engine vllm: GPUs of each engine"
+        1, "processes of torchrun that hold one model together, each a part of it; with --engine vllm: GPUs of "
+        "each engine"
     )  # fmt: skip
 
     def __post_init__(self):

@@ -17,7 +17,7 @@ from .loggers import LOGGERS, check_report_to
 from .schedules import SCHEDULES, check_schedule
 from .trl_names import accepts_trl_names
 
-# All others are part of what a run is: when it is resumed they must be the same.
+# Settings that may differ when a run is resumed. All others must be the same.
 _MAY_CHANGE = ("output_dir", "reward_workers", "reward_timeout", "eval_every", "eval_prompts", "on_reward_error",
               "checkpoint_every", "resume", "progress", "samples", "save_best", "report_to", "kl_to_base")  # fmt: skip
 
@@ -32,9 +32,9 @@ _LEAST = {
     "generations": 1, "prompts_per_generation": 1, "max_completion_length": 1, "num_generations": 1, "batch_size": 1,
     "reward_workers": 0, "eval_every": 0, "checkpoint_every": 0, "eval_prompts": 1, "samples": 0,
 }  # fmt: skip
-# Seconds: three years, which every timer of the system takes
+# Seconds: three years, which every timer of the system accepts
 _LONGEST = 1e8
-# By optimizer: settings, and what they are called there
+# For each optimizer: settings, and their names there
 _NUMBERS = {
     "sgd": {},
     "momentum": {"momentum": "beta", "momentum_window": "window"},
@@ -45,55 +45,58 @@ _NUMBERS = {
 @accepts_trl_names
 @dataclass
 class ESConfig:
-    """Settings of a run; the defaults are the paper's for Countdown (arXiv 2509.24372). Each is also an option of
+    """Settings of a run. The defaults are the paper's for Countdown (arXiv 2509.24372). Each field is also an option of
     `esfast train`. TRL's names are accepted where they mean the same (learning_rate, max_steps, eval_steps, ...).
-    ValueError or TypeError names a field that is out of range, or unknown, and says what to do."""
+
+    Raises:
+        TypeError, ValueError: a field is unknown or out of range; the message names it and says what to do.
+    """
 
     output_dir: str = option("runs/esfast", "run folder: config, metrics, journal, curves and the tuned model")
-    seed: int = option(0, "seed of the run: of its noise and of the order of its prompts")
+    seed: int = option(0, "seed of the run: it determines the noise and the order of the prompts")
     generations: int = option(500, "number of updates")
-    population_size: int = option(30, "members, that is perturbed models, a generation")
+    population_size: int = option(30, "members (perturbed models) in a generation")
     sigma: float = option(1e-3, "standard deviation of the perturbation, in units of the weights")
     lr: float = option(5e-4, "step size of the update (the paper's alpha)")
     sigma_schedule: str = option("constant", "how sigma changes over the generations", tuple(SCHEDULES))
     lr_schedule: str = option("constant", "how lr changes over the generations", tuple(SCHEDULES))
-    sigma_final_fraction: float = option(0.1, "share of sigma that a schedule other than constant ends at")
-    lr_final_fraction: float = option(0.1, "share of lr that a schedule other than constant ends at")
-    warmup_generations: int = option(0, "first generations, in which lr rises to its full value")
+    sigma_final_fraction: float = option(0.1, "final sigma of a schedule, as a fraction of sigma")
+    lr_final_fraction: float = option(0.1, "final lr of a schedule, as a fraction of lr")
+    warmup_generations: int = option(0, "number of first generations in which lr rises to its full value")
     mirrored: bool = option(False, "members come in pairs, +noise and -noise")
     noise: str = option("gaussian", "kind of noise", KINDS)
     rank: int = option(1, "rank of low_rank noise, 1 to 256")
-    shaping: str = option("zscore", "how rewards become weights of the noise", tuple(SHAPINGS))
+    shaping: str = option("zscore", "how rewards become the weights of the noise", tuple(SHAPINGS))
     weights: str = option(
         "base",
-        "base: exact, one extra copy; master: exact float32 updates, two; host: the copy is in host memory; "
-        "inplace: none, drifts; auto: the most exact that fits",
+        "where members are written from. base: exact, one extra copy; master: exact with float32 updates, two copies; "
+        "host: exact, the copy is in host memory; inplace: no copy, drifts; auto: the most exact that fits",
         (*WEIGHT_MODES, "auto"),
     )
-    rounding: str = option("nearest", "of updates to 16-bit weights", ROUNDINGS)
-    perturb_rounding: str = option("nearest", "of members of 16-bit weights", ROUNDINGS)
-    weight_decay: float = option(0.0, "an update moves the weights by lr times this of their way to decay_to")
-    decay_to: str = option("zero", "where weight decay leads: initial keeps a copy of the initial weights", DECAY_TO)
+    rounding: str = option("nearest", "rounding of updates to 16-bit weights", ROUNDINGS)
+    perturb_rounding: str = option("nearest", "rounding of members to 16-bit weights", ROUNDINGS)
+    weight_decay: float = option(0.0, "each update first moves the weights towards decay_to, by lr times this fraction")
+    decay_to: str = option("zero", "target of weight decay; initial takes a copy of the initial weights", DECAY_TO)
     optimizer: str = option(
-        "sgd", "sgd: the paper's; momentum: replays seeds, no memory; adam: 8 bytes a weight", tuple(OPTIMIZERS)
+        "sgd",
+        "sgd: the paper's; momentum: takes no memory, replays seeds; adam: takes 8 bytes a weight",
+        tuple(OPTIMIZERS),
     )
-    momentum: float = option(Momentum.beta, "of optimizer momentum: share of the velocity that a generation keeps")
-    momentum_window: int = option(Momentum.window, "of optimizer momentum: generations that an update replays")
-    adam_beta1: float = option(Adam.beta1, "of optimizer adam: how much the mean of the gradient keeps")
-    adam_beta2: float = option(Adam.beta2, "of optimizer adam: how much the mean of its square keeps")
-    adam_eps: float = option(Adam.eps, "of optimizer adam: added to the root of that mean")
-    include: list[str] | None = option(None, "patterns of the names of the weights that are tuned (default: all)")
-    exclude: list[str] | None = option(None, "patterns of weights that stay as they are, such as *embed* or *norm*")
+    momentum: float = option(Momentum.beta, "momentum: fraction of the velocity that a generation keeps")
+    momentum_window: int = option(Momentum.window, "momentum: generations whose seeds an update replays")
+    adam_beta1: float = option(Adam.beta1, "adam: fraction of the gradient's running mean that a step keeps")
+    adam_beta2: float = option(Adam.beta2, "adam: fraction of the squared gradient's running mean that a step keeps")
+    adam_eps: float = option(Adam.eps, "adam: added to the root of the second mean")
+    include: list[str] | None = option(None, "name patterns of the weights to tune (default: all)")
+    exclude: list[str] | None = option(None, "name patterns of weights to leave unchanged, such as *embed* or *norm*")
     groups: list[str] | None = option(
-        None, "weights with a sigma and an lr of their own: PATTERN:sigma=X,lr=Y, factors of the run's, such as "
+        None, "give weights their own sigma and lr, as factors of the run's: PATTERN:sigma=X,lr=Y, such as "
         "*embed*:lr=0.1; the first pattern that matches a name counts"
     )  # fmt: skip
     prompts_per_generation: int = option(200, "prompts that every member of a generation answers")
     max_completion_length: int = option(1024, "longest response, in tokens")
-    temperature: float = option(0.0, "of sampled responses; 0: the likeliest tokens are taken, as in the paper")
-    num_generations: int = option(
-        1, "responses to each prompt, all of which are scored; more than 1 needs a temperature"
-    )
+    temperature: float = option(0.0, "temperature of sampled responses; 0: greedy, as in the paper")
+    num_generations: int = option(1, "responses to each prompt; all are scored; more than 1 needs a temperature")
     decoding: str = option(
         "auto",
         "how Transformers generates: plain, static (one cache), continuous (batching); auto: "
@@ -105,21 +108,21 @@ class ESConfig:
         None, "variables of the tokenizer's chat template, such as enable_thinking; as JSON on the command line"
     )  # fmt: skip
     reward_weights: list[float] | None = option(None, "a factor for each reward function (default: 1)")
-    reward_workers: int = option(0, "processes that score while the next member generates; 0: none, but in this one")
+    reward_workers: int = option(0, "processes that score while the next member generates; 0: this process scores")
     reward_timeout: float = option(300.0, "seconds that a reward function may take for one member's completions")
-    eval_every: int = option(10, "generations between evaluations; 0: only before and after")
+    eval_every: int = option(10, "generations between evaluations; 0: evaluate only before and after the run")
     eval_prompts: int = option(500, "held-out prompts of an evaluation")
     kl_to_base: bool = option(
-        False, "evaluations also measure the KL divergence of responses from the base model (a copy in host memory)"
+        False, "also measure the KL divergence from the base model in evaluations (takes a copy in host memory)"
     )
-    save_best: bool = option(True, "keep the model of the best evaluation, by its reward, in the run folder's best/")
-    samples: int = option(8, "held-out responses of each evaluation that are kept in samples.jsonl")
-    report_to: list[str] | None = option(None, "where metrics go besides metrics.jsonl", (*LOGGERS, "none"))
+    save_best: bool = option(True, "keep the model with the best evaluation reward in the run folder's best/")
+    samples: int = option(8, "responses of each evaluation to keep in samples.jsonl")
+    report_to: list[str] | None = option(None, "loggers for metrics besides metrics.jsonl", (*LOGGERS, "none"))
     on_reward_error: str = option(
-        "stop", "when a reward function fails for a member; skip: it is left out", ("stop", "skip")
+        "stop", "what to do when a reward function fails for a member; skip: leave the member out", ("stop", "skip")
     )
-    checkpoint_every: int = option(50, "generations between checkpoints, for a faster resume; 0: none")
-    resume: bool = option(False, "go on with the run in the run folder, if there is one")
+    checkpoint_every: int = option(50, "generations between checkpoints, which make a resume faster; 0: no checkpoints")
+    resume: bool = option(False, "continue the run in the run folder, if there is one")
     progress: bool = option(True, "show the progress bar")
 
     def __post_init__(self):
@@ -128,8 +131,8 @@ class ESConfig:
         self.check()
 
     def check(self) -> None:
-        """Brings every field to its type, and raises TypeError or ValueError for one that is out of range. For those
-        who changed fields since the settings were made."""
+        """Converts every field to its type; TypeError or ValueError for one that is out of range. Call it after
+        changing fields."""
         convert_fields(self)
         self.report_to = check_report_to(self.report_to) or None
         if not self.output_dir.strip() or "\0" in self.output_dir:
@@ -176,7 +179,7 @@ class ESConfig:
             )
 
     def _take_optimizer(self) -> None:
-        """The numbers of an esfast.Momentum or Adam that is given in place of a name."""
+        """Takes the numbers of an esfast.Momentum or Adam that is given instead of a name."""
         for name, kind in OPTIMIZERS.items():
             if type(self.optimizer) is kind:
                 for mine, theirs in _NUMBERS[name].items():
@@ -184,7 +187,7 @@ class ESConfig:
                 self.optimizer = name
 
     def check_resumes(self, found: Mapping[str, Any]) -> None:
-        """ValueError if a run with the settings `found` can't go on with these; what differs is named."""
+        """ValueError if a run with the settings `found` can't continue with these; the message names what differs."""
         may_change = set(_MAY_CHANGE)
         if self.lr_schedule == self.sigma_schedule == "constant" and not self.warmup_generations:
             may_change.add("generations")
@@ -213,7 +216,7 @@ class ESConfig:
             raise BadValue(message) from None
 
     def rates(self, generation: int) -> tuple[float, float]:
-        """sigma and lr of a generation (0, 1, ...), from its number alone, so that a run can be taken up anywhere."""
+        """sigma and lr of a generation (0, 1, ...). They depend on its number alone, so a run can resume anywhere."""
         sigma = SCHEDULES[self.sigma_schedule](self.sigma, generation, self.generations, self.sigma_final_fraction)
         lr = SCHEDULES[self.lr_schedule](
             self.lr, generation, self.generations, self.lr_final_fraction, self.warmup_generations
