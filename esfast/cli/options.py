@@ -1,9 +1,9 @@
-"""A dataclass of settings as options of argparse: names, types and defaults are its fields', help and choices are what
-`esfast.utils.settings.option` notes of them.
+"""Turns a dataclass of settings into options of argparse. Names, types and defaults come from its fields, help and
+choices from their metadata (`esfast.utils.settings.option`).
 
-No library does it, by the time that a help takes (on an idle core, the best of five): 0.2 s so, 1.6 s with
-HfArgumentParser, since importing it imports Transformers, and 0.4 s with jsonargparse, which would be one more
-dependency. Neither shows the help texts and the choices that the fields have in their metadata.
+This uses no library, because of the time that a help takes (on an idle core, the best of five): 0.2 s, against 1.6 s
+with HfArgumentParser, which imports Transformers, and 0.4 s with jsonargparse, which would be one more dependency.
+Neither shows the help texts and choices in the fields' metadata.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from ..utils.settings import number, options_of, whole_number
 
 
 def as_flag(name: str) -> str:
-    """The option of a setting."""
+    """The option for a setting: `population_size` gives `--population-size`."""
     return "--out" if name == "output_dir" else "--" + name.replace("_", "-")
 
 
 def integer(text: str) -> int:
-    """The type of an option that takes a whole number, 1e3 among them."""
+    """The type of an option that takes a whole number; 1e3 is one."""
     return whole_number("", text)
 
 
@@ -44,9 +44,9 @@ def add_options(
 ) -> None:
     """Adds an option for each field of the dataclasses `owners`, or those named in `only`.
 
-    `groups` has the titles of the help's groups, each under its first field. `defaults` has the defaults to show where
-    the command has others than the dataclass. An option that isn't given leaves no trace in the namespace: that is not
-    the same as the default, since presets, tasks and the embedded model have defaults of their own.
+    `groups` maps the first field of each group in the help to the group's title. `defaults` has the defaults to show if
+    the command's differ from the dataclass's. An option that isn't given is absent from the namespace, which is not the
+    same as its default: presets, tasks and the embedded model have their own defaults.
     """
     group: argparse._ActionsContainer = parser
     for name, (field, kind) in {n: o for owner in owners for n, o in options_of(owner).items()}.items():

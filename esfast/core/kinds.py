@@ -1,7 +1,6 @@
-"""What there is to draw from the noise: its version, its kinds, and every other use of random numbers.
+"""The version of the noise, its kinds, and every other use of random numbers.
 
-Apart from how the numbers are made, which is in esfast.core.noise, so that settings can name and check them without
-loading NumPy.
+esfast.core.noise makes the numbers. This module is separate from it, so that settings can be checked without NumPy.
 """
 
 from __future__ import annotations
@@ -54,8 +53,8 @@ def check_kind(kind: str) -> str:
 
 
 def check_rank(kind: str, rank: int, what: str = "rank") -> int:
-    """The rank of noise of this kind: 1 to MAX_RANK, and 1 of what has none. TypeError or ValueError, which names
-    `what`, otherwise."""
+    """Returns the rank: 1 to MAX_RANK, or 1 for a kind of noise without a rank. TypeError or ValueError, which names
+    `what`, for anything else."""
     rank = check_int(what, rank, 1, MAX_RANK + 1)
     if rank != 1 and kind != "low_rank":
         raise BadValue(f"{what}: {kind!r} noise has no rank, got {rank}; write noise='low_rank'")

@@ -1,4 +1,4 @@
-"""The members of a generation: who they are, and how each of them comes to be in the model's place."""
+"""The members of a generation: their seeds, and how they are written into the model one after another."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 
 def member_seed(seed: int, generation: int, index: int) -> int:
-    """The 64-bit noise seed of one member (of one pair, if mirrored): Philox of (generation, index) under the run's
-    seed, in a domain of its own."""
+    """The 64-bit noise seed of a member (of a pair, if mirrored): Philox of (generation, index) under the run's seed,
+    in a domain of its own."""
     words = philox(seed, np.uint64(generation << 32 | index), 0, DOMAINS["member_seeds"])
     return int(words[0]) | int(words[1]) << 32
 
@@ -35,12 +35,12 @@ class Member:
 class Population:
     """The members of one generation, each in place while the body of the loop runs.
 
-    From one member to the next there is one pass over the weights; they are restored after the last, on break, return
-    or an exception. Leaving a `for` loop early restores at once on CPython, which closes the abandoned iterator; the
-    `with` form doesn't lean on that.
+    Moving from one member to the next is one pass over the weights. They are restored after the last member, and on
+    break, return or an exception. Leaving a `for` loop early restores at once on CPython, which closes the abandoned
+    iterator. The `with` form restores at once on any interpreter.
 
-    Attributes: `members`, all of the generation's; `sigma`; `on_placed`, which is called whenever a member is in place,
-    for clocks.
+    Attributes: `members`, all members of the generation; `sigma`; `on_placed`, a function that is called whenever a
+    member is in place, for clocks.
     """
 
     def __init__(self, es: ES, members: list[Member]):
@@ -52,16 +52,17 @@ class Population:
         return self._es.sigma
 
     def handed_out(self) -> Iterator[Member]:
-        """The members that fall to this process, none of them in place: for evaluators that make members elsewhere.
+        """Yields the members of this process without writing them: for evaluators that make members elsewhere.
 
-        In a team the next one is taken when it is asked for, so who is slow gets fewer: ask when ready for it.
+        In a team a process takes a member when it asks for the next one, so ask only when ready. A slow process then
+        gets fewer members.
         """
         for packet in self.packets(1):
             yield from packet
 
     def packets(self, at_once: int) -> Iterator[list[Member]]:
-        """As `handed_out`, in lists of `at_once` members, the last one perhaps shorter. Processes of a team may ask for
-        lists of different lengths."""
+        """Like `handed_out`, but yields lists of `at_once` members; the last list may be shorter. The processes of a
+        team may use different lengths."""
         es = self._es
         for numbers in es.team.packets(es._turn, len(self.members), at_once):
             if self.members is not es.members:
@@ -127,7 +128,7 @@ class Packets:
                 buffers.put_back()
 
     def __len__(self) -> int:
-        """How many lists there are, if this process gets all of them."""
+        """The number of lists, if this process gets all of them."""
         return -(-len(self.population) // self.at_once)
 
 

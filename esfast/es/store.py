@@ -1,4 +1,4 @@
-"""Who holds the weights that ES tunes: the protocol that ES knows."""
+"""WeightStore: the interface between ES and the weights that it tunes."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from ..utils.unwrap import save_unwrapped
 
 
 class WeightStore(abc.ABC):
-    """Holds weights, turns them into a member and back, and applies updates. ES and ESTrainer know no more of it.
+    """Holds weights, turns them into a member and back, and applies updates. ES and ESTrainer use nothing else of it.
 
     The weight modes of esfast.es.weights hold the weights of a model in this process; ES makes one of them from a
-    model. A store that is handed to ES as the model may hold them elsewhere, for example in a fleet of engines:
+    model. A store that is given to ES instead of a model may hold them elsewhere, for example in a fleet of engines:
 
         es = ES(store, sigma=1e-3)
         trainer = ESTrainer(store, reward, config, rows, evaluator=...)
 
     Attributes:
-        mode: how updates are rounded, one of esfast.utils.names.WEIGHT_MODES. It stands in the journal.
+        mode: how updates are rounded, one of esfast.utils.names.WEIGHT_MODES. The journal records it.
         source: name or folder of the model that the weights came from; "" if unknown.
-        whole_names, whole_numel, layout: of all tensors, as a Plan of the Hugging Face model has them.
-        device: where the work is done, for clocks that wait for it.
-        plan: the weights of this process, None if there are none here.
-        updater: what a checkpoint saves, None if the run is resumed from its journal alone.
+        whole_names, whole_numel, layout: of all tensors, the same as of a Plan of the Hugging Face model.
+        device: the device that does the work; clocks wait for it.
+        plan: the weights in this process; None if there are none.
+        updater: what a checkpoint saves; None if the run resumes from its journal alone.
     """
 
     mode: str
@@ -44,43 +44,42 @@ class WeightStore(abc.ABC):
 
     @abc.abstractmethod
     def begin(self, rule: Rule) -> None:
-        """Called once, before anything else, by the ES that the store is handed to: updates follow this rule, and start
-        from the weights of now. ValueError for a rule that the store can't follow."""
+        """ES calls this once, before anything else. Updates follow this rule and start from the present weights.
+        ValueError for a rule that the store can't follow."""
 
     @abc.abstractmethod
     def perturb(self, seed: int, coeff: float, rounding: str = "nearest") -> None:
-        """Makes the weights base + coeff * noise(seed), whichever member they were before. `coeff` is the member's sign
-        times sigma. RuntimeError where members are made by somebody else."""
+        """Makes the weights base + coeff * noise(seed), whatever member was in place before. `coeff` is the member's
+        sign times sigma. RuntimeError if the store's members are made elsewhere."""
 
     @abc.abstractmethod
     def restore(self) -> None:
-        """Takes the member away. It may be called when none is in place, and again after it was interrupted."""
+        """Takes the member away. It may be called without a member in place, and again after an interruption."""
 
     @abc.abstractmethod
     def update(self, record: Generation) -> None:
-        """Applies a generation, the one after those that were applied or noted. All of it or nothing."""
+        """Applies the next generation, all of it or nothing."""
 
     @abc.abstractmethod
     def fingerprint(self) -> str:
-        """That of `Plan.fingerprint` of the whole model, no member being in place. A collective call of processes that
-        hold shards."""
+        """`Plan.fingerprint` of the whole model, between members. A collective call of processes that hold shards."""
 
     @abc.abstractmethod
     def save(self, folder: Path, gathered: dict[str, torch.Tensor] | None = None) -> None:
-        """Writes the weights into an empty folder that from_pretrained can load; `gathered` is what `gather` gave."""
+        """Writes the weights to an empty folder, for from_pretrained. `gathered` is the result of `gather`."""
 
     def gather(self, keep: bool) -> dict[str, torch.Tensor] | None:
-        """What `save` needs of other processes. Those that hold shards of the weights call it together; only the one
-        that saves keeps the result. None if nothing is needed."""
+        """Collects what `save` needs from other processes; None if it needs nothing. Processes that hold shards of the
+        weights call it together, and only the one that saves keeps the result."""
         return None
 
     def replay(self, records: Sequence[Generation]) -> None:
-        """Applies many generations, when a run is resumed. Weights need to be up to date only after the last."""
+        """Applies the generations of a resumed run. The weights must be up to date only after the last one."""
         for record in records:
             self.update(record)
 
     def note_applied(self, record: Generation) -> None:
-        """Notes a generation that is in the weights already, since a checkpoint held it: Momentum needs it."""
+        """Notes a generation that is in the weights already, because a checkpoint held it. Momentum needs it."""
         return
 
     def changed_elsewhere(self) -> bool:

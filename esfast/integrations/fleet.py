@@ -1,4 +1,4 @@
-"""ESTrainer with its weights in a Fleet of vLLM engines, and none in this process."""
+"""ESTrainer with its weights in a fleet of vLLM engines, and none in this process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .ray import Fleet
 
 
 class FleetStore(WeightStore):
-    """The weights of a Fleet: none are in this process, and the engines make members by themselves."""
+    """A WeightStore over a Fleet: no weights are in this process, and the engines make the members."""
 
     def __init__(self, fleet: Fleet, mode: str = "base"):
         self.fleet, self.mode, self.source = fleet, mode, fleet.model
@@ -50,7 +50,7 @@ class FleetStore(WeightStore):
 
 
 class FleetEvaluator:
-    """The MemberEvaluator whose members the engines of a fleet make, several at a time."""
+    """A MemberEvaluator over a Fleet: its engines make members, several at a time."""
 
     def __init__(self, fleet: Fleet):
         self.engine = fleet
@@ -72,8 +72,8 @@ MODES = ("base", "master", "host")
 
 
 class FleetTrainer(ESTrainer):
-    """ESTrainer over vLLM engines: `esfast train --engine vllm`. Journal, resume and what it leaves in the run folder
-    are ESTrainer's; the journal replays on the Hugging Face model.
+    """ESTrainer over vLLM engines: `esfast train --engine vllm`. Journal, resume and run folder are those of ESTrainer,
+    and the journal replays on the Hugging Face model.
 
     Args:
         model: Hugging Face folder or name.
@@ -81,8 +81,9 @@ class FleetTrainer(ESTrainer):
         engine_options: further arguments of vllm.LLM.
         all others: as for ESTrainer.
 
-    Raises ValueError for settings that need the weights in this process (kl_to_base, perturb_rounding, include,
-    exclude, weights="inplace" or "auto"), before an engine is started.
+    Raises:
+        ValueError: a setting needs the weights in this process (kl_to_base, perturb_rounding, include, exclude,
+            weights="inplace" or "auto"). No engine was started.
     """
 
     def __init__(
@@ -121,7 +122,7 @@ class FleetTrainer(ESTrainer):
             raise
 
     def _write_model(self, path: Path) -> None:
-        """Once `train` has ended, and the engines with it, this copies the model that train saved."""
+        """After `train` has ended the engines have ended too, so this copies the model that train saved."""
         if self.engine.alive:
             super()._write_model(path)
             return

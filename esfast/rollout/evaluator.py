@@ -1,4 +1,4 @@
-"""Who scores the members of a population: the protocol that the trainer knows, and its plainest way."""
+"""MemberEvaluator: the interface by which the trainer asks members for completions, and its simplest implementation."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from .sampling import LogitsError
 
 
 class MemberEvaluator(Protocol):
-    """Asks the members of a population for completions. The trainer knows this much of them, and nothing of where
-    weights are: a member may be the model of this process, one of several in a batch, or in an engine elsewhere.
+    """Asks the members of a population for completions. The trainer does not know where the weights are: a member may
+    be the model of this process, one of several in a batch, or in an engine elsewhere.
 
         trainer = ESTrainer(model, reward, config, rows, evaluator=MyEvaluator(...))
 
-    engine   answers for the weights as they are between two populations: evaluations on held-out prompts
-    tokens   how many were generated so far, by members and by `engine`; 0 where nobody counts
+    engine   generates from the weights between populations, for evaluations on held-out prompts
+    tokens   number of tokens generated so far, by members and by `engine`; 0 if they are not counted
     """
 
     engine: Engine
@@ -26,37 +26,37 @@ class MemberEvaluator(Protocol):
     def evaluate(
         self, members: Population, prompts: Sequence[str], seeds: Sequence[int] | None
     ) -> Iterator[tuple[Member, list[str] | LogitsError]]:
-        """A generator of each member that falls to this process, in any order, with a completion for each prompt.
+        """Yields (member, completions) for each member of this process, in any order, with a completion a prompt.
 
-        prompts  the texts to go on with, the same for all members
-        seeds    one for each prompt where responses are sampled, the same for all members; None: greedily
+        prompts  the prompts as texts, the same for all members
+        seeds    one for each prompt, the same for all members, if responses are sampled; None: greedy
 
-        Who perturbs: the evaluator. Iterating over `members` writes one after another into the model of this process.
-        `members.handed_out()` leaves the model alone, for who makes a member of its `seed` and `sign` and the
-        `members.sigma` elsewhere. A member's completions depend on its weights, the prompts and the seeds alone, not on
-        the order or on who asked.
+        Perturbing is the evaluator's work. Iterating over `members` writes one after another into the model of this
+        process. `members.handed_out()` leaves the model alone; use it to make members elsewhere, from their `seed` and
+        `sign` and from `members.sigma`. A member's completions must depend only on its weights, the prompts and the
+        seeds, not on the order of the members or on the process.
 
-        What holds between two items: the caller scores completions and does not touch the model; the evaluator may
-        have other members in the works. A pair is given as soon as it is there, so that scoring overlaps.
+        Between two items the caller scores completions and does not touch the model. The evaluator may work on other
+        members meanwhile. Yield a pair as soon as it is there, so that scoring overlaps.
 
-        How it ends: used up, closed early (Ctrl-C, an error of the caller's), or with an exception. In each case the
-        weights must be those of before. The caller holds `with es.population() as members`, which restores a member
-        that iterating left in place, so that an evaluator undoes only what else it did, in a `finally`.
+        The generator may be used up, closed early (Ctrl-C, an error of the caller), or raise. In each case the weights
+        must be the original ones afterwards. The caller holds `with es.population() as members`, which restores a
+        member that iterating left in place. An evaluator undoes anything else that it did, in a `finally`.
 
-        Exceptions: where one member's weights give no text, its LogitsError takes the place of its completions, and
-        ESConfig.on_reward_error says whether the run goes on without it. Any other exception ends the run: raise it.
-        Engines that die are the evaluator's to replace: it hands their members to others.
+        If a member's weights give no text, yield its LogitsError instead of its completions; ESConfig.on_reward_error
+        decides whether the run continues without it. Raise any other exception: it ends the run. If an engine dies, the
+        evaluator gives its members to other engines.
 
-        Teams: each process has an evaluator, and `members` gives each member to one process, when it is asked for the
-        next one. Processes that hold a model in shards together get the same members in the same order, and all answer.
+        In a team each process has an evaluator, and `members` gives each member to one process, when it asks for its
+        next one. Processes that hold a sharded model together get the same members in the same order, and all answer.
         """
 
     def close(self) -> None:
-        """Frees what was kept between calls, of `engine` too."""
+        """Frees the memory kept between calls, also that of `engine`."""
 
 
 class SequentialEvaluator:
-    """One member after another in the place of the model that `engine` generates from."""
+    """Writes one member after another into the model that `engine` generates from."""
 
     def __init__(self, engine: Engine):
         self.engine = engine

@@ -1,4 +1,4 @@
-"""The prompts of a generation: rows, the texts that a model gets of them, and the seeds of sampled responses."""
+"""The prompts of a generation: rows, their texts for the model, and the seeds of sampled responses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .config import ESConfig
 
 
 class Batch(NamedTuple):
-    """What every member of a generation is asked: row i has text i, and seed i if responses are sampled."""
+    """The prompts of every member of a generation: row i has text i, and seed i if responses are sampled."""
 
     rows: list[dict]
     texts: list[str]
@@ -24,7 +24,7 @@ class Batch(NamedTuple):
 
 
 class Batches:
-    """The batches of a run, decided by its seed and the generation's number.
+    """The batches of a run. The run's seed and the generation's number determine them.
 
     dataset    rows, drawn without repetition until all were used; or a function (generation, count) -> rows
     tokenizer  whose template turns chats into texts
@@ -55,12 +55,12 @@ class Batches:
         return chat.texts(rows, self._tokenizer, self._config.chat_template_kwargs)
 
     def check(self, engine: Engine, eval_dataset: Rows | None, progress: bool) -> None:
-        """Looks at all prompts of data that is there before the run begins; ValueError names the row."""
+        """Checks all prompts of fixed data before the run begins; ValueError names the row."""
         for what, rows in (("train_dataset", self._dataset), ("eval_dataset", eval_dataset)):
             if rows is not None and not callable(rows):
                 check_prompts(what, rows, self.texts, engine, progress)
 
     def check_fresh(self, engine: Engine, generation: int, progress: bool) -> None:
-        """Looks at the next batch of a function's rows, which nobody has seen before."""
+        """Checks the next batch of rows from a function."""
         if callable(self._dataset):
             check_prompts("train_dataset", self.rows(generation), self.texts, engine, progress)

@@ -1,4 +1,5 @@
-"""What a trainer tunes: a model in this process, with or without adapters, or weights that a store holds elsewhere."""
+"""The thing that a trainer tunes: a model in this process, with or without adapters, or weights in a store
+elsewhere."""
 
 from __future__ import annotations
 
@@ -19,9 +20,9 @@ from .kl import KLToBase
 
 class Tuned(Protocol):
     """
-    model    what ESTrainer.model shows: an nn.Module, or the store
-    name     name or folder that its tokenizer can be loaded from; "" if unknown
-    library  that loads what is saved, for the model card
+    model    the value of ESTrainer.model: an nn.Module, or the store
+    name     name or folder from which its tokenizer can be loaded; "" if unknown
+    library  the library that loads the saved model, for the model card
     """
 
     model: Any
@@ -29,17 +30,17 @@ class Tuned(Protocol):
     library: str
 
     def identity(self) -> dict[str, Any]:
-        """What a resumed run must share, beside its reward functions and data."""
+        """What must be the same in a resumed run, besides reward functions and data."""
 
     def weights(self) -> Plan | WeightStore:
-        """What ES gets. ValueError for weights that can't be tuned as the config says."""
+        """The argument for ES. ValueError for weights that can't be tuned with this config."""
 
     def begin(self, adapter: Path, resumed: bool, writes: bool) -> None:
-        """Called when the run folder is claimed, before ES is made. `adapter` is the folder's place for the adapters
-        that the run began with."""
+        """Called after the run folder is claimed and before ES is made. `adapter` is the folder for the adapters that
+        the run begins with."""
 
     def kl(self, tokenizer) -> KLToBase | None:
-        """The metric kl_to_base, measured from the weights of now; None if the config doesn't want it."""
+        """The metric kl_to_base, relative to the present weights; None if the config doesn't ask for it."""
 
 
 def open_tuned(model, peft_config, config: ESConfig, team: Team) -> Tuned:
@@ -50,7 +51,7 @@ def open_tuned(model, peft_config, config: ESConfig, team: Team) -> Tuned:
 
 
 class _Model:
-    """A Hugging Face model, which generation and updates share."""
+    """A Hugging Face model, used both to generate and to update."""
 
     def __init__(self, model, peft_config, config: ESConfig, team: Team):
         named = isinstance(model, (str, os.PathLike))

@@ -1,7 +1,7 @@
 """Errors that a user can mend, under one base: EsfastError.
 
-Each is also of Python's own type for its kind, so that `except ValueError` catches what it always caught. Any other
-exception that leaves esfast is a bug, of esfast or of code that it was given, and the command line shows it as one.
+Each also derives from Python's own type, so that `except ValueError` still catches it. Any other exception that leaves
+esfast is a bug, of esfast or of code that it was given; the command line shows its traceback.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ import functools
 
 
 class EsfastError(Exception):
-    """Base of the errors that a user can mend: an argument, a setting, a file, a package that is missing, the wrong
-    order of calls. The message says what was wrong, what was expected and, where that isn't plain, what to do."""
+    """Base of the errors that a user can mend: a wrong argument, setting or file, a missing package, calls in the wrong
+    order. The message says what was wrong, what was expected and, if that isn't plain, what to do.
+
+    Each of them also derives from ValueError, TypeError, RuntimeError, ImportError or OSError."""
 
 
 class BadValue(EsfastError, ValueError): ...
@@ -21,7 +23,7 @@ class BadType(EsfastError, TypeError): ...
 
 
 class BadState(EsfastError, RuntimeError):
-    """A call at the wrong time, or a state of the machine or of the weights in which it can't be done."""
+    """The call comes at the wrong time, or the state of the machine or of the weights does not allow it."""
 
 
 class BadImport(EsfastError, ImportError): ...
@@ -38,5 +40,5 @@ class FileMissing(EsfastError, FileNotFoundError): ...
 
 @functools.cache
 def mendable(kind: type[Exception]) -> type[EsfastError]:
-    """An EsfastError that is also of `kind`, for an error of the operating system whose message esfast rewrites."""
+    """A class that derives from EsfastError and `kind`, for an operating system error whose message esfast rewrites."""
     return type(f"Esfast{kind.__name__}", (EsfastError, kind), {"__module__": __name__})
