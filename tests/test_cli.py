@@ -271,6 +271,17 @@ print([name for name in {HEAVY!r} if name in sys.modules])"""
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+@pytest.mark.parametrize(
+    "code", ["import esfast", "import esfast; esfast.ESConfig(), esfast.Adam(), esfast.EsfastError"]
+)
+def test_settings_do_not_wait_for_torch(code):
+    code = f"""import sys
+{code}
+print([name for name in {HEAVY!r} if name in sys.modules])"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
 def test_module_runs():
     done = subprocess.run([sys.executable, "-m", "esfast", "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "COMMAND" in done.stdout

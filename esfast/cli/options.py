@@ -1,9 +1,10 @@
 """Turns a dataclass of settings into options of argparse. Names, types and defaults come from its fields, help and
 choices from their metadata (`esfast.utils.settings.option`).
 
-This uses no library, because of the time that a help takes (on an idle core, the best of five): 0.2 s, against 1.6 s
-with HfArgumentParser, which imports Transformers, and 0.4 s with jsonargparse, which would be one more dependency.
-Neither shows the help texts and choices in the fields' metadata.
+No library does it, because of its help and its time. `esfast train --help` takes 0.2 s with this module, 1.9 s with
+transformers.HfArgumentParser, which imports Transformers, and 0.4 s with jsonargparse, one more dependency (measured
+side by side, the best of six). HfArgumentParser fails on a bool whose metadata has choices; jsonargparse shows neither
+help texts nor choices from metadata.
 """
 
 from __future__ import annotations
