@@ -208,8 +208,7 @@ class Work:
 
     def check(self) -> None:
         """Checks that both sides give the same completions with float32 weights. In 16 bits the order of a batch can
-            change the
-        last bit."""
+        change the last bit."""
         if self.dtype == "float32" and self.engine.generate(self.prompts) != self._generate():
             raise BenchmarkError(f"{self.name}: the plain loop gives other texts than the engine. No figures are given")
 

@@ -14,8 +14,7 @@ def model_card(
     name: str, library: str, config: ESConfig, generations: int, before: Mapping[str, Any], after: Mapping[str, Any]
 ) -> str:
     """Markdown with the metadata that the Hugging Face hub reads. `name` is the base model's, `library` loads the tuned
-    one. `before` and `after` are rows of metrics; `after` may
-    belong to an earlier generation than the model."""
+    one. `before` and `after` are rows of metrics; `after` may belong to an earlier generation than the model."""
     from .. import __version__
 
     origin = name or "a model without a name"
