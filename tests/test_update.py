@@ -202,7 +202,7 @@ def test_config_makes_the_optimizer():
     config = esfast.ESConfig(optimizer="momentum", momentum=0.7, momentum_window=4)
     assert config.make_optimizer() == Momentum(0.7, 4)
     assert esfast.ESConfig(optimizer="adam", adam_eps=1e-6).make_optimizer() == Adam(eps=1e-6)
-    with pytest.raises(ValueError, match="Momentum.beta"):
+    with pytest.raises(ValueError, match="ESConfig.momentum: expected a number between 0 and 1"):
         esfast.ESConfig(optimizer="momentum", momentum=1.5)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import math
 import os
 import warnings
 from collections.abc import Iterable, Sequence
@@ -18,38 +17,10 @@ import torch
 from ..utils.errors import BadState, BadType, BadValue
 from ..utils.names import ROUNDINGS
 from . import custom_op
+from .epilogue import AdamStep, Epilogue, check_epilogue
 from .noise import DOMAINS, check_kind, check_rank, check_seed
 from .plan import Plan
 from .segments import Table
-
-
-@dataclass(frozen=True)
-class AdamStep:
-    """One step of Adam (Kingma and Ba, arXiv 1412.6980) up the gradient g = sum_j coeffs[j] * noise(seeds[j]):
-
-        m += (1 - beta1) (g - m);  v += (1 - beta2) (g^2 - v);  weight += step * m / (sqrt(v) + eps)
-
-    All of it is float32. `moments` keeps m and v between steps: a float32 tensor (2, plan.flat_numel) on the plan's
-    device, zero at first. `step` and `eps` include the bias correction: see `AdamStep.at`.
-    """
-
-    moments: torch.Tensor
-    one_minus_beta1: np.float32
-    one_minus_beta2: np.float32
-    step: np.float32
-    eps: np.float32
-
-    @classmethod
-    def at(cls, t: int, moments: torch.Tensor, lr: float, beta1: float, beta2: float, eps: float) -> AdamStep:
-        """Step number t = 1, 2, ... with learning rate lr: lr' = lr sqrt(1 - beta2^t) / (1 - beta1^t) and
-        eps' = eps sqrt(1 - beta2^t), which make m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps) of the paper."""
-        root = math.sqrt(1 - beta2**t)
-        numbers = 1 - beta1, 1 - beta2, lr * root / (1 - beta1**t), eps * root
-        return cls(moments, *(np.float32(x) for x in numbers))
-
-    @property
-    def numbers(self) -> tuple[float, float, float, float]:
-        return float(self.one_minus_beta1), float(self.one_minus_beta2), float(self.step), float(self.eps)
 
 
 @dataclass(frozen=True)
@@ -64,8 +35,13 @@ class Call:
     stochastic: bool = False
     decay: np.float32 = np.float32(0)
     anchor: Plan | None = None
-    adam: AdamStep | None = None
+    epilogue: Epilogue | None = None
     rank: int = 1
+
+    @property
+    def adam(self) -> AdamStep | None:
+        """The epilogue, as kernels know it."""
+        return self.epilogue if isinstance(self.epilogue, AdamStep) else None
 
     # Cached: checking whether memory moved takes 22 us for 400 tensors.
     @functools.cached_property
@@ -81,12 +57,12 @@ class Call:
     @property
     def needs_extras(self) -> bool:
         """Whether it reads an anchor or a flat buffer."""
-        return self.low is not None or self.adam is not None or (bool(self.decay) and self.anchor is not None)
+        return self.low is not None or self.epilogue is not None or (bool(self.decay) and self.anchor is not None)
 
     @property
     def is_copy(self) -> bool:
         """Whether the call copies the base into the plan, without arithmetic. NaNs then keep their payload."""
-        if len(self.seeds) or self.decay or self.adam is not None:
+        if len(self.seeds) or self.decay or self.epilogue is not None:
             return False
         return bool((self.table.column("src_format") == self.table.column("dst_format")).all())
 
@@ -102,8 +78,9 @@ def add_noise_(
     *,
     decay: float = 0.0,
     anchor: Plan | None = None,
-    adam: AdamStep | None = None,
+    epilogue: Epilogue | None = None,
     rank: int = 1,
+    adam: AdamStep | None = None,
 ) -> None:
     """`plan = round(base + sum_j coeffs[j] * noise(seeds[j]))` in one pass over the weights, in place.
 
@@ -129,15 +106,17 @@ def add_noise_(
         decay: weight decay, 0 <= decay <= 1: moves the base by this fraction towards `anchor`, before the noise is
             added.
         anchor: a plan of the same tensors and dtypes, for example of the initial weights. Default: zero.
-        adam: takes the sum as the gradient of a step of Adam instead, and updates Adam's moments.
+        epilogue: what becomes of the sum instead, such as a step of Adam (AdamStep); see esfast.core.epilogue.
         rank: of low-rank noise, 1 to 256.
+        adam: an AdamStep; the same as `epilogue`.
 
     Raises:
         TypeError, ValueError: an argument outside the above; no weight was changed.
         RuntimeError: the backend can't run here (it says why), or the plan's memory moved.
     """
+    epilogue = adam if epilogue is None else epilogue
     if torch.compiler.is_compiling():
-        return custom_op.traced(plan, seeds, coeffs, base, noise, rounding, backend, decay, anchor, adam, rank)
+        return custom_op.traced(plan, seeds, coeffs, base, noise, rounding, backend, decay, anchor, epilogue, rank)
     if not isinstance(plan, Plan):
         raise BadType(f"plan: expected an esfast.Plan, got {type(plan).__name__}; write esfast.Plan(model)")
     rank = check_rank(check_kind(noise), rank)
@@ -145,6 +124,8 @@ def add_noise_(
         raise BadValue(f"rounding: expected one of {', '.join(map(repr, ROUNDINGS))}, got {rounding!r}")
     if not isinstance(decay, (int, float, np.floating)) or not 0 <= decay <= 1:
         raise BadValue(f"decay: expected a number from 0 to 1, got {decay!r}")
+    if epilogue is not None:
+        backend = check_epilogue(plan, base, epilogue, backend)
     run = get_backend(backend, plan.device, noise)
     with _subnormals_kept():
         if isinstance(seeds, torch.Tensor) and run in (_cuda, _triton):
@@ -152,31 +133,10 @@ def add_noise_(
             members: tuple[Any, Any] = seeds, coeffs
         else:
             members = check_members(seeds, coeffs)
-        if adam is not None:
-            _check_adam(plan, base, adam)
-        call = Call(plan, *members, base, noise, rounding == "stochastic", np.float32(decay), anchor, adam, rank)
+        call = Call(plan, *members, base, noise, rounding == "stochastic", np.float32(decay), anchor, epilogue, rank)
         call.table  # noqa: B018  for its checks, before anything changes
         if len(plan):  # all the shards on this rank may be empty
             run(call)
-
-
-def _check_adam(plan: Plan, base: Plan | None, adam: AdamStep) -> None:
-    m = adam.moments if isinstance(adam, AdamStep) else None
-    if base is not None and base is not plan:
-        raise BadValue("adam: works in place, without a base")
-    if not (
-        isinstance(m, torch.Tensor) and m.dtype is torch.float32 and m.device == plan.device and m.is_contiguous()
-        and m.shape == (2, plan.flat_numel)
-    ):  # fmt: skip
-        raise BadType(
-            f"adam: expected an esfast.core.ops.AdamStep with moments = torch.zeros(2, plan.flat_numel) in float32 on "
-            f"{plan.device}, got {adam!r:.80}"
-        )
-    if m.data_ptr() % 16:
-        raise BadValue(
-            f"adam: the moments begin at address {m.data_ptr():#x}, no multiple of 16 bytes, and kernels read 128 bits "
-            "at once; pass a tensor of its own, torch.zeros(2, plan.flat_numel), and no slice of another"
-        )
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from ..update.updater import Adam, Generation, Updater
+from ..update.updater import Generation, Updater
 from ..utils.errors import BadState, BadValue
 from ..utils.interrupts import Interrupted, signal_of
 from ..utils.settings import check_int
@@ -308,7 +308,8 @@ class SharedUpdates:
     tensors, or each updates its share of the tensors and broadcasts it.
 
     The first four calls try each way twice, since the first call of either loads code; the slowest process decides.
-    With Adam every process updates all, since Adam's moments stay in the process that computes them. `chosen` is the
+    If the optimizer has tensors of its own, such as Adam's moments, every process updates all, since they stay in the
+    process that computes them. `chosen` is the
     way: "all" or "share".
     """
 
@@ -320,7 +321,7 @@ class SharedUpdates:
         self.chosen: str | None = "all"
         bounds = shares([t.numel() for t in updater.plan.tensors], team.size)
         contiguous = all(t.is_contiguous() for t in updater.plan.tensors)
-        if contiguous and not isinstance(updater.rule.optimizer, Adam) and not updater.plan.sharded:
+        if contiguous and not updater.state.tensors and not updater.plan.sharded:
             # Not measured yet.
             self.chosen = None
             self._parts = [updater.part(range(*b)) for b in bounds]

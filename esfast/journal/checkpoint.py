@@ -141,5 +141,5 @@ def _names(plan: Plan) -> list[str]:
 def _tensors(updater: Updater) -> dict[str, torch.Tensor]:
     plan = updater.plan
     named = dict(zip(_names(plan), (t.detach() for t in plan.tensors), strict=True))
-    more = {"low": plan.low, "moments": updater.moments}
+    more = {"low": plan.low, **updater.state.tensors}
     return named | {name: t for name, t in more.items() if t is not None}

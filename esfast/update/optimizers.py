@@ -1,27 +1,47 @@
-"""Settings of the optimizers and of the groups of weights: checked numbers, no tensors.
+"""The optimizers: SGD, Momentum and Adam, each with its numbers, its state and its step. Does not import torch.
 
-esfast.update.updater applies them. This module does not import torch, and so `esfast train --help` need not.
+| optimizer | step                                                        | extra memory     | work of an update     |
+|-----------|-------------------------------------------------------------|------------------|-----------------------|
+| SGD       | w += lr g, as in the paper                                  | none             | N members             |
+| Momentum  | v = beta v + lr g;  w += v, the last `window` generations   | none             | up to window N members|
+| Adam      | w += lr m / (sqrt(v) + eps), m and v running means          | 8 bytes a weight | N members             |
+
+g is the reward-weighted noise of a generation. Each update is one fused pass over the weights.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import deque
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from ..utils.errors import BadType, BadValue
+from ..utils.errors import BadValue
 from ..utils.settings import check_int
-from ..utils.suggest import unknown
+from .groups import Group, check_groups
+from .optimizer import OPTIMIZERS, Optimizer, State, Step, check_optimizer
+
+if TYPE_CHECKING:
+    from ..core.plan import Plan
+    from .updater import Generation
+
+__all__ = ["OPTIMIZERS", "SGD", "Adam", "Group", "Momentum", "Optimizer", "check_groups", "check_optimizer"]
 
 
 @dataclass(frozen=True)
-class SGD:
+class SGD(Optimizer, name="sgd"):
     """theta += lr g, the update of the paper; g is the reward-weighted noise. No state."""
 
+    def step(self, state: State, record: Generation, lr: float) -> Step:
+        return Step(record.seeds, [lr * c for c in record.coeffs])
+
 
 @dataclass(frozen=True)
-class Momentum:
+class Momentum(Optimizer, name="momentum"):
     """Momentum without a buffer: every update replays the seeds of the last `window` generations.
+
+    Noise is a function of its seed, so the velocity is computed again from the seeds of the last generations, each
+    times beta to the power of its age (Sutskever et al., ICML 2013).
 
     beta: fraction of the velocity that is kept from one generation to the next, 0 < beta < 1.
     window: generations that are replayed, at least 2. A fraction beta^window of the velocity is dropped.
@@ -31,13 +51,27 @@ class Momentum:
     window: int = 10
 
     def __post_init__(self):
-        _check_share("Momentum.beta", self.beta)
+        _check_fraction("Momentum.beta", self.beta)
         check_int("Momentum.window", self.window, 2, 2**20)
+
+    def allocate_state(self, plan: Plan) -> State:
+        return State(past=deque(maxlen=self.window - 1))
+
+    def step(self, state: State, record: Generation, lr: float) -> Step:
+        import numpy as np
+
+        seeds, coeffs = list(record.seeds), list(record.coeffs)
+        for age, earlier in enumerate(state.past, start=1):
+            seeds += earlier.seeds
+            coeffs += [float(np.float32(self.beta**age * c)) for c in earlier.coeffs]
+        return Step(seeds, [lr * c for c in coeffs])
 
 
 @dataclass(frozen=True)
-class Adam:
+class Adam(Optimizer, name="adam"):
     """Adam over the estimated gradient g, with two float32 moments: 8 bytes a weight.
+
+    It is that of Kingma and Ba (arXiv 1412.6980); weight decay is decoupled (Loshchilov and Hutter, arXiv 1711.05101).
 
     beta1, beta2: fractions of the running means of g and g^2 that a step keeps, 0 < beta < 1.
     eps: added to sqrt(v), > 0. The gradient is that of z-scored rewards, so its size is about 1/sqrt(N), whatever the
@@ -48,75 +82,28 @@ class Adam:
     beta2: float = 0.999
     eps: float = 1e-8
 
+    bytes_per_weight = 8
+    # The step divides by the size of the gradient, so lr can't be a factor of the gradient.
+    lr_in_coeffs = False
+
     def __post_init__(self):
-        _check_share("Adam.beta1", self.beta1)
-        _check_share("Adam.beta2", self.beta2)
+        _check_fraction("Adam.beta1", self.beta1)
+        _check_fraction("Adam.beta2", self.beta2)
         if not isinstance(self.eps, (int, float)) or not 1e-30 <= self.eps < math.inf:
             raise BadValue(f"Adam.eps: expected a positive number of at least 1e-30, got {self.eps!r}")
 
+    def allocate_state(self, plan: Plan) -> State:
+        import torch
 
-Optimizer = SGD | Momentum | Adam
-OPTIMIZERS: dict[str, type[Optimizer]] = {"sgd": SGD, "momentum": Momentum, "adam": Adam}
+        return State({"moments": torch.zeros(2, plan.flat_numel, dtype=torch.float32, device=plan.device)})
 
+    def step(self, state: State, record: Generation, lr: float) -> Step:
+        from ..core.epilogue import AdamStep
 
-@dataclass(frozen=True)
-class Group:
-    """Gives the weights whose names match a glob pattern their own sigma and lr.
-
-    sigma, lr: factors of the run's sigma and lr, > 0. To leave weights unchanged, keep them out of the plan
-    (`exclude`).
-    """
-
-    pattern: str
-    sigma: float = 1.0
-    lr: float = 1.0
-
-    def __post_init__(self):
-        if not isinstance(self.pattern, str) or not self.pattern:
-            raise BadType(f"Group.pattern: expected a pattern of names, got {self.pattern!r}")
-        for name in ("sigma", "lr"):
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
-                raise BadValue(f"Group.{name} of {self.pattern!r}: expected a positive factor, got {value!r}")
-
-    def __str__(self) -> str:
-        """The text that `parse` turns back into this group."""
-        return f"{self.pattern}:sigma={float(self.sigma)!r},lr={float(self.lr)!r}"
-
-    @classmethod
-    def parse(cls, text: str) -> Group:
-        """The group of a text `PATTERN:sigma=X,lr=Y`, with either factor or both; ValueError for anything else."""
-        pattern, colon, factors = text.rpartition(":") if isinstance(text, str) else ("", "", "")
-        named = [factor.partition("=") for factor in factors.split(",")]
-        try:
-            numbers = {name.strip(): float(value) for name, _, value in named}
-        except ValueError:
-            numbers = {}
-        if not colon or len(numbers) != len(named):
-            raise BadValue(f"group: expected PATTERN:sigma=X,lr=Y, such as '*embed*:lr=0.1', got {text!r}")
-        for name in numbers:
-            if name not in ("sigma", "lr"):
-                raise BadValue(f"group: {unknown('factor', name, ('sigma', 'lr'))} in {text!r}")
-        return cls(pattern, **numbers)
+        numbers = lr * record.lr, self.beta1, self.beta2, self.eps
+        return Step(record.seeds, record.coeffs, AdamStep.at(record.generation + 1, state.tensors["moments"], *numbers))
 
 
-def check_groups(groups: Sequence[Group | str]) -> tuple[Group, ...]:
-    """Groups from Group objects and texts (`Group.parse`). TypeError or ValueError for anything else."""
-    if isinstance(groups, str) or not isinstance(groups, Sequence):
-        raise BadType(f"groups: expected a list of esfast.Group, or of PATTERN:sigma=X,lr=Y, got {groups!r:.80}")
-    return tuple(g if isinstance(g, Group) else Group.parse(g) for g in groups)
-
-
-def check_optimizer(value) -> Optimizer:
-    """The optimizer itself, or the default one of a name."""
-    if isinstance(value, str) and value in OPTIMIZERS:
-        return OPTIMIZERS[value]()
-    if isinstance(value, str):
-        raise BadValue(f"optimizer: expected one of {', '.join(map(repr, OPTIMIZERS))}, got {value!r}")
-    # Rule checks it.
-    return value
-
-
-def _check_share(what: str, value) -> None:
+def _check_fraction(what: str, value) -> None:
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 1:
         raise BadValue(f"{what}: expected a number between 0 and 1, got {value!r}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from ..epilogue import Epilogue
 from ..noise import DOMAINS, add_low_rank, fma, noise_at, philox, tensor_id
 from ..segments import FLOAT16, SPLIT, Entry
 
@@ -20,14 +21,14 @@ def run(call) -> None:
             toward = _read(anchor, None, 0) if anchor is not None else np.float32(0)
             x = fma(call.decay, toward - x, x)
         index = element_numbers(dst).reshape(-1)
-        acc = np.zeros_like(x) if call.adam is not None else x
+        acc = np.zeros_like(x) if call.epilogue is not None else x
         for seed, coeff in zip(call.seeds, call.coeffs, strict=True):
             if call.kind == "low_rank":
                 acc = add_low_rank(acc, coeff, int(seed), dst.name, dst.window.shape, index, call.rank)
             else:
                 acc = fma(coeff, noise_at(int(seed), dst.name, index, call.kind), acc)
-        if call.adam is not None:
-            x = _adam(x, acc, call.adam, flat)
+        if call.epilogue is not None:
+            x = _apply(call.epilogue, x, acc, flat)
         elif len(call.seeds) or call.decay:
             x = acc
         elif src.format == dst.format:
@@ -94,12 +95,10 @@ def round_stochastically(x: np.ndarray, words: np.ndarray, fmt: int) -> np.ndarr
     return (found.astype(np.uint64) | sign).astype(np.uint16)
 
 
-def _adam(x: np.ndarray, g: np.ndarray, adam, flat: int) -> np.ndarray:
-    m, v = (b[flat : flat + x.size].cpu().numpy() for b in adam.moments)
+def _apply(epilogue: Epilogue, x: np.ndarray, g: np.ndarray, flat: int) -> np.ndarray:
+    mine = epilogue.buffers[:, flat : flat + x.size]
+    values = mine.cpu().numpy().copy()
     with np.errstate(all="ignore"):
-        m = fma(adam.one_minus_beta1, g - m, m)
-        v = fma(adam.one_minus_beta2, g * g - v, v)
-        x = fma(adam.step, m / (np.sqrt(v) + adam.eps), x)
-    for buffer, values in zip(adam.moments, (m, v), strict=True):
-        buffer[flat : flat + x.size].copy_(torch.from_numpy(values))
+        x = epilogue.apply(x, g, values)
+    mine.copy_(torch.from_numpy(values))
     return x

@@ -1,0 +1,121 @@
+"""What an optimizer is: the protocol that updates know, and the optimizers by name. Does not import torch.
+
+An optimizer turns a generation's reward-weighted noise g = sum_j coeffs[j] * noise(seeds[j]) into a step, which one
+pass of `add_noise_` takes. It says which seeds and coefficients the pass adds up, and what becomes of the sum: it is
+added to the weights, or an epilogue (esfast.core.epilogue) makes something else of it.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections import deque
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+from ..utils.errors import BadType, BadValue
+from ..utils.suggest import did_you_mean
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..core.epilogue import Epilogue
+    from ..core.plan import Plan
+    from .updater import Generation
+
+OPTIMIZERS: dict[str, type[Optimizer]] = {}
+
+
+class Step(NamedTuple):
+    """One pass of add_noise_: these seeds and coefficients, and an epilogue if the sum is not just added."""
+
+    seeds: list[int]
+    coeffs: list[float]
+    epilogue: Epilogue | None = None
+
+
+@dataclasses.dataclass
+class State:
+    """What an optimizer keeps between generations.
+
+    tensors: by name, float32 tensors on the plan's device, such as zeros(2, plan.flat_numel). Checkpoints hold them
+        under these names; "low" and names that begin with a digit are taken.
+    past: the generations before this one, the newest first, at most `maxlen` of them. Read from the journal on resume.
+    """
+
+    tensors: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+    past: deque[Generation] = dataclasses.field(default_factory=lambda: deque(maxlen=0))
+
+
+class Optimizer(abc.ABC):
+    """An optimizer and its numbers, as a frozen dataclass. Its name makes it known to ES, journals and `--optimizer`:
+
+        @dataclass(frozen=True)
+        class SignSGD(Optimizer, name="sign_sgd"):
+            fraction: float = 0.1
+
+            def step(self, state, record, lr):
+                ...
+
+    Journals hold the name and the fields, which are numbers, texts or booleans. What a step does must follow from the
+    fields, the state and the records of the generations alone: a replay takes the same steps.
+
+    bytes_per_weight: memory of the state's tensors, which weights="auto" counts
+    lr_in_coeffs: whether a generation's coefficients contain lr. If not, `step` applies it.
+    """
+
+    name: ClassVar[str]
+    bytes_per_weight: ClassVar[int] = 0
+    lr_in_coeffs: ClassVar[bool] = True
+
+    def __init_subclass__(cls, name: str = "", **options: Any):
+        super().__init_subclass__(**options)
+        if not name:
+            return
+        # In a notebook a class is often defined again; a dataclass with slots is made twice.
+        if name in OPTIMIZERS and OPTIMIZERS[name].__qualname__ != cls.__qualname__:
+            raise BadValue(f"optimizer: {name!r} is the name of {OPTIMIZERS[name].__qualname__}; choose another one")
+        cls.name = name
+        OPTIMIZERS[name] = cls
+
+    def allocate_state(self, plan: Plan) -> State:
+        """The state before the first generation, for the weights of `plan`."""
+        return State()
+
+    @abc.abstractmethod
+    def step(self, state: State, record: Generation, lr: float) -> Step:
+        """The step of a generation. `lr` is a group's factor of the learning rate: 1 for most weights.
+
+        It is called once for each group of weights. It may read `state.past`, which `record` is not in yet, and hand
+        `state.tensors` to an epilogue, which changes the part of them that belongs to the group's weights.
+        """
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name, **dataclasses.asdict(self)}  # type: ignore[call-overload]
+
+
+def find_optimizer(name: str) -> type[Optimizer]:
+    """The optimizer of this name, also of an installed package with an entry point in the group "esfast.optimizers".
+    ValueError if there is none."""
+    if name not in OPTIMIZERS:
+        from importlib.metadata import entry_points
+
+        for point in entry_points(group="esfast.optimizers"):
+            if point.name == name:
+                point.load()
+    if name not in OPTIMIZERS:
+        known, hint = ", ".join(map(repr, OPTIMIZERS)), did_you_mean(name, OPTIMIZERS)
+        raise BadValue(
+            f"optimizer: expected one of {known}, got {name!r}.{hint} Your own is known once its module is imported"
+        )
+    return OPTIMIZERS[name]
+
+
+def check_optimizer(value) -> Optimizer:
+    """The optimizer itself, or the one of a name with its default numbers. TypeError or ValueError otherwise."""
+    made = find_optimizer(value)() if isinstance(value, str) else value
+    if not isinstance(made, Optimizer) or not hasattr(made, "name"):
+        raise BadType(
+            f"optimizer: expected {', '.join(map(repr, OPTIMIZERS))} or an esfast.SGD, Momentum or Adam, "
+            f"got {made!r:.80}"
+        )
+    return made
