@@ -21,6 +21,7 @@ PAGES = {page.name: text for page, text in TEXTS.items() if page.parts[0] == "do
 # pages whose Python blocks another test runs
 ELSEWHERE = {
     "coming-from.md": "test_recipes.py",
+    "vllm.md": "test_fleet_trainer.py",
     "recipes.md": "test_recipes.py",
     "rollouts.md": "test_decoding.py",
     "es.md": "test_readme.py",

@@ -1,6 +1,8 @@
 """vLLM engines, one and a fleet, on stand-ins for vLLM and Ray: what prompts they take, and runs of FleetTrainer."""
 
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import esfast
 from esfast import cli
-from esfast.integrations.fleet import FleetTrainer
+from esfast.integrations.fleet import FleetStore, FleetTrainer
 from esfast.integrations.ray import Fleet
 from esfast.integrations.vllm_engine import VLLMEngine
 from esfast.journal import journal
@@ -277,3 +279,52 @@ def test_a_model_is_saved_by_an_engine_that_lives(folder, tmp_path):
     vllm_stand_in.kill(fleet._engines[0])
     fleet.save(tmp_path / "saved")
     assert fleet.alive == [1] and same_weights(tmp_path / "saved", folder())
+
+
+def test_members_are_taken_when_an_engine_is_free(folder):
+    """In a team, who is slow gets fewer of them."""
+    taken, fleet = [], Fleet(folder(), 3, num_engines=2)
+
+    def handed_out():
+        for index in range(5):
+            taken.append(index)
+            yield esfast.es.Member(index, index, 1)
+
+    answers = fleet.members(handed_out(), 0.1, ["a"])
+    assert next(answers)[0].index == 0 and taken == [0, 1]
+    assert [member.index for member, _ in answers] == [1, 2, 3, 4] and taken == [0, 1, 2, 3, 4]
+
+
+def test_a_loop_of_ones_own_over_a_fleet(folder):
+    """Members one after another in all engines at once: the weights of ES on the Hugging Face model at every moment."""
+    fleet = Fleet(folder(), 3, num_engines=2)
+    plan = esfast.Plan(Qwen2ForCausalLM.from_pretrained(folder()))
+    settings = dict(sigma=0.1, lr=0.1, population_size=4, mirrored=True, weights="master", optimizer="adam",
+                    noise="low_rank", rank=2, groups=["*norm*:sigma=0.5,lr=2"])  # fmt: skip
+    ours, theirs = esfast.ES(FleetStore(fleet, "master"), **settings), esfast.ES(plan, **settings)
+    base = fleet.fingerprint()
+    for _ in range(2):
+        for mine, other in zip(ours.population(), theirs.population(), strict=True):
+            assert fleet.fingerprint() == plan.fingerprint() != base
+            mine.reward = other.reward = letters([], fleet.generate(["1+1="]))[0] + mine.index
+        assert ours.step() == theirs.step()
+        assert fleet.fingerprint() == plan.fingerprint() != base
+        base = fleet.fingerprint()
+    for _ in ours.population():
+        break
+    assert fleet.fingerprint() == base
+    with pytest.raises(ValueError, match="perturb_rounding: engines round members to the nearest"):
+        for _ in esfast.ES(FleetStore(Fleet(folder(), 3)), perturb_rounding="stochastic").population():
+            pass
+
+
+def test_the_loop_of_the_docs(folder, tmp_path, monkeypatch):
+    text = (Path(__file__).parent.parent / "docs" / "how-to" / "vllm.md").read_text(encoding="utf-8")
+    (loop,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    loop = loop.replace("Qwen/Qwen2.5-7B-Instruct", str(folder())).replace("range(100)", "range(2)")
+    loop = loop.replace("max_new_tokens=256", "max_new_tokens=2").replace("sigma=1e-3", "sigma=0.1, population_size=4")
+    exec(loop, {"prompts": ["1+1="], "reward": lambda completions: letters([], completions)[0]})
+    plan = esfast.Plan(Qwen2ForCausalLM.from_pretrained(folder()))
+    journal.replay(plan, tmp_path / "run.jsonl")
+    assert plan.fingerprint() == esfast.Plan(Qwen2ForCausalLM.from_pretrained(tmp_path / "tuned")).fingerprint()

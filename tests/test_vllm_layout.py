@@ -122,17 +122,18 @@ def tensors(dtype=torch.bfloat16):
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_ranks_hold_the_slices_of_the_perturbed_whole(ranks, same_bits):
+@pytest.mark.parametrize("noise", [{}, {"noise": "low_rank", "rank": 3}])
+def test_ranks_hold_the_slices_of_the_perturbed_whole(ranks, noise, same_bits):
     hf = tensors()
     models = [sharded(hf, rank, ranks) for rank in range(ranks)]
     plan = esfast.Plan(hf.items())
-    esfast.add_noise_(plan, [3, 4], [0.1, -0.2])
+    esfast.add_noise_(plan, [3, 4], [0.1, -0.2], **noise)
     first = check_covered(WHOLES, [[(n, t.shape, w.offset) for n, t, w in pieces(m, WHOLES)] for m in models])
     fingerprint = 0
     for rank, model in enumerate(models):
         mine = esfast.Plan(pieces(model, WHOLES))
         assert rank == 3 or mine.layout == plan.layout  # of 4 ranks the last holds no row of the vocabulary
-        esfast.add_noise_(mine, [3, 4], [0.1, -0.2])
+        esfast.add_noise_(mine, [3, 4], [0.1, -0.2], **noise)
         wanted = sharded(hf, rank, ranks)  # from the perturbed tensors
         for (name, found), (_, expected) in zip(model.named_parameters(), wanted.named_parameters(), strict=True):
             assert same_bits(found, expected), name

@@ -20,7 +20,17 @@ from .ray import Fleet
 
 
 class FleetStore(WeightStore):
-    """A WeightStore over a Fleet: no weights are in this process, and the engines make the members."""
+    """A WeightStore over a Fleet: each engine has a copy of the weights, this process none.
+
+        es = ES(FleetStore(fleet), sigma=1e-3, lr=5e-4)
+
+    FleetEvaluator gives each engine a member of its own. In a loop of one's own, `es.population()` makes every engine
+    the same member, and `fleet.generate` shares its prompts among them.
+
+    Args:
+        fleet: the engines; their weights are compared with the model's files.
+        mode: "base", "master" or "host", as in ES.
+    """
 
     def __init__(self, fleet: Fleet, mode: str = "base"):
         self.fleet, self.mode, self.source = fleet, mode, fleet.model
@@ -31,9 +41,12 @@ class FleetStore(WeightStore):
         self.fleet.begin(rule, self.mode)
 
     def perturb(self, seed: int, coeff: float, rounding: str = "nearest") -> None:
-        raise BadState("the members of a Fleet are in its engines: ask for their completions with Fleet.members")
+        if rounding != "nearest":
+            raise BadValue(f"perturb_rounding: engines round members to the nearest weights, got {rounding!r}")
+        self.fleet.perturb(seed, coeff)
 
-    def restore(self) -> None: ...
+    def restore(self) -> None:
+        self.fleet.restore()
 
     def update(self, record: Generation) -> None:
         self.fleet.update(record)
@@ -50,7 +63,7 @@ class FleetStore(WeightStore):
 
 
 class FleetEvaluator:
-    """A MemberEvaluator over a Fleet: its engines make members, several at a time."""
+    """A MemberEvaluator over a Fleet: each engine makes a member, and the next one when it is free."""
 
     def __init__(self, fleet: Fleet):
         self.engine = fleet
@@ -62,7 +75,7 @@ class FleetEvaluator:
     def evaluate(
         self, members: Population, prompts: Sequence[str], seeds: Sequence[int] | None
     ) -> Iterator[tuple[Member, list[str]]]:
-        yield from self.engine.members(list(members.handed_out()), members.sigma, prompts, seeds)
+        yield from self.engine.members(members.handed_out(), members.sigma, prompts, seeds)
 
     def close(self) -> None:
         self.engine.close()

@@ -11,7 +11,7 @@ import dataclasses
 import logging
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +105,16 @@ class Fleet:
         """Chooses how weights are changed (esfast_begin)."""
         self._all("call", "esfast_begin", rule.to_json(), weights)
 
+    def perturb(self, seed: int, coeff: float) -> None:
+        """Makes the weights of every engine base + coeff * noise(seed), for loops that ask one member at a time of the
+        whole fleet. `members` needs no such call."""
+        self.restore()
+        self._all("call", "perturb_self_weights", seed, coeff)
+
+    def restore(self) -> None:
+        """Takes the noise of `perturb` away."""
+        self._all("call", "esfast_restore")
+
     def update(self, record: Generation) -> None:
         """Applies a generation in every engine."""
         self._all("call", "esfast_update", dataclasses.asdict(record))
@@ -118,12 +128,13 @@ class Fleet:
         list(self._hand_out("call", [(folder, ("save_self_weights_to_disk", str(folder)))]))
 
     def members(
-        self, members: Sequence[Member], sigma: float, prompts: Sequence[str], seeds: Sequence[int] | None = None
+        self, members: Iterable[Member], sigma: float, prompts: Sequence[str], seeds: Sequence[int] | None = None
     ) -> Iterator[tuple[Member, list[str]]]:
-        """Yields each member with its completions, as they are done. Errors of prompts as in `generate`."""
+        """Yields each member with its completions, as they are done. A member is taken when an engine is free for it.
+        Errors of prompts as in `generate`."""
         # Sent to each engine once.
         rows = self._ray.put(self.prompts(prompts))
-        jobs = [(m, (m.seed, m.sign * sigma, rows, seeds)) for m in members]
+        jobs = ((m, (m.seed, m.sign * sigma, rows, seeds)) for m in members)
         for member, (completions, tokens) in self._hand_out("member", jobs):
             self.tokens += tokens
             yield member, completions
@@ -146,23 +157,25 @@ class Fleet:
             self._ray.kill(engine)
         self._engines = {}
 
-    def _hand_out(self, method: str, jobs: list[tuple]) -> Iterator[tuple]:
-        """Yields (key, answer) for each (key, arguments), from whichever engine is free. Work of an engine that dies is
-        done again."""
+    def _hand_out(self, method: str, jobs: Iterable[tuple]) -> Iterator[tuple]:
+        """Yields (key, answer) for each (key, arguments), which it takes when an engine is free. Work of an engine that
+        dies is done again."""
         self._check_open()
-        waiting, idle = deque(jobs), deque(self.alive)
+        waiting, again, idle = iter(jobs), deque[tuple](), deque(self.alive)
         busy: dict[Any, tuple] = {}
-        while waiting or busy:
-            while waiting and idle:
-                number, job = idle.popleft(), waiting.popleft()
+        while True:
+            while idle and (job := again.popleft() if again else next(waiting, None)) is not None:
+                number = idle.popleft()
                 busy[getattr(self._engines[number], method).remote(*job[1])] = number, job
+            if not busy:
+                return
             (done,), _ = self._ray.wait(list(busy), num_returns=1)
             number, job = busy.pop(done)
             try:
                 answer = self._ray.get(done)
             except self._ray.exceptions.RayActorError as error:
                 self._lose(number, error)
-                waiting.appendleft(job)
+                again.append(job)
                 continue
             idle.append(number)
             yield job[0], answer
