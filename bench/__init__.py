@@ -14,7 +14,8 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from ..cli.command_help import looks
+from ..cli.command_help import Parser, looks
+from ..utils.errors import EsfastError, is_mendable
 from ..utils.files import check_writable, write_whole
 
 BENCHMARKS = {
@@ -76,7 +77,7 @@ EXAMPLES = {
 }
 
 
-class BenchmarkError(RuntimeError):
+class BenchmarkError(EsfastError, RuntimeError):
     """The benchmark can't or won't give figures; the message says why."""
 
 
@@ -118,7 +119,9 @@ def main(argv: list[str] | None = None) -> int:
             from .figures import draw
 
             draw(result, Path(args.plots))
-    except (RuntimeError, ValueError, OSError) as error:
+    except Exception as error:
+        if not is_mendable(error):
+            raise
         print(f"esfast bench {args.name}: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -135,7 +138,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def parser_of(argv: list[str]) -> argparse.ArgumentParser:
     """The parser, with the options of the benchmark that `argv` names: others are not imported."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="esfast bench",
         **looks(
             "Benchmarks. What fails its check gets no figures, or a row that says so and the exit status 1. Figures "

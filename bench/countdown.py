@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 from ..utils.child import child
+from ..utils.errors import BadValue
 from . import BenchmarkError
 
 PHASES = ("perturb", "generate", "score", "update", "evaluate")  # named in the table, the rest is "other"
@@ -30,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict:
     if len(set(args.seeds)) < len(args.seeds):
-        raise ValueError(f"--seeds: each once, got {args.seeds}")
+        raise BadValue(f"--seeds: each once, got {args.seeds}")
     with tempfile.TemporaryDirectory(prefix="esfast-countdown-") as scratch:
         runs = args.keep if args.keep is not None else Path(scratch)
         environment = os.environ | {"ESFAST_CACHE": str(Path(scratch) / "cache")}

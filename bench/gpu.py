@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from ..core.kinds import ELEMENTWISE
+from ..utils.errors import BadValue
 from . import BenchmarkError, clocks, count
 from .clocks import Clocks
 from .isolated import isolated
@@ -181,7 +182,7 @@ def readme_table(result: dict) -> Table:
     """The table for a page about GPUs; ValueError for figures of anything else."""
     devices = {r["device"] for r in result["rows"]}
     if devices - {"cuda"}:
-        raise ValueError(f"noise_gpu.json was measured on {' and '.join(sorted(devices))}, which is no GPU")
+        raise BadValue(f"noise_gpu.json was measured on {' and '.join(sorted(devices))}, which is no GPU")
     return table(result)
 
 

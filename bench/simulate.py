@@ -21,6 +21,7 @@ import time
 
 import numpy as np
 
+from ..utils.errors import BadValue
 from . import fleet
 from .fleet import Costs
 
@@ -54,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict:
     if min(args.members, args.generations, *args.workers) < 1 or max(args.workers) > 100_000:
-        raise ValueError("--members, --generations and --workers: expected at least 1, and at most 100000 workers")
+        raise BadValue("--members, --generations and --workers: expected at least 1, and at most 100000 workers")
     measured, update, nbytes = embedded_model(args.members)
     round_trip, operation = fleet.store_costs()
     round_trip += args.latency

@@ -78,17 +78,21 @@ def os_error_without_a_number():
     raise OSError("somebody's")
 
 
+def no_memory():
+    raise MemoryError
+
+
 def mend():
     raise errors.BadValue("sigma: expected more")
 
 
-@pytest.mark.parametrize("act", [bug, value_error_of_a_library, os_error_without_a_number, mend, unreadable])
+@pytest.mark.parametrize("act", [bug, value_error_of_a_library, os_error_without_a_number, mend, unreadable, no_memory])
 @pytest.mark.parametrize("debug", [False, True])
 def test_one_line_for_what_can_be_mended_and_a_traceback_for_a_bug(act, debug, monkeypatch, capsys):
     monkeypatch.setattr(parser, "_command", lambda name: lambda args: act())
     assert cli.main([*["--debug"] * debug, "info"]) == 1
     said = capsys.readouterr().err
-    is_a_bug = act not in (mend, unreadable)
+    is_a_bug = act not in (mend, unreadable, no_memory)
     assert ("Traceback" in said and act.__name__ in said) == (is_a_bug or debug)
     assert ("esfast: this is a bug" in said and "report it" in said) == is_a_bug
     assert said.count("\n") == 1 or is_a_bug or debug
@@ -140,3 +144,27 @@ logging.getLogger("library").warning("shown")"""
 def test_a_device_that_is_not_there_is_refused_before_the_model_is_loaded(capsys):
     assert cli.main(["train", "--model", "no such model", "--device", "cuda:99", "--out", "nowhere/at/all"]) == 1
     assert "--device: expected one that PyTorch has here, such as cpu, got 'cuda:99'" in capsys.readouterr().err
+
+
+def test_a_benchmark_shows_a_bug_as_such_and_one_line_of_the_rest(monkeypatch, capsys):
+    import esfast.bench.simulate as benchmark
+
+    monkeypatch.setattr(benchmark, "run", lambda args: bug())
+    assert cli.main(["bench", "simulate"]) == 1
+    said = capsys.readouterr().err
+    assert "Traceback" in said and "KeyError: 'key'" in said and "esfast: this is a bug" in said
+    monkeypatch.setattr(benchmark, "run", lambda args: mend())
+    assert cli.main(["bench", "simulate"]) == 1
+    assert capsys.readouterr().err == "esfast bench simulate: error: sigma: expected more\n"
+
+
+def test_a_dataset_that_cannot_be_had_is_one_line(monkeypatch, capsys):
+    import datasets
+
+    def load_dataset(*args, **options):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert cli.main(["train", "--task", "dataset:a/b", "--reward", "math:gcd", "--device", "cpu"]) == 1
+    said = capsys.readouterr().err
+    assert said == "esfast: error: dataset:a/b can't be loaded: ConnectionError: no network\n"

@@ -13,7 +13,7 @@ import signal
 import sys
 import traceback
 
-from ..utils.errors import EsfastError
+from ..utils.errors import is_mendable
 from ..utils.interrupts import signal_of
 from .parser import parser_of_all
 from .run_options import in_flags
@@ -67,11 +67,10 @@ def _run(argv: list[str]) -> int:
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _has_no_reader(sys.stdout):
             raise
-        # of the operating system, about a file, a disk or a network, if it has a number
-        mendable = isinstance(error, EsfastError) or isinstance(error, OSError) and error.errno is not None
+        mendable, said = is_mendable(error), str(error) or type(error).__name__
         if not mendable or args is not None and args.debug:
             traceback.print_exception(error)
-        said = str(error) if args is None else in_flags(str(error))
+        said = said if args is None else in_flags(said)
         print(f"esfast: error: {said}" if mendable else f"esfast: {_A_BUG}", file=sys.stderr)
         return 1
 

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ..utils.errors import BadImport, BadValue, FileMissing
+from ..utils.errors import BadFile, BadImport, BadValue, FileMissing
 
 # Prefix of names for datasets.load_dataset.
 DATASETS = "dataset:"
@@ -43,12 +43,12 @@ def read(path: str | Path) -> list[dict]:
     `dataset:NAME`, whose split "train" is loaded from the Hugging Face hub. Texts are UTF-8, or have a byte order mark.
     Lines end with \\n or \\r\\n, or \\r where there is no \\n: U+2028, form feeds and their like stay inside a text.
 
-    Raises FileNotFoundError; ValueError that names the file, and the line where there is one; ImportError without
-    `datasets`.
+    Raises FileNotFoundError; OSError for a dataset that can't be had; ValueError that names the file, and the line
+    where there is one; ImportError without `datasets`.
     """
     name = str(path)
     if name.startswith(DATASETS):
-        return list(_datasets(name).load_dataset(name.removeprefix(DATASETS), split="train"))
+        return _from_hub(name)
     path = Path(path)
     if not path.exists():
         raise FileMissing(f"no file {name}; for a dataset of the Hugging Face hub write {DATASETS}NAME")
@@ -280,6 +280,14 @@ def _saved(folder: Path) -> Iterator[dict]:
     if len(found) == 1:
         return iter(next(iter(found.values())))
     return ({"split": name} | row for name, rows in found.items() for row in rows)
+
+
+def _from_hub(name: str) -> list[dict]:
+    package = _datasets(name)
+    try:
+        return list(package.load_dataset(name.removeprefix(DATASETS), split="train"))
+    except Exception as error:  # whatever the package and what it calls make of a name, a network or a file
+        raise BadFile(f"{name} can't be loaded: {type(error).__name__}: {error}") from error
 
 
 def _datasets(name: str | Path):

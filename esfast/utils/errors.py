@@ -42,3 +42,10 @@ class FileMissing(EsfastError, FileNotFoundError): ...
 def mendable(kind: type[Exception]) -> type[EsfastError]:
     """A class that derives from EsfastError and `kind`, for an operating system error whose message esfast rewrites."""
     return type(f"Esfast{kind.__name__}", (EsfastError, kind), {"__module__": __name__})
+
+
+def is_mendable(error: BaseException) -> bool:
+    """Whether a user can mend it: an EsfastError, an error of the operating system (of a file, a disk, a network), or
+    that memory is full, on a GPU too. An OSError without a number is a library's, and tells nothing."""
+    system = isinstance(error, OSError) and error.errno is not None
+    return system or isinstance(error, (EsfastError, MemoryError)) or type(error).__name__ == "OutOfMemoryError"
