@@ -1,4 +1,4 @@
-"""What becomes of the weighted sum of noise, in the same pass that adds it up: an optimizer's arithmetic.
+"""Epilogues: an optimizer's arithmetic on the weighted sum of noise, in the same pass that computes the sum.
 
 Without an epilogue, `add_noise_` adds the sum to the weight. With one, the sum starts at zero, and the epilogue makes
 the new weight of the old one (after weight decay), the sum, and numbers of its own that it keeps for each weight.
@@ -21,10 +21,10 @@ from .plan import Plan
 
 
 class Epilogue(abc.ABC):
-    """One step's arithmetic, and the numbers that it keeps for each weight.
+    """The arithmetic of one step, and the numbers that it keeps for each weight.
 
-    `apply` is the definition, which the reference backend runs. Kernels that repeat it to the bit make it fast: beside
-    `adam` in csrc/noise.h (CPU and CUDA) and kernels/add_noise.py (Triton).
+    `apply` is the definition, and the reference backend runs it. To make it fast, add kernels that give the same bits,
+    next to `adam` in csrc/noise.h (CPU and CUDA) and kernels/add_noise.py (Triton).
 
     buffers: float32 (k, plan.flat_numel) on the plan's device, any k; `apply` changes them.
     has_kernels: whether all backends have it; else the reference backend alone.
@@ -82,7 +82,8 @@ class AdamStep(Epilogue):
 
 
 def check_epilogue(plan: Plan, base: Plan | None, epilogue: Epilogue, backend: str) -> str:
-    """The backend that runs it. TypeError, ValueError or RuntimeError if none does, or buffers do not fit the plan."""
+    """The backend that runs the epilogue. TypeError, ValueError or RuntimeError if none can, or if the buffers do not
+    fit the plan."""
     name = "adam" if isinstance(epilogue, AdamStep) or not isinstance(epilogue, Epilogue) else type(epilogue).__name__
     if base is not None and base is not plan:
         raise BadValue(f"{name}: works in place, without a base")

@@ -24,8 +24,8 @@ class FleetStore(WeightStore):
 
         es = ES(FleetStore(fleet), sigma=1e-3, lr=5e-4)
 
-    FleetEvaluator gives each engine a member of its own. In a loop of one's own, `es.population()` makes every engine
-    the same member, and `fleet.generate` shares its prompts among them.
+    FleetEvaluator gives each engine a member of its own. In your own loop, `es.population()` makes all engines the same
+    member, and `fleet.generate` divides its prompts among them.
 
     Args:
         fleet: the engines; their weights are compared with the model's files.

@@ -1,4 +1,4 @@
-"""What a generation does to the weights."""
+"""Optimizers, groups of weights, and the Updater that applies a generation to the weights."""
 
 from ..utils.lazy import lazily
 

@@ -1,4 +1,4 @@
-"""What an optimizer is: the protocol that updates know, and the optimizers by name. Does not import torch.
+"""Optimizer: the interface of optimizers, and how they are found by name. Does not import torch.
 
 An optimizer turns a generation's reward-weighted noise g = sum_j coeffs[j] * noise(seeds[j]) into a step, which one
 pass of `add_noise_` takes. It says which seeds and coefficients the pass adds up, and what becomes of the sum: it is
@@ -56,8 +56,8 @@ class Optimizer(abc.ABC):
             def step(self, state, record, lr):
                 ...
 
-    Journals hold the name and the fields, which are numbers, texts or booleans. What a step does must follow from the
-    fields, the state and the records of the generations alone: a replay takes the same steps.
+    Journals hold the name and the fields, which must be numbers, strings or booleans. A step may depend only on the
+    fields, the state and the records of the generations, since a replay takes the same steps.
 
     bytes_per_weight: memory of the state's tensors, which weights="auto" counts
     lr_in_coeffs: whether a generation's coefficients contain lr. If not, `step` applies it.
