@@ -1,4 +1,5 @@
-# `make train` fine-tunes a small language model on this machine; `make test` runs the tests. Both set up .venv first.
+# `make train` fine-tunes a small language model on this machine; `make test` runs the tests but for the slow ones, some
+# minutes on two cores; `make test-all` runs every one. They set up .venv first.
 # `make test-vllm` runs the tests of a real vLLM engine, in an environment of its own (3.7 GB), as vLLM pins its torch.
 PYTHON ?= python3
 VENV := .venv
@@ -6,13 +7,16 @@ BIN := $(VENV)/bin
 
 VLLM := .venv-vllm
 
-.PHONY: train test test-vllm lint bench examples docs clean
+.PHONY: train test test-all test-vllm types test-transformers-floor lint bench examples docs clean
 
 train: $(VENV)/installed
 	$(BIN)/esfast train $(ARGS)
 
 # a process for each core: most tests compute on one
 test: $(VENV)/installed
+	$(BIN)/pytest -n auto --dist worksteal -m "not slow" $(ARGS)
+
+test-all: $(VENV)/installed
 	$(BIN)/pytest -n auto --dist worksteal $(ARGS)
 
 test-vllm: $(VLLM)/installed
@@ -20,6 +24,10 @@ test-vllm: $(VLLM)/installed
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+# mypy; what it forgives is in pyproject.toml
+types: $(VENV)/installed
+	$(BIN)/python -m mypy $(ARGS)
 
 bench: $(VENV)/installed
 	$(BIN)/pytest bench/micro $(ARGS)

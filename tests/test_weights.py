@@ -49,6 +49,7 @@ def test_ten_thousand_rounds_change_no_bit(dtype, weights, same_bits):
     check_rounds(train(dtype, weights, 3), 10_000, same_bits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", EXACT)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_many_rounds_under_the_triton_interpreter(dtype, weights, same_bits, monkeypatch):
@@ -65,6 +66,7 @@ def test_many_rounds_under_the_triton_interpreter(dtype, weights, same_bits, mon
     check_rounds(es, 10_000 if os.environ.get("ESFAST_LONG_TESTS") else 20, same_bits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", EXACT)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_same_under_the_triton_interpreter(dtype, weights, same_bits):
