@@ -108,15 +108,15 @@ ESFAST_FN void add_to_sums(float* sums, const float* a, const float* b, int coun
     for (int i = 0; i < HIGH; ++i) store(sums + i * COLS, x[i][0]), store(sums + i * COLS + WIDTH, x[i][1]);
 }
 
-void add_strip(float* sums, const Factors& f, int row, int rows, int cols, int count) {
-    for (int g = 0; g * GROUP < cols; ++g) {
-        float* const at = sums + g * GROUP;
-        const float* const b = f.b[g][0];
+// Groups first, first + 1, ... of a strip, for `cols` columns in all.
+void add_strip(float* sums, const Factors& f, int row, int rows, int first, int cols, int count) {
+    for (int at = 0; at < cols; at += GROUP) {
+        const float* const b = f.b[first + at / GROUP][0];
         if (rows == 1) {
-            add_to_sums<1>(at, f.a[0] + row, b, count);
+            add_to_sums<1>(sums + at, f.a[0] + row, b, count);
             continue;
         }
-        for (int i = 0; i < rows; i += HEIGHT) add_to_sums<HEIGHT>(at + i * COLS, f.a[0] + row + i, b, count);
+        for (int i = 0; i < rows; i += HEIGHT) add_to_sums<HEIGHT>(sums + i * COLS + at, f.a[0] + row + i, b, count);
     }
 }
 
@@ -171,32 +171,73 @@ struct Row {
     void step(float* x, const float* g) const { adam_row(x, g, job.adam, job.adam.m + flat(), job.adam.v + flat(), n); }
 };
 
+// Whole groups of rows that only get noise: from memory to registers to memory.
+template <int HIGH, class Src, class Dst>
+void add_to_rows(const Job& job, const Segment& s, const Factors& f, int64_t row, int at, int64_t col, int cols, int count) {
+    Place<Src> from[HIGH];
+    Place<Dst> to[HIGH], target[HIGH];
+    alignas(64) typename Dst::storage staged[HIGH][COLS];
+    const bool streamed = job.streamed && s.dst != s.src;
+    for (int i = 0; i < HIGH; ++i) {
+        const Row<Src, Dst> r = {job, s, row + at + i, col, cols};
+        from[i] = r.template place<Src>(s.src, s.src_stride);
+        target[i] = r.template place<Dst>(s.dst, s.dst_stride);
+        to[i] = {streamed ? staged[i] : target[i].p, target[i].low};
+    }
+    for (int g = 0; g < cols; g += GROUP) {
+        alignas(64) float x[HIGH][GROUP];
+        V sums[HIGH][2];
+        for (int i = 0; i < HIGH; ++i) {
+            // two strips below, since a row of a block is too short for the processor to foresee: 0.43 ns a weight without
+            __builtin_prefetch(from[i].p + g + 2 * HIGH * s.src_stride);
+            read_row(x[i], Place<Src>{from[i].p + g, from[i].low + g}, GROUP);
+            sums[i][0] = load(x[i]), sums[i][1] = load(x[i] + WIDTH);
+        }
+        add_pairs<HIGH>(sums, f.a[0] + at, f.b[g / GROUP][0], count);
+        for (int i = 0; i < HIGH; ++i) {
+            store(x[i], sums[i][0]), store(x[i] + WIDTH, sums[i][1]);
+            write_row(Place<Dst>{to[i].p + g, to[i].low + g}, x[i], nullptr, GROUP);
+        }
+    }
+    if (streamed)
+        for (int i = 0; i < HIGH; ++i) stream_row(target[i].p, staged[i], cols);
+}
+
 template <class Src, class Dst>
 void run_block(const Job& job, const Segment& s, int64_t row, int64_t col) {
     const int rows = int(s.rows - row < ROWS ? s.rows - row : ROWS), cols = int(s.cols - col < COLS ? s.cols - col : COLS);
-    const int wide = (cols + GROUP - 1) / GROUP * GROUP;
     const int64_t pairs = job.member_count * job.rank;
-    const bool adam = job.adam.m != nullptr;
+    const bool adam = job.adam.m != nullptr, stochastic = job.stochastic && job.member_count > 0;
+    const bool at_once = pairs <= PAIRS;
     Factors factors;
+    int begin = 0;  // the columns before it are done
+    if (at_once) draw_factors(factors, job, s, row, rows, col, cols, 0, int(pairs));
+    if (at_once && !adam && !stochastic && job.decay == 0) {
+        begin = cols / GROUP * GROUP;
+        int i = 0;
+        for (; i + HEIGHT <= rows; i += HEIGHT) add_to_rows<HEIGHT, Src, Dst>(job, s, factors, row, i, col, begin, int(pairs));
+        for (; i < rows; ++i) add_to_rows<1, Src, Dst>(job, s, factors, row, i, col, begin, int(pairs));
+        if (begin == cols) return;
+    }
+    const int left = cols - begin, wide = (left + GROUP - 1) / GROUP * GROUP;
     // where all pairs go in one round, a strip is read, summed and written while it is in the first-level cache
     alignas(64) float sums[ROWS][COLS];
-    const bool at_once = pairs <= PAIRS;
     int64_t first = 0;
     do {
         const int count = int(pairs - first < PAIRS ? pairs - first : PAIRS);
-        draw_factors(factors, job, s, row, rows, col, cols, first, count);
+        if (!at_once) draw_factors(factors, job, s, row, rows, col, cols, first, count);
         for (int strip = 0; strip < rows; strip += STRIP) {
             const int high = rows - strip < STRIP ? rows - strip : STRIP;
             float(*const x)[COLS] = sums + (at_once ? 0 : strip);
-            const auto at = [&](int i) { return Row<Src, Dst>{job, s, row + strip + i, col, cols}; };
+            const auto at = [&](int i) { return Row<Src, Dst>{job, s, row + strip + i, col + begin, left}; };
             if (first == 0) {
                 for (int i = 0; i < STRIP; ++i) {
-                    const int begin = i < high && !adam ? cols : 0;
-                    if (begin) at(i).read(x[i]);
-                    memset(x[i] + begin, 0, size_t(wide - begin) * sizeof(float));
+                    const int read = i < high && !adam ? left : 0;
+                    if (read) at(i).read(x[i]);
+                    memset(x[i] + read, 0, size_t(wide - read) * sizeof(float));
                 }
             }
-            add_strip(x[0], factors, strip, high, cols, count);
+            add_strip(x[0], factors, strip, high, begin / GROUP, left, count);
             if (first + count < pairs) continue;
             for (int i = 0; i < high; ++i) {
                 if (adam) {
