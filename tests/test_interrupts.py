@@ -10,7 +10,7 @@ import torch
 from esfast import ES, Plan
 from esfast.core import ops
 from esfast.journal import journal
-from esfast.utils.interrupts import held
+from esfast.utils.interrupts import defer_sigint
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +74,7 @@ def test_inplace_weights_lose_no_noise(call, interrupted_call):
 
 def test_held_obeys_afterwards_and_only_once():
     reached = []
-    with pytest.raises(KeyboardInterrupt), held():
+    with pytest.raises(KeyboardInterrupt), defer_sigint():
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
         reached.append("end of the block")
@@ -83,7 +83,7 @@ def test_held_obeys_afterwards_and_only_once():
 
 def test_held_keeps_out_of_other_threads_and_handlers():
     def body():
-        with held():
+        with defer_sigint():
             seen.append(signal.getsignal(signal.SIGINT))
 
     seen = []

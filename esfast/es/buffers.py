@@ -13,7 +13,7 @@ import torch
 
 from ..core.plan import Plan
 from ..utils.changes import same_bits, version
-from ..utils.interrupts import held
+from ..utils.interrupts import defer_sigint
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class Buffers:
         """Restores the buffers as they were at `note`."""
         if self._module is None:
             return
-        with held(), torch.no_grad():
+        with defer_sigint(), torch.no_grad():
             for place in self._places:
                 place.put_back()
             stayed = [key for key, kept in self._kept.items() if not kept.put_back()]

@@ -19,7 +19,7 @@ from ..distributed.team import SharedUpdates, Team
 from ..journal.journal import header_of
 from ..update.updater import Generation, Group, Optimizer, Rule, check_groups, check_optimizer
 from ..utils.errors import BadState, BadValue
-from ..utils.interrupts import held
+from ..utils.interrupts import defer_sigint
 from ..utils.names import ROUNDINGS
 from ..utils.settings import check_int
 from ..utils.settings import check_positive as _check_positive
@@ -228,7 +228,7 @@ class ES:
             self.generation, seeds, coeffs, [rewards.get(m.index) for m in self.members], sigma, lr, decay
         )
         # All or nothing: a step that was interrupted halfway would be taken again.
-        with held():
+        with defer_sigint():
             # The journal first: if it can't be written, no weight changes.
             self._history.append(record)
             self.store.update(record)

@@ -28,7 +28,7 @@ from ..core.plan import Plan
 from ..core.segments import Slice
 from ..update.updater import Generation, Rule, Updater
 from ..utils.changes import same_bits, versions
-from ..utils.interrupts import held
+from ..utils.interrupts import defer_sigint
 from .store import LocalStore
 
 log = logging.getLogger(__name__)
@@ -166,7 +166,7 @@ class _MovingWeights(LocalStore):
     def _move(self, target: list[tuple[int, float]], rounding: str = "nearest") -> None:
         terms = [(s, -c) for s, c in self._applied] + target
         # The weights and the note of what was added to them must stay consistent.
-        with held():
+        with defer_sigint():
             for group, plan in self._parts if terms else ():  # in one pass, rounded once
                 seeds, coeffs = [s for s, _ in terms], [group.sigma * c for _, c in terms]
                 add_noise_(plan, seeds, coeffs, rounding=rounding, **self._options)
@@ -246,7 +246,7 @@ class HostWeights(_Stored, _MovingWeights):
         self._move([(seed, coeff)], rounding)
 
     def restore(self) -> None:
-        with held():
+        with defer_sigint():
             for t, mine in zip(self.plan.tensors, self._host, strict=True):
                 # The copy is complete before the next kernel.
                 t.detach().copy_(mine)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..utils.errors import BadValue
-from ..utils.interrupts import held
+from ..utils.interrupts import defer_sigint
 
 
 class Offsets:
@@ -29,7 +29,7 @@ class Offsets:
         terms = {**self.terms, seed: self.terms.get(seed, 0.0) + coeff}
         terms = {s: c for s, c in terms.items() if c != 0}
         # The weights and the note of what was added to them must stay consistent.
-        with held():
+        with defer_sigint():
             if len(terms) > 1:
                 self._place(terms)
             elif terms:
@@ -45,7 +45,7 @@ class Offsets:
 
     def clear(self) -> None:
         """Takes all noise away."""
-        with held():
+        with defer_sigint():
             self.mode.restore()
             self.terms = {}
 

@@ -8,7 +8,7 @@ import torch
 
 from ..core.dtensors import fsdp_modules, reshard
 from ..rollout.encoding import PromptEncoder, embedded_tokens
-from ..utils.interrupts import held
+from ..utils.interrupts import defer_sigint
 
 # Logits of one mini-batch at most: 256 MB in float32.
 MOST_LOGITS = 2**26
@@ -87,7 +87,7 @@ class KLToBase:
     def _exchange(self) -> None:
         reshard(self._gathering)
         # All or nothing: half swapped weights are no model.
-        with held():
+        with defer_sigint():
             for tuned, base in zip(self._tuned, self._base, strict=True):
                 kept = tuned.to("cpu", copy=True)
                 tuned.copy_(base)

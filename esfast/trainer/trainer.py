@@ -207,7 +207,7 @@ class ESTrainer(SavesLikeTRL):
                 self._generations()
             self.team.close()
         except Exception:
-            self._stops.settle()
+            self._stops.wait_for_signal()
             raise
 
     def _is_finished(self) -> bool:

@@ -44,7 +44,7 @@ class Stops:
         if self.signum is not None:
             raise Interrupted(self.signum)
 
-    def settle(self, seconds: float = 0.2) -> None:
+    def wait_for_signal(self, seconds: float = 0.2) -> None:
         """Call this on an error: it waits for a moment, and raises Interrupted if a signal arrives. A scheduler's
         signal may reach a worker process first; without this it would look like a failure of the worker."""
         self.check()
@@ -104,7 +104,7 @@ def stoppable() -> Iterator[Stops]:
 
 
 @contextlib.contextmanager
-def held() -> Iterator[None]:
+def defer_sigint() -> Iterator[None]:
     """Defers Ctrl-C, SIGTERM and SIGHUP until the block ends. Does nothing outside the main thread, nor for signals
     that Python does not handle."""
     handlers = {}
