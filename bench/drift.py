@@ -251,12 +251,12 @@ class _Run:
 
     def _state(self, mode, weights: torch.Tensor) -> torch.Tensor:
         """The weights that the next update starts from, as float64: the master if there is one."""
-        truth = getattr(mode, "truth", None)
-        if truth is None:
+        base = getattr(mode, "base", None)
+        if base is None:
             return weights.double()
-        kept = truth.tensors[0]
-        if truth.low is not None:  # float32 in two halves; the upper one is rounded, so the lower one has a sign
-            kept = ((kept.view(torch.int16).int() << 16) + truth.low[: len(kept)].int()).view(torch.float32)
+        kept = base.tensors[0]
+        if base.low is not None:  # float32 in two halves; the upper one is rounded, so the lower one has a sign
+            kept = ((kept.view(torch.int16).int() << 16) + base.low[: len(kept)].int()).view(torch.float32)
         return kept.double()
 
     def _coefficients(self, generation: int, lr: float) -> list[float]:

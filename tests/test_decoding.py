@@ -169,7 +169,7 @@ def test_static_shapes_are_few(tiny, engine, monkeypatch):
 
 def test_auto_on_a_gpu_goes_on_with_a_way_that_works(tiny, engine, monkeypatch, caplog):
     model, _ = tiny
-    monkeypatch.setattr("esfast.rollout.engine.automatic", lambda model: ["continuous", "static", "plain"])
+    monkeypatch.setattr("esfast.rollout.engine.choose_ways", lambda model: ["continuous", "static", "plain"])
     monkeypatch.setitem(decoding.WAYS, "continuous", lambda *a: (_ for _ in ()).throw(RuntimeError("no pages")))
     e = engine()
     assert e.generate(PROMPTS) == engine(decoding="plain").generate(PROMPTS)

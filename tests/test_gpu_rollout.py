@@ -37,7 +37,7 @@ def model():
 @pytest.mark.parametrize("way", ["static", "continuous", "auto"])
 def test_graphs_follow_the_weights_and_ways_agree(model, way):
     net, tokenizer = model
-    if way == "continuous" and "continuous" not in decoding.automatic(net):
+    if way == "continuous" and "continuous" not in decoding.choose_ways(net):
         pytest.skip("continuous batching is for GPUs with flash attention")
     plain, engine = (TransformersEngine(net, tokenizer, 12, decoding=each) for each in ("plain", way))
     weight = net.model.layers[0].mlp.up_proj.weight

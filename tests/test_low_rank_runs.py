@@ -62,7 +62,7 @@ def test_drift_is_measured_against_the_same_noise():
 ], ids=str)  # fmt: skip
 def test_replay_and_export_give_the_same_bits(options, tmp_path, same_bits):
     es = train(tensors().items(), journal=tmp_path / "journal.jsonl", **options)
-    es.vouch()
+    es.record_fingerprint()
     header = read(tmp_path / "journal.jsonl").header
     assert (header["noise"], header["rank"]) == ("low_rank", options.get("rank", 1))
     pack(tmp_path / "journal.jsonl", tmp_path / "run.safetensors")

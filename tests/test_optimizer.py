@@ -85,7 +85,7 @@ def test_an_optimizer_of_ones_own_goes_through_all(tmp_path, dtype, same_bits):
     assert torch.allclose(moved[1].float(), torch.tensor(0.0625), atol=0.01)
     es.checkpoint()
     steps(es, 1)
-    es.vouch()
+    es.record_fingerprint()
     again = ES(weights(dtype), optimizer=kind(0.75), journal=tmp_path / "j", resume=True, **options)
     assert again.generation == 2 and same_bits(again.plan.tensors, es.plan.tensors)
     assert same_bits(again.store.updater.state.tensors["lion"], es.store.updater.state.tensors["lion"])

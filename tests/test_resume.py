@@ -194,7 +194,7 @@ def test_replay_compares_fingerprints(tmp_path):
     es = start(tmp_path)
     for _ in range(3):
         step(es)
-    es.vouch()
+    es.record_fingerprint()
     path = tmp_path / "journal.jsonl"
     other = Plan([("a", torch.ones(200).bfloat16()), ("b", torch.ones(5, 3).bfloat16().t())])
     before = other.fingerprint()
@@ -217,7 +217,7 @@ def test_an_exported_journal_is_the_journal(tmp_path, same_bits):
     for member in es.population():
         member.reward = float(member.index) if member.index else None
     es.step(set_aside=True)
-    es.vouch()
+    es.record_fingerprint()
     size = pack(tmp_path / "journal.jsonl", tmp_path / "run.safetensors")
     assert size == (tmp_path / "run.safetensors").stat().st_size
     assert unpack(tmp_path / "run.safetensors") == read(tmp_path / "journal.jsonl")

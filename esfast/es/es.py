@@ -252,7 +252,7 @@ class ES:
     def _turn(self) -> str:
         return f"{self._run}: {self.generation}.{self._asked}"
 
-    def vouch(self) -> None:
+    def record_fingerprint(self) -> None:
         """Writes the weights' fingerprint into the journal, so that a replay can compare. In a team all processes call
         it; RuntimeError if their weights differ."""
         with self.team.working():
@@ -269,7 +269,7 @@ class ES:
         updater, shards = self.store.updater, self.team.shards
         if updater is not None and self.team.rank < shards and (shards > 1 or not self.plan.sharded):
             self._history.save(self.generation, updater)
-        self.vouch()
+        self.record_fingerprint()
 
     def drift(self) -> float | None:
         """With weights="inplace", the RMS distance of sampled weights from exact float32 arithmetic, in units of the

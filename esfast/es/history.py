@@ -66,7 +66,7 @@ class History:
                 'resume: a run with weights="inplace" can\'t be resumed: no journal holds its rounding errors'
             )
         if leads:
-            self._journal, _ = Journal.take_up(path, header)
+            self._journal, _ = Journal.resume(path, header)
         # The journal holds the lock now.
         del lock
         _, records, checks = parse(team.tell(f"{self._run}: journal", path.read_bytes), path)

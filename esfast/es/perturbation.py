@@ -50,10 +50,10 @@ def perturbed(
     """
     plan = model if isinstance(model, Plan) else Plan(model)
     plan.check_module()
-    truth = plan.clone() if base is None else base
-    options: dict[str, Any] = {"base": truth, "noise": noise, "rank": rank, "backend": backend}
+    base = plan.clone() if base is None else base
+    options: dict[str, Any] = {"base": base, "noise": noise, "rank": rank, "backend": backend}
     # Check that the base fits before anything is written: the restore reads it.
-    plan.table(truth)
+    plan.table(base)
     with unchanged_buffers(plan):
         try:
             add_noise_(plan, [seed], [sigma], **options)

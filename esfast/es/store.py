@@ -110,14 +110,14 @@ class LocalStore(WeightStore):
         assert self.updater is not None
         for record in records:
             self.updater(record)
-        self.settle()
+        self.sync_live_weights()
 
-    def settle(self) -> None:
+    def sync_live_weights(self) -> None:
         """Brings the live weights, and copies of them, up to date after `updater` was called."""
 
     def note_applied(self, record: Generation) -> None:
         assert self.updater is not None
-        self.updater.recall(record)
+        self.updater.note_applied(record)
 
     def changed_elsewhere(self) -> bool:
         """RuntimeError if the module has other parameters than the plan."""

@@ -79,11 +79,11 @@ class BaseWeights(_Stored):
 
     def __init__(self, plan: Plan, rule: Rule, backend: str = "auto"):
         super().__init__(plan, rule)
-        self.truth = self._truth(plan)
+        self.base = self._make_base(plan)
         # The plan that members are written from.
-        self.base = self.truth.high() if self.truth.low is not None else self.truth
-        self.updater = Updater(self.truth, rule, backend)
-        self._parts = rule.split(plan, self.base)
+        self._source = self.base.high() if self.base.low is not None else self.base
+        self.updater = Updater(self.base, rule, backend)
+        self._parts = rule.split(plan, self._source)
         self._options = {**rule.noise_options, "backend": backend}
         self._note()
 
@@ -92,7 +92,7 @@ class BaseWeights(_Stored):
         size = dtype.itemsize
         return Cost(device=size, host=0, member=2 * size, restore=2 * size, update=4 * size)
 
-    def _truth(self, plan: Plan) -> Plan:
+    def _make_base(self, plan: Plan) -> Plan:
         return plan.clone()
 
     def perturb(self, seed: int, coeff: float, rounding: str = "nearest") -> None:
@@ -105,28 +105,28 @@ class BaseWeights(_Stored):
             add_noise_(plan, list(terms), coeffs, base=base, rounding=rounding, **self._options)
 
     def restore(self) -> None:
-        add_noise_(self.plan, [], [], base=self.truth, **self._options)
+        add_noise_(self.plan, [], [], base=self.base, **self._options)
         self._note()
 
     def adopt(self) -> None:
         """Takes the live weights, which something else has written, as the new base."""
-        for mine, live in zip(self.truth.tensors, self.plan.tensors, strict=True):
+        for mine, live in zip(self.base.tensors, self.plan.tensors, strict=True):
             mine.copy_(live.detach())
-        if self.truth.low is not None:
-            self.truth.low.zero_()
+        if self.base.low is not None:
+            self.base.low.zero_()
         self._note()
 
     def _stored(self, i: int) -> torch.Tensor:
         """The bits of live tensor i when no member is in place."""
         copy = self.plan.part([i]).clone()
-        add_noise_(copy, [], [], base=self.truth.part([i]), **self._options)
+        add_noise_(copy, [], [], base=self.base.part([i]), **self._options)
         return copy.tensors[0]
 
     def update(self, record: Generation) -> None:
         self.updater(record)
-        self.settle()
+        self.sync_live_weights()
 
-    def settle(self) -> None:
+    def sync_live_weights(self) -> None:
         self.restore()
 
 
@@ -140,10 +140,10 @@ class MasterWeights(BaseWeights):
     def cost(dtype: torch.dtype) -> Cost:
         """Members of float16 weights read 4 bytes: a float32 can't be split into a float16 and 16 bits
         (Plan.master)."""
-        size, truth, upper = dtype.itemsize, 4, 2 if dtype is torch.bfloat16 else 4
-        return Cost(device=truth, host=0, member=upper + size, restore=truth + size, update=3 * truth + size)
+        size, base, upper = dtype.itemsize, 4, 2 if dtype is torch.bfloat16 else 4
+        return Cost(device=base, host=0, member=upper + size, restore=base + size, update=3 * base + size)
 
-    def _truth(self, plan: Plan) -> Plan:
+    def _make_base(self, plan: Plan) -> Plan:
         return plan.master()
 
 
@@ -152,7 +152,7 @@ class _MovingWeights(LocalStore):
 
     def __init__(self, plan: Plan, rule: Rule, backend: str = "auto"):
         LocalStore.__init__(self, plan, rule)
-        self.truth = plan
+        self.base = plan
         self.updater = Updater(plan, rule, backend)
         self._parts = rule.split(plan)
         self._options = {**rule.noise_options, "backend": backend}
@@ -161,7 +161,7 @@ class _MovingWeights(LocalStore):
     def update(self, record: Generation) -> None:
         self.restore()
         self.updater(record)
-        self.settle()
+        self.sync_live_weights()
 
     def _move(self, target: list[tuple[int, float]], rounding: str = "nearest") -> None:
         terms = [(s, -c) for s, c in self._applied] + target
@@ -234,7 +234,7 @@ class HostWeights(_Stored, _MovingWeights):
         super().__init__(plan, rule, backend)
         pinned = plan.device.type == "cuda"
         self._host = [torch.empty_like(t, device="cpu", pin_memory=pinned) for t in self.plan.tensors]
-        self.settle()
+        self.sync_live_weights()
 
     @staticmethod
     def cost(dtype: torch.dtype) -> Cost:
@@ -253,12 +253,12 @@ class HostWeights(_Stored, _MovingWeights):
             self._applied = []
         self._note()
 
-    def settle(self) -> None:
+    def sync_live_weights(self) -> None:
         for t, mine in zip(self.plan.tensors, self._host, strict=True):
             mine.copy_(t.detach())
         self._note()
 
-    adopt = settle
+    adopt = sync_live_weights
 
     def _stored(self, i: int) -> torch.Tensor:
         return self._host[i].to(self.plan.device)
@@ -291,10 +291,10 @@ def open_store(plan: Plan, rule: Rule, mode: str, backend: str) -> LocalStore:
     changed."""
     get_backend(backend, plan.device, rule.noise)
     check_finite((e.name, e.tensor) for e in plan.entries)
-    return MODES[automatic(plan, rule) if mode == "auto" else mode](plan, rule, backend)
+    return MODES[choose_mode(plan, rule) if mode == "auto" else mode](plan, rule, backend)
 
 
-def automatic(plan: Plan, rule: Rule) -> str:
+def choose_mode(plan: Plan, rule: Rule) -> str:
     """The most exact mode whose copies, with the weights, take at most WEIGHTS_SHARE of the device's memory.
 
     This counts all memory, not what is free at the moment, so that the same run on the same machine takes the same

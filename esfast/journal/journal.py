@@ -49,7 +49,7 @@ def header_of(rule: Rule, seed: int, weights: str, plan: Plan) -> dict:
 
 
 class Journal:
-    """An append-only file of generations. `Journal.create` begins one, `take_up` continues one.
+    """An append-only file of generations. `Journal.create` begins one, `resume` continues one.
 
     It holds the run's Lock. It appends only where the last line ended: if the file was deleted, or something else wrote
     to it, that is an error.
@@ -85,7 +85,7 @@ class Journal:
         return journal
 
     @classmethod
-    def take_up(cls, path: str | Path, header: dict) -> tuple[Journal, Contents]:
+    def resume(cls, path: str | Path, header: dict) -> tuple[Journal, Contents]:
         """Continues the journal of a run with this header. An incomplete last line is removed from the file.
 
         ValueError if the journal is damaged, or belongs to another run; the message names what differs, with both
@@ -249,13 +249,13 @@ def replay(plan: Plan, path: str | Path, until: int | None = None, backend: str 
         raise BadValue(
             f"journal: {path} is of a run that began with weights of fingerprint {header['base']}, these have {found}"
         )
-    truth = plan.master() if header["weights"] == "master" else plan
-    update = Updater(truth, Rule.from_json(header), backend)
+    base = plan.master() if header["weights"] == "master" else plan
+    update = Updater(base, Rule.from_json(header), backend)
     for done, record in enumerate(records[:until], start=1):
         update(record)
         if done in checks or done == until:
-            if truth is not plan:
-                add_noise_(plan, [], [], base=truth, backend=backend)
+            if base is not plan:
+                add_noise_(plan, [], [], base=base, backend=backend)
             verify(plan, done, checks)
 
 

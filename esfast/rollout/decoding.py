@@ -152,7 +152,7 @@ def _continuous_options() -> type | None:
 WAYS = {"plain": Plain, "static": Static, "continuous": Continuous}
 
 
-def automatic(model) -> Sequence[str]:
+def choose_ways(model) -> Sequence[str]:
     """The decodings to try for `decoding="auto"`, the fastest first. Without flash attention continuous batching has no
     CUDA graphs, and a static cache is faster."""
     if model.device.type != "cuda":

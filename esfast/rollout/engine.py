@@ -22,7 +22,7 @@ from transformers import GenerationConfig
 from ..core.dtensors import in_shards
 from ..utils.errors import BadType, BadValue
 from ..utils.names import DECODINGS
-from .decoding import WAYS, automatic
+from .decoding import WAYS, choose_ways
 from .encoding import PromptReader, context_limit, embedded_tokens
 from .models import check_generates
 from .probe import ANY, Traits, probe_texts, traits_of
@@ -150,7 +150,7 @@ class TransformersEngine:
                 f"decoding: a {type(model).__name__} reads padding as text, which decoding='static' fills prompts up "
                 "with; take 'plain'"
             )
-        self._ways = [decoding] if decoding != "auto" else list(automatic(model)) if padded else ["plain"]
+        self._ways = [decoding] if decoding != "auto" else list(choose_ways(model)) if padded else ["plain"]
         self._way = None if len(self._ways) > 1 else WAYS[self._ways[0]](model, self.generation_config)
 
     def generate(self, prompts: Sequence[str], seeds: Sequence[int] | None = None) -> list[str]:

@@ -241,7 +241,7 @@ class ESTrainer(SavesLikeTRL):
                     self.clock.lap("save")
                 bar.set_postfix(recorder.progress(row), refresh=False)
                 bar.update()
-        self.es.vouch()
+        self.es.record_fingerprint()
         if self._evaluates:
             self.summary = recorder.finish(self.es.generation, len(self.eval_dataset or ()))
 

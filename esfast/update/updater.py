@@ -133,7 +133,7 @@ class Updater:
                 plan, seeds, coeffs, rounding=rule.rounding, backend=self.backend, decay=group.lr * record.decay,
                 anchor=anchor, epilogue=epilogue, **rule.noise_options,
             )  # fmt: skip
-        self.recall(record)
+        self.note_applied(record)
 
     def part(self, which: Sequence[int]) -> Updater:
         """An Updater of some of the tensors, given by their numbers, in the same memory and with the same state."""
@@ -144,6 +144,6 @@ class Updater:
         part._parts = self.rule.split(part.plan, part.anchor)
         return part
 
-    def recall(self, record: Generation) -> None:
+    def note_applied(self, record: Generation) -> None:
         """Notes a generation that is already in the weights, for the optimizer's state."""
         self.state.past.appendleft(record)
