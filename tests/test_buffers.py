@@ -180,7 +180,7 @@ def test_constant_buffers_are_copied_once_and_large_ones_not_at_all(monkeypatch,
 def test_a_plan_of_tensors_has_no_buffers_and_a_part_neither():
     model = tricky()
     assert esfast.Plan(model.named_parameters()).module is None
-    assert esfast.Plan(model, include="linear*").module is model and esfast.Plan(model).part([0]).module is None
+    assert esfast.Plan(model, include="linear*").module is model and esfast.Plan(model).subset([0]).module is None
     nothing = Buffers(esfast.Plan(model.named_parameters()))
     nothing.note()
     score(model)

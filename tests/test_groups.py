@@ -46,8 +46,8 @@ def test_each_group_is_a_run_of_its_own(name, dtype, weights, same_bits):
 
 def test_without_groups_it_is_one_pass_over_the_plan_itself():
     plan = Plan(model().items())
-    assert [p for _, p in Rule().split(plan)] == [plan]
-    parts = Rule(groups=(Group("norm*", lr=2), Group("b"))).split(plan, None)
+    assert [p for _, p in Rule().by_group(plan)] == [plan]
+    parts = Rule(groups=(Group("norm*", lr=2), Group("b"))).by_group(plan, None)
     assert [(g.lr, p.names, other) for g, p, other in parts] == [
         (1, ["a"], None), (2, ["norm.a", "norm.b"], None), (1, ["b"], None)
     ]  # fmt: skip

@@ -67,7 +67,7 @@ class FactorBuffers:
         both = Plan(items)
         if len(both) < len(items):
             raise BadValue("out: a buffer is given twice; each factor needs its own")
-        self.a, self.b = both.part(range(0, len(items), 2)), both.part(range(1, len(items), 2))
+        self.a, self.b = both.subset(range(0, len(items), 2)), both.subset(range(1, len(items), 2))
 
     def _items(self, name: str, by_name: Mapping[str, list[Entry]], buffers) -> list[tuple]:
         """(name, buffer, Slice) of factors A and B."""

@@ -170,7 +170,7 @@ class Plan:
         low = torch.zeros(self.flat_numel, dtype=torch.int16, device=self.device) if splits else None
         return self._copy(as_master, low)
 
-    def part(self, which: Sequence[int]) -> Plan:
+    def subset(self, which: Sequence[int]) -> Plan:
         """A plan of some of the tensors, given by their numbers, over the same memory and the same flat buffers."""
         part = self._copy(lambda e: (e.tensor, e.split), self.low, [self.entries[i] for i in which])
         part._private, part._gathering = self._private, self._gathering

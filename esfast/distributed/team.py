@@ -324,7 +324,7 @@ class SharedUpdates:
         if contiguous and not updater.state.tensors and not updater.plan.sharded:
             # Not measured yet.
             self.chosen = None
-            self._parts = [updater.part(range(*b)) for b in bounds]
+            self._parts = [updater.subset(range(*b)) for b in bounds]
 
     def __getattr__(self, name: str):
         return getattr(self._updater, name)

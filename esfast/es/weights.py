@@ -83,7 +83,7 @@ class BaseWeights(_Stored):
         # The plan that members are written from.
         self._source = self.base.high() if self.base.low is not None else self.base
         self.updater = Updater(self.base, rule, backend)
-        self._parts = rule.split(plan, self._source)
+        self._parts = rule.by_group(plan, self._source)
         self._options = {**rule.noise_options, "backend": backend}
         self._note()
 
@@ -118,8 +118,8 @@ class BaseWeights(_Stored):
 
     def _stored(self, i: int) -> torch.Tensor:
         """The bits of live tensor i when no member is in place."""
-        copy = self.plan.part([i]).clone()
-        add_noise_(copy, [], [], base=self.base.part([i]), **self._options)
+        copy = self.plan.subset([i]).clone()
+        add_noise_(copy, [], [], base=self.base.subset([i]), **self._options)
         return copy.tensors[0]
 
     def update(self, record: Generation) -> None:
@@ -154,7 +154,7 @@ class _MovingWeights(LocalStore):
         LocalStore.__init__(self, plan, rule)
         self.base = plan
         self.updater = Updater(plan, rule, backend)
-        self._parts = rule.split(plan)
+        self._parts = rule.by_group(plan)
         self._options = {**rule.noise_options, "backend": backend}
         self._applied: list[tuple[int, float]] = []
 

@@ -110,7 +110,7 @@ class StackedModel:
         self._parts = []
         for k in range(at_once):
             mine = Plan([(e.name, stack[k], e.window) for e, stack in zip(entries, self._stacks, strict=True)])
-            self._parts.append(rule.split(mine, base))
+            self._parts.append(rule.by_group(mine, base))
         self._count = 0
         self._tensors: list[MemberTensor] = []
         self._replaced: list[torch.nn.Module] = []

@@ -72,7 +72,7 @@ class Rule:
         """The arguments of `add_noise_` that say which noise."""
         return {"noise": self.noise, "rank": self.rank}
 
-    def split(self, *plans: Plan | None) -> list[tuple]:
+    def by_group(self, *plans: Plan | None) -> list[tuple]:
         """Divides plans of the same tensors by group: for each group (group, *parts), a part of each plan. Without
         groups there is one part, the whole plans. Noise is a function of names, so the division does not change it."""
         rest = Group("*")
@@ -82,7 +82,7 @@ class Rule:
         for i, name in enumerate(plans[0].names):
             group = next((g for g in self.groups if fnmatch.fnmatchcase(name, g.pattern)), rest)
             numbers.setdefault(group, []).append(i)
-        return [(g, *(p.part(which) if p is not None else None for p in plans)) for g, which in numbers.items()]
+        return [(g, *(p.subset(which) if p is not None else None for p in plans)) for g, which in numbers.items()]
 
     def check_names(self, names: Sequence[str]) -> None:
         """ValueError if the pattern of a group matches none of the names."""
@@ -123,7 +123,7 @@ class Updater:
         self.plan, self.rule, self.backend = plan, rule, backend
         self.anchor = plan.anchor() if rule.decay_to == "initial" else None
         self.state = rule.optimizer.allocate_state(plan)
-        self._parts = rule.split(self.plan, self.anchor)
+        self._parts = rule.by_group(self.plan, self.anchor)
 
     def __call__(self, record: Generation) -> None:
         rule = self.rule
@@ -135,13 +135,13 @@ class Updater:
             )  # fmt: skip
         self.note_applied(record)
 
-    def part(self, which: Sequence[int]) -> Updater:
+    def subset(self, which: Sequence[int]) -> Updater:
         """An Updater of some of the tensors, given by their numbers, in the same memory and with the same state."""
         part = Updater.__new__(Updater)
-        part.plan, part.rule, part.backend = self.plan.part(which), self.rule, self.backend
-        part.anchor = self.anchor.part(which) if self.anchor is not None else None
+        part.plan, part.rule, part.backend = self.plan.subset(which), self.rule, self.backend
+        part.anchor = self.anchor.subset(which) if self.anchor is not None else None
         part.state = self.state
-        part._parts = self.rule.split(part.plan, part.anchor)
+        part._parts = self.rule.by_group(part.plan, part.anchor)
         return part
 
     def note_applied(self, record: Generation) -> None:
