@@ -73,12 +73,12 @@ def test_as_trl_renders_it(tokenizer, row):
     given = copy.deepcopy(row)
     theirs = {key: value for key, value in row.items() if key != "tools"}
     wanted = data_utils.maybe_apply_chat_template(theirs, tokenizer, row.get("tools"))["prompt"]
-    assert chat.texts([row], tokenizer) == [wanted] and row == given
+    assert chat.render([row], tokenizer) == [wanted] and row == given
 
 
 def test_a_continued_message_has_no_end_and_begins_no_other(tokenizer):
     row = {"prompt": [user("Make 6."), assistant("Let me think.\n<think>")]}
-    assert chat.texts([row], tokenizer) == [
+    assert chat.render([row], tokenizer) == [
         "<|im_start|>user\nMake 6.<|im_end|>\n<|im_start|>assistant\nLet me think.\n<think>"
     ]
 
@@ -124,7 +124,7 @@ def test_content_takes_the_form_that_the_template_reads(tokenizer, template):
     rows = [
         {"prompt": [user(content), assistant(content)]} for content in ("1 + 1", parts("1 ", "+ 1"), parts("1 + 1"))
     ]
-    assert chat.texts(rows, tokenizer) == ["<user>1 + 1\n<assistant>1 + 1"] * 3
+    assert chat.render(rows, tokenizer) == ["<user>1 + 1\n<assistant>1 + 1"] * 3
 
 
 def test_what_a_dataset_adds_to_records_is_left_out(tokenizer):
@@ -138,22 +138,22 @@ def test_what_a_dataset_adds_to_records_is_left_out(tokenizer):
         {"prompt": [user("2")], "chat_template_kwargs": {"other": 1}, "tools": [{"name": "y", "more": 1}]},
     ]
     options = {"mode": "default"}
-    wanted = chat.texts(rows, tokenizer, options)
-    assert chat.texts(datasets.Dataset.from_list(rows), tokenizer, options) == wanted
+    wanted = chat.render(rows, tokenizer, options)
+    assert chat.render(datasets.Dataset.from_list(rows), tokenizer, options) == wanted
     assert wanted[0].endswith("1[{'name': 'x'}]a") and wanted[1].endswith("2[{'name': 'y', 'more': 1}]default")
     as_json = [{**row, "tools": json.dumps(row["tools"]), "chat_template_kwargs": json.dumps(row["chat_template_kwargs"])}
                for row in rows]  # fmt: skip
-    assert chat.texts(as_json, tokenizer, options) == wanted
+    assert chat.render(as_json, tokenizer, options) == wanted
 
 
 def test_values_that_are_missing_and_tools_as_texts(tokenizer):
     """A table has NaN or a blank where a row has no value; some data sets have a text for each tool."""
     chats = {"prompt": [user("1")]}
-    wanted = chat.texts([chats], tokenizer)
+    wanted = chat.render([chats], tokenizer)
     for missing in (None, float("nan"), "", " ", "null"):
-        assert chat.texts([{**chats, "tools": missing, "chat_template_kwargs": missing}], tokenizer) == wanted
-    with_tool = chat.texts([{**chats, "tools": [TOOL]}], tokenizer)
-    assert chat.texts([{**chats, "tools": [json.dumps(TOOL)]}], tokenizer) == with_tool != wanted
+        assert chat.render([{**chats, "tools": missing, "chat_template_kwargs": missing}], tokenizer) == wanted
+    with_tool = chat.render([{**chats, "tools": [TOOL]}], tokenizer)
+    assert chat.render([{**chats, "tools": [json.dumps(TOOL)]}], tokenizer) == with_tool != wanted
 
 
 IMAGE = {"type": "image", "image": "cat.png"}
@@ -184,17 +184,17 @@ IMAGE = {"type": "image", "image": "cat.png"}
 )
 def test_what_is_no_chat_of_texts_is_refused(tokenizer, row, message):
     with pytest.raises(ValueError) as caught:
-        chat.texts([{"prompt": "1"}, row], tokenizer)
+        chat.render([{"prompt": "1"}, row], tokenizer)
     assert message in str(caught.value)
 
 
 def test_what_the_template_refuses(tokenizer):
     tokenizer.chat_template = STRICT
     with pytest.raises(ValueError, match="prompt: the tokenizer's chat template refuses the chat: no system"):
-        chat.texts([{"prompt": [SYSTEM, user("1")]}], tokenizer)
+        chat.render([{"prompt": [SYSTEM, user("1")]}], tokenizer)
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="prompt: .*needs a tokenizer with a chat template"):
-        chat.texts([{"prompt": [user("1")]}], tokenizer)
+        chat.render([{"prompt": [user("1")]}], tokenizer)
 
 
 @pytest.mark.parametrize("bad", [{"prompt": [SYSTEM]}, {"prompt": [user([IMAGE])]}])

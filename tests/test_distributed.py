@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 import esfast
 from esfast.distributed import team as distributed
-from esfast.distributed.team import Team, shares
+from esfast.distributed.team import Team, even_ranges
 from esfast.journal.journal import read
 from esfast.utils.lock import Lock
 
@@ -277,7 +277,7 @@ def test_a_folder_in_use_is_told_to_all_with_its_owner(tmp_path):
 @pytest.mark.parametrize("count", (1, 2, 3, 8))
 @pytest.mark.parametrize("sizes", ([5], [1, 1, 1, 1], [100, 1, 1, 1], [1, 2, 3, 4, 5, 6, 7], list(range(1, 60))))
 def test_shares_are_neighbours_of_about_equal_size(sizes, count):
-    parts = shares(sizes, count)
+    parts = even_ranges(sizes, count)
     assert len(parts) == count and parts[0][0] == 0 and parts[-1][1] == len(sizes)
     assert all(a[1] == b[0] for a, b in zip(parts, parts[1:], strict=False))
     assert max(sum(sizes[a:b]) for a, b in parts) <= sum(sizes) / count + max(sizes)
@@ -285,10 +285,10 @@ def test_shares_are_neighbours_of_about_equal_size(sizes, count):
 
 def test_a_team_of_one_needs_no_store():
     team = Team()
-    assert list(team.members("0", 3)) == [0, 1, 2] and team.leads and not team.restarted
+    assert list(team.members("0", 3)) == [0, 1, 2] and team.is_group_leader and not team.restarted
     assert team.exchange("0", {0: 1.0, 2: None}, 3) == [1.0, None, None]
-    assert team.tell("key", lambda: b"x") == b"x"
-    team.agree("fingerprint", "a")
+    assert team.broadcast_from_rank0("key", lambda: b"x") == b"x"
+    team.assert_equal_on_all_ranks("fingerprint", "a")
     team.fail(ValueError())
     team.close()
 

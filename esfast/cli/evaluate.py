@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
         model, tokenizer = load(options)
         length = args.max_completion_length
         if length is None:
-            prompts = PromptEncoder(tokenizer)(chat.texts(rows, tokenizer, settings.get("chat_template_kwargs")))
+            prompts = PromptEncoder(tokenizer)(chat.render(rows, tokenizer, settings.get("chat_template_kwargs")))
             length = _that_fits(
                 settings.get("max_completion_length") or task.max_new_tokens,
                 max(map(len, prompts)),

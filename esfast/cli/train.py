@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
         log.warning("no problems of %s are held out, so nothing is evaluated", options.data or options.task)
     began = time.perf_counter()
     if options.model is None:  # one process makes it, the others find it
-        team.tell("embedded model", lambda: str(embedded.cached(task=options.task)).encode())
+        team.broadcast_from_rank0("embedded model", lambda: str(embedded.cached(task=options.task)).encode())
     data: dict[str, Any] = {
         "train_dataset": task.train_dataset(config.seed),
         "eval_dataset": eval_rows or None,

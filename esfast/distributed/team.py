@@ -104,18 +104,18 @@ class Team:
         shape = self.size // self.shards, self.shards
         return init_device_mesh(torch.device(device).type, shape, mesh_dim_names=("replicas", "shards"))["shards"]
 
-    def run(self) -> str:
+    def unique_prefix(self) -> str:
         """A unique prefix of store keys. Call in the same order on all ranks."""
         self._runs += 1
         return f"run {self._runs}"
 
     @property
-    def leads(self) -> bool:
+    def is_group_leader(self) -> bool:
         """Whether this process is the first of those that hold its model, and so reports for them."""
         return self.rank % self.shards == 0
 
     @property
-    def part(self) -> str:
+    def shard_suffix(self) -> str:
         """Suffix of the names of files that hold a part of the model: which part, of how many."""
         return f"-{self.rank % self.shards + 1}of{self.shards}" if self.shards > 1 else ""
 
@@ -134,7 +134,7 @@ class Team:
         for asked in itertools.count():
             self.check()
             key = f"{turn}/group {self.rank // self.shards}/{asked}"
-            if self.leads:
+            if self.is_group_leader:
                 start = self._store.add(f"{turn}/next", size) - size
                 if self.shards > 1:
                     self._store.set(key, str(start))
@@ -150,7 +150,7 @@ class Team:
         if self.size == 1:
             return [mine.get(i) for i in range(count)]
         # One value a process. A request for each member would take 100 us each, one after another.
-        if self.leads:
+        if self.is_group_leader:
             parts = (struct.pack("<Id", i, math.nan if r is None else r) for i, r in mine.items())
             self._store.set(f"{turn}/from {self.rank}", b"".join(parts))
         if self.rank == 0:
@@ -160,10 +160,10 @@ class Team:
                     found[index] = reward
                 self._store.delete_key(f"{turn}/from {rank}")
             gathered = struct.pack(f"<{count}d", *found)
-        values = struct.unpack(f"<{count}d", self.tell(f"{turn}/rewards", lambda: gathered))
+        values = struct.unpack(f"<{count}d", self.broadcast_from_rank0(f"{turn}/rewards", lambda: gathered))
         return [None if math.isnan(v) else v for v in values]
 
-    def tell(self, key: str, value: Callable[[], bytes]) -> bytes:
+    def broadcast_from_rank0(self, key: str, value: Callable[[], bytes]) -> bytes:
         """Broadcasts `value()` from process 0 to all."""
         if self.size == 1:
             return value()
@@ -183,7 +183,7 @@ class Team:
             return []
         return [value] + [self._wait(f"{key}/{rank}").decode() for rank in range(1, self.size)]
 
-    def agree(self, what: str, value: str) -> None:
+    def assert_equal_on_all_ranks(self, what: str, value: str) -> None:
         """RuntimeError in process 0, which stops all, if the value differs between processes."""
         for rank, other in enumerate(self.gather(what, value)):
             if other != value:
@@ -257,7 +257,7 @@ class Team:
         """Waits for all processes, so that none leaves while another still needs it."""
         if self.size > 1 and self._lost is None:
             try:
-                self.agree("finished", "yes")
+                self.assert_equal_on_all_ranks("finished", "yes")
             finally:
                 self._ended.set()
                 if self._own_group:
@@ -316,10 +316,10 @@ class SharedUpdates:
     TRIED = ("all", "share") * 2
 
     def __init__(self, updater: Updater, team: Team, run: str):
-        self._updater, self._team, self._run_name = updater, team, run
+        self._updater, self._team, self._prefix = updater, team, run
         self._seconds: list[float] = []
         self.chosen: str | None = "all"
-        bounds = shares([t.numel() for t in updater.plan.tensors], team.size)
+        bounds = even_ranges([t.numel() for t in updater.plan.tensors], team.size)
         contiguous = all(t.is_contiguous() for t in updater.plan.tensors)
         if contiguous and not updater.state.tensors and not updater.plan.sharded:
             # Not measured yet.
@@ -354,10 +354,10 @@ class SharedUpdates:
                     dist.broadcast(low.view(torch.uint8), src=rank)
 
     def _choose(self) -> None:
-        found = self._team.gather(f"{self._run_name}: update seconds", json.dumps(self._seconds[-2:]))
+        found = self._team.gather(f"{self._prefix}: update seconds", json.dumps(self._seconds[-2:]))
         worst = [max(each) for each in zip(*map(json.loads, found), strict=True)]
-        best = self._team.tell(
-            f"{self._run_name}: update plan", lambda: self.TRIED[-2:][worst.index(min(worst))].encode()
+        best = self._team.broadcast_from_rank0(
+            f"{self._prefix}: update plan", lambda: self.TRIED[-2:][worst.index(min(worst))].encode()
         )
         self.chosen = best.decode()
         if found:
@@ -365,7 +365,7 @@ class SharedUpdates:
             log.info(told, self.chosen, *worst)
 
 
-def shares(sizes: list[int], count: int) -> list[tuple[int, int]]:
+def even_ranges(sizes: list[int], count: int) -> list[tuple[int, int]]:
     """Divides the numbers of `sizes` into `count` ranges with about equal sums; a range may be empty."""
     ends, total, done = [], sum(sizes), 0
     limits = iter([total * (r + 1) / count for r in range(count - 1)])

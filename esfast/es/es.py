@@ -136,7 +136,7 @@ class ES:
         source = model if isinstance(model, (Plan, WeightStore)) else Plan(model)
         self.rule.check_names(source.whole_names)
         self.team = team if team is not None else Team()
-        self._run = self.team.run()
+        self._prefix = self.team.unique_prefix()
         self.store = self._open(source, weights, backend)
         self.plan = self.store.plan
         self.generation = 0
@@ -144,13 +144,13 @@ class ES:
         self._inside: Member | None = None
         self._buffers = Buffers(self.plan)
         self._asked, self._mine = 0, []
-        self._history = History(self.team, self._run, checkpoints)
+        self._history = History(self.team, self._prefix, checkpoints)
         if journal is not None:
             header = header_of(self.rule, self.seed, self.store.mode, self.store)
             self.generation = self._history.begin(Path(journal), header, resume, self.store)
         # Only now: until here each process replays alone, and how much depends on the checkpoints that it finds.
         if self.team.size > 1 and self.store.updater is not None:
-            self.store.updater = SharedUpdates(self.store.updater, self.team, self._run)
+            self.store.updater = SharedUpdates(self.store.updater, self.team, self._prefix)
 
     def _open(self, source: Plan | WeightStore, weights: str, backend: str) -> WeightStore:
         """The store that was given, or one of this mode for a plan."""
@@ -242,7 +242,7 @@ class ES:
         if self.team.size == 1:
             return
         # Of the processes that hold a model together only the first reports.
-        scored = self._mine if self.team.leads else ()
+        scored = self._mine if self.team.is_group_leader else ()
         mine = {m.index: None if set_aside and m.reward is None else _check_reward(m) for m in scored}
         found = self.team.exchange(self._turn, mine, self.population_size)
         for member, reward in zip(self.members, found, strict=True):
@@ -250,14 +250,14 @@ class ES:
 
     @property
     def _turn(self) -> str:
-        return f"{self._run}: {self.generation}.{self._asked}"
+        return f"{self._prefix}: {self.generation}.{self._asked}"
 
     def record_fingerprint(self) -> None:
         """Writes the weights' fingerprint into the journal, so that a replay can compare. In a team all processes call
         it; RuntimeError if their weights differ."""
         with self.team.working():
             found = self.store.fingerprint()
-        self.team.agree(f"{self._run}: fingerprint after generation {self.generation}", found)
+        self.team.assert_equal_on_all_ranks(f"{self._prefix}: fingerprint after generation {self.generation}", found)
         self._history.check(self.generation, found)
 
     def checkpoint(self) -> None:

@@ -29,7 +29,7 @@ class History:
 
     def __init__(self, team: Team, run: str, checkpoints: str | Path | None):
         self.identities: list[str] = []
-        self._team, self._run = team, run
+        self._team, self._prefix = team, run
         self._checkpoints = Path(checkpoints) if checkpoints is not None else None
         self._journal: Journal | None = None
         self._checked = -1
@@ -42,8 +42,8 @@ class History:
         """
         team, leads = self._team, self._team.rank == 0
         lock = Lock.take(path, shared=True) if leads else None
-        team.agree(f"{self._run}: fingerprint of the base weights", header["base"])
-        there = team.gather(f"{self._run}: journal", "yes" if _has_generations(path) else "no")
+        team.assert_equal_on_all_ranks(f"{self._prefix}: fingerprint of the base weights", header["base"])
+        there = team.gather(f"{self._prefix}: journal", "yes" if _has_generations(path) else "no")
         if resume and there[:1] == ["no"] and "yes" in there:
             raise FileMissing(
                 f"resume: {path} is on the machine of process {there.index('yes')}, not on that of process 0, which "
@@ -52,7 +52,7 @@ class History:
         found = peek(path) if resume and leads else None
         # As long as no generation was done, the settings may differ.
         goes_on = found is not None and bool(found.records or found.header == header)
-        goes_on = team.tell(f"{self._run}: resume", lambda: b"yes" if goes_on else b"no") == b"yes"
+        goes_on = team.broadcast_from_rank0(f"{self._prefix}: resume", lambda: b"yes" if goes_on else b"no") == b"yes"
         self._note(header)
         if not goes_on:
             if leads and team.restarted:
@@ -69,12 +69,14 @@ class History:
             self._journal, _ = Journal.resume(path, header)
         # The journal holds the lock now.
         del lock
-        _, records, checks = parse(team.tell(f"{self._run}: journal", path.read_bytes), path)
+        _, records, checks = parse(team.broadcast_from_rank0(f"{self._prefix}: journal", path.read_bytes), path)
         for record in records:
             self._note(dataclasses.asdict(record))
         start, folder = 0, self._checkpoints
         if folder is not None and store.updater is not None:
-            start = checkpoint.load_newest(folder, len(records), store.updater, team.part, self.identities, checks)
+            start = checkpoint.load_newest(
+                folder, len(records), store.updater, team.shard_suffix, self.identities, checks
+            )
         log.info(
             "resuming after generation %d: %d of them from a checkpoint, %d from the journal",
             len(records),

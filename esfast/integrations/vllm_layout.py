@@ -32,7 +32,7 @@ Piece = tuple[str, torch.Tensor, Slice]
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowRange:
     """`count` consecutive rows of a vLLM tensor: rows first, first + 1, ... of the Hugging Face tensor of layer
     `leaf`."""
 
@@ -127,7 +127,7 @@ def _pieces(
     column = 0
     rows = _rows(layer, module, packed)
     if rows is None:
-        rows = [Rows(layer, p.shape[0], 0)]
+        rows = [RowRange(layer, p.shape[0], 0)]
         if _is(module, "RowParallelLinear") and p.dim() == 2:
             column = module.tp_rank * p.shape[1]
     start = 0
@@ -154,13 +154,13 @@ def _pieces(
         raise BadValue(f"vLLM: {prefix}.{leaf} has {p.shape[0]} rows, of which only {start} are known")
 
 
-def _rows(layer: str, module: Any, packed: Mapping[str, Sequence[str]]) -> list[Rows] | None:
+def _rows(layer: str, module: Any, packed: Mapping[str, Sequence[str]]) -> list[RowRange] | None:
     """The Hugging Face rows that a layer's tensor holds; None for tensors that are not sharded by rows."""
     if _is(module, "VocabParallelEmbedding"):
         held = module.shard_indices
         if module.num_added_embeddings:
             raise BadValue(f"vLLM: {layer} has {module.num_added_embeddings} rows for LoRA, which is not supported")
-        return [Rows(layer, held.org_vocab_end_index - held.org_vocab_start_index, held.org_vocab_start_index)]
+        return [RowRange(layer, held.org_vocab_end_index - held.org_vocab_start_index, held.org_vocab_start_index)]
     if not _is(module, "ColumnParallelLinear"):
         return None
     counts = list(module.output_partition_sizes)
@@ -174,7 +174,9 @@ def _rows(layer: str, module: Any, packed: Mapping[str, Sequence[str]]) -> list[
         leaves, starts = leaves * len(counts), [0, *itertools.accumulate(sizes[:-1])]
     if len(leaves) != len(counts):
         raise BadValue(f"vLLM: {layer} fuses {len(counts)} matrices, but the model names {leaves}")
-    return [Rows(leaf, n, start + rank * n) for leaf, n, start, rank in zip(leaves, counts, starts, ranks, strict=True)]
+    return [
+        RowRange(leaf, n, start + rank * n) for leaf, n, start, rank in zip(leaves, counts, starts, ranks, strict=True)
+    ]
 
 
 def _is(module: torch.nn.Module, name: str) -> bool:

@@ -18,7 +18,7 @@ from ..utils.interrupts import came_by_signal
 from ..utils.rows import Rows, check_text, columns
 from ..utils.stats import mean, standard_error
 from ..utils.time_limit import TooSlow, limited
-from .worker import NotRewards, Task, Worker, importable, now, numbers, raised
+from .worker import Job, NotRewards, Worker, importable, now, numbers, raised
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class Scorer:
             self._workers = 0
         self._names = names
         self._running: list[Worker] = []
-        self._waiting: deque[Task] = deque()
+        self._waiting: deque[Job] = deque()
 
     def submit(self, functions: Sequence[RewardFunc], rows: Rows, completions: Sequence[str]) -> Scores:
         """Begins to score the completions; returns at once."""
@@ -98,7 +98,7 @@ class Scorer:
             except RewardError as error:
                 return Scores(functools.partial(_raise, error))
             return Scores(lambda: scores)
-        task = Task([self._functions.index(f) for f in functions], pickled)
+        task = Job([self._functions.index(f) for f in functions], pickled)
         self._waiting.append(task)
         self._look()
         return Scores(lambda: self._result(task, len(completions)))
@@ -111,7 +111,7 @@ class Scorer:
             task.error = "was not called: the scorer was closed"
         self._running, self._waiting = [], deque()
 
-    def _look(self, until: Task | None = None) -> None:
+    def _look(self, until: Job | None = None) -> None:
         """Gives tasks to free workers and reads the answers that are there; with a task, waits until it is done."""
         while True:
             self._running = [worker for worker in self._running if worker.alive or worker.task is not None]
@@ -133,7 +133,7 @@ class Scorer:
             if not answered if until is None else until.done:
                 return
 
-    def _result(self, task: Task, count: int) -> list[list[float | None]]:
+    def _result(self, task: Job, count: int) -> list[list[float | None]]:
         self._look(task)
         functions = [self._functions[job] for job in task.jobs]
         if task.error is not None:

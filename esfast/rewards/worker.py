@@ -48,7 +48,7 @@ def importable(function: Callable) -> str | None:
 
 
 @dataclass
-class Task:
+class Job:
     """Work for a worker: call the functions numbered in `jobs` with the pickled keyword arguments."""
 
     jobs: Sequence[int]
@@ -69,7 +69,7 @@ class Worker:
     """
 
     def __init__(self, functions: Sequence[str], timeout: float):
-        self.task: Task | None = None
+        self.task: Job | None = None
         self.timeout, self.deadline = timeout, now() + START_SECONDS
         mine, theirs = socket.socketpair()
         with mine, theirs:
@@ -88,7 +88,7 @@ class Worker:
         # Becomes True when the worker has imported the functions.
         self._ready = False
 
-    def give(self, task: Task) -> None:
+    def give(self, task: Job) -> None:
         self.task = task
         if self._ready:
             self._send()

@@ -19,7 +19,7 @@ def is_chat(prompt) -> bool:
     return isinstance(prompt, (list, tuple))
 
 
-def texts(rows: Rows, tokenizer, options: Mapping[str, Any] | None = None) -> list[str]:
+def render(rows: Rows, tokenizer, options: Mapping[str, Any] | None = None) -> list[str]:
     """The texts that the model continues: a row's prompt, or its chat in the tokenizer's template.
 
     After a message of the user or a tool, the text ends with the beginning of the assistant's answer. If the chat ends

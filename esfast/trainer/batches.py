@@ -52,7 +52,7 @@ class Batches:
         return draw(self._dataset, generation, count, self._config.seed)
 
     def texts(self, rows: Rows) -> list[str]:
-        return chat.texts(rows, self._tokenizer, self._config.chat_template_kwargs)
+        return chat.render(rows, self._tokenizer, self._config.chat_template_kwargs)
 
     def check(self, engine: Engine, eval_dataset: Rows | None, progress: bool) -> None:
         """Checks all prompts of fixed data before the run begins; ValueError names the row."""

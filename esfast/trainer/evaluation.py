@@ -31,7 +31,7 @@ def respond(
     weights = reward_weights or [1.0] * len(task.reward_funcs)
     engine = TransformersEngine(model, tokenizer, max_new_tokens, batch_size)
     engine.prompts.length_setting = "max_completion_length"
-    prompts, completions, chunk = chat.texts(rows, tokenizer, chat_template_kwargs), [], batch_size or CHUNK
+    prompts, completions, chunk = chat.render(rows, tokenizer, chat_template_kwargs), [], batch_size or CHUNK
     engine.check(prompts)
     for start in tqdm(range(0, len(prompts), chunk), unit="batch", dynamic_ncols=True, leave=False):
         completions += engine.generate(prompts[start : start + chunk])

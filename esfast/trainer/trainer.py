@@ -120,7 +120,7 @@ class ESTrainer(SavesLikeTRL):
         self.batches.check(self.engine, eval_dataset, c.progress and self.team.rank == 0)
         # Process 0, and the processes with other shards of its model.
         self._evaluates = self.team.rank < self.team.shards
-        workers = c.reward_workers if self.team.leads else 0
+        workers = c.reward_workers if self.team.is_group_leader else 0
         self.scorer = Scorer([*self.reward_funcs, *self.metrics.values()], workers, c.reward_timeout)
         self.identity = identity_of(self.tuned.identity(), self.reward_funcs, self.train_dataset)
         # Further entries of config.yaml, from the command line.
@@ -167,7 +167,7 @@ class ESTrainer(SavesLikeTRL):
         self.clock = Clock(self.es.store.device)
         card = functools.partial(model_card, self.tuned.name, self.tuned.library, c)
         self.recorder = RunRecorder(self.folder, c, self.es.store, self.processing_class, self.team, card)
-        self._told, self._run, self._stops = 0, self.team.run(), Stops()
+        self._broadcasts, self._prefix, self._stops = 0, self.team.unique_prefix(), Stops()
 
     def train(self, resume_from_checkpoint: bool | str | None = None) -> dict[str, Any]:
         """Runs all generations and saves; returns the summary. A finished run is left as it is.
@@ -213,7 +213,7 @@ class ESTrainer(SavesLikeTRL):
     def _is_finished(self) -> bool:
         """Whether a resumed run is finished, so that there is nothing to do."""
         finished = self.recorder.finished
-        told = self.team.tell(f"{self._run}: finished", lambda: json.dumps(
+        told = self.team.broadcast_from_rank0(f"{self._prefix}: finished", lambda: json.dumps(
             finished(self.es.generation, self.eval_dataset is not None)).encode())  # fmt: skip
         self.summary = json.loads(told) or {}
         if self.summary and self.team.rank == 0:
@@ -249,7 +249,7 @@ class ESTrainer(SavesLikeTRL):
         """Opens the run folder, and makes up for a missing evaluation: of the base model, or of the last generation if
         the run was killed before it."""
         settings = self.described | dataclasses.asdict(self.args)
-        state = self._tell(lambda: self.recorder.open(settings, self.identity, self.es.generation))
+        state = self._from_process_0(lambda: self.recorder.open(settings, self.identity, self.es.generation))
         self.recorder.best = state["best"]
         if self.es.generation == 0:
             self.recorder.log({"generation": 0, **self._evaluate()})
@@ -260,10 +260,12 @@ class ESTrainer(SavesLikeTRL):
         done, every = self.es.generation, self.args.eval_every
         return done >= self.args.generations or bool(every) and done % every == 0
 
-    def _tell(self, value: Callable[[], Any]) -> Any:
+    def _from_process_0(self, value: Callable[[], Any]) -> Any:
         """Sends `value()` of process 0 to all processes that hold shards of its model."""
-        self._told += 1
-        return json.loads(self.team.tell(f"{self._run}: {self._told}", lambda: json.dumps(value()).encode()))
+        self._broadcasts += 1
+        return json.loads(
+            self.team.broadcast_from_rank0(f"{self._prefix}: {self._broadcasts}", lambda: json.dumps(value()).encode())
+        )
 
     def _generation(self) -> dict[str, Any]:
         """One generation: asks the members, scores what they say, takes the step. Returns its row of metrics."""
@@ -300,7 +302,7 @@ class ESTrainer(SavesLikeTRL):
                     if isinstance(completions, Exception):
                         whose = f"member {member.index} of generation {self.es.generation} (sigma {self.es.sigma:g})"
                         self._set_aside(member, nonsense(whose))
-                    elif self.team.leads:
+                    elif self.team.is_group_leader:
                         # Only the first of the processes that hold a model together scores.
                         answered = chat.answered(batch.rows, completions)
                         scored.append((member, self.scorer.submit(self.reward_funcs, *answered)))
@@ -327,7 +329,7 @@ class ESTrainer(SavesLikeTRL):
             return {}
         began = self.clock.seconds.get("evaluate", 0.0)
         with self.team.working():
-            found = self.held_out(self.es.generation, self._tell)
+            found = self.held_out(self.es.generation, self._from_process_0)
         self._stops.check()
         self.clock.lap("evaluate")
         return found | {"evaluate_seconds": self.clock.seconds["evaluate"] - began}
