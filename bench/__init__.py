@@ -14,7 +14,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from ..cli.command_help import Parser, looks
+from ..cli.command_help import Parser, help_options
 from ..utils.errors import EsfastError, is_mendable
 from ..utils.files import check_writable, write_whole
 
@@ -140,7 +140,7 @@ def parser_of(argv: list[str]) -> argparse.ArgumentParser:
     """The parser, with the options of the benchmark that `argv` names: others are not imported."""
     parser = Parser(
         prog="esfast bench",
-        **looks(
+        **help_options(
             "Benchmarks. What fails its check gets no figures, or a row that says so and the exit status 1. Figures "
             "come with hardware, versions, commit, date and command.",
             "esfast bench noise --numel 1e6 --repeats 2",
@@ -150,7 +150,7 @@ def parser_of(argv: list[str]) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="name", required=True, metavar="NAME")
     for name, text in BENCHMARKS.items():
         examples = [f"esfast bench {name} {options}" for options in EXAMPLES[name]]
-        command = commands.add_parser(name, help=text, allow_abbrev=False, **looks(text, *examples))
+        command = commands.add_parser(name, help=text, allow_abbrev=False, **help_options(text, *examples))
         if argv[:1] == [name]:
             import_module(f".{name}", __name__).add_arguments(command)
         result = command.add_argument_group("result")

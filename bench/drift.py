@@ -32,7 +32,7 @@ from ..core.ops import add_noise_
 from ..core.plan import Plan
 from ..es.es import member_seed, zscore
 from ..es.weights import MODES, InplaceWeights
-from ..update.updater import Generation, Rule
+from ..update.updater import Rule, UpdateRecord
 from . import BenchmarkError, count
 from .usual import UsualWeights
 
@@ -210,7 +210,7 @@ class _Run:
                 mode.perturb(seed, self.args.sigma)
             mode.restore()
             before = self._state(mode, weights)
-            mode.update(Generation(0, seeds, coeffs, [], self.args.sigma, self.args.lr))
+            mode.update(UpdateRecord(0, seeds, coeffs, [], self.args.sigma, self.args.lr))
             after = self._state(mode, weights)
             moved, wanted = after - before, self._exact(seeds, coeffs)
             truth += wanted
@@ -236,7 +236,7 @@ class _Run:
             before, lr = weights.double(), share * self.args.lr
             seeds = [member_seed(1, 0, i) for i in range(self.args.members)]
             coeffs = self._coefficients(0, lr)
-            mode.update(Generation(0, seeds, coeffs, [], self.args.sigma, self.args.lr))
+            mode.update(UpdateRecord(0, seeds, coeffs, [], self.args.sigma, self.args.lr))
             moved = self._state(mode, weights) - before
             slope, correlation, _ = regression(moved, self._exact(seeds, coeffs))
             values = lr, slope, correlation, (moved == 0).double().mean().item()

@@ -24,7 +24,7 @@ from ..es.weights import BaseWeights
 from ..integrations.ask_tell import AskTell
 from ..integrations.mezo import ZOParameters, zo_perturb_parameters, zo_update
 from ..integrations.offsets import Offsets
-from ..update.updater import Generation, Rule
+from ..update.updater import Rule, UpdateRecord
 from . import BenchmarkError, count, today
 from .clocks import Clocks
 from .isolated import isolated, reason_of
@@ -272,7 +272,7 @@ class OurWorker(Loop):
 
     def update(self) -> None:
         coeffs = [LR / self.n * z for z in zscore(self.rewards)]
-        self.mode.update(Generation(self.generation, self.seeds(), coeffs, [], SIGMA, LR))
+        self.mode.update(UpdateRecord(self.generation, self.seeds(), coeffs, [], SIGMA, LR))
 
 
 class MeZO(Loop):

@@ -18,7 +18,7 @@ import torch
 from ..core.kinds import ELEMENTWISE
 from ..core.plan import Plan
 from ..es.weights import MODES, Cost
-from ..update.updater import Generation, Rule
+from ..update.updater import Rule, UpdateRecord
 from . import count, memory
 from .noise import milliseconds, note, threads
 from .workload import SIGMA, make_plan, population
@@ -136,9 +136,9 @@ def _two_generations(mode: str, plan: Plan, members: int) -> None:
         weights.update(record)
 
 
-def _generation(members: int) -> Generation:
+def _generation(members: int) -> UpdateRecord:
     seeds, coeffs = population(members)
-    return Generation(0, seeds, coeffs, [], SIGMA, lr=5e-4)
+    return UpdateRecord(0, seeds, coeffs, [], SIGMA, lr=5e-4)
 
 
 def _times(dtype: str, extra: dict[str, int | None], args: argparse.Namespace) -> Iterator[dict]:

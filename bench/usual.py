@@ -6,7 +6,7 @@ import torch
 
 from ..core.plan import Plan
 from ..es.store import LocalStore
-from ..update.updater import Generation, Rule
+from ..update.updater import Rule, UpdateRecord
 from . import rivals, today
 
 
@@ -34,7 +34,7 @@ class UsualWeights(LocalStore):
             self._applied = None
 
     @torch.no_grad()
-    def update(self, record: Generation) -> None:
+    def update(self, record: UpdateRecord) -> None:
         if record.decay:
             raise ValueError("the usual code has no weight decay")
         self.restore()

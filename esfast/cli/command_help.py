@@ -41,7 +41,7 @@ class Formatter(argparse.HelpFormatter):
         return text if text.startswith(EXAMPLES) else super()._fill_text(text, width, indent)
 
 
-def looks(description: str, *examples: str) -> dict[str, Any]:
+def help_options(description: str, *examples: str) -> dict[str, Any]:
     """What an ArgumentParser with such a help is made with. An example may be followed by two spaces and a remark."""
     return {
         "description": description,

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from importlib import import_module
 
-from .command_help import Parser, looks
+from .command_help import Parser, help_options
 from .options import add_options, integer
 from .presets import PRESETS
 from .run_options import GROUPS, SETTINGS, TRAIN_DEFAULTS
@@ -18,7 +18,7 @@ EVAL_SETTINGS = ("task", "style", "data", "reward", "dtype", "device")
 def parser_of_all() -> argparse.ArgumentParser:
     parser = Parser(
         prog="esfast",
-        **looks(
+        **help_options(
             "Full-parameter evolution-strategies fine-tuning of language models.",
             "esfast train                        the embedded small model learns Countdown, minutes on a CPU",
             "esfast eval --model runs/qwen/model",
@@ -31,7 +31,7 @@ def parser_of_all() -> argparse.ArgumentParser:
     train = commands.add_parser(
         "train",
         help="fine-tune a model",
-        **looks(
+        **help_options(
             "Fine-tunes all weights of a causal language model and leaves a run folder: config.yaml, metrics.jsonl, "
             "journal.jsonl, summary.json, curves.png and model/ (a Hugging Face folder).",
             "esfast train                                  the embedded small model, minutes on a CPU",
@@ -50,7 +50,7 @@ def parser_of_all() -> argparse.ArgumentParser:
     evaluate = commands.add_parser(
         "eval",
         help="accuracy of models on a task's held-out problems",
-        **looks(
+        **help_options(
             "Accuracy, reward and length of responses to a task's held-out problems, with standard errors. Several "
             "models are asked the same prompts, and the first is what the others are compared with. A model that lies "
             "in a run folder is asked what its run was trained on; options take the place of what the folder says.",
@@ -65,7 +65,7 @@ def parser_of_all() -> argparse.ArgumentParser:
     report = commands.add_parser(
         "report",
         help="runs as one HTML page",
-        **looks(
+        **help_options(
             "Makes one self-contained HTML page of runs, finished or not: curves with their spread over repeats, "
             "rewards of the members, where the time went, responses before and after, settings.",
             "esfast report runs/qwen",
@@ -82,7 +82,7 @@ def parser_of_all() -> argparse.ArgumentParser:
     replay = commands.add_parser(
         "replay",
         help="the tuned model again, from the base model and a journal",
-        **looks(
+        **help_options(
             "Makes a tuned model from the base model and the journal of a run, or what `esfast export` made of it: the "
             "same bits as the run's, on a GPU or a CPU. Fingerprints are compared before and after.",
             "esfast replay runs/qwen/journal.jsonl --base Qwen/Qwen2.5-0.5B-Instruct --out tuned",
@@ -97,7 +97,7 @@ def parser_of_all() -> argparse.ArgumentParser:
     export = commands.add_parser(
         "export",
         help="a run's journal as one small safetensors file",
-        **looks(
+        **help_options(
             "Packs the journal of a run into one safetensors file, from which `esfast replay` makes the tuned model: a "
             "fine-tune of all weights in kilobytes.",
             "esfast export runs/qwen --out qwen.safetensors",
@@ -111,7 +111,7 @@ def parser_of_all() -> argparse.ArgumentParser:
     info = commands.add_parser(
         "info",
         help="versions, devices, and which backend runs and why",
-        **looks(
+        **help_options(
             "Versions, what was built, and for each device which backend runs there and why the others don't.",
             "esfast info",
             "esfast --debug info   with the traceback of an error",

@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from ..update.updater import Generation, Updater
+from ..update.updater import Updater, UpdateRecord
 from ..utils.errors import BadState, BadValue
 from ..utils.interrupts import Interrupted, signal_of
 from ..utils.settings import check_int
@@ -329,7 +329,7 @@ class SharedUpdates:
     def __getattr__(self, name: str):
         return getattr(self._updater, name)
 
-    def __call__(self, record: Generation) -> None:
+    def __call__(self, record: UpdateRecord) -> None:
         if self.chosen is not None:
             self._run(self.chosen, record)
             return
@@ -341,7 +341,7 @@ class SharedUpdates:
         if len(self._seconds) == len(self.TRIED):
             self._choose()
 
-    def _run(self, plan: str, record: Generation) -> None:
+    def _run(self, plan: str, record: UpdateRecord) -> None:
         if plan == "all":
             self._updater(record)
             return

@@ -17,7 +17,7 @@ from ..core.kinds import check_seed
 from ..core.plan import Plan
 from ..distributed.team import SharedUpdates, Team
 from ..journal.journal import header_of
-from ..update.updater import Generation, Group, Optimizer, Rule, check_groups, check_optimizer
+from ..update.updater import Group, Optimizer, Rule, UpdateRecord, check_groups, check_optimizer
 from ..utils.errors import BadState, BadValue
 from ..utils.interrupts import defer_sigint
 from ..utils.names import ROUNDINGS
@@ -192,7 +192,7 @@ class ES:
         pair, sign = (index // 2, 1 - 2 * (index % 2)) if self.mirrored else (index, 1)
         return Member(index, member_seed(self.seed, self.generation, pair), sign)
 
-    def step(self, set_aside: bool = False) -> Generation:
+    def step(self, set_aside: bool = False) -> UpdateRecord:
         """Moves the weights along the reward-weighted noise of the population, in one fused pass.
 
         Args:
@@ -224,7 +224,7 @@ class ES:
         decay = float(np.float32(lr * self.weight_decay))
         if not most * decay <= 1:
             raise BadValue(f"step(): lr {lr} times weight_decay {self.weight_decay} is more than all of the weights")
-        record = Generation(
+        record = UpdateRecord(
             self.generation, seeds, coeffs, [rewards.get(m.index) for m in self.members], sigma, lr, decay
         )
         # All or nothing: a step that was interrupted halfway would be taken again.

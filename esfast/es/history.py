@@ -11,7 +11,7 @@ from pathlib import Path
 from ..distributed.team import Team
 from ..journal import checkpoint
 from ..journal.journal import Journal, parse, peek, verify
-from ..update.updater import Generation, Updater
+from ..update.updater import Updater, UpdateRecord
 from ..utils.errors import BadValue, FileMissing
 from ..utils.lock import Lock
 from .store import WeightStore
@@ -90,7 +90,7 @@ class History:
         self._checked = max(checks, default=-1)
         return len(records)
 
-    def append(self, record: Generation) -> None:
+    def append(self, record: UpdateRecord) -> None:
         """Appends a generation to the journal, if there is one, and waits until it is on disk."""
         if self._journal is not None:
             self._journal.append(record)

@@ -10,7 +10,7 @@ import torch
 
 from ..core.dtensors import in_shards, whole_state_dict
 from ..core.plan import Plan
-from ..update.updater import Generation, Rule, Updater
+from ..update.updater import Rule, Updater, UpdateRecord
 from ..utils.errors import BadState, BadValue
 from ..utils.unwrap import save_unwrapped
 
@@ -57,7 +57,7 @@ class WeightStore(abc.ABC):
         """Takes the member away. It may be called without a member in place, and again after an interruption."""
 
     @abc.abstractmethod
-    def update(self, record: Generation) -> None:
+    def update(self, record: UpdateRecord) -> None:
         """Applies the next generation, all of it or nothing."""
 
     @abc.abstractmethod
@@ -73,12 +73,12 @@ class WeightStore(abc.ABC):
         weights call it together, and only the one that saves keeps the result."""
         return None
 
-    def replay(self, records: Sequence[Generation]) -> None:
+    def replay(self, records: Sequence[UpdateRecord]) -> None:
         """Applies the generations of a resumed run. The weights must be up to date only after the last one."""
         for record in records:
             self.update(record)
 
-    def note_applied(self, record: Generation) -> None:
+    def note_applied(self, record: UpdateRecord) -> None:
         """Notes a generation that is in the weights already, because a checkpoint held it. Momentum needs it."""
         return
 
@@ -106,7 +106,7 @@ class LocalStore(WeightStore):
         if rule != self.rule:
             raise BadValue(f"the weights follow {self.rule}, which was given when they were made, asked for is {rule}")
 
-    def replay(self, records: Sequence[Generation]) -> None:
+    def replay(self, records: Sequence[UpdateRecord]) -> None:
         assert self.updater is not None
         for record in records:
             self.updater(record)
@@ -115,7 +115,7 @@ class LocalStore(WeightStore):
     def sync_live_weights(self) -> None:
         """Brings the live weights, and copies of them, up to date after `updater` was called."""
 
-    def note_applied(self, record: Generation) -> None:
+    def note_applied(self, record: UpdateRecord) -> None:
         assert self.updater is not None
         self.updater.note_applied(record)
 

@@ -26,7 +26,7 @@ from ..core.finite import check_finite
 from ..core.ops import add_noise_, get_backend
 from ..core.plan import Plan
 from ..core.segments import Slice
-from ..update.updater import Generation, Rule, Updater
+from ..update.updater import Rule, Updater, UpdateRecord
 from ..utils.changes import same_bits, versions
 from ..utils.interrupts import defer_sigint
 from .store import LocalStore
@@ -122,7 +122,7 @@ class BaseWeights(_Stored):
         add_noise_(copy, [], [], base=self.base.subset([i]), **self._options)
         return copy.tensors[0]
 
-    def update(self, record: Generation) -> None:
+    def update(self, record: UpdateRecord) -> None:
         self.updater(record)
         self.sync_live_weights()
 
@@ -158,7 +158,7 @@ class _MovingWeights(LocalStore):
         self._options = {**rule.noise_options, "backend": backend}
         self._applied: list[tuple[int, float]] = []
 
-    def update(self, record: Generation) -> None:
+    def update(self, record: UpdateRecord) -> None:
         self.restore()
         self.updater(record)
         self.sync_live_weights()
@@ -203,7 +203,7 @@ class InplaceWeights(_MovingWeights):
     def restore(self) -> None:
         self._move([])
 
-    def update(self, record: Generation) -> None:
+    def update(self, record: UpdateRecord) -> None:
         super().update(record)
         if self._exact is not None:
             self._exact(record)

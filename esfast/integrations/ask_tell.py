@@ -69,7 +69,7 @@ class AskTell:
         return list(self._asked)
 
     def tell(self, candidates: Sequence[Candidate], fitness: Sequence[float]):
-        """Takes one ES step and returns its record (`esfast.update.updater.Generation`).
+        """Takes one ES step and returns its record (`esfast.update.updater.UpdateRecord`).
 
         Raises:
             ValueError: the candidates are not those of `ask`, each once and in any order; or a fitness is missing or

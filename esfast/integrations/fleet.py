@@ -13,7 +13,7 @@ from ..rewards.scorer import RewardFunc
 from ..trainer.config import ESConfig
 from ..trainer.trainer import ESTrainer
 from ..trainer.tuned import check_store_settings
-from ..update.updater import Generation, Rule
+from ..update.updater import Rule, UpdateRecord
 from ..utils.errors import BadState, BadValue
 from ..utils.files import whole_folder
 from .ray import Fleet
@@ -48,7 +48,7 @@ class FleetStore(WeightStore):
     def restore(self) -> None:
         self.fleet.restore()
 
-    def update(self, record: Generation) -> None:
+    def update(self, record: UpdateRecord) -> None:
         self.fleet.update(record)
 
     def fingerprint(self) -> str:

@@ -18,7 +18,7 @@ from ..core.plan import Plan
 from ..core.plan_source import missing_parameter
 from ..es.es import member_seed
 from ..es.weights import MODES
-from ..update.updater import Generation, Rule
+from ..update.updater import Rule, UpdateRecord
 from ..utils.errors import BadState, BadValue
 from ..utils.unwrap import named_parameters
 from .offsets import Offsets
@@ -115,7 +115,7 @@ def zo_update(
     for offsets, decay in parameters.groups:
         offsets.follow()
         offsets.mode.update(
-            Generation(parameters.updates, seeds, coeffs, [], parameters.zo_eps, learning_rate, learning_rate * decay)
+            UpdateRecord(parameters.updates, seeds, coeffs, [], parameters.zo_eps, learning_rate, learning_rate * decay)
         )
     parameters.updates += 1
 

@@ -18,7 +18,7 @@ from typing import Any
 from ..es.es import Member
 from ..rollout.encoding import PromptReader
 from ..trainer.door import open_tokenizer
-from ..update.updater import Generation, Rule
+from ..update.updater import Rule, UpdateRecord
 from ..utils.errors import BadImport, BadState, BadValue
 from ..utils.interrupts import kept_handlers
 
@@ -115,7 +115,7 @@ class Fleet:
         """Takes the noise of `perturb` away."""
         self._all("call", "esfast_restore")
 
-    def update(self, record: Generation) -> None:
+    def update(self, record: UpdateRecord) -> None:
         """Applies a generation in every engine."""
         self._all("call", "esfast_update", dataclasses.asdict(record))
 

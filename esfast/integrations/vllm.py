@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ..update.updater import Generation, Rule
+from ..update.updater import Rule, UpdateRecord
 from ..utils.errors import BadState
 
 GROUP_TIMEOUT = timedelta(minutes=10)  # the longest that engines wait for each other
@@ -59,7 +59,7 @@ class WorkerExtension:
         """weights += alpha / population_size * sum_n coeffs[n] * noise(seeds[n]), in one pass."""
         weights = self._esfast
         scaled = [float(np.float32(alpha / population_size * float(c))) for c in coeffs]
-        weights.update(Generation(len(weights.records), [int(s) for s in seeds], scaled, [], 0.0, float(alpha)))
+        weights.update(UpdateRecord(len(weights.records), [int(s) for s in seeds], scaled, [], 0.0, float(alpha)))
         return True
 
     def init_inter_engine_group(self, master_address: str, master_port: int, engine_idx: int, num_engines: int) -> bool:
@@ -92,7 +92,7 @@ class WorkerExtension:
             return True
         told = json.loads(store.get(key))
         for fields in told["records"][len(weights.records) :]:
-            weights.update(Generation(**fields))
+            weights.update(UpdateRecord(**fields))
         own = weights.fingerprint()
         if own != told["fingerprint"]:
             raise BadState(
@@ -157,7 +157,7 @@ class WorkerExtension:
 
     def esfast_update(self, record: dict) -> None:
         """Applies a generation, which must be the next one: the record of `ES.step` as a dict."""
-        self._esfast.update(Generation(**record))
+        self._esfast.update(UpdateRecord(**record))
 
     def esfast_fingerprint(self) -> str:
         """Fingerprint of the whole model, for every sharding. It equals `esfast.Plan(hf_model).fingerprint()`."""

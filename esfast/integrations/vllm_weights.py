@@ -13,7 +13,7 @@ from ..core.fingerprint import MASK, window_sums
 from ..core.plan import Plan
 from ..es.weights import MODES
 from ..journal.journal import Journal, header_of
-from ..update.updater import Generation, Rule
+from ..update.updater import Rule, UpdateRecord
 from ..utils.errors import BadState, BadValue
 from . import vllm_files, vllm_layout
 from .offsets import Offsets
@@ -61,10 +61,10 @@ class WorkerWeights:
         self.offsets = self.mode = None
         self.mode = MODES[self.mode_name](self.plan, self.rule)
         self.offsets = Offsets(self.mode, self._refuse_changed)
-        self.records: list[Generation] = []
+        self.records: list[UpdateRecord] = []
         self.base = self._fingerprint(self.plan.names)
 
-    def update(self, record: Generation) -> None:
+    def update(self, record: UpdateRecord) -> None:
         if self.offsets.terms:
             raise BadState(
                 f"update: the noise of seed {next(iter(self.offsets.terms))} is still in place; restore first"

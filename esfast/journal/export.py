@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from ..update.updater import Generation
+from ..update.updater import UpdateRecord
 from ..utils.errors import BadValue
 from ..utils.files import write_whole
 from .journal import Contents, read
@@ -55,7 +55,7 @@ def unpack(path: str | Path) -> Contents:
     records = []
     for g, (count, scored) in enumerate(zip(flat["counts"], flat["reward_counts"], strict=True)):
         row = [next(rewards) for _ in range(scored)]
-        records.append(Generation(
+        records.append(UpdateRecord(
             g, [next(seeds) % 2**64 for _ in range(count)], [next(coeffs) for _ in range(count)],
             [None if math.isnan(x) else x for x in row], flat["sigma"][g], flat["lr"][g], flat["decay"][g],
         ))  # fmt: skip

@@ -20,7 +20,7 @@ from typing import NamedTuple
 from ..core.kinds import NOISE_VERSION
 from ..core.ops import add_noise_
 from ..core.plan import Plan
-from ..update.updater import Generation, Rule, Updater
+from ..update.updater import Rule, Updater, UpdateRecord
 from ..utils.errors import BadState, BadValue, FileMissing, FileTaken
 from ..utils.lock import Lock
 from ..utils.settings import check_int
@@ -35,7 +35,7 @@ class Contents(NamedTuple):
     done."""
 
     header: dict
-    records: list[Generation]
+    records: list[UpdateRecord]
     checks: dict[int, str]
 
 
@@ -113,7 +113,7 @@ class Journal:
         """Writes the fingerprint of the weights after this many generations, for a replay to compare."""
         self._write({"check": generation, "fingerprint": fingerprint})
 
-    def append(self, record: Generation) -> None:
+    def append(self, record: UpdateRecord) -> None:
         """Appends one generation and waits until it is on disk. OSError if it can't be written."""
         fields = dataclasses.asdict(record)
         # As text: other JSON readers have no 64-bit integers.
@@ -189,7 +189,7 @@ def parse(data: bytes, path: str | Path) -> Contents:
                 f"expected {done}: a line is missing, or there twice"
             )
         line["seeds"] = [int(s, 16) for s in line["seeds"]]
-        found.records.append(Generation(**line))
+        found.records.append(UpdateRecord(**line))
     return found
 
 

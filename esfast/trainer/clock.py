@@ -12,14 +12,14 @@ import torch
 PHASES = ("perturb", "generate", "score", "wait", "update", "journal", "other")
 
 
-class Clock:
-    """Seconds by phase: `lap(phase)` books the time since the last lap."""
+class PhaseTimer:
+    """Seconds by phase: `record(phase)` books the time since the last lap."""
 
     def __init__(self, device: torch.device):
         self.seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
         self._device, self._last = device, time.perf_counter()
 
-    def lap(self, phase: str) -> None:
+    def record(self, phase: str) -> None:
         # Kernels run on after the call that launched them returns.
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)

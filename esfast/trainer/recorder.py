@@ -15,10 +15,10 @@ import yaml
 from ..distributed.team import Team
 from ..es.store import WeightStore
 from ..journal.journal import read
-from ..update.updater import Generation
+from ..update.updater import UpdateRecord
 from ..utils.files import write_whole
 from ..utils.interrupts import signal_of
-from .clock import PHASES, Clock, account
+from .clock import PHASES, PhaseTimer, account
 from .config import ESConfig
 from .loggers import Report
 from .run_folder import RunFolder, readable_lines
@@ -32,7 +32,7 @@ class RunRecorder:
 
     rows    rows of metrics.jsonl, in process 0: the base model's, then one a generation
     best    best reward of an evaluation so far
-    clock   the training's Clock
+    clock   the training's PhaseTimer
     card    (generations done, first row of metrics, last evaluated row) -> the model card
     """
 
@@ -41,7 +41,7 @@ class RunRecorder:
     ):
         self.folder = folder
         self.rows: list[dict[str, Any]] = []
-        self.best, self.clock = -math.inf, Clock(torch.device("cpu"))
+        self.best, self.clock = -math.inf, PhaseTimer(torch.device("cpu"))
         self._config, self._store, self._tokenizer, self._team, self._card = config, store, tokenizer, team, card
         self._report: Report | None = None
         self._evaluation: dict[str, float] = {}
@@ -89,7 +89,7 @@ class RunRecorder:
                 self.folder.path, generation,
             )  # fmt: skip
 
-    def _completed(self, records: Sequence[Generation]) -> list[dict[str, Any]]:
+    def _completed(self, records: Sequence[UpdateRecord]) -> list[dict[str, Any]]:
         """A row for each generation: the file's rows, with rows from the journal in the place of those that are
         missing, damaged or of another run."""
         found = readable_lines(self.folder.metrics)
@@ -140,7 +140,7 @@ class RunRecorder:
         if self._team.rank == 0:
             card = self._card(generation, self.rows[0], after) if self.rows else ""
             self.folder.save_model(lambda path: self._store.save(path, gathered), self._tokenizer, card, name)
-        self.clock.lap("save")
+        self.clock.record("save")
 
     def finish(self, generation: int, eval_prompts: int) -> dict[str, Any]:
         """Saves the present model, writes the summary and returns it; {} in other processes than 0."""
@@ -195,7 +195,7 @@ class RunRecorder:
             self._report.close()
 
 
-def of_rewards(record: Generation) -> dict[str, Any]:
+def of_rewards(record: UpdateRecord) -> dict[str, Any]:
     """The part of a generation's row of metrics that its record in the journal determines. The journal numbers
     generations from 0; metrics count those that are done, from 1."""
     rewards = np.array([r for r in record.rewards if r is not None])

@@ -33,7 +33,7 @@ from ..utils.interrupts import Stops, stoppable
 from ..utils.rows import Rows, check_rows
 from ..utils.stats import mean
 from .batches import Batch, Batches
-from .clock import Clock, account
+from .clock import PhaseTimer, account
 from .config import ESConfig
 from .door import open_evaluator, open_rewards, open_tokenizer
 from .held_out import HeldOut, nonsense
@@ -164,7 +164,7 @@ class ESTrainer(SavesLikeTRL):
         )
         # Reset the baseline after resuming, so that the first logged norm covers one update.
         self.movement.norms()
-        self.clock = Clock(self.es.store.device)
+        self.clock = PhaseTimer(self.es.store.device)
         card = functools.partial(model_card, self.tuned.name, self.tuned.library, c)
         self.recorder = RunRecorder(self.folder, c, self.es.store, self.processing_class, self.team, card)
         self._broadcasts, self._prefix, self._stops = 0, self.team.unique_prefix(), Stops()
@@ -223,7 +223,7 @@ class ESTrainer(SavesLikeTRL):
 
     def _generations(self) -> None:
         c, recorder, leads = self.args, self.recorder, self.team.rank == 0
-        self.clock = recorder.clock = Clock(self.es.store.device)
+        self.clock = recorder.clock = PhaseTimer(self.es.store.device)
         if self.es.generation < c.generations:
             self.batches.check_fresh(self.engine, self.es.generation, c.progress)
         if self._evaluates:
@@ -238,7 +238,7 @@ class ESTrainer(SavesLikeTRL):
                 last = self.es.generation == c.generations
                 if c.checkpoint_every and self.es.generation % c.checkpoint_every == 0 and not last:
                     self.es.checkpoint()
-                    self.clock.lap("save")
+                    self.clock.record("save")
                 bar.set_postfix(recorder.progress(row), refresh=False)
                 bar.update()
         self.es.record_fingerprint()
@@ -270,20 +270,20 @@ class ESTrainer(SavesLikeTRL):
     def _generation(self) -> dict[str, Any]:
         """One generation: asks the members, scores what they say, takes the step. Returns its row of metrics."""
         generation, clock = self.es.generation, self.clock
-        clock.lap("other")
+        clock.record("other")
         before, tokens, journal = dict(clock.seconds), self.evaluator.tokens, self.es.journal_seconds
         batch = self.batches(generation)
         self.es.sigma, self.es.lr = self.args.rates(generation)
-        clock.lap("other")
+        clock.record("other")
         scored = self._ask_members(batch)
         for member, scores in scored:
             member.reward = self._reward(member, scores)
-        clock.lap("wait")
+        clock.record("wait")
         record = self.es.step(set_aside=self.args.on_reward_error == "skip")
-        clock.lap("update")
+        clock.record("update")
         clock.move(self.es.journal_seconds - journal, "update", "journal")
         drift = self.es.drift()
-        clock.lap("other")
+        clock.record("other")
         seconds, tokens = clock.since(before), self.evaluator.tokens - tokens
         return ({} if drift is None else {"drift": drift}) | self.movement.norms() | {
             **of_rewards(record), "seconds": sum(seconds.values()), **{f"seconds_{k}": v for k, v in seconds.items()},
@@ -295,10 +295,10 @@ class ESTrainer(SavesLikeTRL):
         one generates. After it the weights are as before."""
         scored = []
         with self.es.population() as members:
-            members.on_placed = lambda: self.clock.lap("perturb")
+            members.on_placed = lambda: self.clock.record("perturb")
             with contextlib.closing(self.evaluator.evaluate(members, batch.texts, batch.seeds)) as answers:
                 for member, completions in answers:
-                    self.clock.lap("generate")
+                    self.clock.record("generate")
                     if isinstance(completions, Exception):
                         whose = f"member {member.index} of generation {self.es.generation} (sigma {self.es.sigma:g})"
                         self._set_aside(member, nonsense(whose))
@@ -307,8 +307,8 @@ class ESTrainer(SavesLikeTRL):
                         answered = chat.answered(batch.rows, completions)
                         scored.append((member, self.scorer.submit(self.reward_funcs, *answered)))
                     self._stops.check()
-                    self.clock.lap("score")
-        self.clock.lap("perturb")
+                    self.clock.record("score")
+        self.clock.record("perturb")
         return scored
 
     def _reward(self, member: Member, scores: Scores) -> float | None:
@@ -331,5 +331,5 @@ class ESTrainer(SavesLikeTRL):
         with self.team.working():
             found = self.held_out(self.es.generation, self._from_process_0)
         self._stops.check()
-        self.clock.lap("evaluate")
+        self.clock.record("evaluate")
         return found | {"evaluate_seconds": self.clock.seconds["evaluate"] - began}

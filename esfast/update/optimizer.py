@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from ..core.epilogue import Epilogue
     from ..core.plan import Plan
-    from .updater import Generation
+    from .updater import UpdateRecord
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {}
 
@@ -43,7 +43,7 @@ class State:
     """
 
     tensors: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
-    past: deque[Generation] = dataclasses.field(default_factory=lambda: deque(maxlen=0))
+    past: deque[UpdateRecord] = dataclasses.field(default_factory=lambda: deque(maxlen=0))
 
 
 class Optimizer(abc.ABC):
@@ -82,7 +82,7 @@ class Optimizer(abc.ABC):
         return State()
 
     @abc.abstractmethod
-    def step(self, state: State, record: Generation, lr: float) -> Step:
+    def step(self, state: State, record: UpdateRecord, lr: float) -> Step:
         """The step of a generation. `lr` is a group's factor of the learning rate: 1 for most weights.
 
         It is called once for each group of weights. It may read `state.past`, which `record` is not in yet, and hand

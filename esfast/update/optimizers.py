@@ -23,7 +23,7 @@ from .optimizer import OPTIMIZERS, Optimizer, State, Step, check_optimizer
 
 if TYPE_CHECKING:
     from ..core.plan import Plan
-    from .updater import Generation
+    from .updater import UpdateRecord
 
 __all__ = ["OPTIMIZERS", "SGD", "Adam", "Group", "Momentum", "Optimizer", "check_groups", "check_optimizer"]
 
@@ -32,7 +32,7 @@ __all__ = ["OPTIMIZERS", "SGD", "Adam", "Group", "Momentum", "Optimizer", "check
 class SGD(Optimizer, name="sgd"):
     """theta += lr g, the update of the paper; g is the reward-weighted noise. No state."""
 
-    def step(self, state: State, record: Generation, lr: float) -> Step:
+    def step(self, state: State, record: UpdateRecord, lr: float) -> Step:
         return Step(record.seeds, [lr * c for c in record.coeffs])
 
 
@@ -57,7 +57,7 @@ class Momentum(Optimizer, name="momentum"):
     def allocate_state(self, plan: Plan) -> State:
         return State(past=deque(maxlen=self.window - 1))
 
-    def step(self, state: State, record: Generation, lr: float) -> Step:
+    def step(self, state: State, record: UpdateRecord, lr: float) -> Step:
         import numpy as np
 
         seeds, coeffs = list(record.seeds), list(record.coeffs)
@@ -97,7 +97,7 @@ class Adam(Optimizer, name="adam"):
 
         return State({"moments": torch.zeros(2, plan.flat_numel, dtype=torch.float32, device=plan.device)})
 
-    def step(self, state: State, record: Generation, lr: float) -> Step:
+    def step(self, state: State, record: UpdateRecord, lr: float) -> Step:
         from ..core.epilogue import AdamStep
 
         numbers = lr * record.lr, self.beta1, self.beta2, self.eps

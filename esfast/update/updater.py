@@ -24,7 +24,7 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class Generation:
+class UpdateRecord:
     """The record of one `ES.step`. The weights first decayed by the fraction `decay`, towards zero or the initial
     weights; then the optimizer moved them along sum_j coeffs[j] * noise(seeds[j])."""
 
@@ -125,7 +125,7 @@ class Updater:
         self.state = rule.optimizer.allocate_state(plan)
         self._parts = rule.by_group(self.plan, self.anchor)
 
-    def __call__(self, record: Generation) -> None:
+    def __call__(self, record: UpdateRecord) -> None:
         rule = self.rule
         for group, plan, anchor in self._parts:
             seeds, coeffs, epilogue = rule.optimizer.step(self.state, record, group.lr)
@@ -144,6 +144,6 @@ class Updater:
         part._parts = self.rule.by_group(part.plan, part.anchor)
         return part
 
-    def note_applied(self, record: Generation) -> None:
+    def note_applied(self, record: UpdateRecord) -> None:
         """Notes a generation that is already in the weights, for the optimizer's state."""
         self.state.past.appendleft(record)
