@@ -15,7 +15,8 @@ from torch import nn
 
 import esfast
 from esfast import ES, Plan, add_noise_
-from esfast.es.es import Generation, Member, centered_rank, coefficients, member_seed, zscore
+from esfast.es.es import Member, centered_rank, coefficients, member_seed, zscore
+from esfast.update import UpdateRecord
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -361,7 +362,7 @@ def test_the_update_is_the_weighted_sum(dtype, weights, mirrored, noise):
         half_a_place = torch.finfo(dtype).eps / 2
         assert ((found.double() - wanted).abs() <= half_a_place * wanted.abs() + 1e-6).all()
         assert (found.double() - exact_start).abs().max() > 0.01
-    assert record == Generation(0, record.seeds, record.coeffs, list(r), 2.0**-10, 0.3)
+    assert record == UpdateRecord(0, record.seeds, record.coeffs, list(r), 2.0**-10, 0.3)
     assert len(record.seeds) == (4 if mirrored else 8) and es.generation == 1
 
 

@@ -260,6 +260,9 @@ class ES:
         self.team.assert_equal_on_all_ranks(f"{self._prefix}: fingerprint after generation {self.generation}", found)
         self._history.check(self.generation, found)
 
+    # The name that 0.1.0 had for it.
+    vouch = record_fingerprint
+
     def checkpoint(self) -> None:
         """Saves the full state in `checkpoints`, and its fingerprint in the journal. OSError if it can't be written.
 

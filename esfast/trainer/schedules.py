@@ -8,7 +8,7 @@ All have the form f(start, step, total, final_fraction, warmup) -> float:
     final_fraction   final value divided by start, > 0 and at most 1; `constant` ignores it
     warmup           number of first generations with less than start: 1, 2, ... parts of warmup + 1
 
-UpdateRecord `warmup` is the first with the full value, start to the bit; the last generation has start * final_fraction.
+Generation `warmup` is the first with the full value, start to the bit; the last generation has start * final_fraction.
 ESConfig calls check_schedule; the schedules themselves check nothing.
 """
 

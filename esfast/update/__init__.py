@@ -7,7 +7,9 @@ __getattr__, __dir__ = lazily(
     {
         "Updater": "updater",
         "Rule": "updater",
+        "UpdateRecord": "updater",
         "Generation": "updater",
+        "Optimizer": "optimizer",
         "SGD": "optimizers",
         "Momentum": "optimizers",
         "Adam": "optimizers",

@@ -18,7 +18,8 @@ from .optimizer import find_optimizer
 from .optimizers import OPTIMIZERS, SGD, Adam, Group, Momentum, Optimizer, check_groups, check_optimizer
 
 __all__ = [
-    "DECAY_TO", "OPTIMIZERS", "SGD", "Adam", "Generation", "Group", "Momentum", "Optimizer", "Rule", "Updater",
+    "DECAY_TO", "OPTIMIZERS", "SGD", "Adam", "Generation", "Group", "Momentum", "Optimizer", "Rule", "UpdateRecord",
+    "Updater",
     "check_groups", "check_optimizer",
 ]  # fmt: skip
 
@@ -35,6 +36,10 @@ class UpdateRecord:
     sigma: float
     lr: float
     decay: float = 0.0  # a float32 value
+
+
+# The name that 0.1.0 had for it.
+Generation = UpdateRecord
 
 
 @dataclass(frozen=True)
