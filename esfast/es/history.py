@@ -106,7 +106,7 @@ class History:
     def save(self, generation: int, updater: Updater) -> None:
         """Saves the full state in `checkpoints`. OSError if it can't be written."""
         identity = self.identities[generation] if self.identities else ""
-        checkpoint.save(self._checkpoints, generation, updater, self._team.part, identity)
+        checkpoint.save(self._checkpoints, generation, updater, self._team.shard_suffix, identity)
 
     @property
     def seconds(self) -> float:
