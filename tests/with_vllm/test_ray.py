@@ -107,3 +107,26 @@ def test_what_is_refused(folder, tmp_path):
     config = esfast.ESConfig(output_dir=str(tmp_path / "run"), max_completion_length=6)
     with pytest.raises(RuntimeError, match="(?s)engine 0 of 1 can't start.*no_such_option"):
         FleetTrainer(folder("qwen2-tied"), letters, config, train_dataset=ROWS, engine_options={"no_such_option": 1})
+
+
+def test_a_loop_of_ones_own(folder):
+    """All engines are one member after another; what they cached for the member before is not used."""
+    from transformers import AutoModelForCausalLM
+
+    from esfast.integrations.fleet import FleetStore
+    from esfast.integrations.ray import Fleet
+
+    fleet = Fleet(folder("qwen2-tied"), 6, 1, enforce_eager=True, max_model_len=128, max_num_seqs=8)
+    try:
+        plan = esfast.Plan(AutoModelForCausalLM.from_pretrained(folder("qwen2-tied")))
+        settings = {"sigma": 0.05, "lr": 0.05, "population_size": 3, "noise": "low_rank", "rank": 2}
+        ours, theirs = esfast.ES(FleetStore(fleet), **settings), esfast.ES(plan, **settings)
+        seen, prompts = [], ["What is the sum of 3 and 4? " * 4]
+        for mine, other in zip(ours.population(), theirs.population(), strict=True):
+            assert fleet.fingerprint() == plan.fingerprint()
+            seen += fleet.generate(prompts)
+            mine.reward = other.reward = float(len(seen[-1]) + mine.index)
+        assert ours.step() == theirs.step() and fleet.fingerprint() == plan.fingerprint()
+        assert len(set(seen)) == 3, seen
+    finally:
+        fleet.close()
