@@ -10,6 +10,7 @@ from typing import Any
 from ..es.population import Member, Population
 from ..es.store import WeightStore
 from ..rewards.scorer import RewardFunc
+from ..rollout.engine import Engine
 from ..trainer.config import ESConfig
 from ..trainer.trainer import ESTrainer
 from ..trainer.tuned import check_store_settings
@@ -65,17 +66,19 @@ class FleetStore(WeightStore):
 class FleetEvaluator:
     """A MemberEvaluator over a Fleet: each engine makes a member, and the next one when it is free."""
 
+    engine: Engine
+
     def __init__(self, fleet: Fleet):
-        self.engine = fleet
+        self.engine = self._fleet = fleet
 
     @property
     def tokens(self) -> int:
-        return self.engine.tokens
+        return self._fleet.tokens
 
     def evaluate(
         self, members: Population, prompts: Sequence[str], seeds: Sequence[int] | None
     ) -> Iterator[tuple[Member, list[str]]]:
-        yield from self.engine.members(members.handed_out(), members.sigma, prompts, seeds)
+        yield from self._fleet.members(members.handed_out(), members.sigma, prompts, seeds)
 
     def close(self) -> None:
         self.engine.close()
@@ -121,6 +124,7 @@ class FleetTrainer(ESTrainer):
             processing_class, **(engine_options or {}),
         )  # fmt: skip
         fleet.prompts.length_setting = "max_completion_length"
+        self._fleet = fleet
         try:
             super().__init__(
                 FleetStore(fleet, args.weights),
@@ -136,7 +140,7 @@ class FleetTrainer(ESTrainer):
 
     def _write_model(self, path: Path) -> None:
         """After `train` has ended the engines have ended too, so this copies the model that train saved."""
-        if self.engine.alive:
+        if self._fleet.alive:
             super()._write_model(path)
             return
         saved = self.folder.model
