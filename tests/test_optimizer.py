@@ -182,3 +182,23 @@ def test_names(monkeypatch):
         "importlib.metadata.entry_points", lambda group: [Point] if group == "esfast.optimizers" else []
     )
     assert ES(weights(), optimizer="lion", population_size=2).rule.optimizer.beta == 0.9
+
+
+def test_settings_hold_it_as_text():
+    """Objects and texts, with its numbers: what config.yaml and the command line can say."""
+    kind = lion()
+    for given in (kind(0.5), "lion:beta=0.5", "lion: beta=0.5"):
+        config = esfast.ESConfig(optimizer=given)
+        assert config.optimizer == "lion:beta=0.5" and config.make_optimizer() == kind(0.5)
+    assert esfast.ESConfig(optimizer="lion").optimizer == "lion:beta=0.9"
+    config = esfast.ESConfig(optimizer="adam:beta1=0.5")
+    assert (config.optimizer, config.adam_beta1) == ("adam", 0.5) and config.make_optimizer() == esfast.Adam(0.5)
+    for text, words in (
+        ("lion:beat=0.5", "unknown field 'beat'.* Did you mean 'beta'"),
+        ("lion:beta", "unknown field 'beta'|expected a number"),
+        ("lion:beta=", "expected a number after beta="),
+        ("lino", "ESConfig.optimizer: expected one of .* Did you mean 'lion'"),
+        ("adam:beta1=2", "beta1: expected a number between 0 and 1"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            esfast.ESConfig(optimizer=text)

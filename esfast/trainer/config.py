@@ -9,8 +9,8 @@ from typing import Any
 from ..core.kinds import KINDS, check_rank
 from ..es.shaping import SHAPINGS
 from ..rollout.chat import check_options
-from ..update.optimizers import OPTIMIZERS, Adam, Group, Momentum, Optimizer, check_groups
-from ..utils.errors import BadValue, EsfastError
+from ..update.optimizers import OPTIMIZERS, Adam, Group, Momentum, Optimizer, check_groups, check_optimizer
+from ..utils.errors import BadType, BadValue, EsfastError
 from ..utils.names import DECAY_TO, DECODINGS, ROUNDINGS, WEIGHT_MODES
 from ..utils.settings import check_int, check_number, check_positive, convert_fields, convert_given, option
 from .loggers import LOGGERS, check_report_to
@@ -79,8 +79,8 @@ class ESConfig:
     decay_to: str = option("zero", "target of weight decay; initial takes a copy of the initial weights", DECAY_TO)
     optimizer: str = option(
         "sgd",
-        "sgd: the paper's; momentum: takes no memory, replays seeds; adam: takes 8 bytes a weight",
-        tuple(OPTIMIZERS),
+        "sgd: the paper's; momentum: takes no memory, replays seeds; adam: takes 8 bytes a weight; or one of your own, "
+        "NAME:field=value,...",
     )
     momentum: float = option(Momentum.beta, "momentum: fraction of the velocity that a generation keeps")
     momentum_window: int = option(Momentum.window, "momentum: generations whose seeds an update replays")
@@ -126,13 +126,13 @@ class ESConfig:
     progress: bool = option(True, "show the progress bar")
 
     def __post_init__(self):
-        self._take_optimizer()
         self.groups = [str(g) if isinstance(g, Group) else g for g in _listed(self.groups)] or None
         self.check()
 
     def check(self) -> None:
         """Converts every field to its type; TypeError or ValueError for one that is out of range. Call it after
         changing fields."""
+        self._take_optimizer()
         convert_fields(self)
         self.report_to = check_report_to(self.report_to) or None
         if not self.output_dir.strip() or "\0" in self.output_dir:
@@ -168,7 +168,7 @@ class ESConfig:
             check_groups(self.groups or ())
         except EsfastError as error:
             raise BadValue(f"ESConfig.groups: {error}") from None
-        for name in OPTIMIZERS:
+        for name in _NUMBERS:
             self._optimizer(name)
         for name in ("sigma", "lr"):
             check_positive(f"ESConfig.{name}", getattr(self, name))
@@ -179,12 +179,17 @@ class ESConfig:
             )
 
     def _take_optimizer(self) -> None:
-        """Takes the numbers of an esfast.Momentum or Adam that is given instead of a name."""
-        for name, kind in OPTIMIZERS.items():
-            if type(self.optimizer) is kind:
-                for mine, theirs in _NUMBERS[name].items():
-                    setattr(self, mine, getattr(self.optimizer, theirs))
-                self.optimizer = name
+        """Turns an optimizer that is given as an object, or with its numbers, into a string. One that has settings of
+        its own here sets them."""
+        if isinstance(self.optimizer, str) and self.optimizer in _NUMBERS:
+            return
+        try:
+            given = check_optimizer(self.optimizer)
+        except (BadType, BadValue) as error:
+            raise type(error)(f"ESConfig.{error}") from None
+        for mine, theirs in _NUMBERS.get(given.name, {}).items():
+            setattr(self, mine, getattr(given, theirs))
+        self.optimizer = given.name if given.name in _NUMBERS else given.text
 
     def check_resumes(self, found: Mapping[str, Any]) -> None:
         """ValueError if a run with the settings `found` can't continue with these; the message names what differs."""
@@ -203,7 +208,7 @@ class ESConfig:
         return same | {"optimizer": self.make_optimizer(), "groups": self.groups or ()}
 
     def make_optimizer(self) -> Optimizer:
-        return self._optimizer(self.optimizer)
+        return self._optimizer(self.optimizer) if self.optimizer in _NUMBERS else check_optimizer(self.optimizer)
 
     def _optimizer(self, name: str) -> Optimizer:
         kind, numbers = OPTIMIZERS[name], _NUMBERS[name]

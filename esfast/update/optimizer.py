@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import json
 from collections import deque
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from ..utils.errors import BadType, BadValue
-from ..utils.suggest import did_you_mean
+from ..utils.suggest import did_you_mean, unknown
 
 if TYPE_CHECKING:
     import torch
@@ -89,6 +90,13 @@ class Optimizer(abc.ABC):
         `state.tensors` to an epilogue, which changes the part of them that belongs to the group's weights.
         """
 
+    @property
+    def text(self) -> str:
+        """NAME:field=value,... from which `check_optimizer` makes it again; NAME alone without fields."""
+        fields = {name: value for name, value in self.to_json().items() if name != "name"}
+        numbers = ",".join(f"{name}={json.dumps(value)}" for name, value in fields.items())
+        return f"{self.name}:{numbers}" if numbers else self.name
+
     def to_json(self) -> dict[str, Any]:
         return {"name": self.name, **dataclasses.asdict(self)}  # type: ignore[call-overload]
 
@@ -111,11 +119,28 @@ def find_optimizer(name: str) -> type[Optimizer]:
 
 
 def check_optimizer(value) -> Optimizer:
-    """The optimizer itself, or the one of a name with its default numbers. TypeError or ValueError otherwise."""
-    made = find_optimizer(value)() if isinstance(value, str) else value
+    """The optimizer itself, or that of a text: NAME, with its default numbers, or NAME:field=value,...
+
+    Raises TypeError or ValueError for anything else, and what the optimizer raises for its numbers."""
+    made = _parse(value) if isinstance(value, str) else value
     if not isinstance(made, Optimizer) or not hasattr(made, "name"):
         raise BadType(
             f"optimizer: expected {', '.join(map(repr, OPTIMIZERS))} or an esfast.SGD, Momentum or Adam, "
             f"got {made!r:.80}"
         )
     return made
+
+
+def _parse(text: str) -> Optimizer:
+    name, _, fields = text.partition(":")
+    kind, given = find_optimizer(name), {}
+    known = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    for part in fields.split(",") if fields else ():
+        field, equals, value = part.partition("=")
+        if not equals or field.strip() not in known:
+            raise BadValue(f"optimizer: {unknown('field', field.strip(), known)} in {text!r}")
+        try:
+            given[field.strip()] = json.loads(value)
+        except ValueError:
+            raise BadValue(f"optimizer: expected a number after {field}= in {text!r}, got {value!r}") from None
+    return kind(**given)
