@@ -214,7 +214,47 @@ def _pieces(tensors: Iterable[torch.Tensor]) -> Iterable[tuple[tuple[int, int], 
             yield (i, number), piece
 
 
-Way = Drawn | Hashed
+class Factored:
+    """Low-rank noise of rank 1: torch.randn draws the factors, and one addmm for each tensor adds all members.
+
+    In the weights' dtype, 16-bit factors are rounded, and the sums are the matrix library's. With `in_float32` weights
+    are converted and back, some rows at a time.
+    """
+
+    def __init__(self, in_float32: bool):
+        self.in_float32 = in_float32
+
+    def perturb_(self, tensors: Sequence[torch.Tensor], seed: int, sigma: float, base: Tensors = None) -> None:
+        self._add(tensors, base or tensors, [seed], [sigma])
+
+    def update_(self, tensors: Sequence[torch.Tensor], seeds: Sequence[int], coeffs: Sequence[float]) -> None:
+        self._add(tensors, tensors, seeds, coeffs)
+
+    def _add(self, tensors, sources, seeds: Sequence[int], coeffs: Sequence[float]) -> None:
+        for i, (p, source) in enumerate(zip(tensors, sources, strict=True)):
+            generator = torch.Generator()
+            drawn = []
+            for seed, coeff in zip(seeds, coeffs, strict=True):
+                generator.manual_seed(int(np.random.SeedSequence((seed, i)).generate_state(1)[0]))
+                if p.dim() < 2:
+                    drawn.append(coeff * torch.randn(p.shape, generator=generator))
+                else:
+                    rows, cols = (torch.randn(n, generator=generator) for n in p.flatten(1).shape)
+                    drawn.append((coeff * rows, cols))
+            if p.dim() < 2:
+                p.copy_(source + torch.stack(drawn).sum(0))
+                continue
+            a, b = torch.stack([rows for rows, _ in drawn], 1), torch.stack([cols for _, cols in drawn])
+            to, x = p.flatten(1), source.flatten(1)
+            if not self.in_float32:
+                torch.addmm(x, a.to(p.dtype), b.to(p.dtype), out=to)
+                continue
+            step = max(1, PIECE // to.shape[1])
+            for at in range(0, len(to), step):
+                to[at : at + step] = torch.addmm(x[at : at + step].float(), a[at : at + step], b)
+
+
+Way = Drawn | Hashed | Factored
 WAYS: dict[str, dict[str, Callable[[], Way]]] = {
     "gaussian": {
         "PyTorch's normal_ into a buffer": lambda: Drawn(_normal),
@@ -224,6 +264,10 @@ WAYS: dict[str, dict[str, Callable[[], Way]]] = {
     "rademacher": {
         "NumPy's bits and a table": lambda: Drawn(_random_signs, in_weights_dtype=True),
         "compiled hash": lambda: Hashed("rademacher"),
+    },
+    "low_rank": {
+        "an addmm of all members in float32": lambda: Factored(True),
+        "an addmm of all members in the weights' dtype": lambda: Factored(False),
     },
 }
 

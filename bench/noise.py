@@ -19,7 +19,7 @@ from statistics import median
 
 import torch
 
-from ..core.kinds import ELEMENTWISE
+from ..core.kinds import KINDS
 from ..core.ops import add_noise_, auto_backend
 from ..core.plan import Plan
 from . import BenchmarkError, afternoon, count, memory, today
@@ -46,7 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtypes", nargs="+", choices=["bfloat16", "float32", "float16"],
                         default=["bfloat16", "float32"], help="of the weights (default: bfloat16 float32)")  # fmt: skip
     parser.add_argument(
-        "--noise", nargs="+", choices=ELEMENTWISE, default=list(ELEMENTWISE), help="kinds of noise (default: both)"
+        "--noise",
+        nargs="+",
+        choices=KINDS,
+        default=list(KINDS),
+        help="kinds of noise (default: all; low_rank is of rank 1)",
     )
     parser.add_argument("--threads", type=count, default=torch.get_num_threads(),
                         help="threads of all contenders (default: %(default)s)")  # fmt: skip

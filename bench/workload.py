@@ -85,9 +85,15 @@ def _ends(plan: Plan) -> list[tuple[str, torch.Tensor, Slice]]:
     """The first and last weights of every tensor."""
     parts = []
     for name, tensor in zip(plan.names, plan.tensors, strict=True):
-        n = tensor.numel()
-        for start, stop in [(0, n)] if n <= 122 else [(0, 61), (n - 61, n)]:
-            parts.append((name, tensor.view(-1)[start:stop], Slice((n,), (start,))))
+        shape, places = tuple(tensor.shape), (0,) if tensor.numel() <= 122 else (0, 1)
+        for last in places:
+            part, offset = tensor, [0] * len(shape)
+            # low-rank noise depends on the rows and columns, so a part keeps its tensor's dimensions
+            for d, n in enumerate(shape if len(places) > 1 else ()):
+                kept = max(1, min(n, 61 // math.prod(shape[d + 1 :])))
+                offset[d] = last * (n - kept)
+                part = part.narrow(d, offset[d], kept)
+            parts.append((name, part, Slice(shape, tuple(offset))))
     return parts
 
 

@@ -27,7 +27,7 @@ from esfast.bench import (
 )
 from esfast.bench.provenance import caption
 from esfast.core import ops
-from esfast.core.noise import tensor_id
+from esfast.core.noise import KINDS, tensor_id
 from esfast.tasks import embedded
 from esfast.utils.child import child
 
@@ -66,8 +66,8 @@ def test_noise_gives_every_row(noise_run):
         (op, kind, dtype)
         for dtype in ("bfloat16", "float32")
         for op, kind in [
-            *itertools.product(OPS, ("gaussian", "rademacher")),
-            ("memory", "gaussian or rademacher"),
+            *itertools.product(OPS, KINDS),
+            ("memory", "gaussian or rademacher or low_rank"),
         ]
     }
     for r in rows:
@@ -136,7 +136,7 @@ def test_both_instruction_sets_stand_side_by_side(noise_run, tmp_path):
     (tmp_path / "noise_cpu_avx2.json").write_text(json.dumps(avx2))
     header, _, *lines = tables.generate("noise-cpu-summary", tmp_path).splitlines()
     assert "| less: esfast, ms | times as fast as today | as the strongest |" in header
-    assert sum(line.startswith("|") for line in lines) == 6 and sum(line.startswith("Measured") for line in lines) == 2
+    assert sum(line.startswith("|") for line in lines) == 9 and sum(line.startswith("Measured") for line in lines) == 2
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from esfast.bench import afternoon
 
 N = 2**18
 SHAPES = [(N,), (8, N // 8), (1031,), (17,), (1,)]
-WAYS = [(kind, name) for kind, named in afternoon.WAYS.items() for name in named]
+WAYS = [(kind, name) for kind, named in afternoon.WAYS.items() for name in named if kind != "low_rank"]
 
 
 @pytest.fixture(scope="module", params=WAYS, ids=[name for _, name in WAYS])
@@ -65,3 +65,35 @@ def test_members_and_updates_are_those_of_the_noise(way, dtype):
         torch.testing.assert_close(p.view(-1).double(), start + 1e-3 * z1, rtol=1e-6, atol=near)
         torch.testing.assert_close(w, p, rtol=0, atol=0)
         torch.testing.assert_close(u.view(-1).double(), start + 1e-3 * z1 - 2e-3 * z2, rtol=1e-6, atol=near)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", afternoon.WAYS["low_rank"])
+def test_low_rank_members_are_a_product_of_factors_each(name, dtype):
+    """Of rank 1 with variance 1 for a member, of rank 2 for two; vectors full; independent between tensors and seeds."""
+    way, shapes = afternoon.WAYS["low_rank"][name](), [(300, 500), (300, 500), (2000,)]
+
+    def drawn(seeds, coeffs):
+        tensors = [torch.zeros(s, dtype=dtype) for s in shapes]
+        if len(seeds) == 1:
+            base = [t.clone() for t in tensors]
+            for t in tensors:
+                t.fill_(torch.nan)
+            way.perturb_(tensors, seeds[0], coeffs[0], base)
+        else:
+            way.update_(tensors, seeds, coeffs)
+        return [t.double() for t in tensors]
+
+    one, two, both = drawn([1], [1.0]), drawn([2], [1.0]), drawn([1, 2], [1.0, -0.5])
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.05}[dtype]
+    for a, b, c in zip(one, two, both, strict=True):
+        torch.testing.assert_close(c, a - 0.5 * b, rtol=tolerance, atol=tolerance)
+    for z in (one[0], one[1], two[0]):
+        values = torch.linalg.svdvals(z)
+        assert values[1] < 0.02 * values[0]
+        # of a product of two means, and of two mean squares
+        assert abs(z.mean()) < 5 * (1 / 300) ** 0.5 * (1 / 500) ** 0.5 * 3
+        assert abs(z.square().mean() - 1) < 5 * (2 / 300 + 2 / 500) ** 0.5
+    assert abs(one[2].var() - 1) < 5 * (2 / 2000) ** 0.5
+    for x, y in ((one[0], one[1]), (one[0], two[0])):
+        assert abs((x * y).mean()) < 5 * (1 / 300 / 500) ** 0.5 * 3

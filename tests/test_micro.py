@@ -28,7 +28,7 @@ def test_each_operation_stands_beside_today_s_way_and_a_copy(tmp_path):
     groups = {}
     for row in rows:
         groups.setdefault(row["group"], []).append(row["extra_info"])
-    assert len({group.partition(", cpu")[0] for group in groups}) == 8
+    assert len({group.partition(", cpu")[0] for group in groups}) == 12
     for group, infos in groups.items():
         assert {"cpu", "today", "copy"} <= {info["backend"] for info in infos}, group
         assert all(info["GB/s"] > 0 for info in infos)

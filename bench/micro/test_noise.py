@@ -22,7 +22,7 @@ import torch
 
 from esfast.bench import count, today
 from esfast.bench.workload import SIGMA, make_plan, population, verify, verify_ends
-from esfast.core.kinds import ELEMENTWISE
+from esfast.core.kinds import KINDS
 from esfast.core.ops import add_noise_, auto_backend, backend_report
 
 DTYPES = ("bfloat16", "float32")
@@ -96,7 +96,7 @@ def operation(name: str, contender: str, kind: str, plan, base, members: int):
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-@pytest.mark.parametrize("kind", ELEMENTWISE)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("device", "contender"), CONTENDERS)
 def test_add_noise(benchmark, request, device, contender, dtype, kind, name):
