@@ -14,9 +14,7 @@ from .run_options import as_flag, read_yaml
 _FIXED = ("task", "style", "train_prompts", "reward")
 # What is of the processes that were started, and of their machine, and not of the run.
 _OF_THE_LAUNCH = ("device", "tensor_parallel_size")
-_OF_THE_TASK = (
-    "task", "style", "data", "reward", "reward_weights", "max_completion_length", "chat_template_kwargs",
-)  # fmt: skip
+_OF_THE_TASK = "task style data reward reward_weights max_completion_length chat_template_kwargs".split()
 
 
 def resumed(given: Mapping[str, Any]) -> dict[str, Any]:

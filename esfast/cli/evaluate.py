@@ -77,6 +77,10 @@ def _that_fits(length: int, longest: int, limit: int | None) -> int:
         return length
     log.warning(
         "responses may have %d tokens, not %d: the model's context is %d, the longest prompt has %d "
-        "(--max-completion-length sets it)", limit - longest, length, limit, longest,
-    )  # fmt: skip
+        "(--max-completion-length sets it)",
+        limit - longest,
+        length,
+        limit,
+        longest,
+    )
     return limit - longest

@@ -72,8 +72,12 @@ def parser_of_all() -> argparse.ArgumentParser:
             "esfast report runs/seed0 runs/seed1 runs/seed2 --out repeats.html",
         ),
     )
-    report.add_argument("runs", nargs="+", metavar="RUN", help="run folders; those that differ in their seed alone are "
-                        "repeats of one experiment")  # fmt: skip
+    report.add_argument(
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="run folders; those that differ in their seed alone are repeats of one experiment",
+    )
     where = "file to write (default: report.html in the current folder; beside it, if that is the run's own)"
     report.add_argument("--out", metavar="FILE", help=where)
     report.add_argument("--samples", type=integer, metavar="N", default=5, help="responses that are shown")
@@ -125,8 +129,12 @@ def parser_of_all() -> argparse.ArgumentParser:
 
 def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", metavar="NAME", help=f"settings of an experiment: {', '.join(PRESETS)}")
-    parser.add_argument("--config", metavar="FILE", help="settings from a YAML file, such as a run's config.yaml; "
-                        "they replace the preset's, and options replace them")  # fmt: skip
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="settings from a YAML file, such as a run's config.yaml; "
+        "they replace the preset's, and options replace them",
+    )
     parser.add_argument("--print-config", action="store_true", help="print all settings as YAML, and train nothing")
     add_options(parser, SETTINGS, GROUPS, TRAIN_DEFAULTS)
 
@@ -151,16 +159,30 @@ def _add_replay_arguments(parser: argparse.ArgumentParser) -> None:
     result.add_argument("--until", type=integer, metavar="N", help="generations to apply (default: all)")
     base = parser.add_argument_group("base model, as in the run")
     base.add_argument("--base", metavar="MODEL", help="Hugging Face name or folder (default: the embedded model)")
-    base.add_argument("--adapter", metavar="FOLDER", help="PEFT adapter that the run began with (default: the folder "
-                      "adapter beside the journal, if it is there)")  # fmt: skip
+    base.add_argument(
+        "--adapter",
+        metavar="FOLDER",
+        help="PEFT adapter that the run began with (default: the folder adapter beside the journal, if it is there)",
+    )
     base.add_argument("--task", default="countdown", help="of the embedded model")
-    base.add_argument("--include", nargs="+", metavar="PATTERN", help="weights that were tuned (default: all; of an "
-                      "adapter, those that it trains)")  # fmt: skip
+    base.add_argument(
+        "--include",
+        nargs="+",
+        metavar="PATTERN",
+        help="weights that were tuned (default: all; of an adapter, those that it trains)",
+    )
     base.add_argument("--exclude", nargs="+", metavar="PATTERN", help="weights that were not (default: none)")
-    base.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
-                      help="dtype of the weights (default: the checkpoint's)")  # fmt: skip
-    base.add_argument("--device", default="auto", help="cpu, cuda:1, ... (default: what a backend is ready for; "
-                      "under torchrun a GPU for each process)")  # fmt: skip
+    base.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="dtype of the weights (default: the checkpoint's)",
+    )
+    base.add_argument(
+        "--device",
+        default="auto",
+        help="cpu, cuda:1, ... (default: what a backend is ready for; under torchrun a GPU for each process)",
+    )
 
 
 def _command(name: str) -> Callable[[argparse.Namespace], int | None]:

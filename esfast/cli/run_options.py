@@ -30,9 +30,10 @@ class RunOptions:
 
     model: str | None = option(None, "Hugging Face name or folder (default: the embedded small model)")
     task: str | None = option(
-        None, "countdown, conciseness, math or sudoku; or file:PATH or dataset:NAME, with --reward "
-        "(default: what the model was made for, else countdown)"
-    )  # fmt: skip
+        None,
+        "countdown, conciseness, math or sudoku; or file:PATH or dataset:NAME, with --reward "
+        "(default: what the model was made for, else countdown)",
+    )
     style: str | None = option(
         None, "style of the prompts (default: the style that the model was made with, else paper)", ("paper", "compact")
     )
@@ -43,21 +44,24 @@ class RunOptions:
         None, "train on this many fixed problems (default: fresh ones in every generation)"
     )
     reward: list[str] | None = option(None, "reward functions MODULE:FUNCTION instead of the task's")
-    dtype: str = option("auto", "dtype of the weights; auto: the checkpoint's", ("auto", "float32", "bfloat16",
-                        "float16"))  # fmt: skip
+    dtype: str = option(
+        "auto", "dtype of the weights; auto: the checkpoint's", ("auto", "float32", "bfloat16", "float16")
+    )
     device: str = option(
         "auto",
         "cpu, cuda:1, ...; auto: a GPU (under torchrun one a process) if a backend is ready for it, else the CPU",
     )
     engine: str = option(
-        "transformers", "what generates. transformers: this process; vllm: processes of Ray, which hold the weights",
+        "transformers",
+        "what generates. transformers: this process; vllm: processes of Ray, which hold the weights",
         ("transformers", "vllm"),
-    )  # fmt: skip
+    )
     num_engines: int = option(1, "number of vLLM engines")
     tensor_parallel_size: int = option(
-        1, "processes of torchrun that hold one model together, each a part of it; with --engine vllm: GPUs of "
-        "each engine"
-    )  # fmt: skip
+        1,
+        "processes of torchrun that hold one model together, each a part of it; with --engine vllm: GPUs of "
+        "each engine",
+    )
 
     def __post_init__(self):
         convert_fields(self)

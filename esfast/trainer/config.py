@@ -18,14 +18,16 @@ from .schedules import SCHEDULES, check_schedule
 from .trl_names import accepts_trl_names
 
 # Settings that may differ when a run is resumed. All others must be the same.
-_MAY_CHANGE = ("output_dir", "reward_workers", "reward_timeout", "eval_every", "eval_prompts", "on_reward_error",
-              "checkpoint_every", "resume", "progress", "samples", "save_best", "report_to", "kl_to_base")  # fmt: skip
+_MAY_CHANGE = """
+    output_dir reward_workers reward_timeout eval_every eval_prompts on_reward_error checkpoint_every resume progress
+    samples save_best report_to kl_to_base
+""".split()
 
 # What ES takes under the same name
-_OF_ES = (
-    "sigma", "lr", "population_size", "seed", "mirrored", "noise", "shaping", "weights", "rounding", "weight_decay",
-    "decay_to", "perturb_rounding", "rank",
-)  # fmt: skip
+_OF_ES = """
+    sigma lr population_size seed mirrored noise shaping weights rounding weight_decay decay_to perturb_rounding
+    rank
+""".split()
 
 # The least that whole numbers may be
 _LEAST = {
@@ -90,9 +92,10 @@ class ESConfig:
     include: list[str] | None = option(None, "name patterns of the weights to tune (default: all)")
     exclude: list[str] | None = option(None, "name patterns of weights to leave unchanged, such as *embed* or *norm*")
     groups: list[str] | None = option(
-        None, "give weights their own sigma and lr, as factors of the run's: PATTERN:sigma=X,lr=Y, such as "
-        "*embed*:lr=0.1; the first pattern that matches a name counts"
-    )  # fmt: skip
+        None,
+        "give weights their own sigma and lr, as factors of the run's: PATTERN:sigma=X,lr=Y, such as "
+        "*embed*:lr=0.1; the first pattern that matches a name counts",
+    )
     prompts_per_generation: int = option(200, "prompts that every member of a generation answers")
     max_completion_length: int = option(1024, "longest response, in tokens")
     temperature: float = option(0.0, "temperature of sampled responses; 0: greedy, as in the paper")
@@ -106,7 +109,7 @@ class ESConfig:
     batch_size: int | None = option(None, "most prompts generated at once (default: what fits a quarter of the memory)")
     chat_template_kwargs: dict | None = option(
         None, "variables of the tokenizer's chat template, such as enable_thinking; as JSON on the command line"
-    )  # fmt: skip
+    )
     reward_weights: list[float] | None = option(None, "a factor for each reward function (default: 1)")
     reward_workers: int = option(0, "processes that score while the next member generates; 0: this process scores")
     reward_timeout: float = option(300.0, "seconds that a reward function may take for one member's completions")
