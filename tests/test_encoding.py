@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.processors import TemplateProcessing
@@ -26,6 +27,8 @@ EOS, BOS, SEP, CLS = "<|endoftext|>", "<s>", "[SEP]", "[CLS]"
 def tokenizer_with(template, **special):
     """The embedded model's, with a post-processor such as those of Llama (add_eos_token), BERT and T5."""
     made = embedded.make_tokenizer()
+    if transformers.__version__ < "5" and "extra_special_tokens" in special:  # its name in Transformers 4
+        special["additional_special_tokens"] = special.pop("extra_special_tokens")
     made.add_special_tokens({name: token for name, token in special.items()})
     tokens = [(t, made.convert_tokens_to_ids(t)) for t in template.split() if t != "$A"]
     made._tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=tokens)

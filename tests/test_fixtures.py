@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import transformers
 from fixtures.make import GENERATIONS, MORE, digest, make_es, step, weights_of
 from life import contents
 from safetensors.torch import load_file
@@ -32,6 +33,9 @@ def folder():
 @pytest.fixture
 def there(folder, tmp_path, monkeypatch):
     """A copy of a version's folder, where the test is then: its runs name the base model as it lies beside them."""
+    written = EXPECTED[folder]["transformers"]
+    if int(transformers.__version__.split(".")[0]) < int(written.split(".")[0]):  # 4 reads none of 5's tokenizers
+        pytest.skip(f"its models were saved by Transformers {written}, this is {transformers.__version__}")
     shutil.copytree(folder, tmp_path / "there")
     monkeypatch.chdir(tmp_path / "there")
     monkeypatch.syspath_prepend(tmp_path / "there")

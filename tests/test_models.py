@@ -147,7 +147,7 @@ def with_code(folder):
         (truncated, ValueError, "SafetensorError|incomplete"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b""), ValueError, "can't be loaded"),
         (lambda folder: (folder / "model.safetensors").unlink(), OSError, "no file named"),
-        (pickled, ValueError, "[Uu]npickl|weights_only|[Ww]eights only"),
+        (pickled, (ValueError, OSError), "[Uu]npickl|weights_only|[Ww]eights only|from pytorch checkpoint"),
         (with_code, ValueError, "code of its own"),
         (lambda folder: (folder / "config.json").unlink(), (OSError, ValueError), "config.json|model_type"),
         (lambda folder: (folder / "config.json").write_text("{"), (OSError, ValueError), "config"),

@@ -48,6 +48,8 @@ LEFT_OUT = tuple(
     steps_per_generation tf32 top_entropy_* torch_* trackio_* train_sampling_strategy transformers_continuous_*
     trust_remote_code use_adaptive_* use_bias_* use_cache use_cpu use_liger* use_reentrant use_transformers_*
     vespo_* vllm_* wandb_*
+    _n_gpu adafactor half_precision_backend mp_parameters past_index per_gpu_* push_to_hub_* ray_scope torchdynamo
+    tpu_* use_ipex use_legacy_* use_mps_device
 """.split()
 )
 _KINDS = {bool: bool | None, int: float | None, dict: dict | None}
