@@ -126,7 +126,7 @@ def restore_table(result: dict) -> tuple[list[str], list[list[str]]]:
 def update_table(result: dict) -> tuple[list[str], list[list[str]]]:
     g = result["rows"][0]["update"]["generation"][-1]
     headers = ["way", "dtype", "one update: slope", "correlation", "weights that stay", f"{g} updates: slope",
-               "correlation", "distance from the truth (RMS)", "of a true move of"]  # fmt: skip
+               "correlation", "distance from the exact weights (RMS)", "which moved by (RMS)"]  # fmt: skip
     lines = []
     for r in result["rows"]:
         x = r["update"]
