@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     An error that the user can mend becomes one line on stderr. Any other is a bug, whose traceback is shown.
     """
     for stream in (sys.stdout, sys.stderr):
-        # a name that the locale has no letters for is shown by its numbers, and ends no run
+        # A name that the locale can't encode is shown by its numbers, instead of ending the run.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     _show_log()
