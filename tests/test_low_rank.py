@@ -217,7 +217,7 @@ def test_every_use_of_random_numbers_is_in_one_table():
     assert domains == {name: USES[name].domain for name in domains}
     for name, constant in (("gaussian", "GAUSSIANS_PER_BLOCK"), ("rademacher", "SIGNS_PER_BLOCK")):
         assert int(re.search(rf"{constant} = (\d+);", csrc)[1]) == USES[name].numbers
-    assert KINDS == ("gaussian", "rademacher", "low_rank")
+    assert tuple(KINDS) == ("gaussian", "rademacher", "low_rank")
     kernels = pytest.importorskip("esfast.kernels.noise")
     for name in ("GAUSSIAN", "RADEMACHER", "STOCHASTIC_ROUNDING"):
         assert getattr(kernels, name).value == DOMAINS[name.lower()]

@@ -31,8 +31,8 @@ class RunOptions:
     model: str | None = option(None, "Hugging Face name or folder (default: the embedded small model)")
     task: str | None = option(
         None,
-        "countdown, conciseness, math or sudoku; or file:PATH or dataset:NAME, with --reward "
-        "(default: what the model was made for, else countdown)",
+        "countdown, conciseness, math or sudoku; file:PATH or dataset:NAME, with --reward; or your own, "
+        "MODULE:FUNCTION (default: what the model was made for, else countdown)",
     )
     style: str | None = option(
         None, "style of the prompts (default: the style that the model was made with, else paper)", ("paper", "compact")

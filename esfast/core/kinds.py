@@ -5,10 +5,14 @@ esfast.core.noise makes the numbers. This module is separate from it, so that se
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..utils.errors import BadValue
 from ..utils.settings import check_int
+
+if TYPE_CHECKING:
+    import numpy as np
 
 NOISE_VERSION = 1
 
@@ -37,9 +41,37 @@ USES = {
 DOMAINS = {name: use.domain for name, use in USES.items()}
 NUMBERS_PER_BLOCK = {name: use.numbers for name, use in USES.items()}
 # Kinds of noise; of the first ones an element's noise depends on its number, but not on its tensor's shape.
-ELEMENTWISE = ("gaussian", "rademacher")
-KINDS = (*ELEMENTWISE, "low_rank")
+ELEMENTWISE = ["gaussian", "rademacher"]
+KINDS = [*ELEMENTWISE, "low_rank"]
 MAX_RANK = 256
+# Kinds that `add_kind` added: (the four words of each element's block, its place in the block) -> its noise.
+ADDED: dict[str, Callable[[Sequence[np.ndarray], np.ndarray], np.ndarray]] = {}
+FIRST_OF_OTHERS = 2**16
+
+
+def add_kind(
+    name: str, domain: int, numbers: int, draw: Callable[[Sequence[np.ndarray], np.ndarray], np.ndarray]
+) -> None:
+    """Adds a kind of noise, for `noise=` everywhere. It runs on the reference backend, until kernels have it too.
+
+    Args:
+        name: what journals call it.
+        domain: a number of its own from 2**16 to 2**32 - 1; smaller ones are esfast's.
+        numbers: how many elements one Philox call serves, at least 1.
+        draw: (words, place) -> noise, float32 of the same shape. `words` are four uint32 arrays, each element's Philox
+            call; `place`, an int64 array of 0 to numbers - 1, says which of the call's elements it is.
+
+    Raises ValueError if the name or the domain is taken by another kind. To add the same kind again replaces `draw`.
+    """
+    check_int("domain", domain, FIRST_OF_OTHERS, 2**32)
+    check_int("numbers", numbers, 1, 2**31)
+    use = Use(domain, numbers, "noise: added")
+    if USES.get(name, use) != use or any(u.domain == domain for n, u in USES.items() if n != name):
+        raise BadValue(f"noise: the name {name!r} or the domain {domain} is taken; choose others")
+    USES[name], ADDED[name], DOMAINS[name], NUMBERS_PER_BLOCK[name] = use, draw, domain, numbers
+    for kinds in (ELEMENTWISE, KINDS):
+        if name not in kinds:
+            kinds.append(name)
 
 
 def check_seed(seed) -> int:

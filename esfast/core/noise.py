@@ -17,6 +17,7 @@ import numpy as np
 from ..utils.errors import BadType, BadValue
 from ..utils.settings import check_int  # noqa: F401
 from .kinds import (  # noqa: F401
+    ADDED,
     DOMAINS,
     ELEMENTWISE,
     KINDS,
@@ -92,6 +93,8 @@ def noise_at(seed: int, name: str, index: np.ndarray, kind: str = "gaussian") ->
     block, lane = np.divmod(index, np.uint64(NUMBERS_PER_BLOCK[kind]))
     words = philox(seed, block, tensor_id(name), DOMAINS[kind])
     lane = lane.astype(np.int64)
+    if kind in ADDED:
+        return ADDED[kind](words, lane)
     if kind == "rademacher":
         word = np.choose(lane // 32, words)
         return np.where((word >> (lane % 32).astype(np.uint32)) & np.uint32(1), _f(-1), _f(1))

@@ -18,7 +18,7 @@ from ..utils.errors import BadState, BadType, BadValue
 from ..utils.names import ROUNDINGS
 from . import custom_op
 from .epilogue import AdamStep, Epilogue, check_epilogue
-from .noise import DOMAINS, check_kind, check_rank, check_seed
+from .noise import ADDED, DOMAINS, check_kind, check_rank, check_seed
 from .plan import Plan
 from .segments import Table
 
@@ -282,7 +282,8 @@ def get_backend(name: str, device: torch.device, kind: str = "gaussian"):
 
 def _lacks(name: str, kind: str) -> str | None:
     """Why the backend has no noise of this kind, or None if it has."""
-    return f"it has no kernels for {kind!r} noise" if kind == "low_rank" and name not in _LOW_RANK else None
+    lacks = (kind == "low_rank" and name not in _LOW_RANK) or (kind in ADDED and name != "reference")
+    return f"it has no kernels for {kind!r} noise" if lacks else None
 
 
 @functools.cache

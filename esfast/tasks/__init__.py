@@ -6,11 +6,12 @@ functions from any other source.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib.metadata import entry_points
 from types import ModuleType
 from typing import Any
 
-from ..utils.errors import BadValue
+from ..utils.errors import BadType, BadValue
 from ..utils.suggest import unknown
 from . import conciseness, countdown, file, math, sudoku
 from .base import Recipe, Task
@@ -32,7 +33,9 @@ def get(
 ) -> Task:
     """The task of that name.
 
-    name           a key of MODULES; or `file:PATH` (see records.read) or `dataset:NAME` for prompts of your own
+    name           a key of MODULES; `file:PATH` (see records.read) or `dataset:NAME` for prompts of your own; or a task
+                   of your own: `module:function`, or the name of an entry point in the group "esfast.tasks" of an
+                   installed package. It is called as function(style=, data=, train_prompts=) and returns a Task
     style          style of the prompts: "paper", or "compact" for the embedded model
     data           a file of problems to use instead of the task's generator
     train_prompts  train on this many fixed problems; None: on fresh ones in every generation (from a file: on all)
@@ -44,7 +47,19 @@ def get(
     source: dict[str, Any] = {"style": style, "train_prompts": train_prompts}
     if name.startswith(("file:", DATASETS)):
         return file.task(name.removeprefix("file:"), reward, **source)
-    if name not in MODULES:
-        raise BadValue(unknown("task", name, [*MODULES, "file:PATH"]))
-    task = MODULES[name].task(data=data, **source)
+    task = _maker(name)(data=data, **source)
+    if not isinstance(task, Task):
+        raise BadType(f"task: expected an esfast.tasks.Task from {name}, got {task!r:.80}")
     return dataclasses.replace(task, reward_funcs=tuple(map(file.reward_function, reward))) if reward else task
+
+
+def _maker(name: str) -> Callable[..., Task]:
+    """The function that makes the task of this name."""
+    if name in MODULES:
+        return MODULES[name].task
+    for point in entry_points(group="esfast.tasks"):
+        if point.name == name:
+            return point.load()
+    if ":" in name:
+        return file.imported(name, "task")
+    raise BadValue(unknown("task", name, [*MODULES, "file:PATH", "MODULE:FUNCTION"]))

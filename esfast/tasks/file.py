@@ -20,25 +20,30 @@ def row(record: dict, style: str = "paper") -> dict:
 
 
 def reward_function(name: str) -> Callable[..., list[float]]:
+    """The reward function that `module:function` names; see `imported`."""
+    return imported(name, "reward")
+
+
+def imported(name: str, what: str) -> Callable:
     """The function that `module:function` names; modules are also looked for in the current folder.
 
     Raises ValueError if the name has another form; ImportError if the module or the function is missing, or if
     importing the module raised."""
     module, _, function = name.partition(":")
     if not module or not function.isidentifier():
-        raise BadValue(f"reward: expected MODULE:FUNCTION, for example rewards:brevity, got {name!r}")
+        raise BadValue(f"{what}: expected MODULE:FUNCTION, for example {what}s:mine, got {name!r}")
     if str(Path.cwd()) not in sys.path:
         # It stays there, since reward workers get this path.
         sys.path.append(str(Path.cwd()))
     try:
         found = importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise BadImport(f"reward: no module {error.name!r} here or among the installed packages") from None
+        raise BadImport(f"{what}: no module {error.name!r} here or among the installed packages") from None
     except (Exception, SystemExit) as error:
         # It is the user's code, and may raise anything.
-        raise BadImport(f"reward: importing {module} raised {type(error).__name__}: {error}") from error
+        raise BadImport(f"{what}: importing {module} raised {type(error).__name__}: {error}") from error
     if not callable(getattr(found, function, None)):
-        raise BadValue(f"reward: {module} has no function {function!r}")
+        raise BadValue(f"{what}: {module} has no function {function!r}")
     return getattr(found, function)
 
 
