@@ -97,8 +97,17 @@ def test_groups_of_ranks_run(tiny, tmp_path, monkeypatch):
         dist.destroy_process_group()
 
 
+def test_low_rank_noise_runs():
+    (code,) = blocks("low_rank.md")
+    model = torch.nn.Linear(4, 4)
+    before = model.weight.detach().clone()
+    exec(code, scope := {"esfast": esfast, "model": model, "plan": esfast.Plan(model), "seed": 1, "sigma": 0.1})
+    assert torch.linalg.matrix_rank((model.weight - before).detach(), atol=1e-5) == 1
+    assert scope["es"].rule.noise_options == {"noise": "low_rank", "rank": 1}
+
+
 def test_every_page_with_python_is_run():
-    here = {"choosing.md", "training.md", "coming-from-grpo.md", "replay.md", "distributed.md"}
+    here = {"choosing.md", "training.md", "coming-from-grpo.md", "replay.md", "distributed.md", "low_rank.md"}
     assert here | set(ELSEWHERE) == {page for page in PAGES if blocks(page)}
     for page, test in ELSEWHERE.items():
         assert re.search(rf'[/"]{page}"', (ROOT / "tests" / test).read_text(encoding="utf-8"))
