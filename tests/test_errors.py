@@ -2,11 +2,13 @@
 
 import ast
 import builtins
+import logging
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import esfast
 from esfast import cli
@@ -107,12 +109,7 @@ def run(arguments, unbuffered=False, **streams):
     return subprocess.Popen([sys.executable, "-m", "esfast", *arguments], env=environment, **streams)
 
 
-PRINT = ["train", "--model", "m", "--task", "countdown", "--style", "paper", "--print-config"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "unbuffered"), [(["info"], False), (["info"], True), (["--help"], False), (PRINT, False)]
-)
+@pytest.mark.parametrize(("arguments", "unbuffered"), [(["info"], True), (["--help"], False)])
 def test_a_reader_that_has_enough_is_no_error(arguments, unbuffered):
     process = run(arguments, unbuffered, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()
@@ -168,3 +165,13 @@ def test_a_dataset_that_cannot_be_had_is_one_line(monkeypatch, capsys):
     assert cli.main(["train", "--task", "dataset:a/b", "--reward", "math:gcd", "--device", "cpu"]) == 1
     said = capsys.readouterr().err
     assert said == "esfast: error: dataset:a/b can't be loaded: ConnectionError: no network\n"
+
+
+def test_what_is_chosen_is_information_and_what_is_lost_a_warning(caplog, tmp_path):
+    esfast.ES([("a", torch.zeros(3))], weights="auto")
+    (record,) = caplog.records
+    assert record.levelno == logging.INFO and record.name.split(".")[0] == "esfast" and "takes" in record.message
+    caplog.clear()
+    esfast.ESConfig(logging_steps=1)
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING and "left out" in record.message

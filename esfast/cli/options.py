@@ -10,7 +10,7 @@ help texts nor choices from metadata.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from ..utils.settings import number, options_of, whole_number
@@ -33,7 +33,7 @@ def real(text: str) -> float:
 # argparse's errors name them
 integer.__name__, real.__name__ = "int", "float"
 # What is read here, and how the help writes the value; dicts are read with all other settings.
-_READ = {int: (integer, "N"), float: (real, "X"), dict: (str, "JSON")}
+_READ: dict[type, tuple[Callable[[str], Any], str]] = {int: (integer, "N"), float: (real, "X"), dict: (str, "JSON")}
 
 
 def add_options(

@@ -93,5 +93,6 @@ def check_writable(what: str, path: str | os.PathLike, folder: bool = False) -> 
         probe.mkdir()
         probe.rmdir()
     except OSError as error:
-        raise mendable(type(error))(f"{what}: can't write to {path}: {error.strerror or error}") from None
+        kind: type = type(error)
+        raise mendable(kind)(f"{what}: can't write to {path}: {error.strerror or error}") from None
     return path

@@ -45,7 +45,7 @@ def options_of(owner: type) -> dict[str, tuple[dataclasses.Field, Kind]]:
     """The fields of a dataclass that `option` made, by name. Other fields of a subclass, whatever their types, are not
     looked at."""
     made = {f.name: f for f in dataclasses.fields(owner) if "choices" in f.metadata}
-    found = {}
+    found: dict[str, Kind] = {}
     for base in reversed(owner.__mro__):
         names = made.keys() & inspect.get_annotations(base).keys()
         hints = inspect.get_annotations(base, eval_str=True) if names else {}
@@ -62,8 +62,8 @@ def _kind(hint: Any) -> Kind:
 
 def convert_fields(settings: Any) -> None:
     """Converts every field that `option` made to its type, in place; see `convert_given`."""
-    mine = {name: getattr(settings, name) for name in options_of(type(settings))}
-    for name, value in convert_given(type(settings), mine).items():
+    owner: type = type(settings)
+    for name, value in convert_given(owner, {name: getattr(settings, name) for name in options_of(owner)}).items():
         setattr(settings, name, value)
 
 
