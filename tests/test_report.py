@@ -237,6 +237,8 @@ def test_a_run_that_has_just_begun_and_no_run(tmp_path, capsys):
     assert "No samples were kept" in out.read_text() and "<svg" in out.read_text()
     assert cli.main(["report", str(tmp_path)]) == 1
     assert "is no run folder" in capsys.readouterr().err
+    assert cli.main(["report", str(run), "--samples", "-1"]) == 1
+    assert "--samples: expected 0 <= --samples < " in capsys.readouterr().err
 
 
 def test_a_real_run_is_reported(tmp_path):

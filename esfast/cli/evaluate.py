@@ -12,8 +12,10 @@ from ..rollout.encoding import PromptEncoder, context_limit
 from ..trainer.evaluation import against, respond, summarize, table
 from ..utils.errors import BadValue
 from ..utils.files import check_writable, write_whole
+from ..utils.settings import check_int
 from .earlier_run import asked_of, model_in, run_of
 from .models import load, task_of
+from .options import as_flag
 from .parser import EVAL_SETTINGS
 from .run_options import run_options
 
@@ -21,8 +23,10 @@ log = logging.getLogger(__name__)
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.samples < 1:
-        raise BadValue(f"--samples: expected at least 1, got {args.samples}")
+    check_int("--samples", args.samples, 1, 2**31)
+    for name, value in (("max_completion_length", args.max_completion_length), ("batch_size", args.batch_size)):
+        if value is not None:
+            check_int(as_flag(name), value, 1, 2**31)
     if args.save:
         check_writable("--save", args.save)
     settings = _settings(args)

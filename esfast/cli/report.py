@@ -7,9 +7,11 @@ from pathlib import Path
 
 from ..report import load, page
 from ..utils.files import check_writable, write_whole
+from ..utils.settings import check_int
 
 
 def run(args: argparse.Namespace) -> None:
+    check_int("--samples", args.samples, 0, 2**31)
     out = check_writable("--out", args.out if args.out is not None else _place(args.runs))
     write_whole(out, page([load(folder) for folder in args.runs], args.samples))
     print(f"report: {out}")
