@@ -106,9 +106,9 @@ class FactorBuffers:
 
     def write(self, seed: int, coeff: float = 1.0, backend: str = "auto") -> None:
         """Writes the factors of one member."""
-        seeds, coeffs = check_members([seed], [coeff])
+        _, coeffs = check_members([seed], [coeff])
         get_backend(backend, self.a.device)
         for plan, factors in ((self.a, coeffs * low_rank_scale(self.rank)), (self.b, [1.0])):
             for tensor in plan.tensors:
                 tensor.detach().zero_()
-            add_noise_(plan, seeds, factors, backend=backend)
+            add_noise_(plan, [seed], list(factors), backend=backend)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 import torch
@@ -143,7 +144,8 @@ class ES:
         self.members: list[Member] = []
         self._inside: Member | None = None
         self._buffers = Buffers(self.plan)
-        self._asked, self._mine = 0, []
+        self._asked = 0
+        self._mine: list[Member] = []
         self._history = History(self.team, self._prefix, checkpoints)
         if journal is not None:
             header = header_of(self.rule, self.seed, self.store.mode, self.store)
@@ -165,6 +167,12 @@ class ES:
         if self.team.size > 1 and store.mode == "inplace":
             raise BadValue('weights: "inplace" drifts apart in several processes; take "base", "master" or "host"')
         return store
+
+    @overload
+    def population(self, at_once: None = None) -> Population: ...
+
+    @overload
+    def population(self, at_once: int) -> Packets: ...
 
     def population(self, at_once: int | None = None) -> Population | Packets:
         """The members of this generation: iterate over it, directly or in a `with` block.

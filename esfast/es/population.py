@@ -72,7 +72,8 @@ class Population:
             yield packet
 
     def __iter__(self) -> Iterator[Member]:
-        es, mine = self._es, []
+        es = self._es
+        mine: list[Member] = []
         try:
             for member in self.handed_out():
                 if es._inside is not (mine[-1] if mine else None):

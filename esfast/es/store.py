@@ -5,12 +5,13 @@ from __future__ import annotations
 import abc
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..core.dtensors import in_shards, whole_state_dict
 from ..core.plan import Plan
-from ..update.updater import Rule, Updater, UpdateRecord
+from ..update.updater import Rule, UpdateRecord
 from ..utils.errors import BadState, BadValue
 from ..utils.unwrap import save_unwrapped
 
@@ -40,7 +41,7 @@ class WeightStore(abc.ABC):
     layout: str
     device: torch.device = torch.device("cpu")
     plan: Plan | None = None
-    updater: Updater | None = None
+    updater: Any = None
 
     @abc.abstractmethod
     def begin(self, rule: Rule) -> None:

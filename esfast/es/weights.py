@@ -18,7 +18,7 @@ import logging
 import math
 import os
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -50,6 +50,12 @@ class Cost(NamedTuple):
 class _Stored(LocalStore):
     """Shared by the modes with a copy: detects that something else wrote the live weights, which the copy would
     undo."""
+
+    _seen: Any
+
+    def _stored(self, i: int) -> torch.Tensor:
+        """The bits of live tensor i when no member is in place."""
+        raise NotImplementedError
 
     def changed_elsewhere(self) -> bool:
         """Whether something else changed the live weights since this mode last wrote them. Call it between members.
@@ -279,9 +285,8 @@ def sample(plan: Plan) -> list[tuple[str, torch.Tensor, Slice]]:
     return views
 
 
-MODES: dict[str, type[LocalStore]] = {
-    store.mode: store for store in (BaseWeights, MasterWeights, HostWeights, InplaceWeights)
-}
+# Each is called with a plan, a rule and a backend.
+MODES: dict[str, Any] = {store.mode: store for store in (BaseWeights, MasterWeights, HostWeights, InplaceWeights)}
 
 
 def open_store(plan: Plan, rule: Rule, mode: str, backend: str) -> LocalStore:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ class FleetEvaluator:
 
     def evaluate(
         self, members: Population, prompts: Sequence[str], seeds: Sequence[int] | None
-    ) -> Iterator[tuple[Member, list[str]]]:
+    ) -> Generator[tuple[Member, list[str]], None, None]:
         yield from self._fleet.members(members.handed_out(), members.sigma, prompts, seeds)
 
     def close(self) -> None:
@@ -125,13 +125,14 @@ class FleetTrainer(ESTrainer):
         )  # fmt: skip
         fleet.prompts.length_setting = "max_completion_length"
         self._fleet = fleet
+        evaluator: Any = FleetEvaluator(fleet)
         try:
             super().__init__(
                 FleetStore(fleet, args.weights),
                 reward_funcs,
                 args,
                 processing_class=fleet.prompts.tokenizer,
-                evaluator=FleetEvaluator(fleet),
+                evaluator=evaluator,
                 **others,
             )
         except BaseException:

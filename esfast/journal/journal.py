@@ -15,7 +15,7 @@ import os
 import time
 import zlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from ..core.kinds import NOISE_VERSION
 from ..core.ops import add_noise_
@@ -39,7 +39,19 @@ class Contents(NamedTuple):
     checks: dict[int, str]
 
 
-def header_of(rule: Rule, seed: int, weights: str, plan: Plan) -> dict:
+class Fingerprinted(Protocol):
+    """Weights that a journal is about: a Plan, or an esfast.es.store.WeightStore."""
+
+    @property
+    def whole_numel(self) -> int: ...
+
+    @property
+    def layout(self) -> str: ...
+
+    def fingerprint(self) -> str: ...
+
+
+def header_of(rule: Rule, seed: int, weights: str, plan: Fingerprinted) -> dict:
     """The first line of a journal, for a run that begins with the present weights of a plan (or of a WeightStore, which
     has a plan's `whole_numel`, `layout` and `fingerprint`)."""
     return {
@@ -259,7 +271,7 @@ def replay(plan: Plan, path: str | Path, until: int | None = None, backend: str 
             verify(plan, done, checks)
 
 
-def verify(plan: Plan, generation: int, checks: dict[int, str]) -> None:
+def verify(plan: Fingerprinted, generation: int, checks: dict[int, str]) -> None:
     """RuntimeError if the journal holds another fingerprint for the weights after this many generations."""
     if generation in checks and (found := plan.fingerprint()) != checks[generation]:
         raise BadState(

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from transformers import GenerationConfig
@@ -82,7 +82,7 @@ def as_engine(engine) -> Engine:
         )
     if hasattr(engine, "close") and callable(getattr(engine, "generate", None)):
         return engine
-    wrapped = CallableEngine(getattr(engine, "generate", engine))
+    wrapped: Any = CallableEngine(getattr(engine, "generate", engine))
     if callable(getattr(engine, "check", None)):
         wrapped.check = engine.check
     return wrapped
@@ -201,11 +201,11 @@ class TransformersEngine:
         if self._way is not None:
             self._way.close()
 
-    def _try_batch(self, rows: list[list[int]], most: int, seeds: list[int] | None) -> list[str] | None:
+    def _try_batch(self, rows: list[list[int]], most: int, seeds: Sequence[int] | None) -> list[str] | None:
         """Completions of one mini-batch; None if it doesn't fit in memory and fewer rows might."""
         sampling = None
         if seeds is not None:
-            sampling = SeededSampling(seeds, self.temperature, self.max_new_tokens, self.model.device)
+            sampling = SeededSampling(list(seeds), self.temperature, self.max_new_tokens, self.model.device)
         if self._traits is not None and self._traits.carried is not None:
             self._traits.carried.forget()
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Protocol
 
 from ..es.population import Member, Population
@@ -25,7 +25,7 @@ class MemberEvaluator(Protocol):
 
     def evaluate(
         self, members: Population, prompts: Sequence[str], seeds: Sequence[int] | None
-    ) -> Iterator[tuple[Member, list[str] | LogitsError]]:
+    ) -> Generator[tuple[Member, list[str] | LogitsError], None, None]:
         """Yields (member, completions) for each member of this process, in any order, with a completion a prompt.
 
         prompts  the prompts as texts, the same for all members
@@ -67,8 +67,9 @@ class SequentialEvaluator:
 
     def evaluate(
         self, members: Population, prompts: Sequence[str], seeds: Sequence[int] | None
-    ) -> Iterator[tuple[Member, list[str] | LogitsError]]:
+    ) -> Generator[tuple[Member, list[str] | LogitsError], None, None]:
         for member in members:
+            completions: list[str] | LogitsError
             try:
                 completions = self.engine.generate(prompts, *([] if seeds is None else [seeds]))
             except LogitsError as error:

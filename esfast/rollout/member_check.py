@@ -7,7 +7,7 @@ concerned is called for one member after another, and it is tried again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -115,7 +115,7 @@ def _same_results(alone: list[torch.Tensor], together: list[torch.Tensor], dtype
     return True
 
 
-def _prime(module: torch.nn.Module, sizes: set[int] = frozenset()) -> int:
+def _prime(module: torch.nn.Module, sizes: Collection[int] = frozenset()) -> int:
     """A number of rows that no dimension of the module's tensors, and no number in its configuration, is divided by."""
     known = {size for t in (*module.parameters(), *module.buffers()) for size in t.shape} | set(sizes)
     config = getattr(module, "config", None)

@@ -18,7 +18,7 @@ from .config import ESConfig
 class Batch(NamedTuple):
     """The prompts of every member of a generation: row i has text i, and seed i if responses are sampled."""
 
-    rows: list[dict]
+    rows: Rows
     texts: list[str]
     seeds: Sequence[int] | None
 

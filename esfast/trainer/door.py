@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from ..es.store import WeightStore
 from ..rewards.scorer import RewardFunc
@@ -53,7 +54,8 @@ def open_evaluator(evaluator: MemberEvaluator | None, engine, model, tokenizer, 
             )
         return evaluator
     if engine is not None:
-        return SequentialEvaluator(as_engine(engine))
+        found: Any = SequentialEvaluator(as_engine(engine))
+        return found
     if isinstance(model, WeightStore):
         raise BadType("evaluator: weights in a store need an evaluator whose engine generates from them")
     adapters.check_generates(model)
@@ -61,7 +63,8 @@ def open_evaluator(evaluator: MemberEvaluator | None, engine, model, tokenizer, 
         model, tokenizer, config.max_completion_length, config.batch_size, config.temperature or 1.0, config.decoding
     )
     made.prompts.length_setting = "max_completion_length"
-    return SequentialEvaluator(made)
+    found = SequentialEvaluator(made)
+    return found
 
 
 def open_rewards(

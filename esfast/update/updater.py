@@ -8,6 +8,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ..core.kinds import check_kind, check_rank
 from ..core.ops import add_noise_
@@ -101,7 +102,12 @@ class Rule:
 
     def to_json(self) -> dict:
         optimizer = self.optimizer.to_json()
-        fields = {"noise": self.noise, "rounding": self.rounding, "optimizer": optimizer, "decay_to": self.decay_to}
+        fields: dict[str, Any] = {
+            "noise": self.noise,
+            "rounding": self.rounding,
+            "optimizer": optimizer,
+            "decay_to": self.decay_to,
+        }
         groups = {"groups": [[g.pattern, g.sigma, g.lr] for g in self.groups]}
         fields |= {"rank": self.rank} if self.noise == "low_rank" else {}
         # Without groups the line is as in journals of older versions.
