@@ -16,9 +16,13 @@ COMMAND = ["nvidia-smi", "--id=0", f"--query-gpu={','.join(QUERY)}", "--format=c
 PERIOD_MS = 200
 # Bits of nvidia-smi's mask. An idle GPU (1), or clocks that an application asked for (2), are no throttling.
 REASONS = {
-    0x4: "power cap", 0x8: "hardware slowdown", 0x10: "sync boost", 0x20: "software thermal slowdown",
-    0x40: "hardware thermal slowdown", 0x80: "power brake",
-}  # fmt: skip
+    0x4: "power cap",
+    0x8: "hardware slowdown",
+    0x10: "sync boost",
+    0x20: "software thermal slowdown",
+    0x40: "hardware thermal slowdown",
+    0x80: "power brake",
+}
 
 
 class Clocks:
@@ -82,11 +86,18 @@ class Clocks:
             return {"clocks": None, "clocks_absent": self.absent or "nvidia-smi gave no sample yet"}
         sm, memory, power, temperature = zip(*(numbers for _, numbers, _ in inside), strict=True)
         reasons = {text for *_, mask in inside for bit, text in REASONS.items() if mask & bit}
-        return {"clocks": {
-            "sm_mhz": median(sm), "sm_mhz_min": min(sm), "memory_mhz": median(memory), "power_w": median(power),
-            "power_w_max": max(power), "temperature_c": max(temperature), "throttled": sorted(reasons),
-            "samples": len(inside),
-        }}  # fmt: skip
+        return {
+            "clocks": {
+                "sm_mhz": median(sm),
+                "sm_mhz_min": min(sm),
+                "memory_mhz": median(memory),
+                "power_w": median(power),
+                "power_w_max": max(power),
+                "temperature_c": max(temperature),
+                "throttled": sorted(reasons),
+                "samples": len(inside),
+            }
+        }
 
 
 def text(row: dict) -> str:

@@ -48,17 +48,34 @@ def train_command(seed: int, folder: Path, options: list[str]) -> list[str]:
 
 
 def table(result: dict) -> tuple[list[str], list[list[str]]]:
-    headers = ["seed", "accuracy before", "accuracy after", "held-out problems", "generations", "seconds, all",
-               "making the base model", *PHASES, "other"]  # fmt: skip
+    headers = [
+        "seed",
+        "accuracy before",
+        "accuracy after",
+        "held-out problems",
+        "generations",
+        "seconds, all",
+        "making the base model",
+        *PHASES,
+        "other",
+    ]
     rows, lines = result["rows"], []
     for r in rows:
         share = [f"{r['seconds'].get(phase, 0.0) / r['seconds_training']:.1%}" for phase in PHASES]
         other = 1 - sum(r["seconds"].get(phase, 0.0) for phase in PHASES) / r["seconds_training"]
-        lines.append([
-            str(r["seed"]), _accuracy(r["accuracy_before"], r["eval_problems"]),
-            _accuracy(r["accuracy_after"], r["eval_problems"]), str(r["eval_problems"]), str(r["generations"]),
-            f"{r['seconds_total']:.0f}", f"{r['seconds_pretraining']:.0f}", *share, f"{other:.1%}",
-        ])  # fmt: skip
+        lines.append(
+            [
+                str(r["seed"]),
+                _accuracy(r["accuracy_before"], r["eval_problems"]),
+                _accuracy(r["accuracy_after"], r["eval_problems"]),
+                str(r["eval_problems"]),
+                str(r["generations"]),
+                f"{r['seconds_total']:.0f}",
+                f"{r['seconds_pretraining']:.0f}",
+                *share,
+                f"{other:.1%}",
+            ]
+        )
     if len(rows) > 1:
         keys = ("accuracy_before", "accuracy_after", "seconds_total")
         before, after, seconds = (sum(r[key] for r in rows) / len(rows) for key in keys)
@@ -76,11 +93,16 @@ def _one(seed: int, folder: Path, options: list[str], environment: dict, pretrai
         s = json.loads(path.read_text(encoding="utf-8"))
         seconds = dict(s["seconds"])
         return {
-            "seed": seed, "generations": s["generations"], "eval_problems": s["eval_prompts"],
-            "accuracy_before": s["before"]["eval_accuracy"], "accuracy_after": s["after"]["eval_accuracy"],
+            "seed": seed,
+            "generations": s["generations"],
+            "eval_problems": s["eval_prompts"],
+            "accuracy_before": s["before"]["eval_accuracy"],
+            "accuracy_after": s["after"]["eval_accuracy"],
             "seconds_total": pretraining + wall,  # of the two commands, with the start of Python
-            "seconds_pretraining": pretraining, "seconds_training": seconds.pop("total"), "seconds": seconds,
-        }  # fmt: skip
+            "seconds_pretraining": pretraining,
+            "seconds_training": seconds.pop("total"),
+            "seconds": seconds,
+        }
     except (OSError, ValueError, KeyError) as error:
         raise BenchmarkError(f"`esfast train` with seed {seed} left no usable summary.json: {error!r}") from None
 

@@ -133,12 +133,19 @@ def predict(launch: Launch, gpu: str, clock: float) -> dict:
         found = scheduler.simulate(launch.turn * turns, launch.warps, launch.resident, per_cycle, 4)
     roof = 2 * ITEMSIZE[launch.dtype] * count / COPY[gpu]
     return {
-        "backend": launch.backend, "kernel": launch.kernel, "noise": launch.noise, "dtype": launch.dtype, "gpu": gpu,
-        "clock_ghz": clock / 1e9, "warps_per_scheduler": launch.warps * launch.resident,
+        "backend": launch.backend,
+        "kernel": launch.kernel,
+        "noise": launch.noise,
+        "dtype": launch.dtype,
+        "gpu": gpu,
+        "clock_ghz": clock / 1e9,
+        "warps_per_scheduler": launch.warps * launch.resident,
         "cycles": round(found["cycles_per_block"] / held / turns, 3),
         **{f"{name}_share": round(share, 3) for name, share in found.items() if name != "cycles_per_block"},
-        "ms": round(1e3 * seconds, 3), "roof_ms": round(1e3 * roof, 3), "of_copy": round(roof / seconds, 3),
-    }  # fmt: skip
+        "ms": round(1e3 * seconds, 3),
+        "roof_ms": round(1e3 * roof, 3),
+        "of_copy": round(roof / seconds, 3),
+    }
 
 
 def find_measured(row: dict, results: list[dict]) -> float | None:
@@ -155,17 +162,43 @@ def find_measured(row: dict, results: list[dict]) -> float | None:
 
 def table(result: dict) -> tuple[list[str], list[list[str]]]:
     """A line for each kernel and GPU: both clocks side by side."""
-    headers = ["backend", "kernel", "noise", "dtype", "GPU", "warps a scheduler", "cycles per weight", "issue", "ALU",
-               "FMA", "load/store", "predicted at 1.755 GHz, ms", "at 1.98 GHz, ms", "of copy's speed", "a copy, ms",
-               "measured, ms"]  # fmt: skip
+    headers = [
+        "backend",
+        "kernel",
+        "noise",
+        "dtype",
+        "GPU",
+        "warps a scheduler",
+        "cycles per weight",
+        "issue",
+        "ALU",
+        "FMA",
+        "load/store",
+        "predicted at 1.755 GHz, ms",
+        "at 1.98 GHz, ms",
+        "of copy's speed",
+        "a copy, ms",
+        "measured, ms",
+    ]
     lines, rows = [], result["rows"]
     for slow, fast in zip(rows[::2], rows[1::2], strict=True):
         shares = ("issue", "alu", "fma", "memory_pipe")
         measured = NOT_YET if slow["measured_ms"] is None else f"{slow['measured_ms']:.2f}"
-        lines.append([
-            slow["backend"], slow["kernel"], slow["noise"], slow["dtype"], slow["gpu"],
-            str(slow["warps_per_scheduler"]), f"{slow['cycles']:.1f}",
-            *(f"{slow[f'{s}_share']:.0%}" for s in shares), f"{slow['ms']:.2f}",
-            f"{fast['ms']:.2f}", f"{slow['of_copy']:.0%} to {fast['of_copy']:.0%}", f"{slow['roof_ms']:.2f}", measured,
-        ])  # fmt: skip
+        lines.append(
+            [
+                slow["backend"],
+                slow["kernel"],
+                slow["noise"],
+                slow["dtype"],
+                slow["gpu"],
+                str(slow["warps_per_scheduler"]),
+                f"{slow['cycles']:.1f}",
+                *(f"{slow[f'{s}_share']:.0%}" for s in shares),
+                f"{slow['ms']:.2f}",
+                f"{fast['ms']:.2f}",
+                f"{slow['of_copy']:.0%} to {fast['of_copy']:.0%}",
+                f"{slow['roof_ms']:.2f}",
+                measured,
+            ]
+        )
     return headers, lines

@@ -79,8 +79,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--members", type=count, default=30, help="of a generation (default: 30)")
     parser.add_argument("--sigma", type=float, default=1e-3, help="of the perturbations (default: 1e-3)")
     parser.add_argument("--lr", type=float, default=5e-4, help="of the updates (default: 5e-4)")
-    parser.add_argument("--dtypes", nargs="+", choices=["bfloat16", "float16", "float32"],
-                        default=["bfloat16", "float16", "float32"], help="of the weights (default: all)")  # fmt: skip
+    parser.add_argument(
+        "--dtypes",
+        nargs="+",
+        choices=["bfloat16", "float16", "float32"],
+        default=["bfloat16", "float16", "float32"],
+        help="of the weights (default: all)",
+    )
 
 
 def run(args: argparse.Namespace) -> dict:
@@ -94,10 +99,17 @@ def run(args: argparse.Namespace) -> dict:
         for dtype in args.dtypes:
             for way in WAYS:
                 bar.set_postfix_str(f"{dtype}, {way.name}")
-                rows.append({
-                    "dtype": dtype, "way": way.name, "numel": args.numel, "members": args.members, "sigma": args.sigma,
-                    "lr": args.lr, **measure(way, getattr(torch, dtype), args, bar.update),
-                })  # fmt: skip
+                rows.append(
+                    {
+                        "dtype": dtype,
+                        "way": way.name,
+                        "numel": args.numel,
+                        "members": args.members,
+                        "sigma": args.sigma,
+                        "lr": args.lr,
+                        **measure(way, getattr(torch, dtype), args, bar.update),
+                    }
+                )
     return {"rows": rows}
 
 
@@ -111,30 +123,61 @@ def table(result: dict) -> tuple[list[str], list[list[str]]]:
 def restore_table(result: dict) -> tuple[list[str], list[list[str]]]:
     r = result["rows"][0]
     few, many = (r["members"] * r["restore"]["generation"][i] for i in (0, -1))
-    headers = ["way", "dtype", f"changed after {few} members", f"after {many}", f"drift (RMS) after {few}",
-               f"after {many}", "a member's error (RMS), the first", f"number {few}", f"number {many}"]  # fmt: skip
+    headers = [
+        "way",
+        "dtype",
+        f"changed after {few} members",
+        f"after {many}",
+        f"drift (RMS) after {few}",
+        f"after {many}",
+        "a member's error (RMS), the first",
+        f"number {few}",
+        f"number {many}",
+    ]
     lines = []
     for r in result["rows"]:
         x = r["restore"]
-        lines.append([
-            r["way"], r["dtype"], *(_share(x["changed"][i]) for i in (0, -1)), *(_rms(x["drift"][i]) for i in (0, -1)),
-            *(_rms(x[f"{which}_member_error"]) for which in ("first", "early", "last")),
-        ])  # fmt: skip
+        lines.append(
+            [
+                r["way"],
+                r["dtype"],
+                *(_share(x["changed"][i]) for i in (0, -1)),
+                *(_rms(x["drift"][i]) for i in (0, -1)),
+                *(_rms(x[f"{which}_member_error"]) for which in ("first", "early", "last")),
+            ]
+        )
     return headers, lines
 
 
 def update_table(result: dict) -> tuple[list[str], list[list[str]]]:
     g = result["rows"][0]["update"]["generation"][-1]
-    headers = ["way", "dtype", "one update: slope", "correlation", "weights that stay", f"{g} updates: slope",
-               "correlation", "distance from the exact weights (RMS)", "which moved by (RMS)"]  # fmt: skip
+    headers = [
+        "way",
+        "dtype",
+        "one update: slope",
+        "correlation",
+        "weights that stay",
+        f"{g} updates: slope",
+        "correlation",
+        "distance from the exact weights (RMS)",
+        "which moved by (RMS)",
+    ]
     lines = []
     for r in result["rows"]:
         x = r["update"]
-        lines.append([
-            r["way"], r["dtype"], f"{x['slope'][0]:.3f}", f"{x['correlation'][0]:.3f}", _share(x["stayed"][0]),
-            f"{x['total_slope'][-1]:.3f}", f"{x['total_correlation'][-1]:.3f}", _rms(x["distance"][-1]),
-            _rms(x["true_move"][-1]),
-        ])  # fmt: skip
+        lines.append(
+            [
+                r["way"],
+                r["dtype"],
+                f"{x['slope'][0]:.3f}",
+                f"{x['correlation'][0]:.3f}",
+                _share(x["stayed"][0]),
+                f"{x['total_slope'][-1]:.3f}",
+                f"{x['total_correlation'][-1]:.3f}",
+                _rms(x["distance"][-1]),
+                _rms(x["true_move"][-1]),
+            ]
+        )
     return headers, lines
 
 
@@ -179,8 +222,11 @@ class _Run:
             for i in range(self.args.members):
                 seed = member_seed(0, g, i)
                 mode.perturb(seed, sigma)
-                which = {(0, 0): "first", (0, self.args.members - 1): "early",
-                         (self.args.generations - 1, self.args.members - 1): "last"}.get((g, i))  # fmt: skip
+                which = {
+                    (0, 0): "first",
+                    (0, self.args.members - 1): "early",
+                    (self.args.generations - 1, self.args.members - 1): "last",
+                }.get((g, i))
                 if which:
                     truth = start.double() + sigma * self._noise(seed)
                     found[f"{which}_member_error"] = _rounded(_root_mean_square(weights.double() - truth))
@@ -200,8 +246,16 @@ class _Run:
         start = weights.double()
         truth = start.clone()
         kept = _kept_generations(self.args.generations)
-        names = ("slope", "correlation", "stayed", "total_slope", "total_correlation", "distance", "rounded_once",
-                 "true_move")  # fmt: skip
+        names = (
+            "slope",
+            "correlation",
+            "stayed",
+            "total_slope",
+            "total_correlation",
+            "distance",
+            "rounded_once",
+            "true_move",
+        )
         found: dict = {"generation": kept, **{name: [] for name in names}}
         for g in range(self.args.generations):
             seeds = [member_seed(0, g, i) for i in range(self.args.members)]
@@ -218,10 +272,15 @@ class _Run:
                 slope, correlation, error = regression(moved, wanted)
                 total_slope, total_correlation, _ = regression(after - start, truth - start)
                 values = (
-                    slope, correlation, (moved == 0).double().mean().item(), total_slope, total_correlation,
+                    slope,
+                    correlation,
+                    (moved == 0).double().mean().item(),
+                    total_slope,
+                    total_correlation,
                     _root_mean_square(weights.double() - truth),
-                    _root_mean_square(truth.to(self.dtype).double() - truth), _root_mean_square(truth - start),
-                )  # fmt: skip
+                    _root_mean_square(truth.to(self.dtype).double() - truth),
+                    _root_mean_square(truth - start),
+                )
                 for name, value in zip(names, values, strict=True):
                     found[name].append(_rounded(value))
                 found.setdefault("slope_error", _rounded(error))

@@ -20,12 +20,27 @@ from ..utils.files import write_whole
 from . import training
 
 COLORS = {
-    "usual code": "#c0392b", "usual code, summed": "#e67e22", "inplace": "#8e6c1f", "inplace, one pass": "#d4ac0d",
-    "host": "#8e44ad", "base": "#2471a3", "base, stochastic": "#17a589", "master": "#111111",
-    "float32 model": "#999999", "usual code, float32 model": "#e8a0a0",
-}  # fmt: skip
-STYLE = {"svg.fonttype": "none", "svg.hashsalt": "esfast", "font.size": 9, "axes.grid": True, "grid.alpha": 0.25,
-         "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}  # fmt: skip
+    "usual code": "#c0392b",
+    "usual code, summed": "#e67e22",
+    "inplace": "#8e6c1f",
+    "inplace, one pass": "#d4ac0d",
+    "host": "#8e44ad",
+    "base": "#2471a3",
+    "base, stochastic": "#17a589",
+    "master": "#111111",
+    "float32 model": "#999999",
+    "usual code, float32 model": "#e8a0a0",
+}
+STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "esfast",
+    "font.size": 9,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+}
 
 
 def draw(result: dict, folder: Path) -> None:
@@ -55,8 +70,12 @@ def drift_restore(result: dict) -> Figure:
         rows = {r["way"]: r for r in result["rows"] if r["dtype"] == dtype}
         for way in ("usual code", "inplace", "inplace, one pass"):
             r = rows[way]
-            axes.loglog([g * r["members"] for g in r["restore"]["generation"]], r["restore"]["drift"],
-                        color=COLORS[way], label=way)  # fmt: skip
+            axes.loglog(
+                [g * r["members"] for g in r["restore"]["generation"]],
+                r["restore"]["drift"],
+                color=COLORS[way],
+                label=way,
+            )
         exact = [w for w in ("base", "host", "master") if not any(rows[w]["restore"]["drift"])]
         axes.plot([], [], " ", label=f"exactly 0: {', '.join(exact)}")
         axes.set(title=dtype, xlabel="members")

@@ -41,21 +41,39 @@ FIRST = ("Qwen2.5-7B", "Qwen2.5-1.5B")  # what says most, should there be time f
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="where the weights are; cpu is for "
-                        "trying the benchmark, its figures say nothing of a GPU (default: cuda)")  # fmt: skip
-    parser.add_argument("--models", nargs="+", choices=MODELS, metavar="MODEL",
-                        help=f"of {', '.join(MODELS)} (default: all but tiny; on a CPU, tiny)")  # fmt: skip
-    parser.add_argument("--dtypes", nargs="+", choices=["bfloat16", "float32", "float16"],
-                        default=["bfloat16", "float32"], help="of the weights (default: bfloat16 float32)")  # fmt: skip
+    parser.add_argument(
+        "--device",
+        choices=["cuda", "cpu"],
+        default="cuda",
+        help="where the weights are; cpu is for trying the benchmark, its figures say nothing of a GPU (default: cuda)",
+    )
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        choices=MODELS,
+        metavar="MODEL",
+        help=f"of {', '.join(MODELS)} (default: all but tiny; on a CPU, tiny)",
+    )
+    parser.add_argument(
+        "--dtypes",
+        nargs="+",
+        choices=["bfloat16", "float32", "float16"],
+        default=["bfloat16", "float32"],
+        help="of the weights (default: bfloat16 float32)",
+    )
     parser.add_argument(
         "--noise", nargs="+", choices=ELEMENTWISE, default=list(ELEMENTWISE), help="kinds of noise (default: both)"
     )
     parser.add_argument("--backends", nargs="+", help="that are measured (default: all that are ready there)")
     parser.add_argument("--members", type=count, default=30, help="members of the update (default: 30)")
     parser.add_argument("--repeats", type=count, default=20, help="rounds of each row, at most (default: 20)")
-    parser.add_argument("--seconds", type=float, default=240.0,
-                        help="for all, about: where it is short there are fewer rounds, and today's update runs with "
-                        "fewer members, which the row says (default: 240)")  # fmt: skip
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=240.0,
+        help="for all, about: where it is short there are fewer rounds, and today's update runs with "
+        "fewer members, which the row says (default: 240)",
+    )
 
 
 def run(args: argparse.Namespace) -> dict:
@@ -64,9 +82,15 @@ def run(args: argparse.Namespace) -> dict:
     models = args.models or [m for m in MODELS if (m == "tiny") == (args.device == "cpu")]
     models = sorted(models, key=lambda m: m not in FIRST)  # sorting leaves equals in their order
     job = {
-        "device": args.device, "todo": [(m, d) for d in args.dtypes for m in models], "noise": args.noise,
-        "members": args.members, "repeats": args.repeats, "backends": args.backends, "without": [], "had": [],
-    }  # fmt: skip
+        "device": args.device,
+        "todo": [(m, d) for d in args.dtypes for m in models],
+        "noise": args.noise,
+        "members": args.members,
+        "repeats": args.repeats,
+        "backends": args.backends,
+        "without": [],
+        "had": [],
+    }
     result = Result(args.save)
     with Clocks(args.device) as sampled:
         result.clocks = sampled.between
@@ -149,28 +173,59 @@ class Result:
 
 
 def table(result: dict) -> Table:
-    headers = ["model", "operation", "noise", "dtype", "backend", "esfast, ms", "of copy's speed", "GB/s",
-               "10^9 weights/s", "host, us", "today, ms", "times as fast", "today, cache kept, ms", "times as fast",
-               "tl.randn4x, ms", "times as fast", "SM clock, MHz"]  # fmt: skip
+    headers = [
+        "model",
+        "operation",
+        "noise",
+        "dtype",
+        "backend",
+        "esfast, ms",
+        "of copy's speed",
+        "GB/s",
+        "10^9 weights/s",
+        "host, us",
+        "today, ms",
+        "times as fast",
+        "today, cache kept, ms",
+        "times as fast",
+        "tl.randn4x, ms",
+        "times as fast",
+        "SM clock, MHz",
+    ]
     lines = []
     for r in result["rows"]:
         where = r["backend"] if r["device"] == "cuda" else f"{r['backend']}, on a {r['device'].upper()}"
         if r["op"] == "memory":
-            ours, theirs = ("?" if r[f"{whose}share_of_weights"] is None else f"{r[f'{whose}share_of_weights']:.2%}"
-                            for whose in ("", "today_"))  # fmt: skip
+            ours, theirs = (
+                "?" if r[f"{whose}share_of_weights"] is None else f"{r[f'{whose}share_of_weights']:.2%}"
+                for whose in ("", "today_")
+            )
             what = [r["model"], "extra memory, of the weights", r["noise"], r["dtype"], where]
             lines.append([*what, ours, *[""] * 4, theirs, *[""] * 6])
             continue
         members = f", {r['members']} members" if r["op"] == "update" else ""
         scaled = f" ({r['today_members']} of {r['members']} members, scaled)" if r["today_scaled"] else ""
-        lines.append([
-            r["model"], LABELS[r["op"]] + members, r["noise"], r["dtype"], where, _ms(r["ms_median"]),
-            _share(r["share_of_copy"]), f"{r['gbytes_per_s']:.0f}", f"{r['weights_per_s'] / 1e9:.0f}",
-            f"{r['host_us_median']:.0f}",
-            _ms(r["today_ms_median"]) + scaled, _ratio(r["ratio_to_today"]),
-            _ms(r["today_kept_ms_median"]) + scaled, _ratio(r["ratio_to_today_kept"]),
-            _ms(r["randn4x_ms_median"]), _ratio(r["ratio_to_randn4x"]), clocks.text(r),
-        ])  # fmt: skip
+        lines.append(
+            [
+                r["model"],
+                LABELS[r["op"]] + members,
+                r["noise"],
+                r["dtype"],
+                where,
+                _ms(r["ms_median"]),
+                _share(r["share_of_copy"]),
+                f"{r['gbytes_per_s']:.0f}",
+                f"{r['weights_per_s'] / 1e9:.0f}",
+                f"{r['host_us_median']:.0f}",
+                _ms(r["today_ms_median"]) + scaled,
+                _ratio(r["ratio_to_today"]),
+                _ms(r["today_kept_ms_median"]) + scaled,
+                _ratio(r["ratio_to_today_kept"]),
+                _ms(r["randn4x_ms_median"]),
+                _ratio(r["ratio_to_randn4x"]),
+                clocks.text(r),
+            ]
+        )
     for r in result["left_out"]:
         what = [LABELS.get(r.get("op"), ""), r.get("contender", ""), f"left out: {r['reason']}"]
         cells = [r.get("model", ""), ", ".join(filter(None, what)), r.get("noise", ""), r.get("dtype", "")]

@@ -113,8 +113,12 @@ def _differs(backend: str, job: dict) -> str | None:
 
 def _cases(job: dict) -> list[tuple[str, str]]:
     """(operation, kind of noise); restoring draws none."""
-    return [(op, "none") if op == "restore_base" else (op, kind)
-            for kind in job["noise"] for op in OPS if op != "restore_base" or kind == job["noise"][0]]  # fmt: skip
+    return [
+        (op, "none") if op == "restore_base" else (op, kind)
+        for kind in job["noise"]
+        for op in OPS
+        if op != "restore_base" or kind == job["noise"][0]
+    ]
 
 
 def _rows(model: str, dtype: str, backends: list[str], budget: Budget, job: dict, had: list) -> Iterator[dict]:
@@ -202,14 +206,29 @@ def _race_row(
             continue
         ours = laps[f"ours:{backend}"]
         ms = median(x.ms for x in ours)
-        yield {"row": {
-            "backend": backend, "members": members, "draws": draws, "passes": len(todo), "repeats": len(ours),
-            "ms_median": ms, "ms_min": min(x.ms for x in ours), "host_us_median": median(x.host_us for x in ours),
-            "weights_per_s": w.plan.numel * max(1, draws) / ms * 1e3, "bytes": moved, "gbytes_per_s": moved / ms / 1e6,
-            "share_of_copy": rivals["copy_ms_median"] and rivals["copy_ms_median"] * len(todo) / ms, **rivals,
-            **{f"ratio_to_{name}": rivals[f"{name}_ms_median"] and rivals[f"{name}_ms_median"] / ms for name in RIVALS},
-            "began": wall, "ended": time.time(),
-        }}  # fmt: skip
+        yield {
+            "row": {
+                "backend": backend,
+                "members": members,
+                "draws": draws,
+                "passes": len(todo),
+                "repeats": len(ours),
+                "ms_median": ms,
+                "ms_min": min(x.ms for x in ours),
+                "host_us_median": median(x.host_us for x in ours),
+                "weights_per_s": w.plan.numel * max(1, draws) / ms * 1e3,
+                "bytes": moved,
+                "gbytes_per_s": moved / ms / 1e6,
+                "share_of_copy": rivals["copy_ms_median"] and rivals["copy_ms_median"] * len(todo) / ms,
+                **rivals,
+                **{
+                    f"ratio_to_{name}": rivals[f"{name}_ms_median"] and rivals[f"{name}_ms_median"] / ms
+                    for name in RIVALS
+                },
+                "began": wall,
+                "ended": time.time(),
+            }
+        }
 
 
 def _survives(error: Exception, device: str) -> bool:

@@ -74,12 +74,17 @@ class _Network:
         for layer in model.model.layers:
             a, m = layer.self_attn, layer.mlp
             qkv = a.q_proj, a.k_proj, a.v_proj
-            self.layers.append((
-                _Norm(layer.input_layernorm), torch.cat([p.weight for p in qkv]).float().t(),
-                torch.cat([p.bias for p in qkv]).float(), a.o_proj.weight.float().t(),
-                _Norm(layer.post_attention_layernorm),
-                torch.cat([m.gate_proj.weight, m.up_proj.weight]).float().t(), m.down_proj.weight.float().t(),
-            ))  # fmt: skip
+            self.layers.append(
+                (
+                    _Norm(layer.input_layernorm),
+                    torch.cat([p.weight for p in qkv]).float().t(),
+                    torch.cat([p.bias for p in qkv]).float(),
+                    a.o_proj.weight.float().t(),
+                    _Norm(layer.post_attention_layernorm),
+                    torch.cat([m.gate_proj.weight, m.up_proj.weight]).float().t(),
+                    m.down_proj.weight.float().t(),
+                )
+            )
         c = model.config
         self.heads, self.size = (c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads), a.head_dim
         self.scale, self.cache = a.scaling, [None] * len(self.layers)

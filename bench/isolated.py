@@ -51,8 +51,11 @@ def isolated(module: str, job: dict) -> Iterator[dict]:
             process.kill()
             raise
     if status and not over:
-        yield {"died": f"its process was ended by {signal.Signals(-status).name}" if status < 0
-               else f"its process ended with status {status}"}  # fmt: skip
+        yield {
+            "died": f"its process was ended by {signal.Signals(-status).name}"
+            if status < 0
+            else f"its process ended with status {status}"
+        }
 
 
 def serve(module: str, descriptor: int) -> None:

@@ -54,25 +54,48 @@ GPU = [
 TINY = ("bfloat16", 2, 2, 8, 4)
 # The most that the overhead ratio, and the least that the gain over the plain loop may be, for a row to pass. Limits of
 # a number of new tokens come first.
-LIMITS = {("cpu", "embedded"): (1.05, 1.0), ("cpu", "Qwen2.5-0.5B"): (None, 2.5),
-          ("cpu", "Qwen2.5-0.5B", 256): (1.05, 1.0), ("cuda", "Qwen2.5-0.5B"): (None, 3.0),
-          ("cuda", "Qwen2.5-1.5B"): (1.02, 3.0), ("cuda", "Qwen2.5-7B"): (1.02, 3.0)}  # fmt: skip
+LIMITS = {
+    ("cpu", "embedded"): (1.05, 1.0),
+    ("cpu", "Qwen2.5-0.5B"): (None, 2.5),
+    ("cpu", "Qwen2.5-0.5B", 256): (1.05, 1.0),
+    ("cuda", "Qwen2.5-0.5B"): (None, 3.0),
+    ("cuda", "Qwen2.5-1.5B"): (1.02, 3.0),
+    ("cuda", "Qwen2.5-7B"): (1.02, 3.0),
+}
 
 now = time.perf_counter
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where the model is (default: cpu)")
-    parser.add_argument("--models", nargs="+", choices=["embedded", *MODELS], metavar="MODEL",
-                        help=f"of embedded, {', '.join(MODELS)} (default: what the page Benchmarks shows)")  # fmt: skip
-    for name, text in {"members": "of a generation", "prompts": "of each member", "prompt-tokens": "of a prompt",
-                       "new-tokens": "of each text"}.items():  # fmt: skip
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        choices=["embedded", *MODELS],
+        metavar="MODEL",
+        help=f"of embedded, {', '.join(MODELS)} (default: what the page Benchmarks shows)",
+    )
+    for name, text in {
+        "members": "of a generation",
+        "prompts": "of each member",
+        "prompt-tokens": "of a prompt",
+        "new-tokens": "of each text",
+    }.items():
         parser.add_argument(f"--{name}", type=count, help=f"{text} (default: depends on model and device)")
     parser.add_argument("--decoding", default="auto", help="see `esfast train --help` (default: auto)")
-    parser.add_argument("--repeats", type=count, default=40, help="rounds of each model, at most: of seven of a second "
-                        "each, the medians' ratio varied by 0.03 (default: 40)")  # fmt: skip
-    parser.add_argument("--seconds", type=float, default=600.0, help="for all, about: a model has at least one round, "
-                        "but is left out if time is up before it (default: 600)")  # fmt: skip
+    parser.add_argument(
+        "--repeats",
+        type=count,
+        default=40,
+        help="rounds of each model, at most: of seven of a second "
+        "each, the medians' ratio varied by 0.03 (default: 40)",
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=600.0,
+        help="for all, about: a model has at least one round, but is left out if time is up before it (default: 600)",
+    )
 
 
 def run(args: argparse.Namespace) -> dict:
@@ -81,11 +104,22 @@ def run(args: argparse.Namespace) -> dict:
     rows, left_out, deadline = [], [], now() + args.seconds
     given = (args.members, args.prompts, args.prompt_tokens, args.new_tokens)
     jobs = [
-        {"name": name, "dtype": dtype, "device": args.device, "decoding": args.decoding, "repeats": args.repeats,
-         **dict(zip(("members", "prompts", "prompt_tokens", "new_tokens"),
-                    (g if g is not None else n for g, n in zip(given, numbers, strict=True)), strict=True))}
+        {
+            "name": name,
+            "dtype": dtype,
+            "device": args.device,
+            "decoding": args.decoding,
+            "repeats": args.repeats,
+            **dict(
+                zip(
+                    ("members", "prompts", "prompt_tokens", "new_tokens"),
+                    (g if g is not None else n for g, n in zip(given, numbers, strict=True)),
+                    strict=True,
+                )
+            ),
+        }
         for name, (dtype, *numbers) in _cases(args)
-    ]  # fmt: skip
+    ]
     # on a GPU each in a process of its own: what fails there takes no other model's figures along
     work = functools.partial(isolated, "iteration") if args.device == "cuda" else events
     with Clocks(args.device) as sampled:
@@ -112,8 +146,7 @@ def _cases(args: argparse.Namespace) -> list[tuple[str, tuple]]:
     """(model, its members, prompts and lengths)."""
     known = CPU if args.device == "cpu" else GPU
     names = args.models or list(dict.fromkeys(name for name, _ in known))
-    return [case for case in known if case[0] in names] + [
-        (name, TINY) for name in names if name not in dict(known)]  # fmt: skip
+    return [case for case in known if case[0] in names] + [(name, TINY) for name in names if name not in dict(known)]
 
 
 def events(job: dict) -> Iterator[dict]:
@@ -133,8 +166,17 @@ def events(job: dict) -> Iterator[dict]:
 class Work:
     """One model and its three contenders."""
 
-    def __init__(self, name: str, dtype: str, device: str, decoding: str, members: int, prompts: int,
-                 prompt_tokens: int | None, new_tokens: int):  # fmt: skip
+    def __init__(
+        self,
+        name: str,
+        dtype: str,
+        device: str,
+        decoding: str,
+        members: int,
+        prompts: int,
+        prompt_tokens: int | None,
+        new_tokens: int,
+    ):
         self.name, self.dtype, self.device = name, dtype, device
         self.prompt_tokens, self.new_tokens, self.members = prompt_tokens, new_tokens, members
         self.tokenizer = embedded.make_tokenizer()
@@ -152,11 +194,23 @@ class Work:
             max_new_tokens=new_tokens, do_sample=False, pad_token_id=self.tokenizer.pad_token_id
         )
         self._folder = tempfile.TemporaryDirectory(prefix="esfast-iteration-")
-        args = ESConfig(output_dir=str(Path(self._folder.name) / "run"), generations=10**6, population_size=members,
-                        prompts_per_generation=prompts, max_completion_length=new_tokens, reward_workers=1,
-                        progress=False)  # fmt: skip
-        self.trainer = ESTrainer(self.model, countdown.reward, args, lambda generation, size: self.rows[:size],
-                                 processing_class=self.tokenizer, engine=self.engine)  # fmt: skip
+        args = ESConfig(
+            output_dir=str(Path(self._folder.name) / "run"),
+            generations=10**6,
+            population_size=members,
+            prompts_per_generation=prompts,
+            max_completion_length=new_tokens,
+            reward_workers=1,
+            progress=False,
+        )
+        self.trainer = ESTrainer(
+            self.model,
+            countdown.reward,
+            args,
+            lambda generation, size: self.rows[:size],
+            processing_class=self.tokenizer,
+            engine=self.engine,
+        )
 
     def __enter__(self) -> Work:
         return self
@@ -191,16 +245,25 @@ class Work:
         key = (self.device, self.name)
         most, least = LIMITS.get((*key, self.new_tokens), LIMITS.get(key, (None, None)))
         return {
-            "model": self.name, "dtype": self.dtype, "device": self.device,
-            "decoding": type(self.engine._way).__name__.lower(), "members": self.members, "prompts": len(self.prompts),
-            "prompt_tokens": self.prompt_tokens, "new_tokens": self.new_tokens, "rounds": len(phases),
-            "seconds": figures, "all_seconds": seconds, "overhead_ratio": ratio, "times_as_fast": gain,
+            "model": self.name,
+            "dtype": self.dtype,
+            "device": self.device,
+            "decoding": type(self.engine._way).__name__.lower(),
+            "members": self.members,
+            "prompts": len(self.prompts),
+            "prompt_tokens": self.prompt_tokens,
+            "new_tokens": self.new_tokens,
+            "rounds": len(phases),
+            "seconds": figures,
+            "all_seconds": seconds,
+            "overhead_ratio": ratio,
+            "times_as_fast": gain,
             "seconds_by_phase": {p: median(r[f"seconds_{p}"] for r in phases) for p in PHASES},
             "tokens_per_second": self.tokens / figures["esfast"],
             "tokens_per_second_frozen": self.tokens / figures["frozen"],
             "peak_gpu_bytes": torch.cuda.max_memory_allocated() if self.device == "cuda" else None,
             "pass": (most is None or ratio <= most) and (least is None or gain >= least),
-        }  # fmt: skip
+        }
 
     @property
     def tokens(self) -> int:
@@ -251,11 +314,16 @@ def _model(name: str, dtype: torch.dtype, device: str):
         model = AutoModelForCausalLM.from_pretrained(embedded.cached(progress=False))
     else:
         shape = MODELS[name]
-        config = Qwen2Config(vocab_size=max(shape.vocab, 512), hidden_size=shape.hidden,
-                             intermediate_size=shape.intermediate, num_hidden_layers=shape.layers,
-                             num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
-                             max_position_embeddings=4096,
-                             tie_word_embeddings=shape.tied)  # fmt: skip
+        config = Qwen2Config(
+            vocab_size=max(shape.vocab, 512),
+            hidden_size=shape.hidden,
+            intermediate_size=shape.intermediate,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads,
+            num_key_value_heads=shape.kv_heads,
+            max_position_embeddings=4096,
+            tie_word_embeddings=shape.tied,
+        )
         before = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
         try:
@@ -268,22 +336,46 @@ def _model(name: str, dtype: torch.dtype, device: str):
 
 
 def table(result: dict) -> Table:
-    headers = ["model", "dtype", "members, prompts, new tokens", "plain loop, s", "esfast, s", "times as fast",
-               "frozen weights, s", "overhead ratio", "tokens/s", "of frozen's", "perturb", "score, wait",
-               "update, journal"]  # fmt: skip
+    headers = [
+        "model",
+        "dtype",
+        "members, prompts, new tokens",
+        "plain loop, s",
+        "esfast, s",
+        "times as fast",
+        "frozen weights, s",
+        "overhead ratio",
+        "tokens/s",
+        "of frozen's",
+        "perturb",
+        "score, wait",
+        "update, journal",
+    ]
     on_gpu = any(r["device"] == "cuda" for r in result["rows"])
     headers += ["SM clock, MHz"] * on_gpu
     lines = []
     for r in result["rows"]:
         s, p = r["seconds"], r["seconds_by_phase"]
-        share = [f"{sum(p[k] for k in keys) / s['esfast']:.1%}"
-                 for keys in (("perturb",), ("score", "wait"), ("update", "journal"))]  # fmt: skip
-        lines.append([
-            r["model"], r["dtype"], f"{r['members']}, {r['prompts']}, {r['new_tokens']}", f"{s['plain']:.3g}",
-            f"{s['esfast']:.3g}", f"{r['times_as_fast']:.2f}", f"{s['frozen']:.3g}", f"{r['overhead_ratio']:.3f}",
-            f"{r['tokens_per_second']:.0f}", f"{r['tokens_per_second'] / r['tokens_per_second_frozen']:.1%}", *share,
-            *[clocks.text(r)] * on_gpu,
-        ])  # fmt: skip
+        share = [
+            f"{sum(p[k] for k in keys) / s['esfast']:.1%}"
+            for keys in (("perturb",), ("score", "wait"), ("update", "journal"))
+        ]
+        lines.append(
+            [
+                r["model"],
+                r["dtype"],
+                f"{r['members']}, {r['prompts']}, {r['new_tokens']}",
+                f"{s['plain']:.3g}",
+                f"{s['esfast']:.3g}",
+                f"{r['times_as_fast']:.2f}",
+                f"{s['frozen']:.3g}",
+                f"{r['overhead_ratio']:.3f}",
+                f"{r['tokens_per_second']:.0f}",
+                f"{r['tokens_per_second'] / r['tokens_per_second_frozen']:.1%}",
+                *share,
+                *[clocks.text(r)] * on_gpu,
+            ]
+        )
     for r in result.get("left_out", []):
         sizes = f"{r['prompts']} prompts, {r['new_tokens']} new tokens; " if "prompts" in r else ""
         lines.append([r["model"], f"left out: {sizes}{r['reason']}", *[""] * (len(headers) - 2)])

@@ -32,8 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--numel", type=count, default=100_000_000, help="weights in all, about (default: 1e8)")
     parser.add_argument("--tensors", type=count, default=30, help="tensors they are in (default: 30)")
     parser.add_argument("--members", type=count, default=30, help="members of the update (default: 30)")
-    parser.add_argument("--dtypes", nargs="+", choices=["bfloat16", "float16", "float32"],
-                        default=["bfloat16", "float16", "float32"], help="of the weights (default: all)")  # fmt: skip
+    parser.add_argument(
+        "--dtypes",
+        nargs="+",
+        choices=["bfloat16", "float16", "float32"],
+        default=["bfloat16", "float16", "float32"],
+        help="of the weights (default: all)",
+    )
     parser.add_argument(
         "--noise", nargs="+", choices=ELEMENTWISE, default=list(ELEMENTWISE), help="kinds of noise (default: both)"
     )
@@ -52,43 +57,87 @@ def run(args: argparse.Namespace) -> dict:
 
 
 def table(result: dict) -> tuple[list[str], list[list[str]]]:
-    headers = ["weights=", "dtype", "noise", *(f"{op}, {what}" for op in OPS for what in ("bytes", "ms")),
-               "update / base's", "extra memory stated", "measured", ""]  # fmt: skip
+    headers = [
+        "weights=",
+        "dtype",
+        "noise",
+        *(f"{op}, {what}" for op in OPS for what in ("bytes", "ms")),
+        "update / base's",
+        "extra memory stated",
+        "measured",
+        "",
+    ]
     lines = []
     for r in result["rows"]:
         cells = [x for op in OPS for x in (str(r["stated"][op]), _ms(r["ms"][op]))]
-        lines.append([
-            r["mode"], r["dtype"], r["noise"], *cells, f"{r['update_ratio_to_base']:.2f}", *_memory(r),
-            {None: "", True: "pass", False: "FAIL"}[r["pass"]],
-        ])  # fmt: skip
+        lines.append(
+            [
+                r["mode"],
+                r["dtype"],
+                r["noise"],
+                *cells,
+                f"{r['update_ratio_to_base']:.2f}",
+                *_memory(r),
+                {None: "", True: "pass", False: "FAIL"}[r["pass"]],
+            ]
+        )
     return headers, lines
 
 
 def memory_table(result: dict) -> tuple[list[str], list[list[str]]]:
     """The stated and the measured memory: one line for each mode and dtype."""
-    headers = ["weights=", "dtype", "extra memory on the device", "in host memory", "both, measured on a CPU",
-               "a member, bytes a weight", "restoring", "an update"]  # fmt: skip
+    headers = [
+        "weights=",
+        "dtype",
+        "extra memory on the device",
+        "in host memory",
+        "both, measured on a CPU",
+        "a member, bytes a weight",
+        "restoring",
+        "an update",
+    ]
     lines = []
     for r in result["rows"]:
         if r["pass"] is not None:
             size = getattr(torch, r["dtype"]).itemsize
             stated = Cost(**r["stated"])
-            lines.append([
-                r["mode"], r["dtype"], *(f"{n / size:.3g}x" if n else "none" for n in (stated.device, stated.host)),
-                _memory(r)[1], *(str(n) for n in (stated.member, stated.restore, stated.update)),
-            ])  # fmt: skip
+            lines.append(
+                [
+                    r["mode"],
+                    r["dtype"],
+                    *(f"{n / size:.3g}x" if n else "none" for n in (stated.device, stated.host)),
+                    _memory(r)[1],
+                    *(str(n) for n in (stated.member, stated.restore, stated.update)),
+                ]
+            )
     return headers, lines
 
 
 def time_table(result: dict) -> tuple[list[str], list[list[str]]]:
     members = result["rows"][0]["members"]
-    headers = ["weights=", "dtype", "noise", "a member, ms", "restoring, ms", f"update of {members} members, ms",
-               "update / base's", "bytes / base's"]  # fmt: skip
+    headers = [
+        "weights=",
+        "dtype",
+        "noise",
+        "a member, ms",
+        "restoring, ms",
+        f"update of {members} members, ms",
+        "update / base's",
+        "bytes / base's",
+    ]
     lines = []
     for r in result["rows"]:
         ratio = r["stated"]["update"] / MODES["base"].cost(getattr(torch, r["dtype"])).update
-        lines.append([r["mode"], r["dtype"], r["noise"], *(_ms(r["ms"][op]) for op in OPS),
-                      f"{r['update_ratio_to_base']:.2f}", f"{ratio:.2f}"])  # fmt: skip
+        lines.append(
+            [
+                r["mode"],
+                r["dtype"],
+                r["noise"],
+                *(_ms(r["ms"][op]) for op in OPS),
+                f"{r['update_ratio_to_base']:.2f}",
+                f"{ratio:.2f}",
+            ]
+        )
     return headers, lines
 
 
@@ -164,13 +213,24 @@ def _times(dtype: str, extra: dict[str, int | None], args: argparse.Namespace) -
             wanted = (stated.device + elsewhere) * plan.numel
             found = extra[name] if kind == args.noise[0] else None
             yield {
-                "mode": name, "dtype": dtype, "noise": kind, "device": args.device, "threads": args.threads,
-                "numel": plan.numel, "tensors": len(plan), "members": args.members, "repeats": args.repeats,
-                "stated": stated._asdict(), "ms": {op: median(t) for op, t in times[name].items()},
-                "gbytes_per_s": {op: getattr(stated, op) * plan.numel / median(t) / 1e6
-                                 for op, t in times[name].items()},
-                "update_ratio_to_base": median(ratios), "weights_bytes": plan.nbytes, "extra_stated_bytes": wanted,
+                "mode": name,
+                "dtype": dtype,
+                "noise": kind,
+                "device": args.device,
+                "threads": args.threads,
+                "numel": plan.numel,
+                "tensors": len(plan),
+                "members": args.members,
+                "repeats": args.repeats,
+                "stated": stated._asdict(),
+                "ms": {op: median(t) for op, t in times[name].items()},
+                "gbytes_per_s": {
+                    op: getattr(stated, op) * plan.numel / median(t) / 1e6 for op, t in times[name].items()
+                },
+                "update_ratio_to_base": median(ratios),
+                "weights_bytes": plan.nbytes,
+                "extra_stated_bytes": wanted,
                 "extra_bytes": found,
                 "pass": None if found is None else abs(found - wanted) <= TOLERANCE * (wanted or plan.nbytes),
-            }  # fmt: skip
+            }
         del modes, mode

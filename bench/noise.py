@@ -43,8 +43,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--numel", type=count, default=50_000_000, help="weights in all, about (default: 5e7)")
     parser.add_argument("--tensors", type=count, default=30, help="tensors they are in (default: 30)")
     parser.add_argument("--members", type=count, default=30, help="members of the update (default: 30)")
-    parser.add_argument("--dtypes", nargs="+", choices=["bfloat16", "float32", "float16"],
-                        default=["bfloat16", "float32"], help="of the weights (default: bfloat16 float32)")  # fmt: skip
+    parser.add_argument(
+        "--dtypes",
+        nargs="+",
+        choices=["bfloat16", "float32", "float16"],
+        default=["bfloat16", "float32"],
+        help="of the weights (default: bfloat16 float32)",
+    )
     parser.add_argument(
         "--noise",
         nargs="+",
@@ -52,12 +57,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=list(KINDS),
         help="kinds of noise (default: all; low_rank is of rank 1)",
     )
-    parser.add_argument("--threads", type=count, default=torch.get_num_threads(),
-                        help="threads of all contenders (default: %(default)s)")  # fmt: skip
+    parser.add_argument(
+        "--threads",
+        type=count,
+        default=torch.get_num_threads(),
+        help="threads of all contenders (default: %(default)s)",
+    )
     parser.add_argument("--repeats", type=count, default=7, help="rounds of each row (default: 7)")
-    parser.add_argument("--today-seconds", type=float, default=20.0,
-                        help="today's way, and each of an afternoon's, is left out of later rounds of a row once it "
-                        "took so long (default: 20); each row says how often it ran")  # fmt: skip
+    parser.add_argument(
+        "--today-seconds",
+        type=float,
+        default=20.0,
+        help="today's way, and each of an afternoon's, is left out of later rounds of a row once it "
+        "took so long (default: 20); each row says how often it ran",
+    )
 
 
 def run(args: argparse.Namespace) -> dict:
@@ -75,22 +88,49 @@ def run(args: argparse.Namespace) -> dict:
 
 
 def table(result: dict) -> Table:
-    headers = ["operation", "noise", "dtype", "esfast, ms", "today, ms", "times as fast as today", "strongest, ms",
-               "which", "times as fast as the strongest", "of copy's speed"]  # fmt: skip
+    headers = [
+        "operation",
+        "noise",
+        "dtype",
+        "esfast, ms",
+        "today, ms",
+        "times as fast as today",
+        "strongest, ms",
+        "which",
+        "times as fast as the strongest",
+        "of copy's speed",
+    ]
     lines = []
     for r in result["rows"]:
         if r["op"] == "memory":
-            cells = ["?", "?"] if r["extra_bytes"] is None else [
-                f"{r['share_of_weights']:.2%}", f"{r['today_share_of_weights']:.2%}"]  # fmt: skip
+            cells = (
+                ["?", "?"]
+                if r["extra_bytes"] is None
+                else [f"{r['share_of_weights']:.2%}", f"{r['today_share_of_weights']:.2%}"]
+            )
             lines.append(["extra memory of a call, of the weights", r["noise"], r["dtype"], *cells, *[""] * 5])
             continue
-        strongest = ["", "", ""] if r["strongest"] is None else [
-            _ms(r["strongest_ms_median"]) + _fewer(r, "strongest"), r["strongest"], f"{r['ratio_to_strongest']:.1f}",
-        ]  # fmt: skip
-        lines.append([
-            _label(r), r["noise"], r["dtype"], _ms(r["ms_median"]), _ms(r["today_ms_median"]) + _fewer(r, "today"),
-            f"{r['ratio_to_today']:.1f}", *strongest, f"{r['share_of_copy']:.1%}",
-        ])  # fmt: skip
+        strongest = (
+            ["", "", ""]
+            if r["strongest"] is None
+            else [
+                _ms(r["strongest_ms_median"]) + _fewer(r, "strongest"),
+                r["strongest"],
+                f"{r['ratio_to_strongest']:.1f}",
+            ]
+        )
+        lines.append(
+            [
+                _label(r),
+                r["noise"],
+                r["dtype"],
+                _ms(r["ms_median"]),
+                _ms(r["today_ms_median"]) + _fewer(r, "today"),
+                f"{r['ratio_to_today']:.1f}",
+                *strongest,
+                f"{r['share_of_copy']:.1%}",
+            ]
+        )
     return headers, lines
 
 
@@ -146,10 +186,19 @@ def _rows_of_dtype(args: argparse.Namespace, dtype: str) -> Iterator[dict]:
             note(f"{dtype}, {kind}: {LABELS[case.op]}")
             verify_ends(plan, base, 12345, kind, args.backend)
             yield {
-                "op": case.op, "noise": kind, "dtype": dtype, "backend": args.backend, "device": args.device,
-                "threads": args.threads, "numel": plan.numel, "tensors": len(plan), "members": case.members,
-                "draws": case.draws, "passes": case.passes, **_time(case, plan, base, ways, args),
-            }  # fmt: skip
+                "op": case.op,
+                "noise": kind,
+                "dtype": dtype,
+                "backend": args.backend,
+                "device": args.device,
+                "threads": args.threads,
+                "numel": plan.numel,
+                "tensors": len(plan),
+                "members": case.members,
+                "draws": case.draws,
+                "passes": case.passes,
+                **_time(case, plan, base, ways, args),
+            }
     note(f"{dtype}: memory")
     yield _memory_row(args, dtype)
 
@@ -181,14 +230,27 @@ def _cases(plan: Plan, base: Plan, kind: str, args: argparse.Namespace) -> list[
         way.perturb_(tensors, 1, -SIGMA)
 
     return [
-        Case("perturb_base", 1, 1, 1, lambda: ours([1], [SIGMA], base),
-             lambda: today.perturb_(tensors, 1, SIGMA, kind),
-             lambda way: way.perturb_(tensors, 1, SIGMA, base.tensors)),
+        Case(
+            "perturb_base",
+            1,
+            1,
+            1,
+            lambda: ours([1], [SIGMA], base),
+            lambda: today.perturb_(tensors, 1, SIGMA, kind),
+            lambda way: way.perturb_(tensors, 1, SIGMA, base.tensors),
+        ),
         Case("perturb_restore_base", 1, 1, 2, pair_from_base, todays_pair, afternoons_pair),
         Case("perturb_restore", 1, 2, 2, pair_in_place, todays_pair, afternoons_pair_in_place),
-        Case("update", k, k, 1, lambda: ours(seeds, coeffs), lambda: today.update_(tensors, seeds, coeffs, kind),
-             lambda way: way.update_(tensors, seeds, coeffs)),
-    ]  # fmt: skip
+        Case(
+            "update",
+            k,
+            k,
+            1,
+            lambda: ours(seeds, coeffs),
+            lambda: today.update_(tensors, seeds, coeffs, kind),
+            lambda way: way.update_(tensors, seeds, coeffs),
+        ),
+    ]
 
 
 def _warm(way: afternoon.Way, plan: Plan, base: Plan) -> None:
@@ -221,17 +283,26 @@ def _time(case: Case, plan: Plan, base: Plan, ways: dict[str, afternoon.Way], ar
     strongest = min(afternoons, key=lambda name: median(afternoons[name]), default=None)
     moved = 2 * plan.nbytes * case.passes  # each pass reads and writes every weight once
     return {
-        "ms_median": ms, "ms_min": min(our), "repeats": len(our), "weights_per_s": plan.numel * case.draws / ms * 1e3,
-        "bytes": moved, "gbytes_per_s": moved / ms / 1e6,
-        "copy_ms_median": median(copied), "copy_ms_min": min(copied),
+        "ms_median": ms,
+        "ms_min": min(our),
+        "repeats": len(our),
+        "weights_per_s": plan.numel * case.draws / ms * 1e3,
+        "bytes": moved,
+        "gbytes_per_s": moved / ms / 1e6,
+        "copy_ms_median": median(copied),
+        "copy_ms_min": min(copied),
         "share_of_copy": median(copied) * case.passes / ms,
-        "today_ms_median": median(todays), "today_ms_min": min(todays), "today_repeats": len(todays),
-        "ratio_to_today": median(todays) / ms, "ratio_to_today_min": min(todays) / min(our),
+        "today_ms_median": median(todays),
+        "today_ms_min": min(todays),
+        "today_repeats": len(todays),
+        "ratio_to_today": median(todays) / ms,
+        "ratio_to_today_min": min(todays) / min(our),
         "afternoon_ms_median": {name: median(times) for name, times in afternoons.items()},
-        "strongest": strongest, "strongest_repeats": strongest and len(afternoons[strongest]),
+        "strongest": strongest,
+        "strongest_repeats": strongest and len(afternoons[strongest]),
         "strongest_ms_median": strongest and median(afternoons[strongest]),
         "ratio_to_strongest": strongest and median(afternoons[strongest]) / ms,
-    }  # fmt: skip
+    }
 
 
 def _has_time(times: list[float], budget: float) -> bool:
@@ -247,9 +318,15 @@ def _memory_row(args: argparse.Namespace, dtype: str) -> dict:
     sizes = args.numel, args.tensors, args.members, args.threads
     found = memory.measure(*sizes, dtype, args.backend, args.noise) if args.device == "cpu" else None
     row = {
-        "op": "memory", "noise": " or ".join(args.noise), "dtype": dtype, "backend": args.backend,
-        "threads": args.threads, "numel": args.numel, "tensors": args.tensors, "members": args.members,
-    }  # fmt: skip
+        "op": "memory",
+        "noise": " or ".join(args.noise),
+        "dtype": dtype,
+        "backend": args.backend,
+        "threads": args.threads,
+        "numel": args.numel,
+        "tensors": args.tensors,
+        "members": args.members,
+    }
     if found is None:
         return row | dict.fromkeys(("extra_bytes", "share_of_weights", "today_extra_bytes", "today_share_of_weights"))
     for whose in ("", "today_"):

@@ -46,11 +46,20 @@ SCHEDULERS_PER_SM = 4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="where the weights are; on a cpu the "
-                        "kernels run and nothing is read (default: cuda)")  # fmt: skip
+    parser.add_argument(
+        "--device",
+        choices=["cuda", "cpu"],
+        default="cuda",
+        help="where the weights are; on a cpu the kernels run and nothing is read (default: cuda)",
+    )
     parser.add_argument("--numel", type=count, default=2**28, help="weights of each launch (default: 2**28)")
-    parser.add_argument("--dtypes", nargs="+", choices=["bfloat16", "float32", "float16"],
-                        default=["bfloat16", "float32"], help="of the weights (default: bfloat16 float32)")  # fmt: skip
+    parser.add_argument(
+        "--dtypes",
+        nargs="+",
+        choices=["bfloat16", "float32", "float16"],
+        default=["bfloat16", "float32"],
+        help="of the weights (default: bfloat16 float32)",
+    )
     parser.add_argument(
         "--noise", nargs="+", choices=ELEMENTWISE, default=list(ELEMENTWISE), help="kinds of noise (default: both)"
     )
@@ -81,15 +90,33 @@ def run(args: argparse.Namespace) -> dict:
 
 
 def table(result: dict) -> Table:
-    headers = ["backend", "kernel", "noise", "dtype", "us", "of the memory's peak", "issue slots used", "warps",
-               "instructions per weight", "cycles per weight", "bytes per weight", "registers"]  # fmt: skip
+    headers = [
+        "backend",
+        "kernel",
+        "noise",
+        "dtype",
+        "us",
+        "of the memory's peak",
+        "issue slots used",
+        "warps",
+        "instructions per weight",
+        "cycles per weight",
+        "bytes per weight",
+        "registers",
+    ]
     lines = [
-        [r["backend"], r["kernel"], r["noise"], r["dtype"], _number(r["ns"], 1e-3, "{:.0f}"),
-         *(_number(r[k], 1, "{:.0f}%") for k in ("memory_percent", "issue_percent", "warps_percent")),
-         *(_number(r[k], 1, "{:.2f}") for k in ("instructions_per_weight", "cycles_per_weight", "bytes_per_weight")),
-         _number(r["registers"], 1, "{:.0f}")]
+        [
+            r["backend"],
+            r["kernel"],
+            r["noise"],
+            r["dtype"],
+            _number(r["ns"], 1e-3, "{:.0f}"),
+            *(_number(r[k], 1, "{:.0f}%") for k in ("memory_percent", "issue_percent", "warps_percent")),
+            *(_number(r[k], 1, "{:.2f}") for k in ("instructions_per_weight", "cycles_per_weight", "bytes_per_weight")),
+            _number(r["registers"], 1, "{:.0f}"),
+        ]
         for r in result["rows"]
-    ]  # fmt: skip
+    ]
     for r in result["left_out"]:
         lines.append([r["backend"], f"left out: {r['reason']}", *[""] * 10])
     return headers, lines
@@ -101,8 +128,13 @@ def _number(value: float | None, factor: float, form: str) -> str:
 
 def cases(dtypes: list[str], kinds: list[str]) -> list[tuple[str, str, str]]:
     """(dtype, kind, launch), in the order in which they are launched; restoring draws no noise."""
-    return [(dtype, kind, launch) for dtype in dtypes for kind in kinds for launch in LAUNCHES
-            if launch != "restore" or kind == kinds[0]]  # fmt: skip
+    return [
+        (dtype, kind, launch)
+        for dtype in dtypes
+        for kind in kinds
+        for launch in LAUNCHES
+        if launch != "restore" or kind == kinds[0]
+    ]
 
 
 def launch(backend: str, device: str, numel: int, dtypes: list[str], kinds: list[str]) -> None:
@@ -118,8 +150,10 @@ def launch(backend: str, device: str, numel: int, dtypes: list[str], kinds: list
 
 
 def _profiled(backend: str, args: argparse.Namespace, seconds: float) -> list[dict]:
-    code = f"from esfast.bench.profile import launch; launch({backend!r}, {args.device!r}, {args.numel}, " \
-           f"{args.dtypes!r}, {args.noise!r})"  # fmt: skip
+    code = (
+        f"from esfast.bench.profile import launch; launch({backend!r}, {args.device!r}, {args.numel}, "
+        f"{args.dtypes!r}, {args.noise!r})"
+    )
     ncu = shutil.which("ncu", path=os.environ.get("PATH", "") + ":/usr/local/cuda/bin")
     if args.device == "cpu":
         subprocess.run(child(code), check=True, timeout=seconds)
@@ -128,9 +162,21 @@ def _profiled(backend: str, args: argparse.Namespace, seconds: float) -> list[di
         raise BenchmarkError("there is no ncu")
     with tempfile.TemporaryDirectory(prefix="esfast-profile-") as folder:
         log = Path(folder) / "ncu.csv"
-        command = [ncu, "--csv", "--page", "raw", "--log-file", str(log), "--clock-control", "none",
-                   "--kernel-name", r"regex:add_noise_kernel|copy_tiles", "--metrics", ",".join(METRICS.values()),
-                   *child(code)]  # fmt: skip
+        command = [
+            ncu,
+            "--csv",
+            "--page",
+            "raw",
+            "--log-file",
+            str(log),
+            "--clock-control",
+            "none",
+            "--kernel-name",
+            r"regex:add_noise_kernel|copy_tiles",
+            "--metrics",
+            ",".join(METRICS.values()),
+            *child(code),
+        ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=max(seconds, 10))
         text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
         if done.returncode:
@@ -146,8 +192,15 @@ def rows_of(text: str, backend: str, args: argparse.Namespace) -> list[dict]:
         raise BenchmarkError(f"ncu saw {len(launches)} launches of our kernels, and not {len(wanted)}")
     rows = []
     for (dtype, kind, what), found in zip(wanted, launches, strict=True):
-        row = {"backend": backend, "kernel": what, "noise": "none" if what == "restore" else kind, "dtype": dtype,
-               "numel": args.numel, "members": {"restore": 0, "perturb": 1}.get(what, MEMBERS), **found}  # fmt: skip
+        row = {
+            "backend": backend,
+            "kernel": what,
+            "noise": "none" if what == "restore" else kind,
+            "dtype": dtype,
+            "numel": args.numel,
+            "members": {"restore": 0, "perturb": 1}.get(what, MEMBERS),
+            **found,
+        }
         weights = args.numel * max(1, row["members"])
         moved = [row["bytes_read"], row["bytes_written"]]
         row["instructions_per_weight"] = row["instructions"] and row["instructions"] * 32 / weights
@@ -173,8 +226,17 @@ def _launches(text: str) -> Iterator[dict[str, float | None]]:
         yield {key: _metric(line.get(name), (units or {}).get(name)) for key, name in METRICS.items()}
 
 
-_SCALE = {"usecond": 1e3, "us": 1e3, "msecond": 1e6, "ms": 1e6, "second": 1e9, "s": 1e9, "Kbyte": 1e3, "Mbyte": 1e6,
-          "Gbyte": 1e9}  # fmt: skip
+_SCALE = {
+    "usecond": 1e3,
+    "us": 1e3,
+    "msecond": 1e6,
+    "ms": 1e6,
+    "second": 1e9,
+    "s": 1e9,
+    "Kbyte": 1e3,
+    "Mbyte": 1e6,
+    "Gbyte": 1e9,
+}
 
 
 def _metric(value: str | None, unit: str | None) -> float | None:

@@ -70,9 +70,19 @@ def _signed(coeff, word, bit):
 
 @triton.jit
 def _tile(
-    dst, src, number, begin, end, seeds, coeffs, members,
-    WHOLE: tl.constexpr, KIND: tl.constexpr, DTYPE: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
+    dst,
+    src,
+    number,
+    begin,
+    end,
+    seeds,
+    coeffs,
+    members,
+    WHOLE: tl.constexpr,
+    KIND: tl.constexpr,
+    DTYPE: tl.constexpr,
+    TILE: tl.constexpr,
+):
     QUARTER: tl.constexpr = TILE // 4
     if KIND == GAUSSIAN:
         element = tl.arange(0, QUARTER)

@@ -31,21 +31,50 @@ def run(args: argparse.Namespace) -> dict:
         header, records, checks = read(folder / "journal.jsonl")
         tuned = [(f / "model.safetensors").read_bytes() for f in (folder / "model", again)]
         sizes = (folder / "journal.jsonl").stat().st_size, packed.stat().st_size
-    return {"rows": [{
-        "seed": args.seed, "generations": len(records), "members": len(records[0].rewards), "numel": header["numel"],
-        "journal_bytes": sizes[0], "exported_bytes": sizes[1], "model_bytes": len(tuned[0]), "replay_seconds": seconds,
-        "fingerprints": len(checks), "pass": tuned[0] == tuned[1],
-    }]}  # fmt: skip
+    return {
+        "rows": [
+            {
+                "seed": args.seed,
+                "generations": len(records),
+                "members": len(records[0].rewards),
+                "numel": header["numel"],
+                "journal_bytes": sizes[0],
+                "exported_bytes": sizes[1],
+                "model_bytes": len(tuned[0]),
+                "replay_seconds": seconds,
+                "fingerprints": len(checks),
+                "pass": tuned[0] == tuned[1],
+            }
+        ]
+    }
 
 
 def table(result: dict) -> tuple[list[str], list[list[str]]]:
-    headers = ["generations", "members", "weights", "journal, bytes a generation", "exported, bytes a generation",
-               "exported, kB", "the tuned model, kB", "replay, s", "the same bits"]  # fmt: skip
-    return headers, [[
-        str(r["generations"]), str(r["members"]), f"{r['numel']:,}", f"{r['journal_bytes'] / r['generations']:.0f}",
-        f"{r['exported_bytes'] / r['generations']:.0f}", f"{r['exported_bytes'] / 1e3:.1f}",
-        f"{r['model_bytes'] / 1e3:.1f}", f"{r['replay_seconds']:.1f}", "pass" if r["pass"] else "FAIL",
-    ] for r in result["rows"]]  # fmt: skip
+    headers = [
+        "generations",
+        "members",
+        "weights",
+        "journal, bytes a generation",
+        "exported, bytes a generation",
+        "exported, kB",
+        "the tuned model, kB",
+        "replay, s",
+        "the same bits",
+    ]
+    return headers, [
+        [
+            str(r["generations"]),
+            str(r["members"]),
+            f"{r['numel']:,}",
+            f"{r['journal_bytes'] / r['generations']:.0f}",
+            f"{r['exported_bytes'] / r['generations']:.0f}",
+            f"{r['exported_bytes'] / 1e3:.1f}",
+            f"{r['model_bytes'] / 1e3:.1f}",
+            f"{r['replay_seconds']:.1f}",
+            "pass" if r["pass"] else "FAIL",
+        ]
+        for r in result["rows"]
+    ]
 
 
 def _command(*arguments: str) -> list[str]:

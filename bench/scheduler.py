@@ -79,11 +79,17 @@ def instruction(text: str, code: int) -> Instruction:
         raise BenchmarkError(f"the model of the scheduler does not know the instruction {name}")
     pipe = PIPE_OF[kind]
     return Instruction(
-        name, pipe, 4 if name.startswith("IMAD.WIDE") else BUSY[pipe], stall=max(1, code & 15),
-        yields=not code >> 4 & 1, sets=code >> 5 & 7, reads=code >> 8 & 7,
+        name,
+        pipe,
+        4 if name.startswith("IMAD.WIDE") else BUSY[pipe],
+        stall=max(1, code & 15),
+        yields=not code >> 4 & 1,
+        sets=code >> 5 & 7,
+        reads=code >> 8 & 7,
         waits=tuple(b for b in range(6) if code >> 11 >> b & 1),
-        latency=CONVERSION if pipe == "conversion" else LATENCIES.get(kind, CACHED), loads=kind == "LDG",
-    )  # fmt: skip
+        latency=CONVERSION if pipe == "conversion" else LATENCIES.get(kind, CACHED),
+        loads=kind == "LDG",
+    )
 
 
 def with_transfers(trace: list[Instruction], loads: int) -> list[Instruction]:

@@ -44,9 +44,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--generations", type=int, default=5, help="generations to average over (default: 5)")
     parser.add_argument("--workers", type=int, nargs="+", default=WORKERS, help="how many workers")
     parser.add_argument("--member-seconds", type=float, default=30.0, help="of a 7.6B model (default: 30)")
-    parser.add_argument("--update-seconds", type=float, default=6.2e-3, metavar="S",
-                        help="of a 7.6B model's update, per member (default: 0.0062 = 7.6e9 weights x 24 instructions "
-                        "/ (132 x 128 lanes x 1.755 GHz))")  # fmt: skip
+    parser.add_argument(
+        "--update-seconds",
+        type=float,
+        default=6.2e-3,
+        metavar="S",
+        help="of a 7.6B model's update, per member (default: 0.0062 = 7.6e9 weights x 24 instructions "
+        "/ (132 x 128 lanes x 1.755 GHz))",
+    )
     parser.add_argument("--latency", type=float, default=5e-5, help="seconds that a network adds to a round trip")
     parser.add_argument(
         "--bandwidth", type=float, default=12.5e9, help="bytes per second and machine (default: 12.5e9)"
@@ -76,16 +81,24 @@ def run(args: argparse.Namespace) -> dict:
     result = {
         "rows": rows,
         "measured": {
-            "members": len(measured), "member_seconds_mean": float(measured.mean()),
-            "member_seconds_std": float(measured.std()), "member_seconds": measured.tolist(),
-            "update_seconds_per_member": update, "weights_bytes": nbytes,
-            "store_round_trip_seconds": round_trip - args.latency, "store_operation_seconds": operation,
+            "members": len(measured),
+            "member_seconds_mean": float(measured.mean()),
+            "member_seconds_std": float(measured.std()),
+            "member_seconds": measured.tolist(),
+            "update_seconds_per_member": update,
+            "weights_bytes": nbytes,
+            "store_round_trip_seconds": round_trip - args.latency,
+            "store_operation_seconds": operation,
         },
         "assumed": {
-            "latency": args.latency, "bandwidth": args.bandwidth, "member_seconds_7B": args.member_seconds,
-            "update_seconds_per_member_7B": args.update_seconds, "slow_share": SLOW_SHARE, "slow_factor": SLOW,
+            "latency": args.latency,
+            "bandwidth": args.bandwidth,
+            "member_seconds_7B": args.member_seconds,
+            "update_seconds_per_member_7B": args.update_seconds,
+            "slow_share": SLOW_SHARE,
+            "slow_factor": SLOW,
         },
-    }  # fmt: skip
+    }
     return result
 
 
@@ -141,12 +154,21 @@ def simulate(
     exchanged, updates = fleet.exchange(members, workers, costs), fleet.update(members, workers, costs)
     plan = min(updates, key=updates.get)
     return {
-        "kind": "generation", "scenario": scenario, "workers": workers, "members": members, "slow_workers": slow,
-        "seconds_ideal": mean["ideal"], "seconds_static": mean["static"], "seconds_dynamic": mean["dynamic"],
-        "seconds_wait_per_member": mean["wait"], "seconds_exchange": exchanged, "seconds_update_all": updates["all"],
-        "seconds_update_share": updates["share"], "update_plan": plan,
+        "kind": "generation",
+        "scenario": scenario,
+        "workers": workers,
+        "members": members,
+        "slow_workers": slow,
+        "seconds_ideal": mean["ideal"],
+        "seconds_static": mean["static"],
+        "seconds_dynamic": mean["dynamic"],
+        "seconds_wait_per_member": mean["wait"],
+        "seconds_exchange": exchanged,
+        "seconds_update_all": updates["all"],
+        "seconds_update_share": updates["share"],
+        "update_plan": plan,
         "efficiency": mean["ideal"] / (mean["dynamic"] + exchanged + updates[plan]),
-    }  # fmt: skip
+    }
 
 
 def check(measured: np.ndarray, generations: int = 4, members: int = 48, mean: float = 0.04) -> list[dict]:
@@ -164,12 +186,19 @@ def check(measured: np.ndarray, generations: int = 4, members: int = 48, mean: f
             fleet.static(d, slowness) if schedule == "static" else fleet.dynamic(d, slowness, costs)[0]
             for d in durations
         )
-        rows.append({
-            "kind": "check", "schedule": schedule, "workers": 4, "members": members, "slow_workers": slow[-1] > 1,
-            "seconds_measured": seconds, "seconds_simulated": simulated,
-            "seconds_ideal": stats.fmean(fleet.ideal(d, slowness) for d in durations),
-            "pass": abs(seconds / simulated - 1) < 0.25,
-        })  # fmt: skip
+        rows.append(
+            {
+                "kind": "check",
+                "schedule": schedule,
+                "workers": 4,
+                "members": members,
+                "slow_workers": slow[-1] > 1,
+                "seconds_measured": seconds,
+                "seconds_simulated": simulated,
+                "seconds_ideal": stats.fmean(fleet.ideal(d, slowness) for d in durations),
+                "pass": abs(seconds / simulated - 1) < 0.25,
+            }
+        )
     return rows
 
 
@@ -190,50 +219,89 @@ def wire() -> list[dict]:
     known = np.array([b - 8 * n * p for (p, n), b in zip(points, bytes_, strict=True)])
     (per_member, per_process), *_ = np.linalg.lstsq(np.array([(n, p) for p, n in points], float), known, rcond=None)
     rows = [
-        {"kind": "loopback", "workers": p, "members": n, "bytes": b,
-         "fitted": per_member * n + per_process * p + 8 * n * p}
+        {
+            "kind": "loopback",
+            "workers": p,
+            "members": n,
+            "bytes": b,
+            "fitted": per_member * n + per_process * p + 8 * n * p,
+        }
         for (p, n), b in zip(points, bytes_, strict=True)
-    ]  # fmt: skip
+    ]
     for model, parameters in PARAMETERS.items():
         for workers, members in ((8, 32), (64, 256), (1000, 4000)):
             ours, whole = per_member * members + per_process * workers + 8 * members * workers, 2 * parameters
-            totals = dict(zip(WAYS, (ours, ours + whole * (workers - 1), whole * (workers - 1),
-                                     2 * whole * (workers - 1)), strict=True))  # fmt: skip
+            totals = dict(
+                zip(
+                    WAYS,
+                    (ours, ours + whole * (workers - 1), whole * (workers - 1), 2 * whole * (workers - 1)),
+                    strict=True,
+                )
+            )
             rows.append({"kind": "wire", "model": model, "workers": workers, "members": members, "bytes": totals})
     return rows
 
 
 def table(result: dict) -> tuple[list[str], list[list[str]]]:
     """Generations with 4 members a worker, for the numbers of workers that are shown."""
-    headers = ["scenario", "workers", "members", "1 % of workers 5x slower", "ideal, s", "static", "dynamic",
-               "wait for a member, ms", "rewards, s", "update, all, s", "update, shares, s", "efficiency"]  # fmt: skip
+    headers = [
+        "scenario",
+        "workers",
+        "members",
+        "1 % of workers 5x slower",
+        "ideal, s",
+        "static",
+        "dynamic",
+        "wait for a member, ms",
+        "rewards, s",
+        "update, all, s",
+        "update, shares, s",
+        "efficiency",
+    ]
     lines = [
-        [r["scenario"], f"{r['workers']:,}", f"{r['members']:,}", "yes" if r["slow_workers"] else "no",
-         f"{r['seconds_ideal']:.3g}", f"{r['seconds_static'] / r['seconds_ideal']:.2f}x",
-         f"{r['seconds_dynamic'] / r['seconds_ideal']:.2f}x", f"{1e3 * r['seconds_wait_per_member']:.2f}",
-         f"{r['seconds_exchange']:.2g}", f"{r['seconds_update_all']:.2g}", f"{r['seconds_update_share']:.2g}",
-         f"{r['efficiency']:.0%}"]
+        [
+            r["scenario"],
+            f"{r['workers']:,}",
+            f"{r['members']:,}",
+            "yes" if r["slow_workers"] else "no",
+            f"{r['seconds_ideal']:.3g}",
+            f"{r['seconds_static'] / r['seconds_ideal']:.2f}x",
+            f"{r['seconds_dynamic'] / r['seconds_ideal']:.2f}x",
+            f"{1e3 * r['seconds_wait_per_member']:.2f}",
+            f"{r['seconds_exchange']:.2g}",
+            f"{r['seconds_update_all']:.2g}",
+            f"{r['seconds_update_share']:.2g}",
+            f"{r['efficiency']:.0%}",
+        ]
         for r in result["rows"]
         if r["kind"] == "generation" and r["workers"] in SHOWN and r["members"] == 4 * r["workers"]
-    ]  # fmt: skip
+    ]
     return headers, lines
 
 
 def check_table(result: dict) -> tuple[list[str], list[list[str]]]:
     headers = ["handed out", "one process 5x slower", "members", "measured, s", "simulated, s", "measured / ideal"]
     return headers, [
-        [r["schedule"], "yes" if r["slow_workers"] else "no", str(r["members"]), f"{r['seconds_measured']:.3f}",
-         f"{r['seconds_simulated']:.3f}", f"{r['seconds_measured'] / r['seconds_ideal']:.2f}x"]
-        for r in result["rows"] if r["kind"] == "check"
-    ]  # fmt: skip
+        [
+            r["schedule"],
+            "yes" if r["slow_workers"] else "no",
+            str(r["members"]),
+            f"{r['seconds_measured']:.3f}",
+            f"{r['seconds_simulated']:.3f}",
+            f"{r['seconds_measured'] / r['seconds_ideal']:.2f}x",
+        ]
+        for r in result["rows"]
+        if r["kind"] == "check"
+    ]
 
 
 def wire_table(result: dict) -> tuple[list[str], list[list[str]]]:
     headers = ["model", "processes", "members", *WAYS]
     return headers, [
         [r["model"], f"{r['workers']:,}", f"{r['members']:,}", *(_size(r["bytes"][way]) for way in WAYS)]
-        for r in result["rows"] if r["kind"] == "wire"
-    ]  # fmt: skip
+        for r in result["rows"]
+        if r["kind"] == "wire"
+    ]
 
 
 def _size(number: float) -> str:

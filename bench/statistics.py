@@ -67,11 +67,17 @@ def table(result: dict) -> tuple[list[str], list[list[str]]]:
     for r in result["rows"]:
         expected = f"at most {r['bound']:g}" if r["bound"] is not None else f"{r['expected']:.6g}"
         error, deviation = (r[k] is not None for k in ("standard_error", "deviation"))
-        lines.append([
-            r["name"], r["noise"], f"{r['value']:.3g}" if abs(r["value"]) < 0.1 else f"{r['value']:.8g}", expected,
-            f"{r['standard_error']:.2g}" if error else "", f"{r['deviation']:+.2f}" if deviation else "",
-            "pass" if r["pass"] else "FAIL",
-        ])  # fmt: skip
+        lines.append(
+            [
+                r["name"],
+                r["noise"],
+                f"{r['value']:.3g}" if abs(r["value"]) < 0.1 else f"{r['value']:.8g}",
+                expected,
+                f"{r['standard_error']:.2g}" if error else "",
+                f"{r['deviation']:+.2f}" if deviation else "",
+                "pass" if r["pass"] else "FAIL",
+            ]
+        )
     return headers, lines
 
 
@@ -197,13 +203,27 @@ def _box_muller(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _row(name: str, value: float, expected: float, standard_error: float) -> dict:
     deviation = (value - expected) / standard_error
-    return {"name": name, "value": value, "expected": expected, "standard_error": standard_error,
-            "deviation": deviation, "bound": None, "pass": abs(deviation) <= LIMIT}  # fmt: skip
+    return {
+        "name": name,
+        "value": value,
+        "expected": expected,
+        "standard_error": standard_error,
+        "deviation": deviation,
+        "bound": None,
+        "pass": abs(deviation) <= LIMIT,
+    }
 
 
 def _bounded(name: str, value: float, bound: float) -> dict:
-    return {"name": name, "value": value, "expected": None, "standard_error": None,
-            "deviation": None, "bound": bound, "pass": value <= bound}  # fmt: skip
+    return {
+        "name": name,
+        "value": value,
+        "expected": None,
+        "standard_error": None,
+        "deviation": None,
+        "bound": bound,
+        "pass": value <= bound,
+    }
 
 
 def _largest(value: float, n: int) -> dict:
@@ -211,5 +231,12 @@ def _largest(value: float, n: int) -> dict:
     probability = math.exp(n * math.log1p(-math.erfc(value / math.sqrt(2)))) if value > 0 else 0.0
     deviation = normal.inv_cdf(min(max(probability, 1e-300), 1 - 1e-16))
     median = -normal.inv_cdf(-math.expm1(math.log(0.5) / n) / 2)
-    return {"name": "largest |z|", "value": value, "expected": median, "standard_error": None,
-            "deviation": deviation, "bound": None, "pass": abs(deviation) <= LIMIT}  # fmt: skip
+    return {
+        "name": "largest |z|",
+        "value": value,
+        "expected": median,
+        "standard_error": None,
+        "deviation": deviation,
+        "bound": None,
+        "pass": abs(deviation) <= LIMIT,
+    }

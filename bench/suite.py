@@ -208,13 +208,21 @@ class Suite:
         """How a stage ended and, unless it passed, why."""
         began, last = time.monotonic(), [b""]
         command = ["timeout", "-k", str(KILL_AFTER), f"{seconds:.0f}", *command]
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join(
-            filter(None, [str(self.site.tree), os.environ.get("PYTHONPATH")]))}  # fmt: skip
+        environment = {
+            **os.environ,
+            "PYTHONUNBUFFERED": "1",
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(self.site.tree), os.environ.get("PYTHONPATH")])),
+        }
         folder = ROOT if "setup.py" in command else self.site.tree
         process = subprocess.Popen(
-            command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
+            command,
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
         def read() -> None:
             for line in process.stdout:

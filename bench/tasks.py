@@ -38,16 +38,33 @@ def run(args: argparse.Namespace) -> dict:
 
 
 def table(result: dict) -> tuple[list[str], list[list[str]]]:
-    headers = ["task", "held-out problems", "reward before", "reward after", "rose by, standard errors",
-               "accuracy before", "accuracy after", "generations", "seconds, all", "making the base model"]  # fmt: skip
+    headers = [
+        "task",
+        "held-out problems",
+        "reward before",
+        "reward after",
+        "rose by, standard errors",
+        "accuracy before",
+        "accuracy after",
+        "generations",
+        "seconds, all",
+        "making the base model",
+    ]
     lines = [
-        [r["task"], str(r["problems"]), f"{r['reward_before']:.3f} ± {r['error_before']:.3f}",
-         f"{r['reward_after']:.3f} ± {r['error_after']:.3f}",
-         "any" if r["rose"] is None else f"{r['rose']:.0f}",
-         f"{r['accuracy_before']:.1%}", f"{r['accuracy_after']:.1%}",
-         str(r["generations"]), f"{r['seconds']:.0f}", f"{r['seconds_pretraining']:.0f}"]
+        [
+            r["task"],
+            str(r["problems"]),
+            f"{r['reward_before']:.3f} ± {r['error_before']:.3f}",
+            f"{r['reward_after']:.3f} ± {r['error_after']:.3f}",
+            "any" if r["rose"] is None else f"{r['rose']:.0f}",
+            f"{r['accuracy_before']:.1%}",
+            f"{r['accuracy_after']:.1%}",
+            str(r["generations"]),
+            f"{r['seconds']:.0f}",
+            f"{r['seconds_pretraining']:.0f}",
+        ]
         for r in result["rows"]
-    ]  # fmt: skip
+    ]
     return headers, lines
 
 
@@ -63,10 +80,18 @@ def _one(task: str, seed: int, folder: Path, environment: dict) -> dict:
     error = math.hypot(before["eval_reward_se"], after["eval_reward_se"])
     gain = after["eval_reward"] - before["eval_reward"]
     return {
-        "task": task, "seed": seed, "problems": summary["eval_prompts"], "generations": summary["generations"],
-        "reward_before": before["eval_reward"], "error_before": before["eval_reward_se"],
-        "reward_after": after["eval_reward"], "error_after": after["eval_reward_se"],
-        "rose": gain / error if error else None, "accuracy_before": before["eval_accuracy"],
-        "accuracy_after": after["eval_accuracy"], "seconds": seconds, "seconds_pretraining": pretraining,
+        "task": task,
+        "seed": seed,
+        "problems": summary["eval_prompts"],
+        "generations": summary["generations"],
+        "reward_before": before["eval_reward"],
+        "error_before": before["eval_reward_se"],
+        "reward_after": after["eval_reward"],
+        "error_after": after["eval_reward_se"],
+        "rose": gain / error if error else None,
+        "accuracy_before": before["eval_accuracy"],
+        "accuracy_after": after["eval_accuracy"],
+        "seconds": seconds,
+        "seconds_pretraining": pretraining,
         "pass": gain > 2 * error and seconds <= LIMIT,
-    }  # fmt: skip
+    }

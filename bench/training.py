@@ -39,22 +39,29 @@ class Way:
 
 BASE = Way("base")
 MODES = (
-    Way("usual code", "usual"), Way("usual code, summed", "summed"), BASE,
-    Way("base, stochastic", rounding="stochastic"), Way("master", "master"), Way("host", "host"),
-    Way("inplace", "inplace"), Way("float32 model", dtype="float32"),
+    Way("usual code", "usual"),
+    Way("usual code, summed", "summed"),
+    BASE,
+    Way("base, stochastic", rounding="stochastic"),
+    Way("master", "master"),
+    Way("host", "host"),
+    Way("inplace", "inplace"),
+    Way("float32 model", dtype="float32"),
     Way("usual code, float32 model", "usual", dtype="float32"),
-)  # fmt: skip
+)
 SWEEP = tuple(
     Way(f"{noise}, N = {n}", noise=noise, population_size=n)
-    for noise in ("gaussian", "rademacher") for n in (10, 30, 100)
-)  # fmt: skip
+    for noise in ("gaussian", "rademacher")
+    for n in (10, 30, 100)
+)
 SAME = {Way("gaussian, N = 30").name: BASE.name}  # what the sweep needs and the modes have
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=count, default=5, help="seeds 0, 1, ... of each mode (default: 5)")
-    parser.add_argument("--sweep-repeats", type=count, default=3,
-                        help="seeds of each kind of noise and number of members (default: 3)")  # fmt: skip
+    parser.add_argument(
+        "--sweep-repeats", type=count, default=3, help="seeds of each kind of noise and number of members (default: 3)"
+    )
     parser.add_argument("--generations", type=count, default=60, help="of a run (default: 60)")
     parser.add_argument("--prompts", type=count, default=32, help="of a generation (default: 32)")
     parser.add_argument("--eval-every", type=count, default=5, help="generations between evaluations (default: 5)")
@@ -72,11 +79,19 @@ def run(args: argparse.Namespace) -> dict:
 
 def jobs(args: argparse.Namespace) -> list[dict]:
     """Settings of every run, seed by seed, so that a benchmark that is cut short has rows of all ways."""
-    settings = {"generations": args.generations, "prompts_per_generation": args.prompts,
-                "eval_every": args.eval_every, "eval_prompts": args.eval_prompts}  # fmt: skip
+    settings = {
+        "generations": args.generations,
+        "prompts_per_generation": args.prompts,
+        "eval_every": args.eval_every,
+        "eval_prompts": args.eval_prompts,
+    }
     ways = [(w, args.repeats) for w in MODES] + [(w, args.sweep_repeats) for w in SWEEP if w.name not in SAME]
-    return [{"way": asdict(w), "seed": seed, **settings}
-            for seed in range(max(args.repeats, args.sweep_repeats)) for w, n in ways if seed < n]  # fmt: skip
+    return [
+        {"way": asdict(w), "seed": seed, **settings}
+        for seed in range(max(args.repeats, args.sweep_repeats))
+        for w, n in ways
+        if seed < n
+    ]
 
 
 def table(result: dict) -> tuple[list[str], list[list[str]]]:
@@ -88,21 +103,39 @@ def sweep_table(result: dict) -> tuple[list[str], list[list[str]]]:
 
 
 def _table(result: dict, names: Iterable[str]) -> tuple[list[str], list[list[str]]]:
-    headers = ["way", "runs", "generations", "rollouts a run", "accuracy before", "accuracy after",
-               "reward, first generations", "reward, last generations"]  # fmt: skip
+    headers = [
+        "way",
+        "runs",
+        "generations",
+        "rollouts a run",
+        "accuracy before",
+        "accuracy after",
+        "reward, first generations",
+        "reward, last generations",
+    ]
     lines = []
     for name in names:
         rows = of(result, name)
         if not rows:
             continue
         last = max(1, len(rows[0]["reward"]) // 6)
-        spread = [[r["accuracy"][-1] for r in rows], *([mean(r["reward"][part]) for r in rows]
-                  for part in (slice(last), slice(-last, None)))]  # fmt: skip
+        spread = [
+            [r["accuracy"][-1] for r in rows],
+            *([mean(r["reward"][part]) for r in rows] for part in (slice(last), slice(-last, None))),
+        ]
         after, first, final = (f"{mean(x):.3f} ± {stdev(x) if len(x) > 1 else math.nan:.3f}" for x in spread)
-        lines.append([
-            name, str(len(rows)), str(len(rows[0]["reward"])), f"{rows[0]['rollouts']:,}",
-            f"{mean(r['accuracy'][0] for r in rows):.3f}", after, first, final,
-        ])  # fmt: skip
+        lines.append(
+            [
+                name,
+                str(len(rows)),
+                str(len(rows[0]["reward"])),
+                f"{rows[0]['rollouts']:,}",
+                f"{mean(r['accuracy'][0] for r in rows):.3f}",
+                after,
+                first,
+                final,
+            ]
+        )
     return headers, lines
 
 
@@ -179,31 +212,45 @@ def train(settings: dict, folder: Path, model: str) -> dict:
     task = tasks.get("countdown", style=embedded.STYLE)
     if folder.exists():  # of a run that was cut short
         shutil.rmtree(folder)
-    config = ESConfig(**{
-        **embedded.settings("countdown"), **{k: v for k, v in settings.items() if k != "way"},
-        "output_dir": str(folder), "population_size": way.population_size, "noise": way.noise,
-        "weights": "inplace" if usual else way.weights, "rounding": way.rounding,
-        "max_completion_length": task.max_new_tokens, "progress": False, "checkpoint_every": 0,
-    })  # fmt: skip
+    config = ESConfig(
+        **{
+            **embedded.settings("countdown"),
+            **{k: v for k, v in settings.items() if k != "way"},
+            "output_dir": str(folder),
+            "population_size": way.population_size,
+            "noise": way.noise,
+            "weights": "inplace" if usual else way.weights,
+            "rounding": way.rounding,
+            "max_completion_length": task.max_new_tokens,
+            "progress": False,
+            "checkpoint_every": 0,
+        }
+    )
     net, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
     net = net.to(getattr(torch, way.dtype))
     trainer = ESTrainer(
-        net, list(task.reward_funcs), config,
+        net,
+        list(task.reward_funcs),
+        config,
         train_dataset=lambda generation, size: task.train_rows(generation, size, seed),
-        eval_dataset=task.eval_rows(config.eval_prompts), processing_class=tokenizer,
-        metrics={"accuracy": task.accuracy}, engine=greedy.Greedy(net, tokenizer, task.max_new_tokens),
-    )  # fmt: skip
+        eval_dataset=task.eval_rows(config.eval_prompts),
+        processing_class=tokenizer,
+        metrics={"accuracy": task.accuracy},
+        engine=greedy.Greedy(net, tokenizer, task.max_new_tokens),
+    )
     if usual:
         trainer.es.store = UsualWeights(trainer.es.plan, way.noise, summed=way.weights == "summed")
     summary = trainer.train()
     metrics = trainer.folder.read_metrics()
     evaluated = [m for m in metrics if "eval_accuracy" in m]
     return {
-        **settings, "sigma": config.sigma, "lr": config.lr,
+        **settings,
+        "sigma": config.sigma,
+        "lr": config.lr,
         "rollouts": config.generations * way.population_size * config.prompts_per_generation,
         "reward": [round(m["reward_mean"], 4) for m in metrics if "reward_mean" in m],
         "evaluated": [m["generation"] for m in evaluated],
         "accuracy": [round(m["eval_accuracy"], 4) for m in evaluated],
         "drift": next((m["drift"] for m in reversed(metrics) if "drift" in m), None),
         "seconds": summary["seconds"]["total"],
-    }  # fmt: skip
+    }

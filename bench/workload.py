@@ -14,17 +14,23 @@ from . import BenchmarkError
 
 # Of one layer, in units of the model's width: the attention, the MLP, the two norms.
 LAYER = (
-    ("self_attn.qkv_proj", (3, 1)), ("self_attn.o_proj", (1, 1)),
-    ("mlp.gate_proj", (8 / 3, 1)), ("mlp.up_proj", (8 / 3, 1)), ("mlp.down_proj", (1, 8 / 3)),
-    ("input_layernorm", (1,)), ("post_attention_layernorm", (1,)),
-)  # fmt: skip
+    ("self_attn.qkv_proj", (3, 1)),
+    ("self_attn.o_proj", (1, 1)),
+    ("mlp.gate_proj", (8 / 3, 1)),
+    ("mlp.up_proj", (8 / 3, 1)),
+    ("mlp.down_proj", (1, 8 / 3)),
+    ("input_layernorm", (1,)),
+    ("post_attention_layernorm", (1,)),
+)
 SIGMA = 1e-3
 
 
 def model_shapes(numel: int, tensors: int) -> dict[str, tuple[int, ...]]:
     """Names and shapes of `tensors` tensors with about `numel` weights in all: layers, and an embedding."""
-    parts = [(f"model.layers.{i // len(LAYER)}.{LAYER[i % len(LAYER)][0]}.weight", LAYER[i % len(LAYER)][1])
-             for i in range(tensors - 1)]  # fmt: skip
+    parts = [
+        (f"model.layers.{i // len(LAYER)}.{LAYER[i % len(LAYER)][0]}.weight", LAYER[i % len(LAYER)][1])
+        for i in range(tensors - 1)
+    ]
     matrices = sum(math.prod(shape) for _, shape in parts if len(shape) == 2)
     width = math.isqrt(int(0.8 * numel / max(matrices, 1)))  # the embedding gets about a fifth
     width = min(max(1, width - width % 64 if width >= 64 else width), 8192)
@@ -35,8 +41,12 @@ def model_shapes(numel: int, tensors: int) -> dict[str, tuple[int, ...]]:
 
 def make_plan(numel: int, tensors: int, dtype: torch.dtype, device: str = "cpu") -> Plan:
     generator = torch.Generator(device).manual_seed(0)
-    return Plan([(n, torch.empty(s, dtype=dtype, device=device).normal_(0, 0.02, generator=generator))
-                 for n, s in model_shapes(numel, tensors).items()])  # fmt: skip
+    return Plan(
+        [
+            (n, torch.empty(s, dtype=dtype, device=device).normal_(0, 0.02, generator=generator))
+            for n, s in model_shapes(numel, tensors).items()
+        ]
+    )
 
 
 def odd_plan(dtype: torch.dtype, device: str = "cpu") -> Plan:
@@ -49,8 +59,12 @@ def odd_plan(dtype: torch.dtype, device: str = "cpu") -> Plan:
         "cube": ((3, 5, 131), Slice((3, 5, 131), (0, 0, 0))),
         "shard": ((33, 65), Slice((90001, 100003), (89900, 77777))),  # its element numbers exceed 2^32
     }
-    return Plan([(n, torch.empty(s, dtype=dtype).normal_(0, 0.02, generator=generator).to(device), w)
-                 for n, (s, w) in slices.items()])  # fmt: skip
+    return Plan(
+        [
+            (n, torch.empty(s, dtype=dtype).normal_(0, 0.02, generator=generator).to(device), w)
+            for n, (s, w) in slices.items()
+        ]
+    )
 
 
 def verify(backend: str, dtype: torch.dtype, kind: str, members: int, device: str = "cpu") -> None:

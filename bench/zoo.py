@@ -80,9 +80,15 @@ def _train(name: str, folder: Path) -> dict:
     made = tiny_model(name, tokenizer)
     made.save_pretrained(folder / "base")
     settings = ESConfig(
-        output_dir=folder / "run", generations=2, population_size=4, sigma=0.2, lr=0.05, prompts_per_generation=3,
-        max_completion_length=TOKENS, progress=False,
-    )  # fmt: skip
+        output_dir=folder / "run",
+        generations=2,
+        population_size=4,
+        sigma=0.2,
+        lr=0.05,
+        prompts_per_generation=3,
+        max_completion_length=TOKENS,
+        progress=False,
+    )
     rows = [{"prompt": prompt} for prompt in PROMPTS]
     try:
         model = load_model(folder / "base")
@@ -135,6 +141,11 @@ def summary(result: dict) -> tuple[list[str], list[list[str]]]:
     together = [r["together"] for r in result["rows"]]
     headers = [f"architectures of Transformers {result['transformers']}", "work", "of them with padded batches"]
     headers += ["with prompts of one length", "one by one", "refused", "not made", "fail"]
-    return headers, [[str(len(results)), str(results.count(WORKS)), *(
-        str(together.count(kind)) for kind in ("any", "equal lengths", "alone")
-    ), *(str(results.count(kind)) for kind in (REFUSED, NOT_MADE, FAILS))]]  # fmt: skip
+    return headers, [
+        [
+            str(len(results)),
+            str(results.count(WORKS)),
+            *(str(together.count(kind)) for kind in ("any", "equal lengths", "alone")),
+            *(str(results.count(kind)) for kind in (REFUSED, NOT_MADE, FAILS)),
+        ]
+    ]

@@ -40,9 +40,14 @@ trainer = esfast.ESTrainer(
     reward_funcs=distinct_letters,
     engine=engine,
     args=esfast.ESConfig(
-        output_dir=args.out, generations=2 if args.quick else 30, population_size=8, sigma=0.05, lr=0.05,
-        prompts_per_generation=4, max_completion_length=4,
+        output_dir=args.out,
+        generations=2 if args.quick else 30,
+        population_size=8,
+        sigma=0.05,
+        lr=0.05,
+        prompts_per_generation=4,
+        max_completion_length=4,
     ),
     train_dataset=[{"prompt": f"{i}+1="} for i in range(8)],
-)  # fmt: skip
+)
 trainer.train()

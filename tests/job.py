@@ -34,8 +34,17 @@ from esfast.utils import lock
 from esfast.utils.interrupts import signal_of
 
 ROWS = [{"prompt": str(i)} for i in range(4)]
-SETTINGS = {"generations": 6, "population_size": 7, "sigma": 0.02, "lr": 0.02, "prompts_per_generation": 4,
-            "checkpoint_every": 2, "eval_every": 0, "save_best": False, "progress": False}  # fmt: skip
+SETTINGS = {
+    "generations": 6,
+    "population_size": 7,
+    "sigma": 0.02,
+    "lr": 0.02,
+    "prompts_per_generation": 4,
+    "checkpoint_every": 2,
+    "eval_every": 0,
+    "save_best": False,
+    "progress": False,
+}
 # pause: seconds a member takes; slow: rank and factor of one that is slower; at: [rank, generation] of a fault;
 # fault: what happens there, once (in the first life of the job); patience: seconds that a run folder is waited for
 FAULTS = {"pause": 0.0, "slow": [0, 1.0], "at": [0, -1], "fault": "", "dtype": "float32", "patience": lock.PATIENCE}
@@ -102,8 +111,13 @@ def start(processes, *arguments):
     for rank in range(processes):
         child = os.fork()
         if child == 0:
-            os.environ |= {"WORLD_SIZE": str(processes), "RANK": str(rank), "LOCAL_RANK": str(rank),
-                           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+            os.environ |= {
+                "WORLD_SIZE": str(processes),
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            }
             os._exit(status_of(*arguments))
         children.append(child)
     return children

@@ -39,8 +39,16 @@ def trainer(folder, reward=value, rows=ROWS, model=None, metrics=None, at=None, 
             at(made)
         return [str(float(weight.detach().double().sum()))] * len(prompts)
 
-    settings = {"generations": 4, "population_size": 4, "sigma": 0.02, "lr": 0.02, "prompts_per_generation": 2,
-                "eval_every": 0, "checkpoint_every": 1, "progress": False} | settings  # fmt: skip
+    settings = {
+        "generations": 4,
+        "population_size": 4,
+        "sigma": 0.02,
+        "lr": 0.02,
+        "prompts_per_generation": 2,
+        "eval_every": 0,
+        "checkpoint_every": 1,
+        "progress": False,
+    } | settings
     config = esfast.ESConfig(output_dir=str(folder), **settings)
     made = esfast.ESTrainer(model, reward, config, rows, eval_rows, TOKENIZER, metrics, answer)
     return made

@@ -48,15 +48,37 @@ def tensor(values, dtype="float32", **options):
 
 
 RETURNED = {
-    "dict": {"a": 1.0, "b": 2.0}, "set": {1.0, 2.0}, "text": "12", "bytes": b"12", "none": None, "number": 0.5,
-    "0-d array": np.array(1.0), "0-d tensor": tensor(1.0), "rows": np.ones((2, 2)), "nested": [[1.0], [2.0]],
-    "complex": [1j, 0.0], "texts": ["1", "2"], "bytes within": [b"1", b"2"], "huge": [10**400, 1], "vast": [1e308, 1.0],
-    "enormous": [10**5000, 1], "infinite": [float("-inf"), 1.0], "three": [1.0, 2.0, 3.0], "endless": itertools.count(),
-    "objects": [object(), object()], "none is fine": [None, 2], "bools": [True, np.False_], "array": np.array([1, 2]),
-    "float16": np.array([1, 2], dtype=np.float16), "tensor": tensor([1.0, 2.0], requires_grad=True),
-    "bfloat16": tensor([1, 2], "bfloat16"), "column": np.array([[1.0], [2.0]]), "tuple": (1, 2),
-    "decimals": [Decimal(1), Fraction(2)], "bfloat16s": lambda: list(tensor([1, 2], "bfloat16")()),
-}  # fmt: skip
+    "dict": {"a": 1.0, "b": 2.0},
+    "set": {1.0, 2.0},
+    "text": "12",
+    "bytes": b"12",
+    "none": None,
+    "number": 0.5,
+    "0-d array": np.array(1.0),
+    "0-d tensor": tensor(1.0),
+    "rows": np.ones((2, 2)),
+    "nested": [[1.0], [2.0]],
+    "complex": [1j, 0.0],
+    "texts": ["1", "2"],
+    "bytes within": [b"1", b"2"],
+    "huge": [10**400, 1],
+    "vast": [1e308, 1.0],
+    "enormous": [10**5000, 1],
+    "infinite": [float("-inf"), 1.0],
+    "three": [1.0, 2.0, 3.0],
+    "endless": itertools.count(),
+    "objects": [object(), object()],
+    "none is fine": [None, 2],
+    "bools": [True, np.False_],
+    "array": np.array([1, 2]),
+    "float16": np.array([1, 2], dtype=np.float16),
+    "tensor": tensor([1.0, 2.0], requires_grad=True),
+    "bfloat16": tensor([1, 2], "bfloat16"),
+    "column": np.array([[1.0], [2.0]]),
+    "tuple": (1, 2),
+    "decimals": [Decimal(1), Fraction(2)],
+    "bfloat16s": lambda: list(tensor([1, 2], "bfloat16")()),
+}
 
 
 def yields(prompts, completions, **columns):

@@ -139,8 +139,11 @@ def a_fused_qkv_given_as_slices(world):
     # and a DTensor that is itself a part of a whole
     wide = {"q": whole["q"], "kv": torch.cat([whole["k"], whole["v"]])}
     k, v = (distribute_tensor(whole[n].clone(), world, [Shard(0)]) for n in "kv")
-    halves = [("q", distribute_tensor(whole["q"].clone(), world, [Shard(0)])),
-              ("kv", k, Slice((16, 6), (0, 0))), ("kv", v, Slice((16, 6), (8, 0)))]  # fmt: skip
+    halves = [
+        ("q", distribute_tensor(whole["q"].clone(), world, [Shard(0)])),
+        ("kv", k, Slice((16, 6), (0, 0))),
+        ("kv", v, Slice((16, 6), (8, 0))),
+    ]
     for plan, expected in ((Plan(parts), whole), (Plan(halves), wide)):
         reference = Plan([(n, t.clone()) for n, t in expected.items()])
         assert plan.layout == reference.layout
@@ -283,9 +286,14 @@ def moved_memory_is_refused(world):
 def a_mesh_of_two_dimensions(world):
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
     both = [
-        [Shard(0), Shard(1)], [Shard(1), Shard(0)], [Shard(0), Shard(0)], [Shard(1), Shard(1)], [Replicate(), Shard(0)],
-        [Shard(1), Replicate()], [Replicate(), Replicate()],
-    ]  # fmt: skip
+        [Shard(0), Shard(1)],
+        [Shard(1), Shard(0)],
+        [Shard(0), Shard(0)],
+        [Shard(1), Shard(1)],
+        [Replicate(), Shard(0)],
+        [Shard(1), Replicate()],
+        [Replicate(), Replicate()],
+    ]
     for placements in both:
         deepest = max(getattr(p, "dim", 0) for p in placements)
         Twin(mesh, lambda t, p=placements, d=deepest: p if t.dim() > d else None).run()
@@ -342,9 +350,12 @@ def groups_of_ranks(world):
 def main(rank, size, folder):
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size,
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=size,
         timeout=datetime.timedelta(seconds=60),
-    )  # fmt: skip
+    )
     results = {}
     try:
         world = init_device_mesh("cpu", (size,))

@@ -125,8 +125,15 @@ def transformers_tensor_parallel(world):
     folder = Path(sys.argv[3]) / "model"
     if dist.get_rank() == 0:
         torch.manual_seed(0)
-        config = Qwen2Config(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-                             num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=True)  # fmt: skip
+        config = Qwen2Config(
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            tie_word_embeddings=True,
+        )
         Qwen2ForCausalLM(config).save_pretrained(folder)
     dist.barrier()
     whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -142,11 +149,26 @@ def transformers_plans(world):
     """Models cut by the plans that they bring: the same tokens as the whole model's, and the same weights for a plan."""
     import transformers as t
 
-    size = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                num_key_value_heads=4, pad_token_id=0, bos_token_id=1, eos_token_id=2)  # fmt: skip
-    configs = [t.Qwen2Config(**size), t.Qwen2Config(**size, tie_word_embeddings=True), t.Phi3Config(**size),
-               t.Qwen3Config(**size, head_dim=8), t.Gemma2Config(**size, head_dim=8), t.GPTNeoXConfig(**size),
-               t.LlamaConfig(**size | {"vocab_size": 64, "num_hidden_layers": 1}, attention_bias=True)]  # fmt: skip
+    size = dict(
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    configs = [
+        t.Qwen2Config(**size),
+        t.Qwen2Config(**size, tie_word_embeddings=True),
+        t.Phi3Config(**size),
+        t.Qwen3Config(**size, head_dim=8),
+        t.Gemma2Config(**size, head_dim=8),
+        t.GPTNeoXConfig(**size),
+        t.LlamaConfig(**size | {"vocab_size": 64, "num_hidden_layers": 1}, attention_bias=True),
+    ]
     for config in configs:
         name = type(config).__name__
         torch.manual_seed(0)

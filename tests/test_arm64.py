@@ -12,8 +12,16 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
-FLAGS = ["-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd",
-         "-DESFAST_ISA=baseline", f"-I{TESTS.parent / 'csrc'}"]  # fmt: skip
+FLAGS = [
+    "-O3",
+    "-std=c++17",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fopenmp-simd",
+    "-DESFAST_ISA=baseline",
+    f"-I{TESTS.parent / 'csrc'}",
+]
 TOOLS = ("g++", "aarch64-linux-gnu-g++", "qemu-aarch64")
 
 

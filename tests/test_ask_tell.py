@@ -62,10 +62,13 @@ def test_what_is_refused_changes_nothing(same_bits):
     old = es.ask()
     values = [float(c.index) for c in old]
     for words, candidates, fitness in (
-        ("expected 6 numbers", old, values[:-1]), ("each once", old[:-1], values[:-1]),
-        ("each once", [*old[:-1], old[0]], values), ("candidate 2 is nan", old, [0, 1, float("nan"), 3, 4, 5]),
-        ("expected a number", old, [*values[:-1], None]), ("expected a number", old, [*values[:-1], torch.zeros(2)]),
-    ):  # fmt: skip
+        ("expected 6 numbers", old, values[:-1]),
+        ("each once", old[:-1], values[:-1]),
+        ("each once", [*old[:-1], old[0]], values),
+        ("candidate 2 is nan", old, [0, 1, float("nan"), 3, 4, 5]),
+        ("expected a number", old, [*values[:-1], None]),
+        ("expected a number", old, [*values[:-1], torch.zeros(2)]),
+    ):
         with pytest.raises(ValueError, match=words):
             es.tell(candidates, fitness)
     with old[0], pytest.raises(RuntimeError, match="candidate 0 is still in place"), old[1]:

@@ -130,9 +130,24 @@ def test_measurements_stand_beside_predictions():
 
 
 def test_the_table_says_that_it_predicts(tmp_path):
-    row = {"backend": "cuda", "kernel": "update", "noise": "gaussian", "dtype": "bfloat16", "gpu": "H200", "warps_per_scheduler": 4,
-           "cycles": 27.1, "issue_share": 0.9, "alu_share": 0.6, "fma_share": 0.7, "conversion_share": 0.0, "memory_pipe_share": 0.02,
-           "ms": 210.0, "roof_ms": 7.1, "of_copy": 0.03, "measured_ms": None}  # fmt: skip
+    row = {
+        "backend": "cuda",
+        "kernel": "update",
+        "noise": "gaussian",
+        "dtype": "bfloat16",
+        "gpu": "H200",
+        "warps_per_scheduler": 4,
+        "cycles": 27.1,
+        "issue_share": 0.9,
+        "alu_share": 0.6,
+        "fma_share": 0.7,
+        "conversion_share": 0.0,
+        "memory_pipe_share": 0.02,
+        "ms": 210.0,
+        "roof_ms": 7.1,
+        "of_copy": 0.03,
+        "measured_ms": None,
+    }
     hardware = {"cpu": "a CPU", "cores": 2, "memory_gib": 8, "gpu": None, "gpu_memory_gib": None}
     versions = {"esfast": "1", "torch": "2", "python": "3", "instruction_set": "avx2", "compiler": "GCC"}
     provenance = {

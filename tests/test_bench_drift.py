@@ -98,7 +98,7 @@ def biased(plan):
     ("way", "make"),
     [("base", broken_restore), ("base, stochastic", biased), ("master", lambda plan: MODES["base"](plan, Rule()))],
     ids=["a bit stays", "a biased update", "a master that rounds"],
-)  # fmt: skip
+)
 def test_a_wrong_mode_fails(way, make, monkeypatch, tmp_path, capsys):
     ways = [dataclasses.replace(w, make=make) for w in drift.WAYS if w.name == way]
     monkeypatch.setattr(drift, "WAYS", ways)

@@ -33,9 +33,13 @@ KINDS = ("gaussian", "rademacher")
 
 @pytest.mark.parametrize(
     "model, count",
-    [("Qwen2.5-0.5B", 494_032_768), ("Qwen2.5-1.5B", 1_543_714_304), ("Qwen2.5-7B", 7_615_616_512),
-     ("Llama-3.1-8B", 8_030_261_248)],
-)  # fmt: skip
+    [
+        ("Qwen2.5-0.5B", 494_032_768),
+        ("Qwen2.5-1.5B", 1_543_714_304),
+        ("Qwen2.5-7B", 7_615_616_512),
+        ("Llama-3.1-8B", 8_030_261_248),
+    ],
+)
 def test_totals_are_the_published_ones(model, count):
     assert models.numel(models.parameters(models.MODELS[model])) == count
 
@@ -47,9 +51,14 @@ def test_names_and_shapes_are_those_of_transformers(name):
     m = models.MODELS[name]
     family = "Qwen2" if m.qkv_bias else "Llama"
     config = getattr(transformers, f"{family}Config")(
-        hidden_size=m.hidden, num_hidden_layers=m.layers, num_attention_heads=m.heads, num_key_value_heads=m.kv_heads,
-        intermediate_size=m.intermediate, vocab_size=m.vocab, tie_word_embeddings=m.tied,
-    )  # fmt: skip
+        hidden_size=m.hidden,
+        num_hidden_layers=m.layers,
+        num_attention_heads=m.heads,
+        num_key_value_heads=m.kv_heads,
+        intermediate_size=m.intermediate,
+        vocab_size=m.vocab,
+        tie_word_embeddings=m.tied,
+    )
     with torch.device("meta"):
         model = getattr(transformers, f"{family}ForCausalLM")(config)
     wanted = [(n, tuple(p.shape)) for n, p in model.named_parameters()]
@@ -234,8 +243,11 @@ def test_figures_of_a_cpu_are_never_a_gpus(result, tmp_path):
 
 
 def test_the_summary_keeps_the_rows_where_a_rival_is_faster(result):
-    rows = [dict(r, device="cuda", **{f"ratio_to_{x}": 2.0 for x in ("today", "today_kept", "randn4x")})
-            for r in result["rows"] if r["op"] != "memory"]  # fmt: skip
+    rows = [
+        dict(r, device="cuda", **{f"ratio_to_{x}": 2.0 for x in ("today", "today_kept", "randn4x")})
+        for r in result["rows"]
+        if r["op"] != "memory"
+    ]
     _, lines = gpu.summary({"rows": rows})
     assert {line[3] for line in lines} == {"bfloat16"} and len(lines) == 11
     for rival in ("today", "today_kept", "randn4x"):
@@ -347,8 +359,12 @@ def test_todays_update_is_scaled_where_time_is_short(tmp_path, capsys):
         "today_kept:": [gpu_race.Lap(1.0, 1.0, 1.0)],
     }
     assert gpu_race.figures(laps, "today", 3.0) == {
-        "today_variant": None, "today_ms_median": 9.0, "today_ms_min": 6.0, "today_repeats": 2, "today_host_us_median": 120.0
-    }  # fmt: skip
+        "today_variant": None,
+        "today_ms_median": 9.0,
+        "today_ms_min": 6.0,
+        "today_repeats": 2,
+        "today_host_us_median": 120.0,
+    }
     copies = {"copy:flat": [gpu_race.Lap(2.0, 1.0, 1.0)], "copy:each": [gpu_race.Lap(1.0, 1.0, 1.0)]}
     assert gpu_race.figures(copies, "copy", 1)["copy_variant"] == "each"
 

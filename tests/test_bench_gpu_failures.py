@@ -18,9 +18,16 @@ BACKEND = "triton" if DEVICE == "cuda" else "cpu"  # interpreted kernels are too
 
 def job(**changes):
     return {
-        "device": DEVICE, "todo": [("tiny", "bfloat16")], "noise": ["gaussian"], "members": 3, "repeats": 1,
-        "backends": [BACKEND], "without": [], "had": [], "seconds": 600.0,
-    } | changes  # fmt: skip
+        "device": DEVICE,
+        "todo": [("tiny", "bfloat16")],
+        "noise": ["gaussian"],
+        "members": 3,
+        "repeats": 1,
+        "backends": [BACKEND],
+        "without": [],
+        "had": [],
+        "seconds": 600.0,
+    } | changes
 
 
 @pytest.fixture
@@ -50,8 +57,20 @@ def test_a_backend_that_differs_in_one_bit_is_not_timed(where, monkeypatch, quic
 def test_figures_of_a_backend_that_turns_out_wrong_are_withdrawn():
     saved = []
     result, todo = gpu.Result(lambda found: saved.append(json.loads(json.dumps(found)))), job()
-    rows = [{"row": {"model": "tiny", "dtype": "float32", "op": "update", "noise": "gaussian", "backend": b, "began": 0,
-                     "ended": 1}} for b in ("good", "bad")]  # fmt: skip
+    rows = [
+        {
+            "row": {
+                "model": "tiny",
+                "dtype": "float32",
+                "op": "update",
+                "noise": "gaussian",
+                "backend": b,
+                "began": 0,
+                "ended": 1,
+            }
+        }
+        for b in ("good", "bad")
+    ]
     wrong = {"left_out": {"backend": "bad", "reason": "a bit", "failed": True, "everywhere": True}}
     assert not result.take(iter([*rows, wrong]), todo)
     assert [r["backend"] for r in saved[1]["rows"]] == ["good", "bad"] and todo["without"] == ["ours:bad"]
@@ -125,9 +144,9 @@ def test_an_error_that_the_gpu_does_not_survive_ends_the_process_and_not_the_ben
         pass
     assert len(jobs) == 2 and jobs[1]["had"][0] == ["perturb", "gaussian"] and todo["todo"] == []
     rows = [(r["op"], r["backend"]) for r in result.found()["rows"]]
-    assert sorted(rows) == sorted([
-        ("perturb", BACKEND), ("perturb", "reference"), ("update", BACKEND), ("memory", BACKEND)
-    ])  # fmt: skip
+    assert sorted(rows) == sorted(
+        [("perturb", BACKEND), ("perturb", "reference"), ("update", BACKEND), ("memory", BACKEND)]
+    )
     (left_out,) = result.found()["left_out"]
     assert left_out["contender"] == "ours:reference" and left_out["op"] == "update" and left_out["failed"]
     assert left_out["reason"] == "CUDA error: an illegal memory access was encountered"
@@ -208,9 +227,10 @@ def test_what_does_not_fit_or_has_no_time_is_left_out_aloud(monkeypatch, capsys,
     result = gpu.Result(lambda found: None)
     assert not result.take(gpu_rows.events(work), work) or not work["todo"]
     assert [(r["dtype"], r["reason"], r.get("failed", False)) for r in result.found()["left_out"]] == [
-        ("float32", "no room", False), ("bfloat16", "no time was left of 0 s", False),
+        ("float32", "no room", False),
+        ("bfloat16", "no time was left of 0 s", False),
         ("float16", "no time was left of 0 s", False),
-    ]  # fmt: skip
+    ]
     work = job(seconds=600.0)
     (left_out,) = [e["left_out"] for e in gpu_rows.events(work) if "left_out" in e]
     assert (left_out["reason"], left_out["failed"]) == ("CUDA out of memory.", False)
@@ -258,8 +278,9 @@ def test_what_a_gpu_is_asked_for(monkeypatch, quick):
     assert found["rows"][-1]["extra_bytes"] == found["rows"][-1]["today_extra_bytes"] == 1000
     reasons = [(x.get("backend"), x.get("model"), x["reason"], x.get("failed", False)) for x in found["left_out"]]
     assert reasons == [
-        ("cuda", None, "not ready: not built: no nvcc", True), ("triton", None, "not ready: no driver", True),
+        ("cuda", None, "not ready: not built: no nvcc", True),
+        ("triton", None, "not ready: no driver", True),
         (None, "Qwen2.5-7B", "needs 31.3 GiB of GPU memory, and 0.0 are free", False),
-    ]  # fmt: skip
+    ]
     headers, lines = gpu.readme_table(found)
     assert all(len(line) == len(headers) for line in lines) and len(lines) == 10

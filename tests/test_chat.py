@@ -141,8 +141,10 @@ def test_what_a_dataset_adds_to_records_is_left_out(tokenizer):
     wanted = chat.render(rows, tokenizer, options)
     assert chat.render(datasets.Dataset.from_list(rows), tokenizer, options) == wanted
     assert wanted[0].endswith("1[{'name': 'x'}]a") and wanted[1].endswith("2[{'name': 'y', 'more': 1}]default")
-    as_json = [{**row, "tools": json.dumps(row["tools"]), "chat_template_kwargs": json.dumps(row["chat_template_kwargs"])}
-               for row in rows]  # fmt: skip
+    as_json = [
+        {**row, "tools": json.dumps(row["tools"]), "chat_template_kwargs": json.dumps(row["chat_template_kwargs"])}
+        for row in rows
+    ]
     assert chat.render(as_json, tokenizer, options) == wanted
 
 

@@ -20,8 +20,19 @@ from esfast.cli.presets import PRESETS
 from esfast.cli.run_options import FIELDS, TRAIN_DEFAULTS, RunOptions
 from esfast.tasks import embedded
 
-FEW = ["--generations", "2", "--population-size", "4", "--prompts-per-generation", "4", "--eval-prompts", "6",
-       "--max-completion-length", "4", "--no-progress"]  # fmt: skip
+FEW = [
+    "--generations",
+    "2",
+    "--population-size",
+    "4",
+    "--prompts-per-generation",
+    "4",
+    "--eval-prompts",
+    "6",
+    "--max-completion-length",
+    "4",
+    "--no-progress",
+]
 
 
 @pytest.fixture(scope="module")
@@ -127,9 +138,11 @@ def test_presets_are_the_papers_settings_and_options_override_them(capsys, tmp_p
     assert settings.keys() == FIELDS.keys() and settings["seed"] == 7 and settings["train_prompts"] == 200
     assert settings["model"] == "Qwen/Qwen2.5-3B-Instruct" and settings["max_completion_length"] == 1024
     for name in PRESETS:
-        settings = config_of(["--preset", name, "--style", "paper", "--data", DATA], capsys) if "math" in name else (
-            config_of(["--preset", name], capsys)
-        )  # fmt: skip
+        settings = (
+            config_of(["--preset", name, "--style", "paper", "--data", DATA], capsys)
+            if "math" in name
+            else (config_of(["--preset", name], capsys))
+        )
         assert settings["sigma"] == 1e-3 and settings["lr"] == 5e-4 and settings["population_size"] in (30, 32)
     assert not list(tmp_path.iterdir())
 
@@ -262,8 +275,17 @@ HEAVY = (
 )
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["eval", "--help"], ["bench", "--help"], ["train", "--sigma"],
-                                       ["--debug", "train", "--help"]])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["train", "--help"],
+        ["eval", "--help"],
+        ["bench", "--help"],
+        ["train", "--sigma"],
+        ["--debug", "train", "--help"],
+    ],
+)
 def test_helps_and_wrong_options_do_not_wait_for_torch(arguments):
     code = f"""import sys
 from esfast import cli

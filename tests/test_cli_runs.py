@@ -35,11 +35,39 @@ def trained(tiny, tmp_path_factory):
     (folder / "p.jsonl").write_text("".join(json.dumps({"prompt": f"say {i}"}) + "\n" for i in range(40)))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        assert cli.main([
-            "train", "--model", tiny, "--task", "file:p.jsonl", "--reward", "run_rewards:brevity", "run_rewards:words",
-            "--reward-weights", "1", "3", "--out", "run", "--generations", "2", "--population-size", "4", "--sigma", "0.02",
-            "--prompts-per-generation", "3", "--eval-prompts", "6", "--max-completion-length", "5", "--no-progress",
-        ]) == 0  # fmt: skip
+        assert (
+            cli.main(
+                [
+                    "train",
+                    "--model",
+                    tiny,
+                    "--task",
+                    "file:p.jsonl",
+                    "--reward",
+                    "run_rewards:brevity",
+                    "run_rewards:words",
+                    "--reward-weights",
+                    "1",
+                    "3",
+                    "--out",
+                    "run",
+                    "--generations",
+                    "2",
+                    "--population-size",
+                    "4",
+                    "--sigma",
+                    "0.02",
+                    "--prompts-per-generation",
+                    "3",
+                    "--eval-prompts",
+                    "6",
+                    "--max-completion-length",
+                    "5",
+                    "--no-progress",
+                ]
+            )
+            == 0
+        )
     return folder
 
 
@@ -88,8 +116,29 @@ def test_what_contradicts_the_run_is_refused_by_its_flag(project, arguments, mes
 
 
 def test_resume_where_nothing_is_yet_begins(project, tiny):
-    assert cli.main(["train", "--out", "new", "--resume", "--model", tiny, "--generations", "1", "--population-size", "2",
-                     "--prompts-per-generation", "1", "--eval-prompts", "1", "--max-completion-length", "2"]) == 0  # fmt: skip
+    assert (
+        cli.main(
+            [
+                "train",
+                "--out",
+                "new",
+                "--resume",
+                "--model",
+                tiny,
+                "--generations",
+                "1",
+                "--population-size",
+                "2",
+                "--prompts-per-generation",
+                "1",
+                "--eval-prompts",
+                "1",
+                "--max-completion-length",
+                "2",
+            ]
+        )
+        == 0
+    )
     assert settings_of(project / "new")["population_size"] == 2
 
 
@@ -110,10 +159,23 @@ def test_resume_needs_to_know_which_run(project, capsys):
 
 def in_python(folder, tiny):
     model, tokenizer = load(tiny)
-    args = esfast.ESConfig(output_dir=str(folder), generations=1, population_size=2, prompts_per_generation=1, sigma=0.01,
-                           max_completion_length=4, progress=False)  # fmt: skip
-    esfast.ESTrainer(model, lambda completions, **_: [float(len(c)) for c in completions], args, [{"prompt": "say 1"}],
-                     None, tokenizer).train()  # fmt: skip
+    args = esfast.ESConfig(
+        output_dir=str(folder),
+        generations=1,
+        population_size=2,
+        prompts_per_generation=1,
+        sigma=0.01,
+        max_completion_length=4,
+        progress=False,
+    )
+    esfast.ESTrainer(
+        model,
+        lambda completions, **_: [float(len(c)) for c in completions],
+        args,
+        [{"prompt": "say 1"}],
+        None,
+        tokenizer,
+    ).train()
 
 
 def load(path):
@@ -147,8 +209,23 @@ def test_a_model_is_asked_what_its_run_was_trained_on(project, model, capsys):
 
 
 def test_options_override_what_the_run_says(project, tiny, capsys):
-    assert cli.main(["eval", "--model", "run", "--samples", "3", "--max-completion-length", "2", "--reward",
-                     "run_rewards:brevity", "--json"]) == 0  # fmt: skip
+    assert (
+        cli.main(
+            [
+                "eval",
+                "--model",
+                "run",
+                "--samples",
+                "3",
+                "--max-completion-length",
+                "2",
+                "--reward",
+                "run_rewards:brevity",
+                "--json",
+            ]
+        )
+        == 0
+    )
     result = json.loads(capsys.readouterr().out)
     assert result["mean_length"] <= 2 * LONGEST_TOKEN and result["reward"] == -result["mean_length"]
     assert cli.main(["eval", "--model", "run/model", "--task", "countdown", "--samples", "2", "--json"]) == 0
@@ -264,8 +341,21 @@ def test_where_the_locale_has_no_letters_for_a_prompt_or_a_name(project, tiny):
     rows = [{"prompt": f"wie heißt {i} 東京?"} for i in range(20)]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     (project / "p.jsonl").write_text(text, encoding="utf-8")
-    arguments = ["eval", "--model", tiny, "--task", "file:p.jsonl", "--reward", "run_rewards:words", "--samples", "1",
-                 "--max-completion-length", "2", "--save", "out.jsonl"]  # fmt: skip
+    arguments = [
+        "eval",
+        "--model",
+        tiny,
+        "--task",
+        "file:p.jsonl",
+        "--reward",
+        "run_rewards:words",
+        "--samples",
+        "1",
+        "--max-completion-length",
+        "2",
+        "--save",
+        "out.jsonl",
+    ]
     done = subprocess.run([sys.executable, "-m", "esfast", *arguments], env=os.environ | ASCII, capture_output=True)
     assert done.returncode == 0, done.stderr
     assert "東京" in json.loads((project / "out.jsonl").read_text(encoding="utf-8").splitlines()[0])["prompt"]

@@ -35,8 +35,11 @@ def sampled(found, seconds=10.0):
 
 
 def test_samples_of_the_time_between(tool):
-    tool("nvidia-smi", 'echo "$@" >&2; echo "1755, 2619, 640.12, 61, 0x0000000000000005"; '
-                       'echo "1980, 2619, 412.50, 60, 0x0000000000000000"; sleep 60\n')  # fmt: skip
+    tool(
+        "nvidia-smi",
+        'echo "$@" >&2; echo "1755, 2619, 640.12, 61, 0x0000000000000005"; '
+        'echo "1980, 2619, 412.50, 60, 0x0000000000000000"; sleep 60\n',
+    )
     with Clocks() as found:
         while len(found._samples) < 2:
             sampled(found)
@@ -44,10 +47,18 @@ def test_samples_of_the_time_between(tool):
         both, early = found.between(began - 1, time.time()), found.between(began - 9, began - 8)
         process = found._process
     assert process.poll() is not None, "it ends with the block"
-    assert both == {"clocks": {
-        "sm_mhz": 1867.5, "sm_mhz_min": 1755.0, "memory_mhz": 2619.0, "power_w": 526.31, "power_w_max": 640.12,
-        "temperature_c": 61.0, "throttled": ["power cap"], "samples": 2,
-    }}  # fmt: skip
+    assert both == {
+        "clocks": {
+            "sm_mhz": 1867.5,
+            "sm_mhz_min": 1755.0,
+            "memory_mhz": 2619.0,
+            "power_w": 526.31,
+            "power_w_max": 640.12,
+            "temperature_c": 61.0,
+            "throttled": ["power cap"],
+            "samples": 2,
+        }
+    }
     assert early["clocks"]["samples"] == 1, "a time too short for a sample has the nearest one"
     assert clocks.text(both) == "1868 (power cap)" and clocks.text({"clocks": None}) == clocks.text({}) == "?"
 
@@ -87,8 +98,10 @@ def text_of(kernels=3, units=True):
     """As ncu --csv --page raw writes: lines of its own, names, units, a line for each kernel."""
     unit = ["", "", "", "us", "%", "%", "%", "inst", "cycle", "Mbyte", "Mbyte", "register/thread"]
     lines = ["==PROF== Connected to process 1", NAMES, *[unit] * units]
-    lines += [[str(i), "1", "add_noise_kernel", "12.5", "91.2", "55", "40", "1,048,576", "20,000", "2.097152", "2.1", "80"]
-              for i in range(kernels)]  # fmt: skip
+    lines += [
+        [str(i), "1", "add_noise_kernel", "12.5", "91.2", "55", "40", "1,048,576", "20,000", "2.097152", "2.1", "80"]
+        for i in range(kernels)
+    ]
     return "\n".join(x if isinstance(x, str) else ",".join(f'"{cell}"' for cell in x) for x in lines) + "\n"
 
 
@@ -111,12 +124,15 @@ def test_rows_of_ncus_text(monkeypatch):
 
 def test_ncu_is_run_over_every_launch_and_its_failure_costs_one_backend(tool, monkeypatch, tmp_path):
     (tmp_path / "text").write_text(text_of())
-    tool("ncu", f"""
+    tool(
+        "ncu",
+        f"""
 echo "$@" >>{tmp_path}/log
 while [ "$1" != --log-file ]; do shift; done
 case "$*" in *"launch('triton'"*) echo 'no counters' >&2; exit 3;; esac
 cp {tmp_path}/text "$2"
-""")  # fmt: skip
+""",
+    )
     tool("nvidia-smi", "exit 1\n")
     monkeypatch.setattr(profile.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(profile, "_multiprocessors", lambda: 132)
@@ -125,7 +141,7 @@ cp {tmp_path}/text "$2"
     assert [(r["backend"], r["kernel"]) for r in found["rows"]] == [("cuda", kernel) for kernel in profile.LAUNCHES]
     assert found["left_out"] == [
         {"backend": "triton", "reason": "ncu ended with status 3: no counters", "failed": True}
-    ]  # fmt: skip
+    ]
     command = (tmp_path / "log").read_text()
     assert (
         "--clock-control none" in command and "launch('cuda', 'cuda', 1048576, ['bfloat16'], ['rademacher'])" in command
@@ -137,8 +153,10 @@ def test_what_ncu_looks_at_launches_every_kernel_in_order(monkeypatch):
     monkeypatch.setattr(profile, "add_noise_", lambda plan, seeds, coeffs, **o: calls.append((len(seeds), o["noise"])))
     kinds = ["gaussian", "rademacher"]
     profile.launch("cpu", "cpu", 100, ["bfloat16", "float32"], kinds)
-    expected = [({"restore": 0, "perturb": 1}.get(what, profile.MEMBERS), kind)
-                for _, kind, what in profile.cases(["bfloat16", "float32"], kinds)]  # fmt: skip
+    expected = [
+        ({"restore": 0, "perturb": 1}.get(what, profile.MEMBERS), kind)
+        for _, kind, what in profile.cases(["bfloat16", "float32"], kinds)
+    ]
     assert calls == expected and len(calls) == 10
 
 

@@ -23,15 +23,23 @@ PAIRS = {"population_size": 8, "mirrored": True, "shaping": "centered_rank"}
 BENCH = {
     "quadratic": (Quadratic, 0.05, {"generations": 60, "population_size": 20, "sigma": 0.05, "lr": 0.1}),
     "rosenbrock, 2-D": (
-        lambda: Rosenbrock([-1.2, 1.0], 100), 0.25, {"generations": 800, "sigma": 0.05, "lr": 0.2, **PAIRS},
+        lambda: Rosenbrock([-1.2, 1.0], 100),
+        0.25,
+        {"generations": 800, "sigma": 0.05, "lr": 0.2, **PAIRS},
     ),
     # steepness 100 has a condition number of thousands in 10-D, and costs a method of first order as many generations
     "rosenbrock, 10-D": (
-        lambda: Rosenbrock([0.0] * 10, 10), 0.3, {"generations": 400, "sigma": 0.05, "lr": 0.6, **PAIRS, "population_size": 20},
+        lambda: Rosenbrock([0.0] * 10, 10),
+        0.3,
+        {"generations": 400, "sigma": 0.05, "lr": 0.6, **PAIRS, "population_size": 20},
     ),
-    "logistic regression": (LogisticRegression, 0.02, {"generations": 80, "population_size": 10, "sigma": 0.05, "lr": 0.2}),
+    "logistic regression": (
+        LogisticRegression,
+        0.02,
+        {"generations": 80, "population_size": 10, "sigma": 0.05, "lr": 0.2},
+    ),
     "cart-pole": (CartPole, 0.0, {"generations": 15, "population_size": 10, "sigma": 0.3, "lr": 0.5}),
-}  # fmt: skip
+}
 CHEAP = ("quadratic", "logistic regression")
 
 
@@ -122,8 +130,17 @@ def check_gradient(noise, mirrored, weights="base", d=50, n=600, sigma=1e-2):
     for seed in SEEDS:
         theta = torch.zeros(d)
         gradient = curvature * (optimum - theta)
-        es = ES([("theta", theta)], sigma=sigma, lr=1.0, population_size=n, seed=seed, mirrored=mirrored, noise=noise,
-                weights=weights, shaping=lambda rewards: [(r - math.fsum(rewards) / n) / sigma for r in rewards])  # fmt: skip
+        es = ES(
+            [("theta", theta)],
+            sigma=sigma,
+            lr=1.0,
+            population_size=n,
+            seed=seed,
+            mirrored=mirrored,
+            noise=noise,
+            weights=weights,
+            shaping=lambda rewards: [(r - math.fsum(rewards) / n) / sigma for r in rewards],
+        )
         for member in es.population():
             member.reward = -float((curvature * (theta - optimum).square()).sum() / 2)
         es.step()

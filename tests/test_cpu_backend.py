@@ -28,9 +28,19 @@ SIZES = st.one_of(st.integers(1, 9), st.sampled_from((31, 32, 33, 63, 64, 65, 12
 
 def run_cpu(plan, base, seeds, coeffs, kind, threads=1, instruction_set=None):
     _cpu.add_noise(
-        plan.table(base).rows, np.array(seeds, dtype=np.uint64), np.array(coeffs, dtype=np.float32), DOMAINS[kind],
-        False, 0.0, 0, 0, 0, (0.0,) * 4, threads, instruction_set or _cpu.instruction_sets()[0],
-    )  # fmt: skip
+        plan.table(base).rows,
+        np.array(seeds, dtype=np.uint64),
+        np.array(coeffs, dtype=np.float32),
+        DOMAINS[kind],
+        False,
+        0.0,
+        0,
+        0,
+        0,
+        (0.0,) * 4,
+        threads,
+        instruction_set or _cpu.instruction_sets()[0],
+    )
 
 
 def weights_of_all_sorts(dtype, numel, rng):

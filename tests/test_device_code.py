@@ -28,8 +28,9 @@ def test_nvcc_compiles_the_definition_as_written(arch, tmp_path):
     source.write_text(KERNEL)
     done = subprocess.run(
         ["nvcc", "-std=c++17", f"-arch={arch}", "-ptx", f"-I{CSRC}", source, "-o", tmp_path / "fill.ptx"],
-        capture_output=True, text=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     ptx = (tmp_path / "fill.ptx").read_text()
     counts = {op: len(re.findall(rf"\b{op}\.rn\.f32", ptx)) for op in ("fma", "mul", "add")}

@@ -83,8 +83,10 @@ def test_groups_of_ranks_run(tiny, tmp_path, monkeypatch):
             "model": model,
             "evaluate": lambda model: float(torch.rand(())),
         }
-        loop, training = (code.replace('"cuda"', '"cpu"').replace("shards=4", "shards=1").replace("(100)", "(2)")
-                          for code in blocks("distributed.md"))  # fmt: skip
+        loop, training = (
+            code.replace('"cuda"', '"cpu"').replace("shards=4", "shards=1").replace("(100)", "(2)")
+            for code in blocks("distributed.md")
+        )
         exec(loop, scope)
         assert scope["es"].generation == 2
         assert not any(torch.equal(p.full_tensor(), old) for p, old in zip(model.parameters(), before, strict=True))

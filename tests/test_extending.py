@@ -56,10 +56,20 @@ def length(prompts, completions, **columns):
 
 
 def config(folder, **changes):
-    return esfast.ESConfig(output_dir=str(folder), **{
-        "generations": 2, "population_size": 4, "sigma": 0.1, "lr": 0.1, "prompts_per_generation": 3,
-        "max_completion_length": 1, "eval_every": 0, "progress": False, **changes,
-    })  # fmt: skip
+    return esfast.ESConfig(
+        output_dir=str(folder),
+        **{
+            "generations": 2,
+            "population_size": 4,
+            "sigma": 0.1,
+            "lr": 0.1,
+            "prompts_per_generation": 3,
+            "max_completion_length": 1,
+            "eval_every": 0,
+            "progress": False,
+            **changes,
+        },
+    )
 
 
 def test_an_engine_and_an_evaluator(tmp_path, model):
@@ -96,8 +106,12 @@ def test_optimizers(tmp_path, model, text, same_bits):
     plan = esfast.Plan([(n, p.clone()) for n, p in before if "norm" in n])
     esfast.journal.replay(plan, trainer.folder.journal)
     assert same_bits(plan.tensors, trainer.es.plan.tensors)
-    moved = torch.cat([(t - old).flatten() for t, (_, old) in zip(
-        trainer.es.plan.tensors, [(n, p) for n, p in before if "norm" in n], strict=True)])  # fmt: skip
+    moved = torch.cat(
+        [
+            (t - old).flatten()
+            for t, (_, old) in zip(trainer.es.plan.tensors, [(n, p) for n, p in before if "norm" in n], strict=True)
+        ]
+    )
     if text == "sign_momentum":  # two steps of 0.01, up or down
         assert torch.allclose(moved.abs().sort().values[-10:], torch.tensor(0.02), atol=1e-5)
     assert moved.abs().max() > 1e-3
@@ -146,9 +160,23 @@ def test_a_task(tmp_path, monkeypatch, capsys):
     assert not {r["prompt"] for r in rows} & {r["prompt"] for r in held_out}
     assert task.reward_funcs[0](prompts=["", ""], completions=["even", "odd"], even=[True, True]) == [1.0, 0.0]
     folder = embedded.build(tmp_path / "tiny", steps=1, progress=False)
-    options = ["--task", "parity:task", "--model", str(folder), "--generations", "1", "--population-size", "2",
-               "--prompts-per-generation", "2", "--eval-prompts", "2", "--max-completion-length", "2",
-               "--no-progress"]  # fmt: skip
+    options = [
+        "--task",
+        "parity:task",
+        "--model",
+        str(folder),
+        "--generations",
+        "1",
+        "--population-size",
+        "2",
+        "--prompts-per-generation",
+        "2",
+        "--eval-prompts",
+        "2",
+        "--max-completion-length",
+        "2",
+        "--no-progress",
+    ]
     assert cli.main(["train", *options, "--out", "run"]) == 0
     assert "parity" in capsys.readouterr().out + (tmp_path / "run" / "config.yaml").read_text()
 

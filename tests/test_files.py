@@ -28,13 +28,26 @@ def umask(request):
 def test_everything_that_a_run_writes_has_the_rights_that_the_umask_gives(tmp_path, umask):
     torch.manual_seed(0)
     tokenizer = embedded.make_tokenizer()
-    args = esfast.ESConfig(output_dir=str(tmp_path / "new" / "run"), generations=2, population_size=2, checkpoint_every=1,
-                           prompts_per_generation=1, max_completion_length=2, sigma=0.1, lr=0.1, progress=False)  # fmt: skip
+    args = esfast.ESConfig(
+        output_dir=str(tmp_path / "new" / "run"),
+        generations=2,
+        population_size=2,
+        checkpoint_every=1,
+        prompts_per_generation=1,
+        max_completion_length=2,
+        sigma=0.1,
+        lr=0.1,
+        progress=False,
+    )
     rows = [{"prompt": f"{i}\n"} for i in range(3)]
     esfast.ESTrainer(
-        embedded.make_model(tokenizer), lambda completions, **_: [float(len(set(c))) for c in completions], args, rows,
-        rows, tokenizer,
-    ).train()  # fmt: skip
+        embedded.make_model(tokenizer),
+        lambda completions, **_: [float(len(set(c))) for c in completions],
+        args,
+        rows,
+        rows,
+        tokenizer,
+    ).train()
     found = {path: mode(path) for path in tmp_path.rglob("*")}
     assert any(path.name == "model.safetensors" for path in found) and any(
         p.parent.name == "checkpoints" for p in found

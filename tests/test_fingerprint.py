@@ -27,10 +27,13 @@ def slowly(name: str, whole: torch.Tensor) -> int:
     """The definition in the module's docstring, an element at a time."""
     columns = whole.shape[-1] if whole.dim() else 1
     ints = whole.contiguous().view(torch.int32 if whole.element_size() == 4 else torch.int16).view(-1).tolist()
-    return sum(
-        (mix(mix(tensor_id(name)) + i // columns & MASK) | 1) * (mix(i % columns) | 1) * bits
-        for i, bits in enumerate(ints)
-    ) & MASK  # fmt: skip
+    return (
+        sum(
+            (mix(mix(tensor_id(name)) + i // columns & MASK) | 1) * (mix(i % columns) | 1) * bits
+            for i, bits in enumerate(ints)
+        )
+        & MASK
+    )
 
 
 def test_splitmix_is_the_published_one():

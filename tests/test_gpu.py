@@ -199,9 +199,16 @@ def test_a_failed_launch_names_the_kernel():
     numbers = dict.fromkeys(("tiles", "extras", "seeds", "coeffs", "members", "low", "device", "stream"), 0)
     with pytest.raises(RuntimeError, match=r"add_noise_kernel \(gaussian, bfloat16\) on 0 tiles: cudaError"):
         _cuda.add_noise(
-            **numbers, tile_count=0, src_format=1, dst_format=1, kind=0, stochastic=False, decay=0.0,
-            moments=(0, 0), adam=(0.0,) * 4,
-        )  # fmt: skip
+            **numbers,
+            tile_count=0,
+            src_format=1,
+            dst_format=1,
+            kind=0,
+            stochastic=False,
+            decay=0.0,
+            moments=(0, 0),
+            adam=(0.0,) * 4,
+        )
 
 
 def test_es_on_a_gpu_equals_es_on_a_cpu(same_bits, run):

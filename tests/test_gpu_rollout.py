@@ -61,9 +61,14 @@ def test_grouped_heads_give_the_same_texts_from_a_static_cache(model):
     tokenizer = model[1]
     torch.manual_seed(3)
     config = Qwen2Config(
-        vocab_size=512, hidden_size=96, intermediate_size=64, num_hidden_layers=2, num_attention_heads=6,
-        num_key_value_heads=2, attn_implementation="sdpa",
-    )  # fmt: skip
+        vocab_size=512,
+        hidden_size=96,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        attn_implementation="sdpa",
+    )
     net = Qwen2ForCausalLM(config).cuda().eval()
     with torch.no_grad():
         for weight in net.parameters():

@@ -36,8 +36,21 @@ if plant == "kill" and "bench gpu" in command:
         os.kill(os.getpid(), signal.SIGKILL)
     gpu.Result._row = killed
 """
-FEW = ["--models", "tiny", "--dtypes", "bfloat16", "--noise", "rademacher", "--members", "2", "--repeats", "1",
-       "--backends", "cpu", "reference"]  # fmt: skip
+FEW = [
+    "--models",
+    "tiny",
+    "--dtypes",
+    "bfloat16",
+    "--noise",
+    "rademacher",
+    "--members",
+    "2",
+    "--repeats",
+    "1",
+    "--backends",
+    "cpu",
+    "reference",
+]
 
 
 @pytest.fixture
@@ -80,8 +93,11 @@ def rows_of(out):
     return result, {(r["op"], r["backend"]) for r in result["rows"]}
 
 
-ALL = {(op, b) for op in ("perturb_base", "perturb", "restore_base", "perturb_restore_base", "perturb_restore", "update", "memory")
-       for b in ("cpu", "reference")}  # fmt: skip
+ALL = {
+    (op, b)
+    for op in ("perturb_base", "perturb", "restore_base", "perturb_restore_base", "perturb_restore", "update", "memory")
+    for b in ("cpu", "reference")
+}
 
 
 def test_a_red_test_costs_the_stage_of_tests_alone(run, monkeypatch, capfd):
@@ -131,9 +147,11 @@ def test_a_wrong_bit_costs_the_figures_of_its_backend(run, monkeypatch):
 
 def test_a_stage_whose_time_is_up_ends_with_all_its_processes(run, monkeypatch):
     """Also one that does not heed SIGTERM, and what it started."""
-    code = "import signal, subprocess, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" \
-           "print(subprocess.Popen([sys.executable, '-c', 'import signal, time; " \
-           "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)']).pid, flush=True); time.sleep(60)"  # fmt: skip
+    code = (
+        "import signal, subprocess, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "print(subprocess.Popen([sys.executable, '-c', 'import signal, time; "
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)']).pid, flush=True); time.sleep(60)"
+    )
     slow = suite.Stage(2, lambda site, s: [[sys.executable, "-c", code], [sys.executable, "-c", "print('went on')"]])
     quick = suite.Stage(9, lambda site, s: [[sys.executable, "-c", "print('here')"]])
     monkeypatch.setattr(suite, "STAGES", {"build": slow, "tests": quick})
@@ -152,8 +170,13 @@ def test_a_stage_whose_time_is_up_ends_with_all_its_processes(run, monkeypatch):
 
 def test_status_is_there_while_a_stage_runs_and_after_the_suite_is_ended(tmp_path):
     """By SIGTERM, as a machine that is taken away sends it."""
-    environment = {**os.environ, "ESFAST_SUITE_DEVICE": "cpu", "OUT": str(tmp_path), "PYTHON": sys.executable,
-                   "ESFAST_SUITE_TESTS": str(tmp_path / "test_slow.py")}  # fmt: skip
+    environment = {
+        **os.environ,
+        "ESFAST_SUITE_DEVICE": "cpu",
+        "OUT": str(tmp_path),
+        "PYTHON": sys.executable,
+        "ESFAST_SUITE_TESTS": str(tmp_path / "test_slow.py"),
+    }
     (tmp_path / "test_slow.py").write_text("import time\ndef test_slow():\n    time.sleep(60)\n")
     with subprocess.Popen(["bash", SCRIPT, "tests", "build"], env=environment, stdout=subprocess.DEVNULL) as process:
         status = tmp_path / "status.json"
@@ -179,8 +202,13 @@ def test_the_script_names_its_stages():
 def test_the_package_lies_as_installed_and_the_results_where_they_are_wanted(device, tmp_path):
     with suite.site_of(device, tmp_path) as site:
         code = "import esfast.bench, importlib.util as u; u.find_spec('esfast.kernels'); print(esfast.bench.__file__)"
-        done = subprocess.run([sys.executable, "-c", code], cwd=site.tree, capture_output=True, text=True,
-                              env={**os.environ, "PYTHONPATH": str(site.tree)})  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=site.tree,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(site.tree)},
+        )
         assert done.stdout.strip() == str(site.tree / "esfast" / "bench" / "__init__.py"), done.stderr
         assert site.results == ((suite.ROOT / "bench" / "results", tmp_path) if device == "cuda" else (tmp_path,))
         for name, stage in suite.STAGES.items():

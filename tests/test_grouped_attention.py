@@ -42,9 +42,14 @@ def model():
     torch.manual_seed(3)
     tokenizer = embedded.make_tokenizer()
     config = Qwen2Config(
-        vocab_size=512, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=6,
-        num_key_value_heads=2, attn_implementation="sdpa",
-    )  # fmt: skip
+        vocab_size=512,
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        attn_implementation="sdpa",
+    )
     net = Qwen2ForCausalLM(config).eval()
     with torch.no_grad():
         for weight in net.parameters():

@@ -19,8 +19,10 @@ OPTIONS = {
 
 def model(dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
-    return {n: (torch.randn(s, generator=generator) * 0.02).to(dtype) for n, s in
-            {"a": (7, 30), "norm.a": (33,), "b": (40,), "norm.b": (5, 3)}.items()}  # fmt: skip
+    return {
+        n: (torch.randn(s, generator=generator) * 0.02).to(dtype)
+        for n, s in {"a": (7, 30), "norm.a": (33,), "b": (40,), "norm.b": (5, 3)}.items()
+    }
 
 
 @pytest.mark.parametrize("weights", ["base", "master", "host"])
@@ -31,8 +33,10 @@ def test_each_group_is_a_run_of_its_own(name, dtype, weights, same_bits):
     options = {"seed": 3, "population_size": 4, "weights": weights, **OPTIONS[name]}
     together, apart = model(dtype), model(dtype)
     es = ES(together.items(), 1e-3, 5e-3, groups=["norm.b:sigma=8", Group("norm*", sigma=0.5, lr=4)], **options)
-    alone = [ES([(n, t)], 1e-3 * sigma, 5e-3 * lr, **options)
-             for (n, t), sigma, lr in zip(apart.items(), (1, 0.5, 1, 8), (1, 4, 1, 1), strict=True)]  # fmt: skip
+    alone = [
+        ES([(n, t)], 1e-3 * sigma, 5e-3 * lr, **options)
+        for (n, t), sigma, lr in zip(apart.items(), (1, 0.5, 1, 8), (1, 4, 1, 1), strict=True)
+    ]
     for _ in range(5):
         for members in zip(es.population(), *(one.population() for one in alone), strict=True):
             assert same_bits(together.values(), apart.values())
@@ -49,8 +53,10 @@ def test_without_groups_it_is_one_pass_over_the_plan_itself():
     assert [p for _, p in Rule().by_group(plan)] == [plan]
     parts = Rule(groups=(Group("norm*", lr=2), Group("b"))).by_group(plan, None)
     assert [(g.lr, p.names, other) for g, p, other in parts] == [
-        (1, ["a"], None), (2, ["norm.a", "norm.b"], None), (1, ["b"], None)
-    ]  # fmt: skip
+        (1, ["a"], None),
+        (2, ["norm.a", "norm.b"], None),
+        (1, ["b"], None),
+    ]
 
 
 def test_a_group_may_have_no_weights_on_this_rank():

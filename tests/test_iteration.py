@@ -102,8 +102,16 @@ def test_what_says_most_comes_first_on_a_gpu():
 
 
 def work(**changes):
-    settings = {"name": "embedded", "dtype": "float32", "device": "cpu", "decoding": "auto", "members": 2, "prompts": 2,
-                "prompt_tokens": None, "new_tokens": 4}  # fmt: skip
+    settings = {
+        "name": "embedded",
+        "dtype": "float32",
+        "device": "cpu",
+        "decoding": "auto",
+        "members": 2,
+        "prompts": 2,
+        "prompt_tokens": None,
+        "new_tokens": 4,
+    }
     return iteration.Work(**{**settings, **changes})
 
 

@@ -64,10 +64,18 @@ def test_what_is_written_is_read(tmp_path):
     _, records = train(plan_of(), path, seed=2**63 + 1, mirrored=True)
     header, found, _ = read(path)
     assert header == {
-        "esfast_journal": 2, "noise_version": NOISE_VERSION, "noise": "gaussian", "rounding": "nearest",
-        "optimizer": {"name": "sgd"}, "decay_to": "zero", "seed": 2**63 + 1, "weights": "base",
-        "numel": 92, "layout": plan_of().layout, "base": plan_of().fingerprint(),
-    }  # fmt: skip
+        "esfast_journal": 2,
+        "noise_version": NOISE_VERSION,
+        "noise": "gaussian",
+        "rounding": "nearest",
+        "optimizer": {"name": "sgd"},
+        "decay_to": "zero",
+        "seed": 2**63 + 1,
+        "weights": "base",
+        "numel": 92,
+        "layout": plan_of().layout,
+        "base": plan_of().fingerprint(),
+    }
     assert found == records
     assert [r.generation for r in found] == list(range(5))
 
@@ -130,8 +138,15 @@ def test_generations_out_of_order_are_refused(wrong, tmp_path, same_bits):
     assert same_bits(plan.tensors, plan_of().tensors)
 
 
-HEADER = {"esfast_journal": 2, "noise": "gaussian", "noise_version": NOISE_VERSION, "seed": 0, "weights": "base",
-          "numel": 92, "layout": "01234567"}  # fmt: skip
+HEADER = {
+    "esfast_journal": 2,
+    "noise": "gaussian",
+    "noise_version": NOISE_VERSION,
+    "seed": 0,
+    "weights": "base",
+    "numel": 92,
+    "layout": "01234567",
+}
 
 
 @pytest.mark.parametrize(

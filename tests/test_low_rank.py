@@ -228,9 +228,19 @@ def test_the_extension_refuses_an_unknown_kind(kind):
     plan = Plan([("w", torch.ones(3))])
     with pytest.raises(ValueError, match=f"kind: no noise has the number {kind}"):
         _cpu.add_noise(
-            plan.table().rows, np.zeros(1, np.uint64), np.ones(1, np.float32), kind, False, 0.0, 0, 0, 0, (0.0,) * 4, 1,
+            plan.table().rows,
+            np.zeros(1, np.uint64),
+            np.ones(1, np.float32),
+            kind,
+            False,
+            0.0,
+            0,
+            0,
+            0,
+            (0.0,) * 4,
+            1,
             "baseline",
-        )  # fmt: skip
+        )
     assert plan.tensors[0].tolist() == [1, 1, 1]
 
 

@@ -26,11 +26,19 @@ def run(
     """add_noise_ by an instruction set of choice."""
     low = plan.low if plan.low is not None else base.low if base is not None else None
     _cpu.add_noise(
-        plan.table(base, anchor, matrices=True).rows, np.array(seeds, dtype=np.uint64), np.array(coeffs, dtype=np.float32),
-        DOMAINS["low_rank"], rounding == "stochastic", decay, low.data_ptr() if low is not None else 0,
-        *((m.data_ptr() for m in adam.moments) if adam else (0, 0)), adam.numbers if adam else (0.0,) * 4, threads,
-        instruction_set, rank,
-    )  # fmt: skip
+        plan.table(base, anchor, matrices=True).rows,
+        np.array(seeds, dtype=np.uint64),
+        np.array(coeffs, dtype=np.float32),
+        DOMAINS["low_rank"],
+        rounding == "stochastic",
+        decay,
+        low.data_ptr() if low is not None else 0,
+        *((m.data_ptr() for m in adam.moments) if adam else (0, 0)),
+        adam.numbers if adam else (0.0,) * 4,
+        threads,
+        instruction_set,
+        rank,
+    )
 
 
 @st.composite
@@ -167,8 +175,19 @@ def test_all_that_an_update_can_do(dtype, mode, same_bits):
             if backend == "baseline":
                 run(plan, base, seeds, coeffs, rank, backend, 1, rounding, decay, anchor, step)
             else:
-                add_noise_(plan, seeds, coeffs, base, "low_rank", rounding, backend, decay=decay, anchor=anchor,
-                           adam=step, rank=rank)  # fmt: skip
+                add_noise_(
+                    plan,
+                    seeds,
+                    coeffs,
+                    base,
+                    "low_rank",
+                    rounding,
+                    backend,
+                    decay=decay,
+                    anchor=anchor,
+                    adam=step,
+                    rank=rank,
+                )
             more = [plan.low.view(torch.bfloat16)] if plan.low is not None else []
             found.append(plan.tensors + more + ([step.moments] if adam else []))
         assert same_bits(found[0], found[1]) and same_bits(found[2], found[1]), (rounding, decay, adam, members, rank)

@@ -56,10 +56,17 @@ def test_drift_is_measured_against_the_same_noise():
     assert 0 < es.drift() < 1e-7
 
 
-@pytest.mark.parametrize("options", [
-    {"rank": 2}, {"rank": 3, "weights": "master", "mirrored": True}, {"rounding": "stochastic", "optimizer": "adam"},
-    {"groups": ["*proj*:sigma=2,lr=0.5"], "weight_decay": 1.0, "decay_to": "initial"}, {"optimizer": "momentum"},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rank": 2},
+        {"rank": 3, "weights": "master", "mirrored": True},
+        {"rounding": "stochastic", "optimizer": "adam"},
+        {"groups": ["*proj*:sigma=2,lr=0.5"], "weight_decay": 1.0, "decay_to": "initial"},
+        {"optimizer": "momentum"},
+    ],
+    ids=str,
+)
 def test_replay_and_export_give_the_same_bits(options, tmp_path, same_bits):
     es = train(tensors().items(), journal=tmp_path / "journal.jsonl", **options)
     es.record_fingerprint()
@@ -164,8 +171,21 @@ def stop_at(made, generation):
 def test_the_commands(tmp_path, capsys):
     torch.set_num_threads(1)
     tiny = str(embedded.build(tmp_path / "tiny", steps=1, progress=False))
-    few = ["--model", tiny, "--population-size", "2", "--prompts-per-generation", "2", "--eval-prompts", "2",
-           "--max-completion-length", "2", "--no-progress", "--reward-workers", "0"]  # fmt: skip
+    few = [
+        "--model",
+        tiny,
+        "--population-size",
+        "2",
+        "--prompts-per-generation",
+        "2",
+        "--eval-prompts",
+        "2",
+        "--max-completion-length",
+        "2",
+        "--no-progress",
+        "--reward-workers",
+        "0",
+    ]
     out = tmp_path / "run"
     assert cli.main(["train", *few, "--out", str(out), "--rank", "2"]) == 1
     assert "--rank: 'gaussian' noise has no rank, got 2" in capsys.readouterr().err

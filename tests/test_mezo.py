@@ -21,10 +21,18 @@ def one_thread():
 
 def opt(seed=0, dtype=torch.float32):
     torch.manual_seed(seed)
-    return OPTForCausalLM(OPTConfig(
-        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, ffn_dim=64,
-        max_position_embeddings=64, word_embed_proj_dim=32, dropout=0.1,
-    )).to(dtype)  # fmt: skip
+    return OPTForCausalLM(
+        OPTConfig(
+            vocab_size=64,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            ffn_dim=64,
+            max_position_embeddings=64,
+            word_embed_proj_dim=32,
+            dropout=0.1,
+        )
+    ).to(dtype)
 
 
 def batch(seed=0):
@@ -122,9 +130,16 @@ class ZOTrainer(MeZOMixin, Trainer):
 def trainer(path, model, steps, lr=3e-3, data=8, **options):
     rows = [{k: v[i % 8] for k, v in batch().items()} for i in range(data)]
     settings = dict(
-        max_steps=steps, learning_rate=lr, lr_scheduler_type="constant", per_device_train_batch_size=8, use_cpu=True,
-        report_to=[], disable_tqdm=True, save_strategy="no", logging_steps=10,
-    )  # fmt: skip
+        max_steps=steps,
+        learning_rate=lr,
+        lr_scheduler_type="constant",
+        per_device_train_batch_size=8,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        save_strategy="no",
+        logging_steps=10,
+    )
     arguments = TrainingArguments(path, **{**settings, **options})
     return ZOTrainer(model, arguments, train_dataset=rows, eval_dataset=rows)
 

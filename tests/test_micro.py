@@ -13,8 +13,20 @@ MICRO = Path(__file__).parent.parent / "bench" / "micro"
 
 
 def micro(folder, *options, **environment):
-    command = [sys.executable, "-m", "pytest", "-q", str(MICRO), "--numel", "1e5", "-p", "no:cacheprovider",
-               "--benchmark-storage", str(folder / "saved"), *options]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        str(MICRO),
+        "--numel",
+        "1e5",
+        "-p",
+        "no:cacheprovider",
+        "--benchmark-storage",
+        str(folder / "saved"),
+        *options,
+    ]
     # in a worker of xdist, whose variables are inherited, pytest-benchmark times nothing
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     env = inherited | {"OMP_NUM_THREADS": "1"} | environment

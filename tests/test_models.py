@@ -33,8 +33,16 @@ from esfast.tasks import embedded
 BERT = dict(vocab_size=50, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
 LLAMA = BERT | {"num_key_value_heads": 2, "pad_token_id": 0}
 T5 = dict(vocab_size=50, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
-BART = dict(vocab_size=50, d_model=8, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
-            decoder_attention_heads=2, encoder_ffn_dim=8, decoder_ffn_dim=8)  # fmt: skip
+BART = dict(
+    vocab_size=50,
+    d_model=8,
+    encoder_layers=1,
+    decoder_layers=1,
+    encoder_attention_heads=2,
+    decoder_attention_heads=2,
+    encoder_ffn_dim=8,
+    decoder_ffn_dim=8,
+)
 GPT2 = dict(vocab_size=50, n_embd=8, n_layer=1, n_head=2, n_positions=20)
 
 
@@ -105,8 +113,10 @@ def test_models_of_other_kinds(name, tmp_path):
 )
 def test_whole_models_are_loaded(model, tmp_path):
     loaded = load_model(saved(model, tmp_path / "model"), dtype=torch.float32)
-    assert all(torch.equal(loaded.state_dict()[f"transformer.{n}" if isinstance(model, GPT2Model) else n], p)
-               for n, p in model.named_parameters())  # fmt: skip
+    assert all(
+        torch.equal(loaded.state_dict()[f"transformer.{n}" if isinstance(model, GPT2Model) else n], p)
+        for n, p in model.named_parameters()
+    )
 
 
 def test_weights_that_are_missing_or_of_another_shape(copied):
@@ -192,8 +202,13 @@ def test_weights_that_are_no_numbers(value, dtype, tmp_path):
         esfast.ES(model)
     args = esfast.ESConfig(output_dir=tmp_path / "run", progress=False)
     with pytest.raises(ValueError, match=message):
-        esfast.ESTrainer(model, lambda completions, **_: [0.0] * len(completions), args, [{"prompt": "a"}],
-                         processing_class=tokenizer)  # fmt: skip
+        esfast.ESTrainer(
+            model,
+            lambda completions, **_: [0.0] * len(completions),
+            args,
+            [{"prompt": "a"}],
+            processing_class=tokenizer,
+        )
     assert not (tmp_path / "run").exists()
     assert all(p.equal(before[n]) or "up_proj" in n or "norm" in n for n, p in model.named_parameters())
 

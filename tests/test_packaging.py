@@ -44,9 +44,13 @@ def test_the_source_archive_holds_what_it_takes_to_build_and_to_run_the_tests(tm
         found = {name.partition("/")[2] for name in file.getnames()}
     folders = ("bench", "csrc", "docs", "esfast", "examples", "kernels", "tests")
     wanted = {
-        p.relative_to(ROOT).as_posix() for folder in folders for p in (ROOT / folder).rglob("*") if p.is_file()
-        and p.suffix not in (".so", ".pyc") and not any(part.startswith((".", "__pycache__")) for part in p.relative_to(ROOT).parts)
-    }  # fmt: skip
+        p.relative_to(ROOT).as_posix()
+        for folder in folders
+        for p in (ROOT / folder).rglob("*")
+        if p.is_file()
+        and p.suffix not in (".so", ".pyc")
+        and not any(part.startswith((".", "__pycache__")) for part in p.relative_to(ROOT).parts)
+    }
     wanted |= {"setup.py", "pyproject.toml", "Makefile", "constraints.txt", "README.md", "LICENSE", "MANIFEST.in"}
     assert wanted - found == set()
     assert not [name for name in found if name.endswith((".so", ".pyc")) or "__pycache__" in name]
@@ -83,9 +87,15 @@ def test_without_a_compiler_the_build_says_what_to_install(tmp_path, missing):
         else {"CXX": "no-such-cxx", "CC": "no-such-cc"}
     )
     done = setup_py(
-        "build_ext", "--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "temp"), "--force",
-        PATH=f"{tmp_path / 'bin'}:/bin:/usr/bin" if missing != "no compiler" else str(tmp_path / "bin"), **names,
-    )  # fmt: skip
+        "build_ext",
+        "--build-lib",
+        str(tmp_path / "lib"),
+        "--build-temp",
+        str(tmp_path / "temp"),
+        "--force",
+        PATH=f"{tmp_path / 'bin'}:/bin:/usr/bin" if missing != "no compiler" else str(tmp_path / "bin"),
+        **names,
+    )
     assert done.returncode != 0 and "Traceback" not in done.stderr
     assert "It needs a C++17 compiler, and Python's headers" in done.stderr and "apt-get install g++" in done.stderr
     assert not list(tmp_path.rglob("*.so"))

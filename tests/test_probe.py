@@ -27,8 +27,12 @@ from esfast.tasks import embedded
 
 PROMPTS = ["a", "12+3=", "xyz xyz", "12+4=", "What is the meaning of life, the universe and all?", "b"]
 TOKENIZER = embedded.make_tokenizer()
-IDS = {"vocab_size": len(TOKENIZER), "pad_token_id": TOKENIZER.pad_token_id, "eos_token_id": TOKENIZER.eos_token_id,
-       "bos_token_id": 1}  # fmt: skip
+IDS = {
+    "vocab_size": len(TOKENIZER),
+    "pad_token_id": TOKENIZER.pad_token_id,
+    "eos_token_id": TOKENIZER.eos_token_id,
+    "bos_token_id": 1,
+}
 SIZES = IDS | dict(
     hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
 )
@@ -36,16 +40,25 @@ SIZES = IDS | dict(
 MODELS = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
     "mamba": lambda: MambaForCausalLM(MambaConfig(**IDS, hidden_size=32, num_hidden_layers=2, state_size=8)),
-    "jamba": lambda: JambaForCausalLM(JambaConfig(
-        **SIZES, attn_layer_period=2, attn_layer_offset=1, num_experts=2, mamba_d_state=8, use_mamba_kernels=False
-    )),
+    "jamba": lambda: JambaForCausalLM(
+        JambaConfig(
+            **SIZES, attn_layer_period=2, attn_layer_offset=1, num_experts=2, mamba_d_state=8, use_mamba_kernels=False
+        )
+    ),
     "recurrent_gemma": lambda: RecurrentGemmaForCausalLM(RecurrentGemmaConfig(**SIZES | {"num_hidden_layers": 3})),
-    "whisper": lambda: WhisperForCausalLM(WhisperConfig(
-        **IDS, d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=64, max_target_positions=99,
-        decoder_start_token_id=1,
-    )),
+    "whisper": lambda: WhisperForCausalLM(
+        WhisperConfig(
+            **IDS,
+            d_model=32,
+            decoder_layers=2,
+            decoder_attention_heads=4,
+            decoder_ffn_dim=64,
+            max_target_positions=99,
+            decoder_start_token_id=1,
+        )
+    ),
     "rwkv": lambda: RwkvForCausalLM(RwkvConfig(**IDS, hidden_size=32, num_hidden_layers=2, context_length=512)),
-}  # fmt: skip
+}
 # ... what goes together, bytes of a cache, fixed and for each token
 EXPECTED = {
     "llama": (probe.ANY, 0, 2 * 2 * 2 * 8 * 4),
@@ -252,13 +265,26 @@ def test_sampling_from_what_is_no_number_takes_some_token():
 
 def trainer_of(tmp_path, engine=None, dtype=torch.float32, **settings):
     args = esfast.ESConfig(
-        output_dir=tmp_path / "run", **dict(generations=2, population_size=4, sigma=0.5, lr=0.1, prompts_per_generation=2,
-        max_completion_length=4, progress=False) | settings,
-    )  # fmt: skip
+        output_dir=tmp_path / "run",
+        **dict(
+            generations=2,
+            population_size=4,
+            sigma=0.5,
+            lr=0.1,
+            prompts_per_generation=2,
+            max_completion_length=4,
+            progress=False,
+        )
+        | settings,
+    )
     return esfast.ESTrainer(
-        made("llama").to(dtype), lambda completions, **_: [float(len(c)) for c in completions], args, [{"prompt": "a"}, {"prompt": "b"}],
-        processing_class=TOKENIZER, engine=engine,
-    )  # fmt: skip
+        made("llama").to(dtype),
+        lambda completions, **_: [float(len(c)) for c in completions],
+        args,
+        [{"prompt": "a"}, {"prompt": "b"}],
+        processing_class=TOKENIZER,
+        engine=engine,
+    )
 
 
 def test_a_broken_member_is_named_with_its_sigma(tmp_path):

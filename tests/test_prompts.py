@@ -50,8 +50,12 @@ def test_a_prompt_that_is_too_long_is_told_with_its_row_and_the_setting(tmp_path
     train, evaluated = (rows, good) if which == "train_dataset" else (good, rows)
     with pytest.raises(ValueError) as caught:
         trainer(tmp_path, model, train, evaluated)
-    for part in (f"{which}: row 7: the prompt 'xxx", f"exceeds the model's context of {limit(model)}",
-                 "shorten the prompt, or lower max_completion_length", "(and 2 more rows: 9, 15)"):  # fmt: skip
+    for part in (
+        f"{which}: row 7: the prompt 'xxx",
+        f"exceeds the model's context of {limit(model)}",
+        "shorten the prompt, or lower max_completion_length",
+        "(and 2 more rows: 9, 15)",
+    ):
         assert part in str(caught.value)
     assert not (tmp_path / "run").exists()
     trainer(tmp_path, model, train, evaluated, max_completion_length=3)
@@ -216,9 +220,23 @@ def test_a_file_s_prompts_are_looked_at_before_the_command_line_s_run_begins(tmp
     prompts = [*"abcdefgh", long(model)]
     lines = [json.dumps({"prompt": p, "split": "train"}) for p in prompts] + ['{"prompt": "x", "split": "test"}']
     (tmp_path / "p.jsonl").write_text("\n".join(lines))
-    arguments = ["train", "--model", str(tmp_path / "model"), "--task", f"file:{tmp_path / 'p.jsonl'}", "--reward",
-                 "odd_scoring:length", "--out", str(tmp_path / "run"), "--prompts-per-generation", "2", "--generations",
-                 "1", "--population-size", "2"]  # fmt: skip
+    arguments = [
+        "train",
+        "--model",
+        str(tmp_path / "model"),
+        "--task",
+        f"file:{tmp_path / 'p.jsonl'}",
+        "--reward",
+        "odd_scoring:length",
+        "--out",
+        str(tmp_path / "run"),
+        "--prompts-per-generation",
+        "2",
+        "--generations",
+        "1",
+        "--population-size",
+        "2",
+    ]
     assert cli.main([*arguments, "--max-completion-length", "4"]) == 1
     assert "train_dataset: row 8: the prompt 'xxx" in capsys.readouterr().err and not (tmp_path / "run").exists()
     assert cli.main([*arguments, "--max-completion-length", "2"]) == 0

@@ -34,9 +34,12 @@ def launch(body, words=64, grid=1, threads=64, readable_only=False):
     memory = memory[first : first + words]
     extent = [(memory.ctypes.data, memory.ctypes.data + memory.nbytes)]
     run(
-        compile_kernel(parse(KERNEL.format(body=body))), grid, threads, struct.pack("<QI4x", memory.ctypes.data, 7),
+        compile_kernel(parse(KERNEL.format(body=body))),
+        grid,
+        threads,
+        struct.pack("<QI4x", memory.ctypes.data, 7),
         GlobalMemory(extent if readable_only else [], [] if readable_only else extent),
-    )  # fmt: skip
+    )
     return memory
 
 
@@ -83,13 +86,21 @@ def test_shared_memory_goes_round_a_barrier():
         ("st.global.u32 [%rd3+4], %r1;", MemoryFault, "out of bounds"),
         ("ld.global.u32 %r2, [%rd3+-4];", MemoryFault, "out of bounds"),
         ("$loop: bra.uni $loop;", PtxError, "did not end"),
-        ("shl.b32 %r2, %r1, 2; st.shared.u32 [%r2], %r1; xor.b32 %r2, %r2, 128; ld.shared.u32 %r3, [%r2];", MemoryFault, "race"),
-        ("shl.b32 %r2, %r1, 2; ld.shared.u32 %r3, [%r2]; xor.b32 %r2, %r2, 128; st.shared.u32 [%r2], %r1;", MemoryFault, "race"),
+        (
+            "shl.b32 %r2, %r1, 2; st.shared.u32 [%r2], %r1; xor.b32 %r2, %r2, 128; ld.shared.u32 %r3, [%r2];",
+            MemoryFault,
+            "race",
+        ),
+        (
+            "shl.b32 %r2, %r1, 2; ld.shared.u32 %r3, [%r2]; xor.b32 %r2, %r2, 128; st.shared.u32 [%r2], %r1;",
+            MemoryFault,
+            "race",
+        ),
         ("mov.u32 %r2, 0; st.shared.u32 [%r2], %r1;", MemoryFault, "race"),
         ("mov.u32 %r2, 256; st.shared.u32 [%r2], %r1;", MemoryFault, "past the 256 bytes"),
         ("setp.lt.u32 %p1, %r1, 10; @%p1 bra $over; bar.sync 0; $over:", PtxError, "do not come to its barrier"),
     ],
-)  # fmt: skip
+)
 def test_refuses(body, error, message):
     with pytest.raises(error, match=message.replace("(", r"\(").replace("+", r"\+")):
         launch(body)

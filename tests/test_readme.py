@@ -29,9 +29,15 @@ def test_python_blocks_run(file, block, tiny, tmp_path, monkeypatch, capsys):
     code = code.replace("generations=50", "generations=1").replace("completion_length=64", "completion_length=4")
     model = torch.nn.ModuleDict({"embed": torch.nn.Embedding(3, 4), "head": torch.nn.Linear(4, 2)})
     scope = {
-        "esfast": esfast, "model": model, "evaluate": lambda m: 1.0, "es": esfast.ES(model),
-        "seed": 1, "sigma": 0.01, "seeds": [1, 2], "coeffs": [0.1, -0.1],
-    }  # fmt: skip
+        "esfast": esfast,
+        "model": model,
+        "evaluate": lambda m: 1.0,
+        "es": esfast.ES(model),
+        "seed": 1,
+        "sigma": 0.01,
+        "seeds": [1, 2],
+        "coeffs": [0.1, -0.1],
+    }
     exec(code, scope)
     printed = capsys.readouterr().out
     if "print(" in code:

@@ -48,11 +48,24 @@ def test_the_loop_climbs(number):
             return score(model(x))
 
     scope = {
-        "torch": torch, "random": random, "copy": copy, "esfast": esfast, "model": model, "x": x, "score": score,
-        "evaluate": evaluate, "zscore": zscore, "sigma": 0.05, "lr": 0.1, "population_size": 16, "generations": 40,
+        "torch": torch,
+        "random": random,
+        "copy": copy,
+        "esfast": esfast,
+        "model": model,
+        "x": x,
+        "score": score,
+        "evaluate": evaluate,
+        "zscore": zscore,
+        "sigma": 0.05,
+        "lr": 0.1,
+        "population_size": 16,
+        "generations": 40,
         "my_seed": lambda generation, member: member_seed(0, generation, member),
-        "make_es": FlatES, "parameters_to_vector": parameters_to_vector, "vector_to_parameters": vector_to_parameters,
-    }  # fmt: skip
+        "make_es": FlatES,
+        "parameters_to_vector": parameters_to_vector,
+        "vector_to_parameters": vector_to_parameters,
+    }
     before = evaluate(model)
     for _ in range(1 if "for generation" in BLOCKS[number] else 40):
         exec(BLOCKS[number], scope)

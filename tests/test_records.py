@@ -146,8 +146,9 @@ def test_cells_stay_texts(tmp_path):
     cells = "".join('"' + cell.replace('"', '""') + '",1\n' for cell in odd)
     assert [row["prompt"] for row in read(file(tmp_path, "a.csv", "prompt,n\n" + cells))] == odd
     assert read(file(tmp_path, "a.csv", "prompt,n\r\n007,\r\n\r\nNaN,x\r\n")) == [
-        {"prompt": "007", "n": ""}, {"prompt": "NaN", "n": "x"},
-    ]  # fmt: skip
+        {"prompt": "007", "n": ""},
+        {"prompt": "NaN", "n": "x"},
+    ]
 
 
 @pytest.mark.parametrize(
@@ -158,14 +159,14 @@ def test_cells_stay_texts(tmp_path):
         ("a.csv", "prompt\tn\na, b\t1\n"),
         ("a.tsv", "prompt\tn\na, b\t1\n"),
         ("a.csv", '"prompt","n"\n"a, b","1"\n'),
-        ("a.csv", " prompt , n\n\"a, b\",1\n"),
+        ("a.csv", ' prompt , n\n"a, b",1\n'),
         ("a.csv", ',prompt,n\n0,"a, b",1\n'),  # as pandas writes its index
         ("a.tsv.csv", 'prompt,n\n"a, b",1\n'),
         ("of.tsv_files.csv", "prompt;n\na, b;1\n"),
         ("a.csv.tsv", "prompt\tn\na, b\t1\n"),
         ("a.csv", 'prompt,n\r"a, b",1\r'),  # lines as old Macs end them
     ],
-)  # fmt: skip
+)
 def test_tables_of_several_kinds(tmp_path, name, text):
     assert read(file(tmp_path, name, text)) == [{"prompt": "a, b", "n": "1"}]
 
@@ -209,8 +210,10 @@ def test_tables_of_arrow_and_saved_folders(tmp_path):
         assert read(path) == rows
     assert [r["split"] for r in read(tmp_path / "both")] == ["train"] * 2 + ["test"] * 2
     task = tasks.get("countdown", "compact", data=str(tmp_path / "both"))
-    assert task.eval_rows(9) == [{"prompt": "1 2=3\n<think>", "numbers": [1, 2], "target": 3},
-                                 {"prompt": "2 2=4\n<think>", "numbers": [2, 2], "target": 4}]  # fmt: skip
+    assert task.eval_rows(9) == [
+        {"prompt": "1 2=3\n<think>", "numbers": [1, 2], "target": 3},
+        {"prompt": "2 2=4\n<think>", "numbers": [2, 2], "target": 4},
+    ]
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty: is a folder, and none that datasets.save_to_disk wrote"):
         read(tmp_path / "empty")

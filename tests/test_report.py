@@ -41,9 +41,19 @@ def make_run(folder, seed=0, generations=12, **changes):
     ]
     for g in range(1, generations + 1):
         mean = g / generations + seed / 50
-        rows.append({"generation": g, "reward_mean": mean, "reward_min": mean - 0.2, "reward_max": mean + 0.3,
-                     "update_norm": 0.5 + 0.01 * g, "distance": g**0.5, "drift": 1e-4 * g, "seconds_generate": 2.0,
-                     "seconds_perturb": 0.1})  # fmt: skip
+        rows.append(
+            {
+                "generation": g,
+                "reward_mean": mean,
+                "reward_min": mean - 0.2,
+                "reward_max": mean + 0.3,
+                "update_norm": 0.5 + 0.01 * g,
+                "distance": g**0.5,
+                "drift": 1e-4 * g,
+                "seconds_generate": 2.0,
+                "seconds_perturb": 0.1,
+            }
+        )
         if g % 4 == 0:
             rows[-1] |= {
                 "eval_reward": mean,
@@ -73,8 +83,15 @@ def runs(tmp_path):
 def in_browser(text, width, folder):
     path = folder / f"harness{width}.html"
     path.write_text(HARNESS.format(width=width, page=html.escape(text)))
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--virtual-time-budget=5000",
-               f"--user-data-dir={folder / 'profile'}", f"--window-size={max(width, 600)},1000"]  # fmt: skip
+    options = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--enable-logging=stderr",
+        "--virtual-time-budget=5000",
+        f"--user-data-dir={folder / 'profile'}",
+        f"--window-size={max(width, 600)},1000",
+    ]
     done = subprocess.run([BROWSER, *options, "--dump-dom", path.as_uri()], capture_output=True, text=True, timeout=120)
     result = re.search(r'<pre id="result">(.*?)</pre>', done.stdout, re.DOTALL)
     assert result and result[1] != "none", done.stderr[-2000:]
@@ -90,18 +107,38 @@ def test_the_page_in_a_browser(runs, width, tmp_path):
     assert console == [] and result["overflow"] <= 0 and result["outside"] == 0 and result["text"] > 1000
     names = [name for name, *_ in result["charts"]]
     # two experiments have rewards of members only in a journal, which these runs lack
-    for wanted in ("Training reward", "Reward on held-out", "Accuracy", "Where the time", "Norm of the update", "Distance",
-                   "Drift", "KL divergence"):  # fmt: skip
+    for wanted in (
+        "Training reward",
+        "Reward on held-out",
+        "Accuracy",
+        "Where the time",
+        "Norm of the update",
+        "Distance",
+        "Drift",
+        "KL divergence",
+    ):
         assert any(name.startswith(wanted) for name in names), wanted
     for name, drawn_width, shapes, text_height in result["charts"]:
         assert drawn_width > 0.7 * min(width, 400) and shapes >= 2 and text_height >= 9, name
     if artefacts := os.environ.get("ESFAST_SCREENSHOTS"):
         Path(artefacts).mkdir(parents=True, exist_ok=True)
         (tmp_path / "report.html").write_text(text)
-        subprocess.run([BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
-                        f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},2600",
-                        f"--screenshot={Path(artefacts).resolve() / f'report{width}.png'}",
-                        (tmp_path / "report.html").as_uri()], check=True, capture_output=True, timeout=120)  # fmt: skip
+        subprocess.run(
+            [
+                BROWSER,
+                "--headless",
+                "--no-sandbox",
+                "--disable-gpu",
+                "--hide-scrollbars",
+                f"--user-data-dir={tmp_path / 'profile'}",
+                f"--window-size={width},2600",
+                f"--screenshot={Path(artefacts).resolve() / f'report{width}.png'}",
+                (tmp_path / "report.html").as_uri(),
+            ],
+            check=True,
+            capture_output=True,
+            timeout=120,
+        )
 
 
 def test_repeats_are_one_line_with_their_spread(runs):
@@ -149,10 +186,21 @@ class Page(html.parser.HTMLParser):
 
 
 HOSTILE = [
-    "<script>alert(1)</script>", '" onload="alert(1)', "' onclick='alert(1)", "</pre></td></table><img src=x onerror=y>",
-    "]]></svg><!-- x -->", "</style><style>*{display:none}</style>", "&lt;b&gt; &amp;", "javascript:alert(1)", "\u202eevil",
-    "half \ud800 pair", "nul \x00 and \x1b[31m", "<a href=//evil>", "%s {0} {x} $x \\n", "</title><base href=//evil>",
-]  # fmt: skip
+    "<script>alert(1)</script>",
+    '" onload="alert(1)',
+    "' onclick='alert(1)",
+    "</pre></td></table><img src=x onerror=y>",
+    "]]></svg><!-- x -->",
+    "</style><style>*{display:none}</style>",
+    "&lt;b&gt; &amp;",
+    "javascript:alert(1)",
+    "\u202eevil",
+    "half \ud800 pair",
+    "nul \x00 and \x1b[31m",
+    "<a href=//evil>",
+    "%s {0} {x} $x \\n",
+    "</title><base href=//evil>",
+]
 
 
 def hostile_run(folder, evil):
@@ -195,8 +243,18 @@ def test_blanks_of_responses_are_seen(tmp_path):
     (run / "samples.jsonl").write_text("".join(json.dumps(s) + "\n" for s in samples))
     shown = re.findall(r"<pre>(.*?)</pre>", page([load(run)], samples=20), re.DOTALL)[1::3]
     plain = [re.sub(r"</?span[^>]*>", "", s) for s in shown]
-    assert plain == ["empty", "␣␣␣", "⏎\n⏎\n", "yes␣", "yes⇥⏎\n", "␣yes", "a  b", "line␣\nline",
-                     "nbsp⟨U+00A0⟩x", "bell⟨U+0007⟩"]  # fmt: skip
+    assert plain == [
+        "empty",
+        "␣␣␣",
+        "⏎\n⏎\n",
+        "yes␣",
+        "yes⇥⏎\n",
+        "␣yes",
+        "a  b",
+        "line␣\nline",
+        "nbsp⟨U+00A0⟩x",
+        "bell⟨U+0007⟩",
+    ]
     assert all('class="blank"' in s for s in shown[:6])
 
 
@@ -250,11 +308,20 @@ def test_a_real_run_is_reported(tmp_path):
     torch.manual_seed(0)
     tokenizer = embedded.make_tokenizer()
     model = embedded.make_model(tokenizer)
-    args = esfast.ESConfig(output_dir=str(tmp_path / "run"), generations=2, population_size=4, sigma=0.05, lr=0.05,
-                           prompts_per_generation=2, max_completion_length=4, progress=False)  # fmt: skip
+    args = esfast.ESConfig(
+        output_dir=str(tmp_path / "run"),
+        generations=2,
+        population_size=4,
+        sigma=0.05,
+        lr=0.05,
+        prompts_per_generation=2,
+        max_completion_length=4,
+        progress=False,
+    )
     rows = [{"prompt": f"{i}\n"} for i in range(4)]
-    esfast.ESTrainer(model, lambda prompts, completions, **c: [len(set(x)) for x in completions], args, rows, rows,
-                     tokenizer).train()  # fmt: skip
+    esfast.ESTrainer(
+        model, lambda prompts, completions, **c: [len(set(x)) for x in completions], args, rows, rows, tokenizer
+    ).train()
     run = load(tmp_path / "run")
     assert len(run.rewards) == 2 and len(run.rewards[0]) == 4 and run.series("update_norm")
     text = page([run])

@@ -24,8 +24,13 @@ JOB = str(Path(job.__file__))
 def run_job(*arguments, **settings):
     options = [f"{name}={json.dumps(value)}" for name, value in settings.items()]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run([sys.executable, JOB, *map(str, arguments), *options], env=environment, capture_output=True,
-                          text=True, timeout=1200)  # fmt: skip
+    return subprocess.run(
+        [sys.executable, JOB, *map(str, arguments), *options],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
 
 
 LONG = bool(os.environ.get("ESFAST_LONG_TESTS"))
@@ -87,10 +92,13 @@ def test_a_full_disk_is_a_clear_error_and_loses_nothing(size, settings, tmp_path
 # ---- ES alone -------------------------------------------------------------------------------------------------------
 
 OPTIONS = [
-    {}, {"weights": "master"}, {"weights": "host"}, {"optimizer": "momentum"},
+    {},
+    {"weights": "master"},
+    {"weights": "host"},
+    {"optimizer": "momentum"},
     {"noise": "low_rank", "rank": 3, "optimizer": "momentum", "weights": "master"},
     {"optimizer": "adam", "decay_to": "initial", "weight_decay": 1.0, "weights": "master"},
-]  # fmt: skip
+]
 
 
 def plan_of(dtype=torch.bfloat16):
@@ -101,8 +109,16 @@ def plan_of(dtype=torch.bfloat16):
 
 
 def start(folder, plan=None, **options):
-    return ES(plan or plan_of(), sigma=1e-3, lr=5e-3, population_size=4, journal=folder / "journal.jsonl",
-              checkpoints=folder / "checkpoints", resume=True, **options)  # fmt: skip
+    return ES(
+        plan or plan_of(),
+        sigma=1e-3,
+        lr=5e-3,
+        population_size=4,
+        journal=folder / "journal.jsonl",
+        checkpoints=folder / "checkpoints",
+        resume=True,
+        **options,
+    )
 
 
 def step(es, saves=False):
@@ -170,9 +186,11 @@ def test_what_is_not_the_same_run_is_refused(tmp_path):
     for options, words in (
         ({"seed": 1}, "is of a run with seed 0, this one has 1"),
         ({"noise": "rademacher"}, "is of a run with noise 'gaussian'"),
-        ({"plan": Plan([("a", torch.ones(200).bfloat16()), ("b", torch.ones(5, 3).bfloat16().t())])},
-         "is of a run with fingerprint of the base weights '[0-9a-f]{16}', this one has '[0-9a-f]{16}'"),
-    ):  # fmt: skip
+        (
+            {"plan": Plan([("a", torch.ones(200).bfloat16()), ("b", torch.ones(5, 3).bfloat16().t())])},
+            "is of a run with fingerprint of the base weights '[0-9a-f]{16}', this one has '[0-9a-f]{16}'",
+        ),
+    ):
         with pytest.raises(ValueError, match=words):
             start(tmp_path, **options)
     path = tmp_path / "inplace" / "journal.jsonl"
@@ -234,8 +252,23 @@ def test_an_exported_journal_is_the_journal(tmp_path, same_bits):
 def test_the_commands(tmp_path, capsys):
     torch.set_num_threads(1)
     tiny = str(embedded.build(tmp_path / "tiny", steps=1, progress=False))
-    few = ["--model", tiny, "--generations", "2", "--population-size", "2", "--prompts-per-generation", "2",
-           "--eval-prompts", "2", "--max-completion-length", "2", "--no-progress", "--reward-workers", "0"]  # fmt: skip
+    few = [
+        "--model",
+        tiny,
+        "--generations",
+        "2",
+        "--population-size",
+        "2",
+        "--prompts-per-generation",
+        "2",
+        "--eval-prompts",
+        "2",
+        "--max-completion-length",
+        "2",
+        "--no-progress",
+        "--reward-workers",
+        "0",
+    ]
     out = tmp_path / "run"
     assert cli.main(["train", *few, "--out", str(out)]) == 0
     assert cli.main(["train", *few, "--out", str(out)]) == 1 and "go on with it (--resume" in capsys.readouterr().err
@@ -256,8 +289,23 @@ def test_the_commands(tmp_path, capsys):
 def test_a_run_of_some_of_the_weights_is_replayed_with_the_same_patterns(tmp_path, capsys):
     torch.set_num_threads(1)
     tiny = str(embedded.build(tmp_path / "tiny", steps=1, progress=False))
-    few = ["--model", tiny, "--generations", "1", "--population-size", "2", "--prompts-per-generation", "2",
-           "--eval-prompts", "2", "--max-completion-length", "2", "--no-progress", "--reward-workers", "0"]  # fmt: skip
+    few = [
+        "--model",
+        tiny,
+        "--generations",
+        "1",
+        "--population-size",
+        "2",
+        "--prompts-per-generation",
+        "2",
+        "--eval-prompts",
+        "2",
+        "--max-completion-length",
+        "2",
+        "--no-progress",
+        "--reward-workers",
+        "0",
+    ]
     out, patterns = tmp_path / "run", ["--include", "*layers*", "--exclude", "*norm*"]
     assert cli.main(["train", *few, "--out", str(out), *patterns]) == 0
     command = ["replay", str(out / "journal.jsonl"), "--base", tiny, "--out", str(tmp_path / "again")]

@@ -258,8 +258,16 @@ def trainer(folder, reward, metrics=None, **changes):
     config = esfast.ESConfig(output_dir=str(folder / "run"), progress=False, **settings, **changes)
     tokenizer = embedded.make_tokenizer()
     rows = [{"prompt": text, "gold": ["x", "y"]} for text in "abcd"]
-    return esfast.ESTrainer(embedded.make_model(tokenizer), reward, config, rows, rows, tokenizer, metrics=metrics,
-                            engine=lambda prompts: ["12"] * len(prompts))  # fmt: skip
+    return esfast.ESTrainer(
+        embedded.make_model(tokenizer),
+        reward,
+        config,
+        rows,
+        rows,
+        tokenizer,
+        metrics=metrics,
+        engine=lambda prompts: ["12"] * len(prompts),
+    )
 
 
 def test_each_member_is_scored_with_the_rows_as_they_are(tmp_path):

@@ -61,8 +61,16 @@ def test_by_default_nothing_changes():
 
 
 def test_rates_follow_the_settings():
-    config = esfast.ESConfig(generations=11, sigma=0.5, lr=0.25, sigma_schedule="linear", lr_schedule="cosine",
-                             sigma_final_fraction=0.2, lr_final_fraction=0.5, warmup_generations=4)  # fmt: skip
+    config = esfast.ESConfig(
+        generations=11,
+        sigma=0.5,
+        lr=0.25,
+        sigma_schedule="linear",
+        lr_schedule="cosine",
+        sigma_final_fraction=0.2,
+        lr_final_fraction=0.5,
+        warmup_generations=4,
+    )
     for g in range(11):
         assert config.rates(g) == (linear(0.5, g, 11, 0.2), cosine(0.25, g, 11, 0.5, 4))
 
@@ -105,8 +113,16 @@ def test_bad_settings(settings, error, message):
 # ---- runs -----------------------------------------------------------------------------------------------------------
 
 
-SCHEDULED = {"sigma": 0.05, "lr": 0.05, "sigma_schedule": "linear", "lr_schedule": "cosine", "sigma_final_fraction": 0.5,
-             "lr_final_fraction": 0.25, "warmup_generations": 1, "generations": 5}  # fmt: skip
+SCHEDULED = {
+    "sigma": 0.05,
+    "lr": 0.05,
+    "sigma_schedule": "linear",
+    "lr_schedule": "cosine",
+    "sigma_final_fraction": 0.5,
+    "lr_final_fraction": 0.25,
+    "warmup_generations": 1,
+    "generations": 5,
+}
 
 
 class Engine:

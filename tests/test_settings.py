@@ -26,26 +26,57 @@ class Schedule(enum.Enum):
 
 # (field, value, what it becomes)
 CONVERTED = [
-    *[("sigma", value, 0.5) for value in ("0.5", "5e-1", " 5E-1 ", np.float32(0.5), np.array(0.5), torch.tensor(0.5),
-                                          torch.tensor(0.5, dtype=torch.bfloat16), Decimal("0.5"))],
+    *[
+        ("sigma", value, 0.5)
+        for value in (
+            "0.5",
+            "5e-1",
+            " 5E-1 ",
+            np.float32(0.5),
+            np.array(0.5),
+            torch.tensor(0.5),
+            torch.tensor(0.5, dtype=torch.bfloat16),
+            Decimal("0.5"),
+        )
+    ],
     *[("sigma", value, 2.0) for value in (2, "2", np.int64(2), torch.tensor(2), 2.0)],
-    *[("generations", value, 30) for value in (30.0, "30", "3e1", "30.0", np.int32(30), np.float64(30), torch.tensor(30))],
-    ("seed", str(2**63 + 1), 2**63 + 1), ("seed", np.uint64(2**63 + 1), 2**63 + 1),
-    *[("mirrored", value, True) for value in (True, "true", "True", "yes", "on", 1, "1", np.bool_(True), torch.tensor(True))],
+    *[
+        ("generations", value, 30)
+        for value in (30.0, "30", "3e1", "30.0", np.int32(30), np.float64(30), torch.tensor(30))
+    ],
+    ("seed", str(2**63 + 1), 2**63 + 1),
+    ("seed", np.uint64(2**63 + 1), 2**63 + 1),
+    *[
+        ("mirrored", value, True)
+        for value in (True, "true", "True", "yes", "on", 1, "1", np.bool_(True), torch.tensor(True))
+    ],
     *[("mirrored", value, False) for value in (False, "false", "False", "no", "off", 0, "0", np.bool_(False))],
-    ("output_dir", Path("a/b"), "a/b"), ("output_dir", np.str_("a"), "a"), ("output_dir", 2024, "2024"),
+    ("output_dir", Path("a/b"), "a/b"),
+    ("output_dir", np.str_("a"), "a"),
+    ("output_dir", 2024, "2024"),
     *[("include", value, ["*a*", "b"]) for value in (("*a*", "b"), ["*a*", "b"], np.array(["*a*", "b"]), {"*a*", "b"})],
-    ("include", "*a*", ["*a*"]), ("include", None, None), ("exclude", Path("x"), ["x"]),
-    ("batch_size", None, None), ("batch_size", "None", None), ("batch_size", "null", None), ("batch_size", 4.0, 4),
-    *[("reward_weights", value, [1.0, 2.0]) for value in ((1, 2), ["1", "2.0"], np.array([1, 2]), torch.tensor([1.0, 2.0]))],
+    ("include", "*a*", ["*a*"]),
+    ("include", None, None),
+    ("exclude", Path("x"), ["x"]),
+    ("batch_size", None, None),
+    ("batch_size", "None", None),
+    ("batch_size", "null", None),
+    ("batch_size", 4.0, 4),
+    *[
+        ("reward_weights", value, [1.0, 2.0])
+        for value in ((1, 2), ["1", "2.0"], np.array([1, 2]), torch.tensor([1.0, 2.0]))
+    ],
     ("reward_weights", 2, [2.0]),
-    ("groups", esfast.Group("*a*", lr=0.1), ["*a*:sigma=1.0,lr=0.1"]), ("groups", "*a*:lr=0.1", ["*a*:lr=0.1"]),
-    ("groups", (esfast.Group("a:b", np.float64(2)), "*c*:sigma=3"), ["a:b:sigma=2.0,lr=1.0", "*c*:sigma=3"]), ("groups", [], None),
-    ("report_to", "tensorboard", ["tensorboard"]), ("report_to", ("tensorboard",), ["tensorboard"]),
+    ("groups", esfast.Group("*a*", lr=0.1), ["*a*:sigma=1.0,lr=0.1"]),
+    ("groups", "*a*:lr=0.1", ["*a*:lr=0.1"]),
+    ("groups", (esfast.Group("a:b", np.float64(2)), "*c*:sigma=3"), ["a:b:sigma=2.0,lr=1.0", "*c*:sigma=3"]),
+    ("groups", [], None),
+    ("report_to", "tensorboard", ["tensorboard"]),
+    ("report_to", ("tensorboard",), ["tensorboard"]),
     *[("report_to", value, None) for value in ("none", ["none"], None, [], "None")],
     ("lr_schedule", Schedule.COSINE, "cosine"),
     ("chat_template_kwargs", {"a": {"b": (np.int64(1), Path("x"))}}, {"a": {"b": [1, "x"]}}),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(
@@ -149,8 +180,10 @@ def test_what_was_changed_since_is_checked_again():
 
 def test_yaml_as_people_write_it(tmp_path, capsys):
     path = tmp_path / "run.yaml"
-    path.write_text("sigma: 1e-3\nlr: 5e-4\ntemperature: 0\nmirrored: 'false'\nlearning_rate: null\nmax_steps: 3e1\n"
-                    "batch_size: None\nlogging_steps: 1\n2: 3\n".replace("learning_rate: null\n", "").replace("2: 3\n", ""))  # fmt: skip
+    path.write_text(
+        "sigma: 1e-3\nlr: 5e-4\ntemperature: 0\nmirrored: 'false'\nlearning_rate: null\nmax_steps: 3e1\n"
+        "batch_size: None\nlogging_steps: 1\n2: 3\n".replace("learning_rate: null\n", "").replace("2: 3\n", "")
+    )
     assert cli.main(["train", "--config", str(path), "--print-config"]) == 0
     settings = yaml.safe_load(capsys.readouterr().out)
     assert (settings["sigma"], settings["lr"], settings["mirrored"], settings["generations"]) == (1e-3, 5e-4, False, 30)

@@ -25,8 +25,11 @@ def results(tmp_path_factory):
         if world not in kept:
             folder = tmp_path_factory.mktemp(f"world{world}")
             environment = os.environ | {
-                "RANK": "", "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
-            }  # fmt: skip
+                "RANK": "",
+                "WORLD_SIZE": str(world),
+                "OMP_NUM_THREADS": "1",
+                "HF_HUB_OFFLINE": "1",
+            }
             ranks = [
                 subprocess.Popen(
                     [sys.executable, Path(sharded_models.__file__), str(rank), str(world), str(folder)],

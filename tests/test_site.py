@@ -29,9 +29,13 @@ def build(tmp_path, monkeypatch):
     def run(text, nav=("page.md",)):
         (tmp_path / "docs" / "page.md").write_text(text, encoding="utf-8")
         config = load_config(
-            str(ROOT / "mkdocs.yml"), docs_dir=str(tmp_path / "docs"), site_dir=str(tmp_path / "site"),
-            nav=list(nav), plugins=[], hooks=[str(DOCS / "hooks.py")],
-        )  # fmt: skip
+            str(ROOT / "mkdocs.yml"),
+            docs_dir=str(tmp_path / "docs"),
+            site_dir=str(tmp_path / "site"),
+            nav=list(nav),
+            plugins=[],
+            hooks=[str(DOCS / "hooks.py")],
+        )
         build(config)
         return (tmp_path / "site" / "page" / "index.html").read_text(encoding="utf-8")
 
@@ -48,11 +52,11 @@ def test_a_sound_page_builds(build):
         ("# A\n\n[nowhere](missing.md)\n", ["page.md"]),
         ("# A\n\n[nowhere](#b)\n", ["page.md"]),
         ("# A\n\n[out of docs](../missing.md)\n", ["page.md"]),
-        ("# A\n\n<script src=\"https://example.org/a.js\"></script>\n", ["page.md"]),
+        ('# A\n\n<script src="https://example.org/a.js"></script>\n', ["page.md"]),
         ("# A\n", ["page.md", "missing.md"]),
     ],
     ids=["dead link", "dead anchor", "dead link out of docs", "something to fetch", "missing page"],
-)  # fmt: skip
+)
 def test_a_build_fails_over(text, nav, build):
     with pytest.raises(mkdocs.exceptions.Abort):
         build(text, nav)

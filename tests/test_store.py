@@ -81,8 +81,9 @@ def test_a_run_of_a_store_is_the_run_of_the_model(tmp_path, model):
     def trainer(generations, **changes):
         settings = config(tmp_path / "store", generations=generations, checkpoint_every=1, **changes)
         evaluator = Asks(net, tokenizer)
-        return esfast.ESTrainer(Remote(net, tokenizer), count_digits, settings, ROWS, ROWS, tokenizer,
-                                evaluator=evaluator)  # fmt: skip
+        return esfast.ESTrainer(
+            Remote(net, tokenizer), count_digits, settings, ROWS, ROWS, tokenizer, evaluator=evaluator
+        )
 
     first = trainer(2)
     first.train()

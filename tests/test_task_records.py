@@ -169,14 +169,38 @@ GOLDS = [
     ({"solution": "It is $\\boxed{42}$.\n#### Check\n6 times 7 is 42."}, "42"),
 ]
 NO_GOLDS = [
-    {"answer": None}, {"answer": float("nan")}, {"answer": float("inf")}, {"answer": ""}, {"answer": "  "},
-    {"answer": {"value": 1}}, {"answer": ["1"]}, {"answer": []}, {"answer": True}, {"answer": b"1"}, {"answer": "nan"},
-    {"answer": "null"}, {"answer": r"\boxed{}"}, {"answer": "#### "}, {"answer": r"\frac{1"}, {"answer": "1}"},
-    {"answer": "x" * 400}, {"answer": "", "solution": "no box"}, {"answer": None, "solution": None},
-    {"answer": "", "solution": r"\boxed{}"}, {"solution": 3}, {"text": "x"}, {"answer": "None"}, {"answer": "N/A"},
-    {"answer": "<NA>"}, {"answer": "NULL"}, {"answer": "42\\"}, {"answer": "\\"}, {"answer": "1}{2"},
-    {"answer": "#### 42\nand more"}, {"solution": "#### Step 1\nno box"},
-]  # fmt: skip
+    {"answer": None},
+    {"answer": float("nan")},
+    {"answer": float("inf")},
+    {"answer": ""},
+    {"answer": "  "},
+    {"answer": {"value": 1}},
+    {"answer": ["1"]},
+    {"answer": []},
+    {"answer": True},
+    {"answer": b"1"},
+    {"answer": "nan"},
+    {"answer": "null"},
+    {"answer": r"\boxed{}"},
+    {"answer": "#### "},
+    {"answer": r"\frac{1"},
+    {"answer": "1}"},
+    {"answer": "x" * 400},
+    {"answer": "", "solution": "no box"},
+    {"answer": None, "solution": None},
+    {"answer": "", "solution": r"\boxed{}"},
+    {"solution": 3},
+    {"text": "x"},
+    {"answer": "None"},
+    {"answer": "N/A"},
+    {"answer": "<NA>"},
+    {"answer": "NULL"},
+    {"answer": "42\\"},
+    {"answer": "\\"},
+    {"answer": "1}{2"},
+    {"answer": "#### 42\nand more"},
+    {"solution": "#### Step 1\nno box"},
+]
 
 
 @pytest.mark.parametrize("installed", [True, False])
@@ -198,9 +222,15 @@ def test_golds_are_read_from_what_data_has(installed, monkeypatch):
 def test_golds_match_what_they_mean():
     pytest.importorskip("math_verify", reason="the math task needs math-verify")
     for answer, response in [
-        ("6*7=42\n#### 42", "42"), ("#### 1,234", "1234"), ("#### $1,200", "1200"), ("42%", "42"), ("$42$", "42"),
-        (r"\text{Tuesday}", "Tuesday"), (1e-7, "10^{-7}"), (r"\boxed{\frac12}", "0.5"),
-    ]:  # fmt: skip
+        ("6*7=42\n#### 42", "42"),
+        ("#### 1,234", "1234"),
+        ("#### $1,200", "1200"),
+        ("42%", "42"),
+        ("$42$", "42"),
+        (r"\text{Tuesday}", "Tuesday"),
+        (1e-7, "10^{-7}"),
+        (r"\boxed{\frac12}", "0.5"),
+    ]:
         assert math.score(rf"\boxed{{{response}}}", answer) == 1.1, answer
     assert math.score(r"It is $\boxed 72$.", "72") == 1.1 and math.score(r"\fbox{72}", 72) == 1.1
     for answer in ("$", "$$", r"\text{}", r"\$", "'"):

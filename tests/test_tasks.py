@@ -111,8 +111,17 @@ def test_last_box(text, box):
 
 def test_math_grading():
     pytest.importorskip("math_verify", reason="the math task needs math-verify")
-    cases = {r"\boxed{47}": 1, r"\boxed{46+1}": 1, r"\boxed{\frac{94}{2}}": 1, r"\boxed{48}": 0, "47": 0, "": 0,
-             r"\boxed{}": 0, r"\boxed{__import__('os').system('x')}": 0, r"\boxed{47} \boxed{1}": 0}  # fmt: skip
+    cases = {
+        r"\boxed{47}": 1,
+        r"\boxed{46+1}": 1,
+        r"\boxed{\frac{94}{2}}": 1,
+        r"\boxed{48}": 0,
+        "47": 0,
+        "": 0,
+        r"\boxed{}": 0,
+        r"\boxed{__import__('os').system('x')}": 0,
+        r"\boxed{47} \boxed{1}": 0,
+    }
     assert math.accuracy([""] * len(cases), list(cases), answer=["47"] * len(cases)) == list(cases.values())
     assert math.reward([""], [[{"role": "assistant", "content": r"\boxed{0.5}"}]], answer=[r"\frac{1}{2}"]) == [1.1]
     assert math.reward([""] * 3, ["1", r"\boxed{1}", r"\boxed{2}"], answer=["2"] * 3) == [0.0, 0.1, 1.1]
@@ -221,8 +230,11 @@ def test_a_task_of_a_file_and_a_reward_function(tmp_path, monkeypatch):
     assert set(task.train_rows(0, 5, 0)[0]) == {"prompt", "extra"}
     with pytest.raises(ValueError, match="needs a reward function: --reward MODULE:FUNCTION"):
         tasks.get("file:p.jsonl")
-    for name, message in {"brevity": "expected MODULE:FUNCTION", "my_rewards:number": "no function 'number'",
-                          "my_rewards:none": "no function 'none'"}.items():  # fmt: skip
+    for name, message in {
+        "brevity": "expected MODULE:FUNCTION",
+        "my_rewards:number": "no function 'number'",
+        "my_rewards:none": "no function 'none'",
+    }.items():
         with pytest.raises(ValueError, match=message):
             file.reward_function(name)
     with pytest.raises(ImportError, match="no module 'my_reward'"):

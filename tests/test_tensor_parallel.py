@@ -23,10 +23,21 @@ def luck(completions, **columns):
     return [sum(map(ord, text)) % 97 / 97 for text in completions]
 """
 OPTIONS = {
-    "task": "countdown", "style": "compact", "reward": "lucky:luck", "population-size": 4, "sigma": 0.05,
-    "lr": 0.05, "prompts-per-generation": 8, "max-completion-length": 8, "eval-prompts": 8, "eval-every": 2,
-    "checkpoint-every": 2, "generations": 5, "reward-workers": 0, "device": "cpu",
-}  # fmt: skip
+    "task": "countdown",
+    "style": "compact",
+    "reward": "lucky:luck",
+    "population-size": 4,
+    "sigma": 0.05,
+    "lr": 0.05,
+    "prompts-per-generation": 8,
+    "max-completion-length": 8,
+    "eval-prompts": 8,
+    "eval-every": 2,
+    "checkpoint-every": 2,
+    "generations": 5,
+    "reward-workers": 0,
+    "device": "cpu",
+}
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +63,11 @@ def launch(base, processes, out, *more, **options):
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(free_port())]
     return subprocess.run(
         [sys.executable, *(launcher if processes > 1 else ()), *command(base, out, *more, **options)],
-        env=environment(PYTHONPATH=str(base)), capture_output=True, text=True, timeout=180,
-    )  # fmt: skip
+        env=environment(PYTHONPATH=str(base)),
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
 
 
 @pytest.fixture(scope="module")

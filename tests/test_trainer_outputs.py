@@ -43,8 +43,17 @@ def trained(folder, model, rewards=None, **changes):
             return [next(rewards)] * 6
         return [float(hash(c) % 7) for c in completions]
 
-    settings = {"output_dir": str(folder), "generations": 4, "population_size": 4, "sigma": 0.05, "lr": 0.05,
-                "prompts_per_generation": 3, "max_completion_length": 4, "eval_every": 1, "progress": False}  # fmt: skip
+    settings = {
+        "output_dir": str(folder),
+        "generations": 4,
+        "population_size": 4,
+        "sigma": 0.05,
+        "lr": 0.05,
+        "prompts_per_generation": 3,
+        "max_completion_length": 4,
+        "eval_every": 1,
+        "progress": False,
+    }
     trainer = esfast.ESTrainer(net, reward, esfast.ESConfig(**{**settings, **changes}), ROWS, ROWS, tokenizer)
     trainer.train()
     return trainer, kept

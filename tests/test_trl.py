@@ -21,8 +21,16 @@ def model():
 
 
 def config(folder, **changes):
-    settings = {"output_dir": str(folder), "max_steps": 2, "population_size": 4, "sigma": 0.05, "learning_rate": 0.05,
-                "prompts_per_generation": 2, "max_completion_length": 4, "progress": False}  # fmt: skip
+    settings = {
+        "output_dir": str(folder),
+        "max_steps": 2,
+        "population_size": 4,
+        "sigma": 0.05,
+        "learning_rate": 0.05,
+        "prompts_per_generation": 2,
+        "max_completion_length": 4,
+        "progress": False,
+    }
     return esfast.ESConfig(**{**settings, **changes})
 
 
@@ -33,20 +41,58 @@ def test_names_that_mean_the_same():
 
 def test_a_grpo_script_of_a_tutorial_starts_with_one_warning(caplog):
     c = esfast.ESConfig(
-        output_dir="runs/x", learning_rate=1e-3, adam_beta1=0.9, adam_beta2=0.99, adam_epsilon=1e-7, weight_decay=0.1,
-        warmup_ratio=0.1, lr_scheduler_type="constant_with_warmup", logging_steps=1, bf16=True, fp16=False,
-        per_device_train_batch_size=1, gradient_accumulation_steps=4, gradient_checkpointing=True, num_generations=4,
-        temperature=0.9, max_prompt_length=256, max_completion_length=786, num_train_epochs=1, max_steps=250,
-        save_steps=100, save_strategy="steps", eval_strategy="no", max_grad_norm=0.1, report_to="none", beta=0.0,
-        log_on_each_node=False, use_vllm=False, vllm_gpu_memory_utilization=0.3, run_name="x", top_p=1.0, top_k=None,
-        repetition_penalty=1.0, disable_tqdm=True, remove_unused_columns=False, optim="adamw_8bit", seed=3,
-    )  # fmt: skip
+        output_dir="runs/x",
+        learning_rate=1e-3,
+        adam_beta1=0.9,
+        adam_beta2=0.99,
+        adam_epsilon=1e-7,
+        weight_decay=0.1,
+        warmup_ratio=0.1,
+        lr_scheduler_type="constant_with_warmup",
+        logging_steps=1,
+        bf16=True,
+        fp16=False,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=4,
+        gradient_checkpointing=True,
+        num_generations=4,
+        temperature=0.9,
+        max_prompt_length=256,
+        max_completion_length=786,
+        num_train_epochs=1,
+        max_steps=250,
+        save_steps=100,
+        save_strategy="steps",
+        eval_strategy="no",
+        max_grad_norm=0.1,
+        report_to="none",
+        beta=0.0,
+        log_on_each_node=False,
+        use_vllm=False,
+        vllm_gpu_memory_utilization=0.3,
+        run_name="x",
+        top_p=1.0,
+        top_k=None,
+        repetition_penalty=1.0,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        optim="adamw_8bit",
+        seed=3,
+    )
     (record,) = caplog.records
     said = record.getMessage().split(": ")[-1].split(", ")
     assert set(said) == {
-        "logging_steps", "bf16", "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing",
-        "max_prompt_length", "max_grad_norm", "vllm_gpu_memory_utilization", "run_name", "optim",
-    }  # fmt: skip
+        "logging_steps",
+        "bf16",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "gradient_checkpointing",
+        "max_prompt_length",
+        "max_grad_norm",
+        "vllm_gpu_memory_utilization",
+        "run_name",
+        "optim",
+    }
     assert (c.generations, c.warmup_generations, c.lr_schedule, c.checkpoint_every) == (250, 25, "constant", 100)
     assert (c.eval_every, c.progress, c.adam_eps, c.report_to) == (0, False, 1e-7, None)
 
@@ -80,8 +126,16 @@ def test_other_names_are_refused_with_what_to_do(settings, error, message):
 
 def test_values_that_ask_for_nothing_may_be_texts():
     """As YAML has them where somebody put quotes around them, or wrote 1e-1."""
-    asked = {"beta": "0.0", "use_vllm": "false", "push_to_hub": "no", "top_p": "1.0", "top_k": "-1", "min_p": "none",
-             "model_init_kwargs": "{}", "warmup_ratio": "0.0"}  # fmt: skip
+    asked = {
+        "beta": "0.0",
+        "use_vllm": "false",
+        "push_to_hub": "no",
+        "top_p": "1.0",
+        "top_k": "-1",
+        "min_p": "none",
+        "model_init_kwargs": "{}",
+        "warmup_ratio": "0.0",
+    }
     assert esfast.ESConfig(**asked) == esfast.ESConfig()
     assert esfast.ESConfig(warmup_ratio="1e-1", max_steps="50").warmup_generations == 5
     for name, value in (("beta", "0.04"), ("use_vllm", "true"), ("top_p", "0.9"), ("push_to_hub", "maybe")):
@@ -124,9 +178,12 @@ def test_the_quick_start_of_grpo(tmp_path, model):
     rows = [{"prompt": f"{i}+1=", "ground_truth": str(i), "task": "math" if i % 2 else "coding"} for i in range(4)]
     functions = [reward_num_unique_letters, reward_column, reward_task]
     trainer = esfast.ESTrainer(
-        model=net, reward_funcs=functions, args=config(tmp_path, reward_weights=[1.0, 2.0, 0.5]), train_dataset=rows,
+        model=net,
+        reward_funcs=functions,
+        args=config(tmp_path, reward_weights=[1.0, 2.0, 0.5]),
+        train_dataset=rows,
         processing_class=tokenizer,
-    )  # fmt: skip
+    )
     trainer.train()
     assert len(seen["truth"]) == 2 and trainer.es.generation == 2
     with pytest.raises(ValueError, match="one for each of the 3 reward functions"):
@@ -166,9 +223,14 @@ def test_adapters_alone_are_tuned(tmp_path, model):
     lora = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     before = {n: p.detach().clone() for n, p in net.named_parameters()}
     trainer = esfast.ESTrainer(
-        net, lambda completions, **k: [float(hash(c) % 5) for c in completions], config(tmp_path), rows, None,
-        tokenizer, peft_config=lora,
-    )  # fmt: skip
+        net,
+        lambda completions, **k: [float(hash(c) % 5) for c in completions],
+        config(tmp_path),
+        rows,
+        None,
+        tokenizer,
+        peft_config=lora,
+    )
     trainer.train()
     assert all("lora_" in name for name in trainer.es.plan.names) and len(trainer.es.plan) == 8
     after = {

@@ -17,10 +17,13 @@ OPTIONS = {
     "adam, decay": {"optimizer": "adam", "weight_decay": 2.0},
     "anchor": {"decay_to": "initial", "weight_decay": 5.0},
     "momentum, anchor, stochastic": {
-        "optimizer": "momentum", "decay_to": "initial", "weight_decay": 5.0, "rounding": "stochastic",
+        "optimizer": "momentum",
+        "decay_to": "initial",
+        "weight_decay": 5.0,
+        "rounding": "stochastic",
     },
     "groups": {"groups": ["b:sigma=0.5,lr=3"], "optimizer": "adam", "decay_to": "initial", "weight_decay": 5.0},
-}  # fmt: skip
+}
 
 
 def plan_of(dtype=torch.float32):

@@ -14,15 +14,19 @@ from esfast.integrations.vllm_layout import check_covered, check_live, pieces
 HEAD, WIDTH, VOCAB = 4, 8, 10
 WHOLES = {
     "model.embed_tokens.weight": (VOCAB, WIDTH),
-    "model.layers.0.self_attn.q_proj.weight": (4 * HEAD, WIDTH), "model.layers.0.self_attn.q_proj.bias": (4 * HEAD,),
-    "model.layers.0.self_attn.k_proj.weight": (2 * HEAD, WIDTH), "model.layers.0.self_attn.k_proj.bias": (2 * HEAD,),
-    "model.layers.0.self_attn.v_proj.weight": (2 * HEAD, WIDTH), "model.layers.0.self_attn.v_proj.bias": (2 * HEAD,),
+    "model.layers.0.self_attn.q_proj.weight": (4 * HEAD, WIDTH),
+    "model.layers.0.self_attn.q_proj.bias": (4 * HEAD,),
+    "model.layers.0.self_attn.k_proj.weight": (2 * HEAD, WIDTH),
+    "model.layers.0.self_attn.k_proj.bias": (2 * HEAD,),
+    "model.layers.0.self_attn.v_proj.weight": (2 * HEAD, WIDTH),
+    "model.layers.0.self_attn.v_proj.bias": (2 * HEAD,),
     "model.layers.0.self_attn.o_proj.weight": (WIDTH, 4 * HEAD),
-    "model.layers.0.mlp.gate_proj.weight": (12, WIDTH), "model.layers.0.mlp.up_proj.weight": (12, WIDTH),
+    "model.layers.0.mlp.gate_proj.weight": (12, WIDTH),
+    "model.layers.0.mlp.up_proj.weight": (12, WIDTH),
     "model.layers.0.mlp.down_proj.weight": (WIDTH, 12),
     "model.layers.0.input_layernorm.weight": (WIDTH,),
     "lm_head.weight": (VOCAB, WIDTH),
-}  # fmt: skip
+}
 
 
 class VocabParallelEmbedding(nn.Module): ...
@@ -82,9 +86,11 @@ def vocabulary(kind, t, rank, ranks):
     weight = torch.zeros(rows, WIDTH, dtype=t.dtype)
     weight[: end - start] = t[start:end]
     return layer(
-        kind, weight, num_added_embeddings=0,
+        kind,
+        weight,
+        num_added_embeddings=0,
         shard_indices=SimpleNamespace(org_vocab_start_index=start, org_vocab_end_index=end),
-    )  # fmt: skip
+    )
 
 
 def sharded(hf, rank, ranks):
@@ -98,22 +104,29 @@ def sharded(hf, rank, ranks):
         return torch.cat([part(q, rank, ranks), part(k, kv_rank, kv_ranks), part(v, kv_rank, kv_ranks)])
 
     tp = {"tp_rank": rank, "tp_size": ranks}
-    return tree({
-        "model.embed_tokens": vocabulary(VocabParallelEmbedding, hf["model.embed_tokens.weight"], rank, ranks),
-        attention + "qkv_proj": layer(
-            QKVParallelLinear, qkv("weight"), qkv("bias"), num_kv_head_replicas=replicas, **tp,
-            output_partition_sizes=[4 * HEAD // ranks, 2 * HEAD // kv_ranks, 2 * HEAD // kv_ranks],
-        ),
-        attention + "o_proj": layer(RowParallelLinear, part(hf[attention + "o_proj.weight"], rank, ranks, 1), **tp),
-        mlp + "gate_up_proj": layer(
-            MergedColumnParallelLinear,
-            torch.cat([part(hf[f"{mlp}{n}_proj.weight"], rank, ranks) for n in ("gate", "up")]),
-            output_partition_sizes=[12 // ranks] * 2, **tp,
-        ),
-        mlp + "down_proj": layer(RowParallelLinear, part(hf[mlp + "down_proj.weight"], rank, ranks, 1), **tp),
-        "model.layers.0.input_layernorm": layer(RMSNorm, hf["model.layers.0.input_layernorm.weight"]),
-        "lm_head": vocabulary(ParallelLMHead, hf["lm_head.weight"], rank, ranks),
-    })  # fmt: skip
+    return tree(
+        {
+            "model.embed_tokens": vocabulary(VocabParallelEmbedding, hf["model.embed_tokens.weight"], rank, ranks),
+            attention + "qkv_proj": layer(
+                QKVParallelLinear,
+                qkv("weight"),
+                qkv("bias"),
+                num_kv_head_replicas=replicas,
+                **tp,
+                output_partition_sizes=[4 * HEAD // ranks, 2 * HEAD // kv_ranks, 2 * HEAD // kv_ranks],
+            ),
+            attention + "o_proj": layer(RowParallelLinear, part(hf[attention + "o_proj.weight"], rank, ranks, 1), **tp),
+            mlp + "gate_up_proj": layer(
+                MergedColumnParallelLinear,
+                torch.cat([part(hf[f"{mlp}{n}_proj.weight"], rank, ranks) for n in ("gate", "up")]),
+                output_partition_sizes=[12 // ranks] * 2,
+                **tp,
+            ),
+            mlp + "down_proj": layer(RowParallelLinear, part(hf[mlp + "down_proj.weight"], rank, ranks, 1), **tp),
+            "model.layers.0.input_layernorm": layer(RMSNorm, hf["model.layers.0.input_layernorm.weight"]),
+            "lm_head": vocabulary(ParallelLMHead, hf["lm_head.weight"], rank, ranks),
+        }
+    )
 
 
 def tensors(dtype=torch.bfloat16):
@@ -152,10 +165,20 @@ def test_a_matrix_fused_in_both_is_several_slices_of_one(same_bits):
     models = []
     for rank in range(4):
         weight = torch.cat([part(q, rank, 4), part(k, rank // 2, 2), part(v, rank // 2, 2)])
-        models.append(tree({"qkv_proj": layer(
-            QKVParallelLinear, weight, tp_rank=rank, tp_size=4, num_kv_head_replicas=2,
-            output_partition_sizes=[HEAD, HEAD, HEAD],
-        )}))  # fmt: skip
+        models.append(
+            tree(
+                {
+                    "qkv_proj": layer(
+                        QKVParallelLinear,
+                        weight,
+                        tp_rank=rank,
+                        tp_size=4,
+                        num_kv_head_replicas=2,
+                        output_partition_sizes=[HEAD, HEAD, HEAD],
+                    )
+                }
+            )
+        )
         models[-1].packed_modules_mapping = {"qkv_proj": ["qkv_proj"]}
     esfast.add_noise_(plan, [9], [0.5])
     for rank, model in enumerate(models):
@@ -242,9 +265,13 @@ def test_hf_shapes_are_those_of_the_model():
 
     for tied in (False, True):
         config = LlamaConfig(
-            vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2,
+            vocab_size=VOCAB,
+            hidden_size=WIDTH,
+            intermediate_size=12,
+            num_hidden_layers=1,
+            num_attention_heads=2,
             tie_word_embeddings=tied,
-        )  # fmt: skip
+        )
         model = AutoModelForCausalLM.from_config(config)
         shapes = vllm_layout.hf_shapes(config)
         assert list(shapes.items()) == [(n, tuple(p.shape)) for n, p in model.named_parameters()]

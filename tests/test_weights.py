@@ -146,10 +146,13 @@ def test_inplace_reports_its_drift():
 @pytest.mark.parametrize(
     ("dtype", "share", "mode"),
     [
-        (torch.bfloat16, 3.1, "master"), (torch.bfloat16, 2.1, "base"), (torch.bfloat16, 1.9, "inplace"),
-        (torch.float32, 9, "base"), (torch.float32, 1.9, "inplace"),
+        (torch.bfloat16, 3.1, "master"),
+        (torch.bfloat16, 2.1, "base"),
+        (torch.bfloat16, 1.9, "inplace"),
+        (torch.float32, 9, "base"),
+        (torch.float32, 1.9, "inplace"),
     ],
-)  # fmt: skip
+)
 def test_auto_takes_the_most_exact_that_fits(dtype, share, mode, monkeypatch, caplog):
     plan = Plan([("a", torch.zeros(1000, dtype=dtype))])
     memory = share * plan.nbytes / w.WEIGHTS_SHARE
@@ -178,10 +181,17 @@ def test_extra_memory_is_as_stated(dtype, mode):
     assert cost.device + cost.host == {"base": 2, "master": 4, "host": 2, "inplace": 0}[mode]
 
 
-@pytest.mark.parametrize("options", [
-    {"weights": "master"}, {"rounding": "stochastic"}, {"weight_decay": 2.0}, {"weights": "host", "weight_decay": 2.0},
-    {"weights": "master", "weight_decay": 2.0, "rounding": "stochastic"},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"weights": "master"},
+        {"rounding": "stochastic"},
+        {"weight_decay": 2.0},
+        {"weights": "host", "weight_decay": 2.0},
+        {"weights": "master", "weight_decay": 2.0, "rounding": "stochastic"},
+    ],
+    ids=str,
+)
 def test_replay_gives_the_same_bits(options, tmp_path, same_bits):
     options = {"weights": "base"} | options
     es = train(torch.bfloat16, journal=tmp_path / "journal.jsonl", **options)

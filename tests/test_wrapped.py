@@ -46,9 +46,14 @@ def in_ddp(module):
 
 
 WRAPPERS = {
-    "compiled": compiled, "compiled twice": lambda m: compiled(nn.DataParallel(compiled(m))), "parallel": nn.DataParallel,
-    "distributed": in_ddp, "parts": in_parts, "parts in all": lambda m: compiled(in_parts(m)), "checkpointed": checkpointed,
-}  # fmt: skip
+    "compiled": compiled,
+    "compiled twice": lambda m: compiled(nn.DataParallel(compiled(m))),
+    "parallel": nn.DataParallel,
+    "distributed": in_ddp,
+    "parts": in_parts,
+    "parts in all": lambda m: compiled(in_parts(m)),
+    "checkpointed": checkpointed,
+}
 
 
 @pytest.mark.parametrize("wrap", WRAPPERS)
@@ -93,8 +98,16 @@ def language_model():
 
 
 def config(folder, **changes):
-    settings = {"output_dir": folder, "generations": 2, "population_size": 2, "sigma": 0.05, "lr": 0.05,
-                "prompts_per_generation": 2, "max_completion_length": 3, "progress": False}  # fmt: skip
+    settings = {
+        "output_dir": folder,
+        "generations": 2,
+        "population_size": 2,
+        "sigma": 0.05,
+        "lr": 0.05,
+        "prompts_per_generation": 2,
+        "max_completion_length": 3,
+        "progress": False,
+    }
     return esfast.ESConfig(**{**settings, **changes})
 
 
@@ -121,8 +134,11 @@ def plainly_trained(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("wrap", [nn.DataParallel, compiled, compile_layers, lambda m: nn.DataParallel(compiled(m))],
-                         ids=["parallel", "compiled", "layers", "both"])  # fmt: skip
+@pytest.mark.parametrize(
+    "wrap",
+    [nn.DataParallel, compiled, compile_layers, lambda m: nn.DataParallel(compiled(m))],
+    ids=["parallel", "compiled", "layers", "both"],
+)
 def test_a_wrapped_language_model_is_trained_and_saved_as_the_plain_one(tmp_path, wrap, plainly_trained):
     model, tokenizer = language_model()
     trained(tmp_path / "run", wrap(model), tokenizer)
@@ -169,10 +185,15 @@ def tables():
     rows = [{"prompt": p, "n": i} for i, p in enumerate("abc")]
     columns = {"prompt": list("abc"), "n": [0, 1, 2]}
     return {
-        "dataset": datasets.Dataset.from_list(rows), "frame": pandas.DataFrame(columns), "columns": columns,
-        "arrow": datasets.Dataset.from_list(rows).data.table, "texts": list("abc"), "tuple": tuple("abc"),
-        "series": pandas.Series(list("abc")), "array": pandas.Series(list("abc")).to_numpy(),
-    }  # fmt: skip
+        "dataset": datasets.Dataset.from_list(rows),
+        "frame": pandas.DataFrame(columns),
+        "columns": columns,
+        "arrow": datasets.Dataset.from_list(rows).data.table,
+        "texts": list("abc"),
+        "tuple": tuple("abc"),
+        "series": pandas.Series(list("abc")),
+        "array": pandas.Series(list("abc")).to_numpy(),
+    }
 
 
 def test_rows_in_every_form():

@@ -14,8 +14,20 @@ from esfast.tasks import embedded
 
 # One of each kind: dense, learned positions, ALiBi, sliding windows, experts, compressed keys and values, recurrent,
 # hybrid, states in modules, no padding, an encoder's decoder, part of a model of pictures.
-FEW = {"bert", "deepseek_v3", "gemma3", "gpt2", "jamba", "llama", "mamba", "mpt", "qwen3_moe", "recurrent_gemma", "rwkv",
-       "xlnet"}  # fmt: skip
+FEW = {
+    "bert",
+    "deepseek_v3",
+    "gemma3",
+    "gpt2",
+    "jamba",
+    "llama",
+    "mamba",
+    "mpt",
+    "qwen3_moe",
+    "recurrent_gemma",
+    "rwkv",
+    "xlnet",
+}
 RECORDED = json.loads((Path(__file__).parent.parent / "bench" / "results" / "zoo.json").read_text())
 long = pytest.mark.skipif(
     not os.environ.get("ESFAST_LONG_TESTS"), reason="all architectures take minutes: set ESFAST_LONG_TESTS=1"

@@ -33,8 +33,16 @@ class LLM:
 
     made: list = []
 
-    def __init__(self, model, tensor_parallel_size, dtype, worker_extension_cls, disable_log_stats, tokenizer=None,
-                 max_model_len=None):  # fmt: skip
+    def __init__(
+        self,
+        model,
+        tensor_parallel_size,
+        dtype,
+        worker_extension_cls,
+        disable_log_stats,
+        tokenizer=None,
+        max_model_len=None,
+    ):
         self._model = AutoModelForCausalLM.from_pretrained(model).eval()
         self._tokenizer = AutoTokenizer.from_pretrained(tokenizer or model)
         self._worker, self.asked, self.running = Worker(model, self._model), [], True

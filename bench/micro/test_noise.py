@@ -117,6 +117,10 @@ def test_add_noise(benchmark, request, device, contender, dtype, kind, name):
     seconds = benchmark.stats.stats.median
     draws = {"perturb": 1, "restore": 0, "move": 2, "update": members}[name]
     benchmark.extra_info |= {
-        "backend": contender, "auto": auto_backend(torch.device(device)), "numel": plan.numel, "members": members,
-        "GB/s": 2 * plan.nbytes / seconds / 1e9, "draws_per_s": plan.numel * draws / seconds,
-    }  # fmt: skip
+        "backend": contender,
+        "auto": auto_backend(torch.device(device)),
+        "numel": plan.numel,
+        "members": members,
+        "GB/s": 2 * plan.nbytes / seconds / 1e9,
+        "draws_per_s": plan.numel * draws / seconds,
+    }

@@ -21,27 +21,57 @@ _METHOD = {"style": "paper", "mirrored": False, "shaping": "zscore", "optimizer"
 
 def _countdown(model: str) -> dict[str, Any]:
     return {
-        "model": model, "task": "countdown", "train_prompts": 200, "prompts_per_generation": 200, "eval_prompts": 2000,
-        "population_size": 30, "sigma": 1e-3, "lr": 5e-4, "generations": 500, "max_completion_length": 1024, **_METHOD,
-    }  # fmt: skip
+        "model": model,
+        "task": "countdown",
+        "train_prompts": 200,
+        "prompts_per_generation": 200,
+        "eval_prompts": 2000,
+        "population_size": 30,
+        "sigma": 1e-3,
+        "lr": 5e-4,
+        "generations": 500,
+        "max_completion_length": 1024,
+        **_METHOD,
+    }
 
 
 PRESETS: dict[str, dict[str, Any]] = {
     **{f"paper/countdown-{name}": _countdown(model) for name, model in _COUNTDOWN_MODELS.items()},
     "paper/conciseness-qwen2.5-7b": {
-        "model": "Qwen/Qwen2.5-7B-Instruct", "task": "conciseness", "prompts_per_generation": 2, "eval_prompts": 8,
-        "population_size": 30, "sigma": 1e-3, "lr": 5e-4, "generations": 1000, "max_completion_length": 100,
-        "kl_to_base": True, **_METHOD,
+        "model": "Qwen/Qwen2.5-7B-Instruct",
+        "task": "conciseness",
+        "prompts_per_generation": 2,
+        "eval_prompts": 8,
+        "population_size": 30,
+        "sigma": 1e-3,
+        "lr": 5e-4,
+        "generations": 1000,
+        "max_completion_length": 100,
+        "kl_to_base": True,
+        **_METHOD,
     },
     "paper/math-qwen2.5-math-7b": {  # 160 to 336 generations
-        "model": "Qwen/Qwen2.5-Math-7B", "task": "math", "population_size": 30, "sigma": 1e-3, "lr": 5e-4,
-        "generations": 336, "max_completion_length": 3000, **_METHOD,
+        "model": "Qwen/Qwen2.5-Math-7B",
+        "task": "math",
+        "population_size": 30,
+        "sigma": 1e-3,
+        "lr": 5e-4,
+        "generations": 336,
+        "max_completion_length": 3000,
+        **_METHOD,
     },
     "paper/sudoku-qwen2.5-3b": {
-        "model": "Qwen/Qwen2.5-3B-Instruct", "task": "sudoku", "train_prompts": 800, "eval_prompts": 200,
-        "population_size": 32, "sigma": 1e-3, "lr": 5e-4, "generations": 2500, **_METHOD,
+        "model": "Qwen/Qwen2.5-3B-Instruct",
+        "task": "sudoku",
+        "train_prompts": 800,
+        "eval_prompts": 200,
+        "population_size": 32,
+        "sigma": 1e-3,
+        "lr": 5e-4,
+        "generations": 2500,
+        **_METHOD,
     },
-}  # fmt: skip
+}
 
 
 NEEDS_DATA = {"paper/math-qwen2.5-math-7b": "MATH's problems of levels 3 to 5"}

@@ -62,6 +62,14 @@ def traced(plan: Plan, seeds, coeffs, base, noise, rounding, backend, decay, anc
         raise BadState("add_noise_: under torch.compile without anchor, adam and split masters; call it outside")
     signed = [int(s) - 2**64 if int(s) >= 2**63 else int(s) for s in seeds]  # an op's ints have 64 bits with sign
     add_noise_op(
-        plan._tensors, base._tensors if base is not None and base is not plan else [], plan.number,
-        signed, [float(c) for c in coeffs], noise, rounding, backend, float(decay), rank,
-    )  # fmt: skip
+        plan._tensors,
+        base._tensors if base is not None and base is not plan else [],
+        plan.number,
+        signed,
+        [float(c) for c in coeffs],
+        noise,
+        rounding,
+        backend,
+        float(decay),
+        rank,
+    )

@@ -89,9 +89,14 @@ def check_epilogue(plan: Plan, base: Plan | None, epilogue: Epilogue, backend: s
         raise BadValue(f"{name}: works in place, without a base")
     b = epilogue.buffers if isinstance(epilogue, Epilogue) else None
     if not (
-        isinstance(b, torch.Tensor) and b.dtype is torch.float32 and b.device == plan.device and b.is_contiguous()
-        and b.dim() == 2 and b.shape[1] == plan.flat_numel and (name != "adam" or b.shape[0] == 2)
-    ):  # fmt: skip
+        isinstance(b, torch.Tensor)
+        and b.dtype is torch.float32
+        and b.device == plan.device
+        and b.is_contiguous()
+        and b.dim() == 2
+        and b.shape[1] == plan.flat_numel
+        and (name != "adam" or b.shape[0] == 2)
+    ):
         wanted = "an esfast.core.ops.AdamStep with moments" if name == "adam" else "buffers"
         rows = 2 if name == "adam" else "k"
         raise BadType(

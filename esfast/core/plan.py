@@ -232,8 +232,9 @@ class Plan:
         table = Table(self.entries, base.entries, anchor.entries if anchor is not None else None, matrices)
         alive = [t for t in self._tables if t[0]() is not None and (t[1] is None or t[1]() is not None)]
         self._tables = [
-            *alive, (weakref.ref(base), weakref.ref(anchor) if anchor is not None else None, matrices, table)
-        ]  # fmt: skip
+            *alive,
+            (weakref.ref(base), weakref.ref(anchor) if anchor is not None else None, matrices, table),
+        ]
         return table
 
     def _check_other(self, what: str, other: Plan, formats: dict[int, tuple[int, ...]]) -> None:

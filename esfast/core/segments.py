@@ -20,9 +20,29 @@ from .noise import MAX_RANK, factor_names, matrices_of, tensor_id
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 FLOAT32, BFLOAT16, FLOAT16, SPLIT = range(4)
 # Columns of the segment table, the fields of csrc/cpu.h's Segment.
-FIELDS = ("dst", "src", "anchor", "rows", "cols", "dst_stride", "src_stride", "anchor_stride", "index_stride", "first",
-          "flat", "tensor_id", "src_format", "dst_format",
-          "flat_stride", "a_id", "b_id", "a_first", "b_first", "a_step", "b_step")  # fmt: skip
+FIELDS = (
+    "dst",
+    "src",
+    "anchor",
+    "rows",
+    "cols",
+    "dst_stride",
+    "src_stride",
+    "anchor_stride",
+    "index_stride",
+    "first",
+    "flat",
+    "tensor_id",
+    "src_format",
+    "dst_format",
+    "flat_stride",
+    "a_id",
+    "b_id",
+    "a_first",
+    "b_first",
+    "a_step",
+    "b_step",
+)
 MAX_SEGMENTS_PER_TENSOR = 65536
 
 
@@ -62,8 +82,11 @@ class Entry:
 
     def same_place(self, other: Entry) -> bool:
         return (self.name, self.window, self.tensor.shape, self.tensor.device) == (
-            other.name, other.window, other.tensor.shape, other.tensor.device
-        )  # fmt: skip
+            other.name,
+            other.window,
+            other.tensor.shape,
+            other.tensor.device,
+        )
 
 
 def describe(e: Entry, whole: bool = False) -> str:
@@ -152,10 +175,24 @@ def _segments(dst: Entry, src: Entry, anchor: Entry | None, matrices: bool = Fal
         )
         at = [t.data_ptr() + o * t.element_size() for t, o in zip(tensors, offsets, strict=True)]
         segments.append(
-            (*at[:2], at[2] if anchor else 0, rows, cols, *row_strides[:4], first + index,
-             dst.flat + at_flat, tensor_id(dst.name), src.format, dst.format,
-             row_strides[4], *ids, a_first + at_a, b_first + at_b, *steps)
-        )  # fmt: skip
+            (
+                *at[:2],
+                at[2] if anchor else 0,
+                rows,
+                cols,
+                *row_strides[:4],
+                first + index,
+                dst.flat + at_flat,
+                tensor_id(dst.name),
+                src.format,
+                dst.format,
+                row_strides[4],
+                *ids,
+                a_first + at_a,
+                b_first + at_b,
+                *steps,
+            )
+        )
     return segments
 
 

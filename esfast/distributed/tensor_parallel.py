@@ -66,12 +66,17 @@ class RowParallel(nn.Linear):
 
 # by Transformers' names, of 4.56 and of 5: the class that does it, and its `whole`
 STYLES: dict[str, tuple[Any, bool] | None] = {
-    "colwise": (ColumnParallel, False), "colwise_gather_output": (ColumnParallel, True),
-    "colwise_rep": (ColumnParallel, True), "rowwise": (RowParallel, False), "rowwise_split_input": (RowParallel, True),
+    "colwise": (ColumnParallel, False),
+    "colwise_gather_output": (ColumnParallel, True),
+    "colwise_rep": (ColumnParallel, True),
+    "rowwise": (RowParallel, False),
+    "rowwise_split_input": (RowParallel, True),
     "rowwise_rep": (RowParallel, True),
     # Left as they are; that changes no result.
-    "replicated_with_grad_allreduce": None, "replicate": None, "embedding_rowwise": None,
-}  # fmt: skip
+    "replicated_with_grad_allreduce": None,
+    "replicate": None,
+    "embedding_rowwise": None,
+}
 
 
 def shard(model, mesh: DeviceMesh, device: torch.device | str) -> None:

@@ -120,9 +120,15 @@ class FleetTrainer(ESTrainer):
             known = ", ".join(map(repr, MODES))
             raise BadValue(f"weights: with vLLM engines expected one of {known}, got {args.weights!r}")
         fleet = Fleet(
-            model, args.max_completion_length, num_engines, tensor_parallel_size, args.temperature or 1.0, dtype,
-            processing_class, **(engine_options or {}),
-        )  # fmt: skip
+            model,
+            args.max_completion_length,
+            num_engines,
+            tensor_parallel_size,
+            args.temperature or 1.0,
+            dtype,
+            processing_class,
+            **(engine_options or {}),
+        )
         fleet.prompts.length_setting = "max_completion_length"
         self._fleet = fleet
         evaluator: Any = FleetEvaluator(fleet)

@@ -171,9 +171,13 @@ class MeZOMixin:
             if self.args.fp16:
                 raise BadValue("MeZO: fp16=True scales gradients, of which there are none; load the model in float16")
             self._zo = ZOParameters(
-                self.accelerator.unwrap_model(self.model), getattr(self.args, "zo_eps", self.zo_eps), self.zo_weights,
-                self.zo_noise, weight_decay=self.args.weight_decay, rank=self.zo_rank,
-            )  # fmt: skip
+                self.accelerator.unwrap_model(self.model),
+                getattr(self.args, "zo_eps", self.zo_eps),
+                self.zo_weights,
+                self.zo_noise,
+                weight_decay=self.args.weight_decay,
+                rank=self.zo_rank,
+            )
         return self._zo
 
     def zo_perturb_parameters(self, random_seed: int | None = None, scaling_factor: float = 1) -> None:

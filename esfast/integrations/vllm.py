@@ -36,10 +36,19 @@ class WorkerExtension:
     _esfast_weights: Any
 
     # After these calls vLLM's cached keys and values belong to other weights.
-    CHANGES_WEIGHTS = frozenset({
-        "perturb_self_weights", "restore_self_weights", "update_weights_from_seeds", "broadcast_all_weights",
-        "load_weights_from_disk", "restore_self_initial_weights", "esfast_begin", "esfast_restore", "esfast_update",
-    })  # fmt: skip
+    CHANGES_WEIGHTS = frozenset(
+        {
+            "perturb_self_weights",
+            "restore_self_weights",
+            "update_weights_from_seeds",
+            "broadcast_all_weights",
+            "load_weights_from_disk",
+            "restore_self_initial_weights",
+            "esfast_begin",
+            "esfast_restore",
+            "esfast_update",
+        }
+    )
 
     # ---- es-at-scale's methods --------------------------------------------------------------------------------------
 

@@ -55,9 +55,16 @@ def unpack(path: str | Path) -> Contents:
     records = []
     for g, (count, scored) in enumerate(zip(flat["counts"], flat["reward_counts"], strict=True)):
         row = [next(rewards) for _ in range(scored)]
-        records.append(UpdateRecord(
-            g, [next(seeds) % 2**64 for _ in range(count)], [next(coeffs) for _ in range(count)],
-            [None if math.isnan(x) else x for x in row], flat["sigma"][g], flat["lr"][g], flat["decay"][g],
-        ))  # fmt: skip
+        records.append(
+            UpdateRecord(
+                g,
+                [next(seeds) % 2**64 for _ in range(count)],
+                [next(coeffs) for _ in range(count)],
+                [None if math.isnan(x) else x for x in row],
+                flat["sigma"][g],
+                flat["lr"][g],
+                flat["decay"][g],
+            )
+        )
     checks = {int(g): text for g, text in json.loads(metadata["checks"]).items()}
     return Contents(json.loads(metadata["esfast_journal"]), records, checks)

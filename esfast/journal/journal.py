@@ -55,9 +55,15 @@ def header_of(rule: Rule, seed: int, weights: str, plan: Fingerprinted) -> dict:
     """The first line of a journal, for a run that begins with the present weights of a plan (or of a WeightStore, which
     has a plan's `whole_numel`, `layout` and `fingerprint`)."""
     return {
-        "esfast_journal": FORMAT, "noise_version": NOISE_VERSION, **rule.to_json(), "seed": seed, "weights": weights,
-        "numel": plan.whole_numel, "layout": plan.layout, "base": plan.fingerprint(),
-    }  # fmt: skip
+        "esfast_journal": FORMAT,
+        "noise_version": NOISE_VERSION,
+        **rule.to_json(),
+        "seed": seed,
+        "weights": weights,
+        "numel": plan.whole_numel,
+        "layout": plan.layout,
+        "base": plan.fingerprint(),
+    }
 
 
 class Journal:
@@ -177,8 +183,9 @@ def read(path: str | Path) -> Contents:
 
 def parse(data: bytes, path: str | Path) -> Contents:
     if torn := _torn(data):
-        log.warning("journal: the last line of %s is torn (%d bytes): left out, its generation is done anew", path,
-                    len(torn))  # fmt: skip
+        log.warning(
+            "journal: the last line of %s is torn (%d bytes): left out, its generation is done anew", path, len(torn)
+        )
         data = data[: len(data) - len(torn)]
     lines = []
     for number, line in enumerate(data.splitlines(), start=1):

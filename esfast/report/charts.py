@@ -95,8 +95,10 @@ def shares(title: str, bars: Sequence[tuple[str, dict[str, float]]]) -> str:
         body.append(f'<text x="8" y="{i * row + 15}">{escaped(_short(label))}: {_seconds(total)}</text>')
         for phase in phases:
             width = (WIDTH - 16) * parts.get(phase, 0) / total
-            body.append(f'<rect x="{x:.1f}" y="{i * row + 21}" width="{width:.1f}" height="17" fill="{colours[phase]}">'
-                        f"<title>{escaped(phase)}: {_seconds(parts.get(phase, 0))}</title></rect>")  # fmt: skip
+            body.append(
+                f'<rect x="{x:.1f}" y="{i * row + 21}" width="{width:.1f}" height="17" fill="{colours[phase]}">'
+                f"<title>{escaped(phase)}: {_seconds(parts.get(phase, 0))}</title></rect>"
+            )
             x += width
     everything = sum(sum(p.values()) for _, p in bars)
     labels = [(f"{k} {sum(p.get(k, 0) for _, p in bars) / everything:.1%}", colours[k]) for k in phases]

@@ -48,23 +48,26 @@ def page(runs: Sequence[Run], samples: int = 5) -> str:
         _chart("Reward on held-out prompts", experiments, "eval_reward", _error_band),
         _chart("Accuracy on held-out prompts", experiments, "eval_accuracy"),
         *(_chart(f"{name.removeprefix('eval_')} on held-out prompts", experiments, name) for name in others),
-        *(histograms(f"Rewards of the members: {_label(g)}", "generation", _rewards(g), COLOURS[i % len(COLOURS)])
-          for i, g in enumerate(experiments)),
+        *(
+            histograms(f"Rewards of the members: {_label(g)}", "generation", _rewards(g), COLOURS[i % len(COLOURS)])
+            for i, g in enumerate(experiments)
+        ),
         shares("Where the time went", [(run.name, _phases(run)) for run in runs]),
         _chart("Norm of the update", experiments, "update_norm"),
         _chart("Distance from the initial weights", experiments, "distance"),
         _chart("Drift from exact arithmetic, RMS", experiments, "drift"),
         _chart("KL divergence from the base model", experiments, "eval_kl_to_base"),
         _chart("Length of held-out responses, characters", experiments, "eval_length"),
-    ]  # fmt: skip
+    ]
     drawn = "".join(charts)
     body = [
         f"<h1>{escaped(', '.join(map(_label, experiments)))}</h1>",
         f'<div class="table">{_overview(runs)}</div>',
         f'<h2>Curves</h2><div class="grid-of-charts">{drawn}</div>' if drawn else "<p>Nothing was measured yet.</p>",
-        "<h2>Responses before and after</h2>", *_samples(experiments, samples),
+        "<h2>Responses before and after</h2>",
+        *_samples(experiments, samples),
         f'<h2>Settings</h2><div class="table">{_settings(runs)}</div>',
-    ]  # fmt: skip
+    ]
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
         'content="width=device-width,initial-scale=1"><title>esfast report</title><link rel="icon" href="data:,">'

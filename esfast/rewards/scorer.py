@@ -76,8 +76,11 @@ class Scorer:
         names = [importable(f) for f in self._functions]
         if workers and None in names:
             alone = name_of(self._functions[names.index(None)])
-            log.warning("reward functions are called in this process: %s can't be imported by name in another; "
-                        "a function at the top of a module of its own can", alone)  # fmt: skip
+            log.warning(
+                "reward functions are called in this process: %s can't be imported by name in another; "
+                "a function at the top of a module of its own can",
+                alone,
+            )
             self._workers = 0
         self._names = names
         self._running: list[Worker] = []
@@ -177,8 +180,9 @@ def check_metrics(metrics: Mapping[str, RewardFunc] | None) -> dict[str, RewardF
                 f"metrics: expected a name of at most 64 letters, digits and . _ - /, a letter first, got {name!r:.80}"
             )
         if name in RESERVED:
-            raise BadValue(f"metrics: {name!r} is a name of the trainer's own; choose one other than "
-                             f"{', '.join(RESERVED)}")  # fmt: skip
+            raise BadValue(
+                f"metrics: {name!r} is a name of the trainer's own; choose one other than {', '.join(RESERVED)}"
+            )
     return dict(metrics or {})
 
 
@@ -229,8 +233,10 @@ def combine(scores: Sequence[Sequence[float | None]], weights: Sequence[float]) 
     for i, values in enumerate(zip(*scores, strict=True)):
         said = [weight * value for weight, value in zip(weights, values, strict=True) if value is not None]
         if said and not sum(map(abs, said)) <= LARGEST:
-            raise RewardError(f"reward functions: the weighted sum for completion {i} is too large ({said}): rewards, "
-                              f"and their sums with reward_weights, are limited to {LARGEST:g}")  # fmt: skip
+            raise RewardError(
+                f"reward functions: the weighted sum for completion {i} is too large ({said}): rewards, "
+                f"and their sums with reward_weights, are limited to {LARGEST:g}"
+            )
         if said:
             rewards.append(math.fsum(said))
     if not rewards:

@@ -171,8 +171,9 @@ def patterns(model) -> list[str] | None:
     if frozen and len(frozen) < len(list(model.parameters())):
         log.warning(
             "all weights are tuned, also those that require no gradient (%s): ES needs none. exclude= leaves weights "
-            "as they are", some(frozen),
-        )  # fmt: skip
+            "as they are",
+            some(frozen),
+        )
     return None
 
 
@@ -188,10 +189,11 @@ def check_saved(model, names: Sequence[str]) -> None:
     learned = any(config.is_prompt_learning for config in model.peft_config.values())  # saved as a copy
     parameters = dict(named_parameters(model))
     lost = [
-        name for name in names
+        name
+        for name in names
         if parameters[name].data_ptr() not in memory
         and not (learned and any(same_bits(parameters[name], t) for t in saved))
-    ]  # fmt: skip
+    ]
     if lost:
         kinds = ", ".join(sorted({config.peft_type.value for config in model.peft_config.values()}))
         raise BadValue(

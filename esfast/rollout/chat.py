@@ -67,9 +67,13 @@ def _render(
     chat = [_in_form(message, *form) for message in messages]
     try:
         text = tokenizer.apply_chat_template(
-            chat, tools=tools, tokenize=False, add_generation_prompt=not continued,
-            continue_final_message=continued, **options,
-        )  # fmt: skip
+            chat,
+            tools=tools,
+            tokenize=False,
+            add_generation_prompt=not continued,
+            continue_final_message=continued,
+            **options,
+        )
     except Exception as error:
         # Jinja's errors, those that templates raise, and errors inside them.
         raise BadValue(f"prompt: the tokenizer's chat template refuses the chat: {error}") from None

@@ -45,8 +45,13 @@ class Plain:
         processors = LogitsProcessorList([finite] if sampling is None else [finite, sampling.after(width, count)])
         # no_grad rather than inference_mode: a tensor that the model caches during the call stays an ordinary one.
         with torch.no_grad(), self._attention():
-            output = self.model.generate(input_ids=ids, attention_mask=mask, generation_config=self.config,
-                                         logits_processor=processors, **self._cache(count, width))  # fmt: skip
+            output = self.model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=self.config,
+                logits_processor=processors,
+                **self._cache(count, width),
+            )
         finite.check()
         new = output[: len(rows), width:]
         ended = torch.isin(new, self._ends).cumsum(1)

@@ -119,12 +119,15 @@ READS_NO_VALUES = frozenset(
         "shape dtype device ndim layout itemsize nbytes requires_grad grad grad_fn is_leaf is_cpu is_cuda is_meta "
         "is_mps is_xpu is_mkldnn is_nested is_quantized is_sparse is_sparse_csr retains_grad"
     )
-    | {getattr(torch.Tensor, name) for name in (
-        "size dim ndimension numel nelement element_size stride get_device is_contiguous is_floating_point is_complex "
-        "is_conj is_neg __len__ __hash__"
-    ).split()}
+    | {
+        getattr(torch.Tensor, name)
+        for name in (
+            "size dim ndimension numel nelement element_size stride get_device is_contiguous is_floating_point "
+            "is_complex is_conj is_neg __len__ __hash__"
+        ).split()
+    }
     | {torch.numel, torch.is_floating_point, torch.is_complex, torch.is_conj, torch.is_neg}
-)  # fmt: skip
+)
 RETURNS_ITSELF = frozenset(
     _getters("data") | {torch.detach, torch.Tensor.detach, torch.Tensor.requires_grad_, torch.Tensor.contiguous}
 )

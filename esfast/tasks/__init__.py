@@ -20,8 +20,11 @@ from .data import DATASETS
 __all__ = ["MODULES", "Recipe", "Task", "get"]
 
 MODULES: dict[str, ModuleType] = {
-    "countdown": countdown, "conciseness": conciseness, "math": math, "sudoku": sudoku,
-}  # fmt: skip
+    "countdown": countdown,
+    "conciseness": conciseness,
+    "math": math,
+    "sudoku": sudoku,
+}
 
 
 def get(

@@ -59,8 +59,11 @@ def summarize(model: str, task: Task, responses: Sequence[dict]) -> dict[str, An
     if task.accuracy is not None:
         correct = [r["correct"] for r in responses]
         result |= {"accuracy": mean(correct), "standard_error": _error(correct)}
-    return result | {"reward": mean(rewards), "reward_standard_error": _error(rewards),
-                     "mean_length": mean([len(r["completion"]) for r in responses])}  # fmt: skip
+    return result | {
+        "reward": mean(rewards),
+        "reward_standard_error": _error(rewards),
+        "mean_length": mean([len(r["completion"]) for r in responses]),
+    }
 
 
 def against(first: Sequence[dict], other: Sequence[dict]) -> dict[str, float]:

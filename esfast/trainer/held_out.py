@@ -26,8 +26,16 @@ class HeldOut:
     samples  number of answers to keep
     """
 
-    def __init__(self, rows: Rows, texts: Callable[[Rows], list[str]], engine: Engine, judge: Judge,
-                 kl: KLToBase | None, folder: RunFolder, samples: int):  # fmt: skip
+    def __init__(
+        self,
+        rows: Rows,
+        texts: Callable[[Rows], list[str]],
+        engine: Engine,
+        judge: Judge,
+        kl: KLToBase | None,
+        folder: RunFolder,
+        samples: int,
+    ):
         self.rows, self.kl = rows, kl
         self._texts, self._engine, self._judge, self._folder, self._samples = texts, engine, judge, folder, samples
 

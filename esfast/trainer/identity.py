@@ -14,8 +14,18 @@ from ..utils.errors import BadValue
 from ..utils.rows import Rows
 
 # Settings that say where a model came from or how it is run, and don't affect its results.
-_OF_NO_CONSEQUENCE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache",
-                      "id2label", "label2id", "prompt_task", "prompt_style")  # fmt: skip
+_OF_NO_CONSEQUENCE = (
+    "_name_or_path",
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "architectures",
+    "use_cache",
+    "id2label",
+    "label2id",
+    "prompt_task",
+    "prompt_style",
+)
 
 
 def identity(

@@ -18,8 +18,11 @@ def model_card(
     from .. import __version__
 
     origin = name or "a model without a name"
-    header: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation",
-                              "tags": ["esfast", "evolution-strategies"]}  # fmt: skip
+    header: dict[str, Any] = {
+        "library_name": library,
+        "pipeline_tag": "text-generation",
+        "tags": ["esfast", "evolution-strategies"],
+    }
     if "/" in origin and not origin.startswith(("/", ".")):
         header["base_model"] = origin
     measured = [n for n in {**before, **after} if n.startswith("eval_") and not n.endswith("_se")]
@@ -30,15 +33,42 @@ def model_card(
         table = ["", f"| on held-out prompts | before | {when} |", "|---|--:|--:|", *rows, ""]
     settings = "\n".join(
         f"    {field}: {getattr(config, field)}"
-        for field in ("seed", "population_size", "sigma", "lr", "noise", "rank", "mirrored", "shaping", "optimizer",
-                      "weights", "prompts_per_generation", "max_completion_length", "include", "exclude", "groups")
-    )  # fmt: skip
-    return "\n".join([
-        "---", yaml.safe_dump(header, sort_keys=False) + "---", "", "# Tuned by evolution strategies", "",
-        f"{origin}, all of its selected weights tuned for {generations} generations with esfast {__version__}: no",
-        "gradients, rewards only (arXiv 2509.24372).", *table, "Settings:", "", settings, "",
-        "The run's journal, seeds and coefficients alone, leads from the base weights to these, to the bit.", "",
-    ])  # fmt: skip
+        for field in (
+            "seed",
+            "population_size",
+            "sigma",
+            "lr",
+            "noise",
+            "rank",
+            "mirrored",
+            "shaping",
+            "optimizer",
+            "weights",
+            "prompts_per_generation",
+            "max_completion_length",
+            "include",
+            "exclude",
+            "groups",
+        )
+    )
+    return "\n".join(
+        [
+            "---",
+            yaml.safe_dump(header, sort_keys=False) + "---",
+            "",
+            "# Tuned by evolution strategies",
+            "",
+            f"{origin}, all of its selected weights tuned for {generations} generations with esfast {__version__}: no",
+            "gradients, rewards only (arXiv 2509.24372).",
+            *table,
+            "Settings:",
+            "",
+            settings,
+            "",
+            "The run's journal, seeds and coefficients alone, leads from the base weights to these, to the bit.",
+            "",
+        ]
+    )
 
 
 def _value(row: Mapping[str, Any], name: str) -> str:

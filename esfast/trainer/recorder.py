@@ -86,8 +86,9 @@ class RunRecorder:
                 "%s was begun by an older esfast, which drew rows in another way. What it did in %d generations stays, "
                 "to the bit; from here on prompts come in another order, and a task that makes up its problems makes "
                 "up other ones, those that are held out too: evaluations before and after are not of the same problems",
-                self.folder.path, generation,
-            )  # fmt: skip
+                self.folder.path,
+                generation,
+            )
 
     def _completed(self, records: Sequence[UpdateRecord]) -> list[dict[str, Any]]:
         """A row for each generation: the file's rows, with rows from the journal in the place of those that are
@@ -104,8 +105,12 @@ class RunRecorder:
         if 0 not in by_generation:
             log.warning("%s: the evaluation of the base model is lost", self.folder.metrics)
         if lost:
-            log.warning("%s lacked %d of %d generations: their rewards are taken from the journal",
-                        self.folder.metrics, lost, len(records))  # fmt: skip
+            log.warning(
+                "%s lacked %d of %d generations: their rewards are taken from the journal",
+                self.folder.metrics,
+                lost,
+                len(records),
+            )
         if rows != found:
             self.folder.write_metrics(rows)
         return rows
@@ -151,11 +156,15 @@ class RunRecorder:
             return {}
         seconds = {phase: round(s, 3) for phase, s in self.clock.seconds.items()}
         summary = {
-            "generations": generation, "seed": self._config.seed, "eval_prompts": eval_prompts,
-            "before": _evaluated(self.rows[0]), "after": _evaluated(after),
-            "after_generation": after.get("generation"), **account(self.clock.seconds, _tokens(self.rows)),
+            "generations": generation,
+            "seed": self._config.seed,
+            "eval_prompts": eval_prompts,
+            "before": _evaluated(self.rows[0]),
+            "after": _evaluated(after),
+            "after_generation": after.get("generation"),
+            **account(self.clock.seconds, _tokens(self.rows)),
             "seconds": seconds | {"total": round(sum(seconds.values()), 3)},
-        }  # fmt: skip
+        }
         write_whole(self.folder.summary, json.dumps(summary, indent=2) + "\n")
         self.folder.draw_curves(self.rows)
         return summary
@@ -200,10 +209,15 @@ def of_rewards(record: UpdateRecord) -> dict[str, Any]:
     generations from 0; metrics count those that are done, from 1."""
     rewards = np.array([r for r in record.rewards if r is not None])
     return {
-        "generation": record.generation + 1, "reward_mean": float(rewards.mean()), "reward_max": float(rewards.max()),
-        "reward_min": float(rewards.min()), "reward_std": float(rewards.std()), "sigma": record.sigma, "lr": record.lr,
+        "generation": record.generation + 1,
+        "reward_mean": float(rewards.mean()),
+        "reward_max": float(rewards.max()),
+        "reward_min": float(rewards.min()),
+        "reward_std": float(rewards.std()),
+        "sigma": record.sigma,
+        "lr": record.lr,
         **({"set_aside": n} if (n := record.rewards.count(None)) else {}),
-    }  # fmt: skip
+    }
 
 
 def earlier_seconds(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:

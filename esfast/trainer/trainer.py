@@ -146,8 +146,9 @@ class ESTrainer(SavesLikeTRL):
             self.folder.prepare()
         self.tuned.begin(self.folder.adapter, resume and self.folder.begun(), self.team.rank == 0)
         kl = self.tuned.kl(self.processing_class) if self._evaluates else None
-        scores = functools.partial(judge, self.scorer, self.reward_funcs, self.reward_weights, self.metrics,
-                                   skip=c.on_reward_error == "skip")  # fmt: skip
+        scores = functools.partial(
+            judge, self.scorer, self.reward_funcs, self.reward_weights, self.metrics, skip=c.on_reward_error == "skip"
+        )
         self.held_out = None
         if self.eval_dataset is not None:
             self.held_out = HeldOut(
@@ -186,7 +187,8 @@ class ESTrainer(SavesLikeTRL):
                 except (KeyboardInterrupt, SystemExit) as interrupt:
                     self.team.fail(interrupt)
                     self.summary = self.recorder.save_interrupted(
-                        interrupt, self.es.generation, len(self.eval_dataset or ()))  # fmt: skip
+                        interrupt, self.es.generation, len(self.eval_dataset or ())
+                    )
                     raise
         except Exception as error:
             self.recorder.say_how_to_go_on("stopped", self.es.generation)
@@ -213,12 +215,18 @@ class ESTrainer(SavesLikeTRL):
     def _is_finished(self) -> bool:
         """Whether a resumed run is finished, so that there is nothing to do."""
         finished = self.recorder.finished
-        told = self.team.broadcast_from_rank0(f"{self._prefix}: finished", lambda: json.dumps(
-            finished(self.es.generation, self.eval_dataset is not None)).encode())  # fmt: skip
+        told = self.team.broadcast_from_rank0(
+            f"{self._prefix}: finished",
+            lambda: json.dumps(finished(self.es.generation, self.eval_dataset is not None)).encode(),
+        )
         self.summary = json.loads(told) or {}
         if self.summary and self.team.rank == 0:
-            log.warning("the run in %s is finished, all of its %d generations: nothing is done; more generations "
-                        "would go on with it", self.folder.path, self.es.generation)  # fmt: skip
+            log.warning(
+                "the run in %s is finished, all of its %d generations: nothing is done; more generations "
+                "would go on with it",
+                self.folder.path,
+                self.es.generation,
+            )
         return bool(self.summary)
 
     def _generations(self) -> None:
@@ -228,8 +236,14 @@ class ESTrainer(SavesLikeTRL):
             self.batches.check_fresh(self.engine, self.es.generation, c.progress)
         if self._evaluates:
             self._open()
-        with tqdm(total=c.generations, initial=self.es.generation, unit="gen", disable=not (c.progress and leads),
-                  dynamic_ncols=True, smoothing=0.1) as bar:  # fmt: skip
+        with tqdm(
+            total=c.generations,
+            initial=self.es.generation,
+            unit="gen",
+            disable=not (c.progress and leads),
+            dynamic_ncols=True,
+            smoothing=0.1,
+        ) as bar:
             while self.es.generation < c.generations:
                 row = self._generation()
                 if self._evaluates:
@@ -285,10 +299,16 @@ class ESTrainer(SavesLikeTRL):
         drift = self.es.drift()
         clock.record("other")
         seconds, tokens = clock.since(before), self.evaluator.tokens - tokens
-        return ({} if drift is None else {"drift": drift}) | self.movement.norms() | {
-            **of_rewards(record), "seconds": sum(seconds.values()), **{f"seconds_{k}": v for k, v in seconds.items()},
-            **account(seconds, tokens),
-        }  # fmt: skip
+        return (
+            ({} if drift is None else {"drift": drift})
+            | self.movement.norms()
+            | {
+                **of_rewards(record),
+                "seconds": sum(seconds.values()),
+                **{f"seconds_{k}": v for k, v in seconds.items()},
+                **account(seconds, tokens),
+            }
+        )
 
     def _ask_members(self, batch: Batch) -> list[tuple[Member, Scores]]:
         """This process's members, with scores that may still be in the making: workers score a member while the next

@@ -112,8 +112,10 @@ def translate(settings: Mapping[str, Any], known: Iterable[str], what: str = "ES
     if "learning_rate" in settings and number(f"{what}.learning_rate", plain(settings["learning_rate"])) < 2e-5:
         log.warning(
             "%s: learning_rate=%s is one for gradients. Here it is the length of a step of every weight: see "
-            "docs/how-to/choosing.md, and begin with half of sigma", what, settings["learning_rate"],
-        )  # fmt: skip
+            "docs/how-to/choosing.md, and begin with half of sigma",
+            what,
+            settings["learning_rate"],
+        )
     return result | meant
 
 

@@ -71,8 +71,10 @@ class _Model:
     def identity(self) -> dict[str, Any]:
         model = self.model
         return {
-            "model": type(model).__qualname__, "model config": config_of(model), **adapters.identity(model),
-        }  # fmt: skip
+            "model": type(model).__qualname__,
+            "model config": config_of(model),
+            **adapters.identity(model),
+        }
 
     def weights(self) -> Plan:
         plan = Plan(self.model, self._include, self._config.exclude)

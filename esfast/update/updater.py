@@ -19,10 +19,20 @@ from .optimizer import find_optimizer
 from .optimizers import OPTIMIZERS, SGD, Adam, Group, Momentum, Optimizer, check_groups, check_optimizer
 
 __all__ = [
-    "DECAY_TO", "OPTIMIZERS", "SGD", "Adam", "Generation", "Group", "Momentum", "Optimizer", "Rule", "UpdateRecord",
+    "DECAY_TO",
+    "OPTIMIZERS",
+    "SGD",
+    "Adam",
+    "Generation",
+    "Group",
+    "Momentum",
+    "Optimizer",
+    "Rule",
+    "UpdateRecord",
     "Updater",
-    "check_groups", "check_optimizer",
-]  # fmt: skip
+    "check_groups",
+    "check_optimizer",
+]
 
 
 @dataclass(frozen=True)
@@ -141,9 +151,16 @@ class Updater:
         for group, plan, anchor in self._parts:
             seeds, coeffs, epilogue = rule.optimizer.step(self.state, record, group.lr)
             add_noise_(
-                plan, seeds, coeffs, rounding=rule.rounding, backend=self.backend, decay=group.lr * record.decay,
-                anchor=anchor, epilogue=epilogue, **rule.noise_options,
-            )  # fmt: skip
+                plan,
+                seeds,
+                coeffs,
+                rounding=rule.rounding,
+                backend=self.backend,
+                decay=group.lr * record.decay,
+                anchor=anchor,
+                epilogue=epilogue,
+                **rule.noise_options,
+            )
         self.note_applied(record)
 
     def subset(self, which: Sequence[int]) -> Updater:

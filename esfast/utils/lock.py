@@ -121,8 +121,11 @@ def _acquire(path: Path) -> int | None:
             os.close(descriptor)
             if error.errno in _UNSUPPORTED:
                 path.unlink(missing_ok=True)
-                log.warning("%s: the file system has no locks (%s), so see to it that one process alone trains there",
-                            path.parent, error.strerror)  # fmt: skip
+                log.warning(
+                    "%s: the file system has no locks (%s), so see to it that one process alone trains there",
+                    path.parent,
+                    error.strerror,
+                )
                 return None
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 raise

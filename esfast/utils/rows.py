@@ -111,8 +111,10 @@ def columns(rows: Rows, completions: Sequence) -> dict[str, list]:
     They are deep copies, so the function may change them. A value that can't be copied (a lock, a connection) is passed
     itself, with a warning."""
     lists = {key: [_own(row[key], key) for row in rows] for key in rows[0] if key != "prompt"}
-    return lists | {"prompts": [_own(row["prompt"], "prompt") for row in rows],
-                    "completions": [_own(completion, "completions") for completion in completions]}  # fmt: skip
+    return lists | {
+        "prompts": [_own(row["prompt"], "prompt") for row in rows],
+        "completions": [_own(completion, "completions") for completion in completions],
+    }
 
 
 def _own(value, column: str):

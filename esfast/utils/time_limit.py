@@ -129,8 +129,13 @@ def _timer_thread(seconds: float, strike: Callable[[], object]) -> Callable[[], 
 
 
 class _Sigevent(ctypes.Structure):
-    _fields_ = [("value", ctypes.c_void_p), ("signal", ctypes.c_int), ("notify", ctypes.c_int),
-                ("thread", ctypes.c_int), ("rest", ctypes.c_byte * 44)]  # fmt: skip
+    _fields_ = [
+        ("value", ctypes.c_void_p),
+        ("signal", ctypes.c_int),
+        ("notify", ctypes.c_int),
+        ("thread", ctypes.c_int),
+        ("rest", ctypes.c_byte * 44),
+    ]
 
 
 class _Timerspec(ctypes.Structure):

@@ -157,8 +157,15 @@ class _Compiler:
         kind = i.opcode.split(".")[0]
         if i.opcode in OPERATIONS and not any(o.startswith("{") for o in i.operands):
             return self.operation(i)
-        maker = {"mov": self.move, "ld": self.load, "st": self.store, "bar": self.barrier, "ldmatrix": self.matrix,
-                 "stmatrix": self.matrix, "shfl": self.shuffle}.get(kind)  # fmt: skip
+        maker = {
+            "mov": self.move,
+            "ld": self.load,
+            "st": self.store,
+            "bar": self.barrier,
+            "ldmatrix": self.matrix,
+            "stmatrix": self.matrix,
+            "shfl": self.shuffle,
+        }.get(kind)
         if maker is None:
             raise UnknownInstruction(f"unknown instruction {i.opcode!r} in `{i}`")
         return maker(i)

@@ -190,8 +190,10 @@ def test_a_new_run_moves_what_an_earlier_one_left_without_its_journal(folder, ca
     for name in ("journal.jsonl", "metrics.jsonl"):
         (folder / name).unlink()
     made = stopped(folder, 2, seed=1)
-    assert sorted(p.name for p in (folder / "earlier-1").iterdir()) == [
-        "best", "checkpoints", "curves.png", "model", "samples.jsonl", "summary.json"
-    ] and "moved to" in caplog.text  # fmt: skip
+    assert (
+        sorted(p.name for p in (folder / "earlier-1").iterdir())
+        == ["best", "checkpoints", "curves.png", "model", "samples.jsonl", "summary.json"]
+        and "moved to" in caplog.text
+    )
     again = trainer(folder, seed=1, resume=True)
     assert bits(again) == bits(made) and "2 of them from a checkpoint" in caplog.text

@@ -161,9 +161,31 @@ def test_the_command_is_ended_by_a_scheduler_and_goes_on(tmp_path):
     """SIGTERM to the process and to those that score, at once: saved, the status is 143, and the rest follows."""
     tiny = embedded.build(tmp_path / "tiny", steps=1, progress=False)
     out = tmp_path / "run"
-    command = [sys.executable, "-m", "esfast", "train", "--model", tiny, "--generations", "100000", "--out", out,
-               "--population-size", "2", "--prompts-per-generation", "2", "--eval-prompts", "2", "--no-progress",
-               "--max-completion-length", "2", "--reward-workers", "2", "--eval-every", "0"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "esfast",
+        "train",
+        "--model",
+        tiny,
+        "--generations",
+        "100000",
+        "--out",
+        out,
+        "--population-size",
+        "2",
+        "--prompts-per-generation",
+        "2",
+        "--eval-prompts",
+        "2",
+        "--no-progress",
+        "--max-completion-length",
+        "2",
+        "--reward-workers",
+        "2",
+        "--eval-every",
+        "0",
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(map(str, command), stderr=subprocess.PIPE, text=True, env=environment)
     try:

@@ -38,11 +38,21 @@ def folder(tmp_path_factory):
             torch.manual_seed(0)
             config, model = (Qwen2Config, Qwen2ForCausalLM) if "qwen2" in name else (LlamaConfig, LlamaForCausalLM)
             made[name] = tmp_path_factory.mktemp("models") / name
-            model(config(
-                vocab_size=1000, hidden_size=128, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
-                num_key_value_heads=2, max_position_embeddings=LENGTH, tie_word_embeddings="untied" not in name,
-                bos_token_id=0, eos_token_id=1, initializer_range=0.1,
-            )).to(torch.bfloat16).save_pretrained(made[name])  # fmt: skip
+            model(
+                config(
+                    vocab_size=1000,
+                    hidden_size=128,
+                    intermediate_size=192,
+                    num_hidden_layers=2,
+                    num_attention_heads=4,
+                    num_key_value_heads=2,
+                    max_position_embeddings=LENGTH,
+                    tie_word_embeddings="untied" not in name,
+                    bos_token_id=0,
+                    eos_token_id=1,
+                    initializer_range=0.1,
+                )
+            ).to(torch.bfloat16).save_pretrained(made[name])
             embedded.make_tokenizer().save_pretrained(made[name])
         return made[name]
 

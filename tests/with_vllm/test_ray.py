@@ -25,13 +25,26 @@ def trained(folder, tmp_path, monkeypatch):
     def run(name, engines, dies=False, ranks=1, **settings):
         settings = {"generations": 2} | settings
         config = esfast.ESConfig(
-            output_dir=str(tmp_path / name), population_size=5, sigma=0.05, lr=0.05, max_completion_length=6,
-            prompts_per_generation=6, eval_every=0, progress=False, **settings,
-        )  # fmt: skip
+            output_dir=str(tmp_path / name),
+            population_size=5,
+            sigma=0.05,
+            lr=0.05,
+            max_completion_length=6,
+            prompts_per_generation=6,
+            eval_every=0,
+            progress=False,
+            **settings,
+        )
         trainer = FleetTrainer(
-            folder("qwen2-tied"), letters, config, engines, ranks, train_dataset=ROWS, eval_dataset=ROWS[:2],
+            folder("qwen2-tied"),
+            letters,
+            config,
+            engines,
+            ranks,
+            train_dataset=ROWS,
+            eval_dataset=ROWS[:2],
             engine_options={"enforce_eager": True, "max_model_len": 128, "max_num_seqs": 8},
-        )  # fmt: skip
+        )
         fleet = trainer.engine
         if dies:
             original, answers = fleet.members, []

@@ -49,9 +49,15 @@ def test_updates_from_a_master_save_and_load(engine, tmp_path):
     """Adam on a float32 master, member by member and update by update as ES does it on the Hugging Face model."""
     start = engine.plan.fingerprint()
     es = esfast.ES(
-        engine.plan, sigma=0.02, lr=0.01, population_size=4, seed=5, weights="master", optimizer="adam",
+        engine.plan,
+        sigma=0.02,
+        lr=0.01,
+        population_size=4,
+        seed=5,
+        weights="master",
+        optimizer="adam",
         groups=["*norm*:lr=0.5", "*.q_proj.*:sigma=0.5,lr=2", "*up_proj*:sigma=2"],  # parts of what vLLM has fused
-    )  # fmt: skip
+    )
     engine.rpc("esfast_begin", es.rule.to_json(), "master")
     for _ in range(3):
         for member in es.population():
