@@ -38,8 +38,10 @@ NVCC_FLAGS = ["-O3", "-std=c++17", "-fmad=false", "-Xfatbin", "-compress-all", "
               "-Xcompiler", "-fPIC,-fvisibility=hidden"]  # fmt: skip
 CUDA_SOURCES = [os.path.join("csrc", name) for name in ("cuda_module.cpp", "cuda_kernel.cu", "cuda_copy.cu")]
 CUDA_HEADERS = [
-    os.path.join("csrc", name) for name in ("noise.h", "dtypes.h", "cuda_job.h", "cuda_memory.cuh", "cuda_kernel.cuh")
-]
+    os.path.join("csrc", name)
+    for name in ("noise.h", "dtypes.h", "cpu.h", "cuda_job.h", "cuda_device.h", "cuda_memory.cuh", "cuda_layout.cuh",
+                 "cuda_tile.cuh", "cuda_noise.cuh", "cuda_low_rank.cuh", "cuda_kernel.cuh", "cuda_copy.cuh")
+]  # fmt: skip
 HEADERS = [os.path.join("csrc", name) for name in ("noise.h", "lanes.h", "dtypes.h", "cpu.h", "cpu_rows.h")]
 CPU_KERNELS = [os.path.join("csrc", name) for name in ("cpu_kernel.cpp", "cpu_low_rank.cpp")]
 NO_COMPILER = """

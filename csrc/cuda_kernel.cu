@@ -9,14 +9,40 @@ namespace {
 
 // Blocks of 64 to 256 threads that must fit an SM at once. Left alone, ptxas takes up to 181 registers, and one gaussian
 // block fits. What waits for memory gets 80 registers (64 spill). What adds members has work enough for few threads: gaussian
-// kernels get 128, rademacher ones 168, of which none spills.
+// kernels get 128, rademacher ones 168, of which none spills. Low-rank ones get 128, and what adds members to 128 weights a
+// thread 168.
 template <uint32_t KIND, Rule RULE>
-constexpr int RESIDENT = RULE == ONE ? 3 : KIND == GAUSSIAN ? 2 : RULE == ADD ? 6 : 3;
+constexpr int RESIDENT = KIND == LOW_RANK ? 2
+                         : RULE == ONE    ? 3
+                         : KIND == GAUSSIAN ? 2
+                         : RULE == ADD      ? 6
+                                            : 3;
 
 template <class Src, class Dst, uint32_t KIND, Rule RULE>
 __global__ void __launch_bounds__(Thread<Src, Dst, KIND, RULE>::Held::THREADS, RESIDENT<KIND, RULE>)
 add_noise_kernel(const __grid_constant__ CudaJob job) {
-    Thread<Src, Dst, KIND, RULE>(job, blockIdx.x, threadIdx.x).run();
+    using T = Thread<Src, Dst, KIND, RULE>;
+    const T thread(job, blockIdx.x, threadIdx.x);
+    float x[T::WEIGHTS];
+    if constexpr (KIND == LOW_RANK) {
+        __shared__ Factors<RULE> factors[2];
+        const bool has_nothing = thread.has_nothing();
+        thread.begin(x);
+        Drawer<typename T::Tile, RULE> drawer(thread.tile, job, threadIdx.x);
+        const int turns = drawer.turns();
+#pragma unroll 1
+        for (int turn = 0; turn < turns; ++turn) {
+            drawer.draw(factors[turn % 2]);
+            __syncthreads();
+            if (!has_nothing) add_factors<typename T::Tile>(x, factors[turn % 2], threadIdx.x);
+        }
+        if (!has_nothing) thread.end(x);
+    } else {
+        if (thread.has_nothing()) return;
+        thread.begin(x);
+        thread.add(x);
+        thread.end(x);
+    }
 }
 
 using Function = void (*)(CudaJob);
@@ -28,7 +54,7 @@ struct Entry {
 
 template <class Src, class Dst, uint32_t KIND>
 Entry entry(const std::string& formats, Rule rule) {
-    const std::string name = (KIND == GAUSSIAN ? "gaussian, " : "rademacher, ") + formats;
+    const std::string name = (KIND == GAUSSIAN ? "gaussian, " : KIND == RADEMACHER ? "rademacher, " : "low rank, ") + formats;
     if (rule == ONE) return {add_noise_kernel<Src, Dst, KIND, ONE>, Thread<Src, Dst, KIND, ONE>::Held::THREADS, name};
     if (rule == ADD) return {add_noise_kernel<Src, Dst, KIND, ADD>, Thread<Src, Dst, KIND, ADD>::Held::THREADS, name};
     if constexpr (std::is_same_v<Src, Dst>)  // Adam works in place
@@ -38,7 +64,12 @@ Entry entry(const std::string& formats, Rule rule) {
 
 template <class Src, class Dst>
 Entry entry(const std::string& formats, const CudaKernel& k) {
-    return k.kind == GAUSSIAN ? entry<Src, Dst, GAUSSIAN>(formats, k.rule) : entry<Src, Dst, RADEMACHER>(formats, k.rule);
+    switch (k.kind) {
+        case GAUSSIAN: return entry<Src, Dst, GAUSSIAN>(formats, k.rule);
+        case RADEMACHER: return entry<Src, Dst, RADEMACHER>(formats, k.rule);
+        case LOW_RANK: return entry<Src, Dst, LOW_RANK>(formats, k.rule);
+        default: return {nullptr, 0, "unknown noise"};
+    }
 }
 
 Entry find(const CudaKernel& k) {

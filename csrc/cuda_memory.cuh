@@ -14,6 +14,10 @@
 namespace esfast {
 
 struct alignas(16) Vector { uint32_t word[4]; };
+struct alignas(16) Quad { float x[4]; };
+
+// Four floats of shared memory.
+ESFAST_FN Quad quad_at(const float* p) { return *reinterpret_cast<const Quad*>(p); }
 
 // What a plain cast points to could be any memory: it gives LD and ST instead of LDG and STG.
 template <class T>
@@ -70,20 +74,27 @@ ESFAST_FN uint32_t pack(float x0, float x1) {
 #endif
 }
 
-// Where element 0 lies, in memory and (SPLIT) in the flat buffer of low halves.
-template <class T>
+// Where element 0 lies, in memory and (SPLIT) in the flat buffer of low halves. Rows of COLS elements, or a single one, lie
+// `pitch` bytes apart.
+template <class T, int COLS>
 struct Place {
-    uint64_t address, low;
-    static ESFAST_FN uint64_t address_of(uint64_t address, uint32_t e) {
-        return address + uint64_t(e) * sizeof(typename T::storage);
+    static constexpr int SIZE = sizeof(typename T::storage);
+
+    uint64_t address, low = 0, pitch = 0, low_pitch = 0;
+
+    static ESFAST_FN uint64_t address_of(uint64_t address, uint32_t e) { return address + uint64_t(e) * SIZE; }
+    // At a place of a matrix whose rows lie `stride` elements apart.
+    ESFAST_FN void start(int64_t matrix, int64_t row, int64_t column, int64_t stride) {
+        address = uint64_t(matrix + (row * stride + column) * SIZE);
+        pitch = uint64_t(stride * SIZE);
     }
-    ESFAST_FN uint64_t of(int e) const { return address_of(address, uint32_t(e)); }
-    ESFAST_FN uint64_t low_of(int e) const { return low + uint64_t(e) * 2; }
+    ESFAST_FN uint64_t of(int e) const { return address + uint64_t(e / COLS) * pitch + uint64_t(uint32_t(e % COLS)) * SIZE; }
+    ESFAST_FN uint64_t low_of(int e) const { return low + uint64_t(e / COLS) * low_pitch + uint64_t(e % COLS) * 2; }
 };
 
 // G elements from number e, by 128-bit accesses.
-template <int G, class T>
-ESFAST_FN void load_group(float* x, Place<T> from, int e) {
+template <int G, class T, int COLS>
+ESFAST_FN void load_group(float* x, Place<T, COLS> from, int e) {
     if constexpr (std::is_same_v<T, Float32>) {
         ESFAST_UNROLL
         for (int k = 0; k < G; k += 4) {
@@ -108,8 +119,8 @@ ESFAST_FN void load_group(float* x, Place<T> from, int e) {
     }
 }
 
-template <class T>
-ESFAST_FN float load_one(Place<T> from, int e) {
+template <class T, int COLS>
+ESFAST_FN float load_one(Place<T, COLS> from, int e) {
     if constexpr (std::is_same_v<T, Split>) {
         return T::load(at<const uint16_t>(from.of(e)), at<const uint16_t>(from.low_of(e)));
     } else {
@@ -117,8 +128,8 @@ ESFAST_FN float load_one(Place<T> from, int e) {
     }
 }
 
-template <int G, bool STOCHASTIC, class T>
-ESFAST_FN void store_group(Place<T> to, int e, const float* x, const uint32_t* random) {
+template <int G, bool STOCHASTIC, class T, int COLS>
+ESFAST_FN void store_group(Place<T, COLS> to, int e, const float* x, const uint32_t* random) {
     if constexpr (std::is_same_v<T, Float32>) {
         ESFAST_UNROLL
         for (int k = 0; k < G; k += 4)
@@ -144,8 +155,8 @@ ESFAST_FN void store_group(Place<T> to, int e, const float* x, const uint32_t* r
     }
 }
 
-template <bool STOCHASTIC, class T>
-ESFAST_FN void store_one(Place<T> to, int e, float x, uint32_t random) {
+template <bool STOCHASTIC, class T, int COLS>
+ESFAST_FN void store_one(Place<T, COLS> to, int e, float x, uint32_t random) {
     if constexpr (std::is_same_v<T, Float32>) {
         at<uint32_t>(to.of(e)) = as_bits(x);
     } else if constexpr (std::is_same_v<T, Split>) {

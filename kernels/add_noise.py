@@ -6,12 +6,11 @@ tensors by their number mod 4: the four of one Gaussian block lie at one place o
 nothing passes through shared memory.
 """
 
-import os
-
 import triton
 import triton.language as tl
 
-from .noise import GAUSSIAN, RADEMACHER, STOCHASTIC_ROUNDING, add_signed, as_bits, as_float, gaussian_pair, philox
+from .memory import SPLIT, adam_step, decayed, load_weights, store_weights
+from .noise import GAUSSIAN, RADEMACHER, STOCHASTIC_ROUNDING, add_signed, as_bits, gaussian_pair, philox
 
 # 32 weights a thread: fewer leave key schedules and addresses unamortised, more spill.
 TILE = 4096
@@ -21,39 +20,6 @@ OPTIONS = {"num_warps": NUM_WARPS, "maxnreg": 144, "enable_fp_fusion": False}
 
 # Adam keeps weights, gradient and both moments of a tile in registers: 16 weights a thread.
 ADAM_TILE = 2048
-
-INTERPRETED: tl.constexpr = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-FLOAT32: tl.constexpr = tl.constexpr(0)  # formats, as in csrc/dtypes.h
-BFLOAT16: tl.constexpr = tl.constexpr(1)
-FLOAT16: tl.constexpr = tl.constexpr(2)
-SPLIT: tl.constexpr = tl.constexpr(3)
-
-
-@triton.jit
-def _pointers(address, element, WHOLE: tl.constexpr, TYPE: tl.constexpr):
-    p = address.to(tl.int64).to(tl.pointer_type(TYPE))
-    if WHOLE:
-        p = tl.multiple_of(p, 16)
-    return p + element
-
-
-@triton.jit
-def _load(address, element, begin, end, WHOLE: tl.constexpr, TYPE: tl.constexpr):
-    """The elements behind `address`, 0 outside [begin, end)."""
-    p = _pointers(address, element, WHOLE, TYPE)
-    if WHOLE:
-        return tl.load(p)
-    else:
-        return tl.load(p, mask=(element >= begin) & (element < end), other=0)
-
-
-@triton.jit
-def _store(address, element, begin, end, WHOLE: tl.constexpr, TYPE: tl.constexpr, x):
-    p = _pointers(address, element, WHOLE, TYPE)
-    if WHOLE:
-        tl.store(p, x)
-    else:
-        tl.store(p, x, mask=(element >= begin) & (element < end))
 
 
 @triton.jit
@@ -71,19 +37,12 @@ def _together(a):
 
 
 @triton.jit
-def _load4(address, low, element, begin, end, WHOLE: tl.constexpr, FORMAT: tl.constexpr):
-    """Weights as four float32 tensors. `low`: address of the low halves of SPLIT."""
-    if FORMAT == FLOAT32:
-        x = _load(address, element, begin, end, WHOLE, tl.float32)
-    elif FORMAT == FLOAT16:
-        x = _load(address, element, begin, end, WHOLE, tl.float16).to(tl.float32)
-    else:  # by bits, as the interpreter's conversion of bfloat16 (3.9) is wrong for subnormals
-        bits = _load(address, element, begin, end, WHOLE, tl.uint16).to(tl.uint32) << 16
-        if FORMAT == SPLIT:
-            half = _load(low, element, begin, end, WHOLE, tl.int16)
-            bits = bits + half.to(tl.int32).to(tl.uint32, bitcast=True)
-        x = as_float(bits)
-    return _apart(x)
+def _load4(address, low, anchor, element, begin, end, decay, WHOLE: tl.constexpr, SRC: tl.constexpr, DST: tl.constexpr,
+           DECAY: tl.constexpr):  # fmt: skip
+    """Weights, decayed, as four float32 tensors."""
+    inside = (element >= begin) & (element < end)
+    x = load_weights(address, element, low, element, inside, WHOLE, SRC)
+    return _apart(decayed(x, anchor, element, inside, decay, WHOLE, DST, DECAY))
 
 
 @triton.jit
@@ -91,73 +50,16 @@ def _store4(
     address, low, element, begin, end, WHOLE: tl.constexpr, a, words, FORMAT: tl.constexpr, STOCHASTIC: tl.constexpr
 ):
     """Rounds four float32 tensors to the format and stores them where _load4 would read them. `words`: random ones."""
-    x = _together(a)
-    if FORMAT == FLOAT32:
-        _store(address, element, begin, end, WHOLE, tl.float32, x)
-    elif FORMAT == SPLIT:
-        bits = as_bits(x)
-        bits = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC00000, bits)
-        _store(address, element, begin, end, WHOLE, tl.uint16, ((bits + 0x8000) >> 16).to(tl.uint16))
-        _store(low, element, begin, end, WHOLE, tl.uint16, bits.to(tl.uint16))
-    elif FORMAT == BFLOAT16:
-        if STOCHASTIC:
-            bits = as_bits(x)
-            rounded = (bits + (_together(words) >> 16)) >> 16
-            rounded = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, rounded)
-            _store(address, element, begin, end, WHOLE, tl.uint16, rounded.to(tl.uint16))
-        elif INTERPRETED:
-            # the interpreter's own conversion (3.9) rounds a half away from zero and loses the carry
-            bits = as_bits(x)
-            rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-            rounded = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, rounded)
-            _store(address, element, begin, end, WHOLE, tl.uint16, rounded.to(tl.uint16))
-        else:
-            _store(address, element, begin, end, WHOLE, tl.bfloat16, x.to(tl.bfloat16))
-    elif STOCHASTIC:  # Float16::store in csrc/dtypes.h
-        bits, random = as_bits(x), _together(words)
-        magnitude = bits & 0x7FFFFFFF
-        small = magnitude < 0x38800000
-        normal = (magnitude + 0xC8000000 + (random >> 19)) >> 13
-        units = (as_float(tl.where(small, magnitude, 0)) * 1099511627776.0).to(tl.int32).to(tl.uint32, bitcast=True)
-        found = tl.where(small, (units + (random >> 16)) >> 16, normal)
-        special = tl.where(magnitude > 0x7F800000, 0x7E00, 0x7C00)
-        found = tl.where(magnitude >= 0x47800000, special, found) | ((bits >> 16) & 0x8000)
-        _store(address, element, begin, end, WHOLE, tl.uint16, found.to(tl.uint16))
-    else:
-        _store(address, element, begin, end, WHOLE, tl.float16, x.to(tl.float16))
-
-
-@triton.jit
-def _decayed4(x, anchor, element, begin, end, decay, WHOLE: tl.constexpr, DST: tl.constexpr, DECAY: tl.constexpr):
-    """x moved towards the anchor (DECAY 2) or zero (1) by the fraction `decay`."""
-    if DECAY == 2:
-        w = _load4(anchor, anchor, element, begin, end, WHOLE, BFLOAT16 if DST == SPLIT else DST)
-    else:
-        w = _zeros4(x)
-    if DECAY == 0:
-        return x
-    else:
-        return (
-            tl.fma(tl.zeros_like(x[0]) + decay, w[0] - x[0], x[0]),
-            tl.fma(tl.zeros_like(x[0]) + decay, w[1] - x[1], x[1]),
-            tl.fma(tl.zeros_like(x[0]) + decay, w[2] - x[2], x[2]),
-            tl.fma(tl.zeros_like(x[0]) + decay, w[3] - x[3], x[3]),
-        )
+    inside = (element >= begin) & (element < end)
+    x, random = _together(a), _together(words)
+    store_weights(address, element, low, element, inside, WHOLE, x, random, FORMAT, STOCHASTIC)
 
 
 @triton.jit
 def _adam4(x, g, m_at, v_at, element, begin, end, numbers, WHOLE: tl.constexpr):
-    """x after a step of Adam along g; the moments at the two addresses are changed. numbers: ops.Adam.numbers."""
-    gradient, weights = _together(g), _together(x)
-    zero = tl.zeros_like(weights)
-    m = _load(m_at, element, begin, end, WHOLE, tl.float32)
-    v = _load(v_at, element, begin, end, WHOLE, tl.float32)
-    m = tl.fma(zero + numbers[0], gradient - m, m)
-    v = tl.fma(zero + numbers[1], gradient * gradient - v, v)
-    _store(m_at, element, begin, end, WHOLE, tl.float32, m)
-    _store(v_at, element, begin, end, WHOLE, tl.float32, v)
-    ratio = tl.div_rn(m, tl.sqrt_rn(v) + numbers[3])
-    return _apart(tl.fma(zero + numbers[2], ratio, weights))
+    """x after a step of Adam along g."""
+    inside = (element >= begin) & (element < end)
+    return _apart(adam_step(_together(x), _together(g), m_at, v_at, element, inside, numbers, WHOLE))
 
 
 @triton.jit
@@ -210,8 +112,7 @@ def _tile(
     """One tile. WHOLE: every element is there and all addresses are multiples of 16."""
     if KIND == GAUSSIAN:
         element = tl.arange(0, TILE)
-        x = _load4(src, low_at, element, begin, end, WHOLE, SRC)
-        x = _decayed4(x, anchor, element, begin, end, decay, WHOLE, DST, DECAY)
+        x = _load4(src, low_at, anchor, element, begin, end, decay, WHOLE, SRC, DST, DECAY)
         block = start >> 2
         low = _bound_to(tl.arange(0, TILE // 4), x[0]) + block.to(tl.uint32)  # tiles are aligned: no carry within one
         high = tl.zeros_like(low) + (block >> 32).to(tl.uint32)
@@ -233,15 +134,11 @@ def _tile(
         # A thread holds the same quad of each of the block's four words: all of its signs come from one Philox call.
         i = tl.arange(0, TILE // 4)
         element = (i // 32) * 128 + i % 32
-        a = _load4(src, low_at, element, begin, end, WHOLE, SRC)
-        b = _load4(src, low_at, element + 32, begin, end, WHOLE, SRC)
-        c = _load4(src, low_at, element + 64, begin, end, WHOLE, SRC)
-        d = _load4(src, low_at, element + 96, begin, end, WHOLE, SRC)
+        a = _load4(src, low_at, anchor, element, begin, end, decay, WHOLE, SRC, DST, DECAY)
+        b = _load4(src, low_at, anchor, element + 32, begin, end, decay, WHOLE, SRC, DST, DECAY)
+        c = _load4(src, low_at, anchor, element + 64, begin, end, decay, WHOLE, SRC, DST, DECAY)
+        d = _load4(src, low_at, anchor, element + 96, begin, end, decay, WHOLE, SRC, DST, DECAY)
         bound = _bound_to(tl.arange(0, TILE // 16), a[0])
-        a = _decayed4(a, anchor, element, begin, end, decay, WHOLE, DST, DECAY)
-        b = _decayed4(b, anchor, element + 32, begin, end, decay, WHOLE, DST, DECAY)
-        c = _decayed4(c, anchor, element + 64, begin, end, decay, WHOLE, DST, DECAY)
-        d = _decayed4(d, anchor, element + 96, begin, end, decay, WHOLE, DST, DECAY)
         xa, xb, xc, xd = a, b, c, d
         if ADAM:
             a, b, c, d = _zeros4(a), _zeros4(b), _zeros4(c), _zeros4(d)

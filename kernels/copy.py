@@ -3,13 +3,14 @@
 import triton
 import triton.language as tl
 
-from .add_noise import _load, _store
+from .memory import load, store
 
 
 @triton.jit
 def _copy(dst, src, begin, end, WHOLE: tl.constexpr, TYPE: tl.constexpr, TILE: tl.constexpr):
     element = tl.arange(0, TILE)
-    _store(dst, element, begin, end, WHOLE, TYPE, _load(src, element, begin, end, WHOLE, TYPE))
+    inside = (element >= begin) & (element < end)
+    store(dst, element, inside, WHOLE, TYPE, load(src, element, inside, WHOLE, TYPE))
 
 
 @triton.jit

@@ -22,16 +22,16 @@ from esfast.core.ops import AdamStep, Call, check_members
 ROOT = Path(__file__).parent.parent
 CSRC = ROOT / "csrc"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-KINDS = ("gaussian", "rademacher")
+KINDS = ("gaussian", "rademacher", "low_rank")
 
 
 class Job(ctypes.Structure):
     """csrc/cuda_job.h's CudaJob."""
 
     _fields_ = [
-        *((name, ctypes.c_uint64) for name in ("tiles", "extras", "seeds", "coeffs", "low", "m", "v")),
-        *((name, ctypes.c_int32) for name in ("members", "stochastic")),
-        *((name, ctypes.c_float) for name in ("decay", "one_minus_beta1", "one_minus_beta2", "step", "eps")),
+        *((name, ctypes.c_uint64) for name in ("tiles", "extras", "segments", "seeds", "coeffs", "low", "m", "v")),
+        *((name, ctypes.c_int32) for name in ("members", "stochastic", "rank")),
+        *((name, ctypes.c_float) for name in ("scale", "decay", "one_minus_beta1", "one_minus_beta2", "step", "eps")),
     ]
 
 
@@ -83,6 +83,11 @@ def entries(dtype):
         ("scalar", torch.tensor(3.0).to(dtype)),
         ("column", matrix[:4, 8990:8991]),
         ("transposed", torch.randn(5, 3, generator=generator).to(dtype).t()),
+        ("whole tiles", torch.randn(130, 264, generator=generator).to(dtype)),
+        ("odd matrix", torch.randn(131, 53, generator=generator).to(dtype)),
+        ("experts", torch.randn(3, 20, 40, generator=generator).to(dtype)),
+        ("far rows", matrix[:8, 5200:5340], esfast.Slice((2**36, 2**13), (2**35 - 4, 3))),
+        ("filters", matrix[6:8, 6000:6120].view(2, 5, 6, 4), esfast.Slice((9, 5, 7, 4), (3, 0, 1, 0))),
     ]
 
 
@@ -90,14 +95,19 @@ def members_of(count):
     return [2**64 - 1 - 12345 * j for j in range(count)], [0.01 * (-1) ** j / (j + 1) for j in range(count)]
 
 
-def call(plan, count=1, base=None, kind="gaussian", stochastic=False, decay=0.0, anchor=None, adam=None):
-    return Call(plan, *check_members(*members_of(count)), base, kind, stochastic, np.float32(decay), anchor, adam)
+def rank_of(kind):
+    return 3 if kind == "low_rank" else 1
 
 
-def expect(plan, count=1, base=None, kind="gaussian", stochastic=False, decay=0.0, anchor=None, adam=None):
+def call(plan, count=1, base=None, kind="gaussian", stochastic=False, decay=0.0, anchor=None, adam=None, rank=None):
+    members = check_members(*members_of(count))
+    return Call(plan, *members, base, kind, stochastic, np.float32(decay), anchor, adam, rank or rank_of(kind))
+
+
+def expect(plan, count=1, base=None, kind="gaussian", stochastic=False, decay=0.0, anchor=None, adam=None, rank=None):
     esfast.add_noise_(
         plan, *members_of(count), base=base, noise=kind, rounding="stochastic" if stochastic else "nearest",
-        backend="cpu", decay=decay, anchor=anchor, adam=adam,
+        backend="cpu", decay=decay, anchor=anchor, adam=adam, rank=rank or rank_of(kind),
     )  # fmt: skip
 
 
@@ -137,7 +147,7 @@ def test_restoring_copies_every_bit_in_one_launch(dtype, run_on_host, same_bits)
         numbers = t.new_empty(0).view(torch.int32 if dtype is torch.float32 else torch.int16).dtype
         t.copy_(torch.randint(-(2**15), 2**15, t.shape, generator=torch.Generator().manual_seed(2)).to(numbers)
                 .view(dtype).view(t.shape))  # fmt: skip
-    memory = torch.full((100_000,), 7.0).to(dtype)
+    memory = torch.full((200_000,), 7.0).to(dtype)
     held, at = [], 3
     for e in base.entries:  # in one memory, at odd addresses and at aligned ones, with gaps
         held.append((e.name, memory[at : at + e.tensor.numel()].view(e.tensor.shape), e.window))
@@ -160,6 +170,17 @@ def test_member_counts(kind, count, run_on_host, same_bits):
     ours, theirs = plan.clone(), plan.clone()
     run_on_host(call(ours, count, plan, kind))
     expect(theirs, count, plan, kind)
+    assert_equal(ours, theirs, same_bits)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("count", "rank"), [(1, 1), (1, 4), (2, 2), (5, 1), (64, 1), (3, 16)])
+def test_ranks(dtype, count, rank, run_on_host, same_bits):
+    """One factor, whole turns of four and a part of one, of one member and of several."""
+    source = esfast.Plan([e for e in entries(dtype) if e[0] in ("whole tiles", "odd matrix", "experts", "scalar")])
+    ours, theirs = source.clone(), source.clone()
+    run_on_host(call(ours, count, source, "low_rank", rank=rank))
+    expect(theirs, count, source, "low_rank", rank=rank)
     assert_equal(ours, theirs, same_bits)
 
 

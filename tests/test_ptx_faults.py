@@ -14,7 +14,6 @@ from ptx_machine.backends import ADAM, ADD, ONE
 from ptx_machine.cases import (
     PAIRS,
     cuda_text,
-    few_entries,
     hold,
     needs_nvcc,
     needs_triton,
@@ -30,6 +29,7 @@ from esfast.core.noise import _Q, _S
 BACKENDS = [pytest.param("cuda", marks=needs_nvcc), pytest.param("triton", marks=needs_triton)]
 PERTURB = ("float32", "gaussian", ONE, one_call())
 HALVES = ("bfloat16", "gaussian", ONE, one_call())
+FACTORS = ("bfloat16", "low_rank", ADD, one_call(5))
 SIGNS = ("bfloat16", "rademacher", ADD, one_call(3, stochastic=True))
 ADAMS = ("split", "rademacher", ADAM, one_call(2, decay=1))
 NOTICED = (AssertionError, PtxError)
@@ -86,17 +86,33 @@ SOURCE_FAULTS = {
         ),
         "six rounds of Philox": Fault(SIGNS, ("noise.h", "PHILOX_ROUNDS = 7", "PHILOX_ROUNDS = 6")),
         "a tail one element too long": Fault(
-            PERTURB, ("cuda_kernel.cuh", "e >= span.begin && e < span.end", "e >= span.begin && e <= span.end"),
+            PERTURB, ("cuda_layout.cuh", "e >= begin && e < end", "e >= begin && e <= end"),
             noticed=MemoryFault,
         ),
         "the upper half of a block's number lost": Fault(
-            PERTURB, ("cuda_kernel.cuh", "uint32_t(block >> 32), tensor_id", "0u, tensor_id"), noticed=AssertionError
+            PERTURB, ("cuda_tile.cuh", "uint32_t(block >> 32), this", "0u, this"), noticed=AssertionError
         ),
         "one member too few": Fault(
-            SIGNS, ("cuda_kernel.cuh", "1 : job.members;", "1 : job.members - 1;"), noticed=AssertionError
+            SIGNS, ("cuda_kernel.cuh", "1 : job.members);", "1 : job.members - 1);"), noticed=AssertionError
         ),
         "the noise's numbers to round with": Fault(
             SIGNS, ("noise.h", "STOCHASTIC_ROUNDING = 2", "STOCHASTIC_ROUNDING = 1"), noticed=AssertionError
+        ),
+        "a row's factor of the next row": Fault(
+            FACTORS, ("cuda_low_rank.cuh", "down * TALL + i * 4", "down * TALL + (i * 4 ^ 4)"), noticed=AssertionError
+        ),
+        "a product of factors before the coefficient's": Fault(
+            FACTORS, ("cuda_low_rank.cuh", "put(a + first, mul_(c, y.z0)", "put(a + first, mul_(c, y.z1)"),
+            noticed=AssertionError,
+        ),
+        "slots that are not there add a zero": Fault(
+            FACTORS, ("cuda_low_rank.cuh", "a[i] = -0.0f, b[i] = 0", "a[i] = 1, b[i] = 1"), noticed=AssertionError
+        ),
+        "one buffer of factors for all turns": Fault(
+            FACTORS, ("cuda_kernel.cu", "factors[turn % 2]", "factors[0]"), noticed=MemoryFault
+        ),
+        "factors that are used before all are drawn": Fault(
+            FACTORS, ("cuda_kernel.cu", "__syncthreads();", ""), noticed=MemoryFault
         ),
         "low halves without their sign": Fault(
             ADAMS, ("dtypes.h", "uint32_t(int32_t(int16_t(low)))", "uint32_t(low)"), noticed=AssertionError
@@ -116,8 +132,16 @@ SOURCE_FAULTS = {
         "one member too few": Fault(
             SIGNS, ("add_noise.py", "in range(members)", "in range(members - 1)"), noticed=AssertionError
         ),
+        "factors in another order": Fault(
+            FACTORS, ("low_rank.py", "_accumulate(_accumulate(x, a0, b0, ROWS, HALF), a1, b1, ROWS, HALF)",
+                      "_accumulate(_accumulate(x, a1, b1, ROWS, HALF), a0, b0, ROWS, HALF)"), noticed=AssertionError
+        ),
+        "slots that are not there add something": Fault(
+            FACTORS, ("low_rank.py", "tl.where(there[None, :], a, -0.0)", "tl.where(there[None, :], a, 1.0)"),
+            noticed=AssertionError,
+        ),
         "low halves without their sign": Fault(
-            ADAMS, ("add_noise.py", "WHOLE, tl.int16)", "WHOLE, tl.uint16)"), noticed=AssertionError
+            ADAMS, ("memory.py", "WHOLE, tl.int16)", "WHOLE, tl.uint16)"), noticed=AssertionError
         ),
     },
 }  # fmt: skip
@@ -172,11 +196,11 @@ def backend_of(name, fault, tmp_path):
 
 def holds(backend, case):
     pair, kind, rule, call = case
-    hold(backend, pair, kind, rule, [call, call], few_entries)  # twice: what a first call changed, a second one reads
+    hold(backend, pair, kind, rule, [call, call], few=True)  # twice: what a first call changed, a second one reads
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-@pytest.mark.parametrize("case", [PERTURB, HALVES, SIGNS, ADAMS])
+@pytest.mark.parametrize("case", [PERTURB, HALVES, SIGNS, ADAMS, FACTORS])
 def test_without_a_fault_the_calls_agree(name, case, tmp_path):
     holds(backend_of(name, None, tmp_path)[0], case)
 

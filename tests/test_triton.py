@@ -16,11 +16,13 @@ import pytest
 import torch
 
 import esfast
-from esfast.core.ops import Call, check_members
+from esfast.core.ops import AdamStep, Call, check_members
+from esfast.core.segments import FIELDS
 
 triton = pytest.importorskip("triton", reason="Triton is not installed: its kernels can't be interpreted")
 from esfast.core.backends import triton as triton_backend  # noqa: E402
-from esfast.core.backends.tiles import tile_table  # noqa: E402
+from esfast.core.backends.tiles import MATRIX_COLS, tile_table  # noqa: E402
+from esfast.kernels import low_rank  # noqa: E402
 
 CANNOT = triton_backend.missing(torch.device("cpu")) if os.environ.get("TRITON_INTERPRET") == "1" else None
 pytestmark = [
@@ -155,6 +157,97 @@ def test_tables_follow_the_base(same_bits):
         wanted = base.clone()
         esfast.add_noise_(wanted, [1], [1.0], noise="rademacher", backend="cpu")
         assert same_bits(plan.tensors, wanted.tensors)
+
+
+def matrices(dtype):
+    """Whole tiles and parts of one, odd rows and columns, a batch, filters, numbers beyond 2^34, a vector, a scalar."""
+    generator = torch.Generator().manual_seed(1)
+    wide = torch.randn(8, 600, generator=generator).to(dtype)
+    return [
+        ("whole", torch.randn(18, 136, generator=generator).to(dtype)),
+        ("odd", torch.randn(3, 53, generator=generator).to(dtype)),
+        ("row", wide[7:8, 100:230]),
+        ("column", wide[:, 598:599]),
+        ("batch", torch.randn(2, 3, 7, generator=generator).to(dtype)),
+        ("filters", wide[:4, 200:260].view(4, 5, 3, 4), esfast.Slice((9, 5, 7, 4), (3, 0, 1, 0))),
+        ("far", wide[:2, 30:70], esfast.Slice((2**36, 2**20), (2**34 - 3, 2**19 + 1))),
+        ("vector", wide[6, 301:441]),
+        ("scalar", torch.tensor(3.0).to(dtype)),
+    ]
+
+
+LOW_RANK = [
+    # members, rank, rounding, decay, Adam
+    (1, 1, "nearest", 0, False),
+    (2, 2, "nearest", 0, False),
+    (1, 2, "stochastic", 2, False),
+    (1, 2, "stochastic", 1, True),
+]
+
+
+@pytest.mark.skipif(not EXACT_FMA, reason=f"the fma of Triton {triton.__version__}'s interpreter rounds twice")
+@pytest.mark.parametrize(("members", "rank", "rounding", "decay", "adam"), LOW_RANK)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_low_rank(dtype, members, rank, rounding, decay, adam, same_bits):
+    source = esfast.Plan(matrices(dtype))
+    ours, theirs, anchor = source.clone(), source.clone(), source.clone() if decay == 2 else None
+    moments = [torch.zeros(2, source.flat_numel) for _ in range(2)]
+    steps = [AdamStep.at(2, m, 0.1, 0.9, 0.99, 1e-8) if adam else None for m in moments]
+    seeds, coeffs = [2**64 - 1 - j for j in range(members)], [0.3 / (j + 1) for j in range(members)]
+    base, fraction = None if adam else source, 0.1 if decay else 0.0
+    call = Call(ours, *check_members(seeds, coeffs), base, "low_rank", rounding == "stochastic", np.float32(fraction),
+                anchor, steps[0], rank)  # fmt: skip
+    triton_backend.run(call, 16)
+    esfast.add_noise_(
+        theirs,
+        seeds,
+        coeffs,
+        base,
+        "low_rank",
+        rounding,
+        "cpu",
+        decay=fraction,
+        anchor=anchor,
+        adam=steps[1],
+        rank=rank,
+    )
+    for name, a, b in zip(ours.names, ours.tensors, theirs.tensors, strict=True):
+        assert same_bits([a], [b]), name
+    assert same_bits(*moments)
+
+
+@pytest.mark.skipif(not EXACT_FMA, reason=f"the fma of Triton {triton.__version__}'s interpreter rounds twice")
+def test_low_rank_by_the_tiles_that_ship(same_bits):
+    """Two turns of four factors, of which three are not there."""
+    plan = esfast.Plan([("w", torch.randn(129, 128, generator=torch.Generator().manual_seed(3)).bfloat16())])
+    wanted, seeds, coeffs = plan.clone(), list(range(5)), [0.1, -0.2, 0.3, -0.4, 0.5]
+    triton_backend.run(Call(plan, *check_members(seeds, coeffs), None, "low_rank"))
+    esfast.add_noise_(wanted, seeds, coeffs, noise="low_rank", backend="cpu")
+    assert same_bits(plan.tensors, wanted.tensors)
+
+
+@pytest.mark.skipif(not EXACT_FMA, reason=f"the fma of Triton {triton.__version__}'s interpreter rounds twice")
+def test_low_rank_of_split_masters(same_bits):
+    source = esfast.Plan([("w", torch.randn(16, 128, generator=torch.Generator().manual_seed(3)).bfloat16())])
+    results = []
+    for run in (triton_backend.run, None):
+        master, plan = source.master(), source.clone()
+        for target, base, members in ((master, None, 2), (plan, master, 1)):
+            if run:
+                run(Call(target, *check_members([1, 2][:members], [0.3, 0.2][:members]), base, "low_rank", rank=2), 16)
+            else:
+                esfast.add_noise_(
+                    target, [1, 2][:members], [0.3, 0.2][:members], base, "low_rank", backend="cpu", rank=2
+                )
+        results.append((master.low, *master.tensors, *plan.tensors))
+    assert torch.equal(results[0][0], results[1][0]) and same_bits(results[0][1:], results[1][1:])
+
+
+def test_columns_of_the_segment_table():
+    names = {"DST_AT": "dst", "SRC_AT": "src", "ANCHOR_AT": "anchor"}
+    found = {k: v.value for k, v in vars(low_rank).items() if names.get(k, k.lower()) in FIELDS and k != "COLS"}
+    assert len(found) == 17 and all(FIELDS[v] == names.get(k, k.lower()) for k, v in found.items())
+    assert low_rank.FIELDS.value == len(FIELDS) and low_rank.COLS.value == MATRIX_COLS
 
 
 # ---- the tests would notice: any constant, any order ----------------------------------------------------------------

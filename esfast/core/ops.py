@@ -264,7 +264,7 @@ def _why_not(name: str, device: torch.device) -> str | None:
 # against 5.3. Timings on a GPU will decide once there are any.
 _BACKENDS = {"cpu": _cpu, "cuda": _cuda, "triton": _triton, "reference": _reference}
 # Backends with kernels for low-rank noise.
-_LOW_RANK = ("cpu", "reference")
+_LOW_RANK = ("cpu", "cuda", "triton", "reference")
 
 
 def get_backend(name: str, device: torch.device, kind: str = "gaussian"):

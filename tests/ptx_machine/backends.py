@@ -39,9 +39,9 @@ class Job(ctypes.Structure):
     """csrc/cuda_job.h's CudaJob."""
 
     _fields_ = [
-        *((name, ctypes.c_uint64) for name in ("tiles", "extras", "seeds", "coeffs", "low", "m", "v")),
-        *((name, ctypes.c_int32) for name in ("members", "stochastic")),
-        *((name, ctypes.c_float) for name in ("decay", "one_minus_beta1", "one_minus_beta2", "step", "eps")),
+        *((name, ctypes.c_uint64) for name in ("tiles", "extras", "segments", "seeds", "coeffs", "low", "m", "v")),
+        *((name, ctypes.c_int32) for name in ("members", "stochastic", "rank")),
+        *((name, ctypes.c_float) for name in ("scale", "decay", "one_minus_beta1", "one_minus_beta2", "step", "eps")),
     ]
 
 
@@ -131,16 +131,19 @@ class CudaPtx:
         memory = memory_of(call, [(tiles, tiles + 32 * tile_count)])
         run(kernel, tile_count, kernel.kernel.threads, struct.pack("<Q", tiles), memory)
 
-    def _launch(self, call, *, tiles, extras, tile_count, src_format, dst_format, seeds, coeffs, members, kind, stochastic,
-                decay, low, moments, adam):  # fmt: skip
+    def _launch(self, call, *, tiles, extras, segments, tile_count, src_format, dst_format, seeds, coeffs, members, kind,
+                rank, scale, stochastic, decay, low, moments, adam):  # fmt: skip
         rounds_stochastically = stochastic and members > 0 and dst_format in (BFLOAT16, FLOAT16)
-        rule = ADAM if moments[0] else ONE if members == 1 and not decay and not rounds_stochastically else ADD
+        rule = ADAM if moments[0] else ONE if members * rank == 1 and not decay and not rounds_stochastically else ADD
         name = self.find(src_format, dst_format, kind, rule)
         kernel = self.compile(name)
-        job = Job(tiles, extras, seeds, coeffs, low, *moments, members, stochastic and members > 0, decay, *adam)
+        rounding = stochastic and members > 0
+        job = Job(tiles, extras, segments, seeds, coeffs, low, *moments, members, rounding, rank, scale, decay, *adam)
         launch = [(tiles, tiles + 32 * tile_count), (seeds, seeds + 8 * members), (coeffs, coeffs + 4 * members)]
         if extras:
             launch.append((extras, extras + 16 * tile_count))
+        if segments:
+            launch.append((segments, segments + call.table.rows.nbytes))
         self.launched.add(name)
         run(kernel, tile_count, kernel.kernel.threads, bytes(job), memory_of(call, launch))
 
@@ -159,8 +162,8 @@ class TritonCompiler:
             env=environment,
         )  # fmt: skip
 
-    def compile(self, folder: Path | None, arguments: list, options: dict) -> dict:
-        request = {"folder": folder and str(folder), "arguments": arguments, "options": options}
+    def compile(self, folder: Path | None, kernel: str, arguments: list, options: dict) -> dict:
+        request = {"folder": folder and str(folder), "kernel": kernel, "arguments": arguments, "options": options}
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         answer = self.process.stdout.readline()
@@ -172,7 +175,7 @@ class TritonCompiler:
 
 
 class TritonPtx:
-    """The kernel of esfast.kernels, or of a changed copy in `folder`; `edit` as in CudaPtx, `tile` as in the backend."""
+    """The kernels of esfast.kernels, or of a changed copy in `folder`; `edit` as in CudaPtx, `tile` as in the backend."""
 
     def __init__(
         self,
@@ -189,18 +192,16 @@ class TritonPtx:
 
         self.call = call
         compiled = SimpleNamespace(value=False)  # the launch code asks whether kernels are interpreted
-        with mock.patch.multiple(triton_backend, add_noise_kernel=self, INTERPRETED=compiled):
+        kernels = {name: _Launcher(self, name) for name in ("add_noise_kernel", "add_low_rank_kernel")}
+        with mock.patch.multiple(triton_backend, INTERPRETED=compiled, **kernels):
             triton_backend.run(call, self.tile)
 
-    def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
-        return functools.partial(self._launch, grid[0])
-
-    def _launch(self, grid: int, *arguments, **options) -> None:
+    def launch(self, name: str, grid: int, *arguments, **options) -> None:
         described = [
             [str(a.dtype).removeprefix("torch."), a.data_ptr() % 16 == 0] if isinstance(a, torch.Tensor) else a
             for a in arguments
         ]
-        found = self.compiler.compile(self.folder, described, options)
+        found = self.compiler.compile(self.folder, name, described, options)
         kernel = self.compile(self.edit(found["ptx"]))
         values = [_packed(t, a) for (_, t), a in zip(found["types"], arguments, strict=False) if t != "constexpr"]
         # Triton adds pointers to scratch memory that our kernels do not use: null, and so nothing that could be read.
@@ -211,6 +212,16 @@ class TritonPtx:
             packed += bytes(-len(packed) % parameter.align) + value
         launch = [bytes_of(a) for a in arguments if isinstance(a, torch.Tensor)]
         run(kernel, grid, found["threads"], bytes(packed), memory_of(self.call, launch), found["shared"])
+
+
+class _Launcher:
+    """What stands for a kernel of esfast.kernels: kernel[grid](arguments)."""
+
+    def __init__(self, backend: TritonPtx, name: str):
+        self.backend, self.name = backend, name
+
+    def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+        return functools.partial(self.backend.launch, self.name, grid[0])
 
 
 def _packed(kind: str, value) -> bytes:

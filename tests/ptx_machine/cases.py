@@ -20,7 +20,7 @@ from esfast.core.segments import BFLOAT16, FLOAT16, FLOAT32, SPLIT
 from . import backends
 from .backends import ADAM, ADD, ONE
 
-KINDS = ("gaussian", "rademacher")
+KINDS = ("gaussian", "rademacher", "low_rank")
 # Formats of what is read and of what is written: all that the kernels have.
 PAIRS = {
     "float32": (FLOAT32, FLOAT32), "bfloat16": (BFLOAT16, BFLOAT16), "float16": (FLOAT16, FLOAT16),
@@ -84,6 +84,35 @@ def few_entries(dtype: torch.dtype) -> list[tuple]:
     ]
 
 
+def matrices(dtype: torch.dtype) -> list[tuple]:
+    """The same of what low-rank noise knows: whole tiles and parts of one, rows that are not aligned, factors with numbers
+    beyond 2^34, a batch of odd matrices, filters, a vector, a scalar, and weights of any bits."""
+    generator = torch.Generator().manual_seed(1)
+    wide = torch.randn(8, 600, generator=generator).to(dtype)
+    return [
+        ("matrix", torch.randn(130, 136, generator=generator).to(dtype)),
+        ("odd", torch.randn(131, 53, generator=generator).to(dtype)),
+        ("far", wide[:, 30:170], esfast.Slice((2**36, 2**20), (2**34 - 3, 2**19 + 1))),
+        ("experts", torch.randn(3, 5, 7, generator=generator).to(dtype)),
+        ("filters", wide[:4, 200:260].view(4, 5, 3, 4), esfast.Slice((9, 5, 7, 4), (3, 0, 1, 0))),
+        ("vector", wide[0, 301:471]),
+        ("scalar", torch.tensor(3.0).to(dtype)),
+        ("any bits", any_bits(dtype, 128 * 128, generator).view(128, 128)),
+    ]
+
+
+def few_matrices(dtype: torch.dtype) -> list[tuple]:
+    """What is enough for a fault to show."""
+    return [e for e in matrices(dtype) if e[0] in ("matrix", "far", "vector")]
+
+
+WEIGHTS = {
+    "gaussian": (entries, few_entries),
+    "rademacher": (entries, few_entries),
+    "low_rank": (matrices, few_matrices),
+}
+
+
 def any_bits(dtype: torch.dtype, count: int, generator: torch.Generator) -> torch.Tensor:
     whole = torch.randint(-(2**31), 2**31, (count,), generator=generator).to(torch.int32)
     special = torch.tensor([0, -(2**31), 1, 0x7F800000, -0x800000, 0x7F800001, 0x7FFFFFFF, -1, 0x00800000, 0x38800000])
@@ -105,16 +134,20 @@ class Side:
 
     def add_noise(self, backend, kind: str, rule: int, step: int, *, members, in_place, stochastic, decay) -> None:
         """Changes the plan by the backend, or for None by the cpu backend."""
+        # perturbing has kernels of its own for one factor
+        rank = 1 if kind != "low_rank" or rule == ONE else 1 + members % 3
         seeds, coeffs = SEEDS[step : step + members], COEFFS[:members]
         adam = AdamStep.at(step + 1, self.moments, 0.1, 0.9, 0.99, 1e-8) if rule == ADAM else None
         base, anchor = None if in_place else self.base, self.anchor if decay == 2 else None
         fraction = 0.1 if decay else 0.0
         if backend:
             arrays = check_members(seeds, coeffs)
-            return backend.run(Call(self.plan, *arrays, base, kind, stochastic, np.float32(fraction), anchor, adam))
+            return backend.run(
+                Call(self.plan, *arrays, base, kind, stochastic, np.float32(fraction), anchor, adam, rank)
+            )
         esfast.add_noise_(
             self.plan, seeds, coeffs, base=base, noise=kind, rounding="stochastic" if stochastic else "nearest",
-            backend="cpu", decay=fraction, anchor=anchor, adam=adam,
+            backend="cpu", decay=fraction, anchor=anchor, adam=adam, rank=rank,
         )  # fmt: skip
 
 
@@ -145,8 +178,10 @@ def agree(a: torch.Tensor, b: torch.Tensor) -> bool:
     return bool((same | (a.isnan() & b.isnan())).all())
 
 
-def hold(backend, pair: str, kind: str, rule: int, calls: list[dict], weights=entries) -> None:
-    """Makes the calls by the backend and by the cpu backend, one after another, and compares all that they wrote."""
+def hold(backend, pair: str, kind: str, rule: int, calls: list[dict], few: bool = False) -> None:
+    """Makes the calls by the backend and by the cpu backend, one after another, and compares all that they wrote. `few`:
+    of what is enough for a fault to show."""
+    weights = WEIGHTS[kind][few]
     ours, theirs = Side(*PAIRS[pair], weights), Side(*PAIRS[pair], weights)
     for step, options in enumerate(calls):
         ours.add_noise(backend, kind, rule, step, **options)

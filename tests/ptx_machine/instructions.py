@@ -60,6 +60,16 @@ def _mul_hi(a, b):
     return ((a.astype(np.uint64) * b.astype(np.uint64)) >> np.uint64(32)).astype(np.uint32)
 
 
+def _quotient(a, b):
+    """Towards zero; of a division by zero, on which PTX is silent, all bits."""
+    wide_a, wide_b = a.astype(np.int64), b.astype(np.int64)
+    found = np.abs(wide_a) // np.maximum(np.abs(wide_b), 1) * np.sign(wide_a) * np.sign(wide_b)
+    return np.where(wide_b == 0, -1, found).astype(a.dtype)
+
+
+for _t in ("s32", "u32"):
+    define(f"div.{_t}", _t, f"{_t} {_t}", _quotient)
+    define(f"rem.{_t}", _t, f"{_t} {_t}", lambda a, b: a - _quotient(a, b) * b)
 for _t in INTEGERS:
     define(f"add.{_t}", _t, f"{_t} {_t}", np.add)
     define(f"sub.{_t}", _t, f"{_t} {_t}", np.subtract)
@@ -108,6 +118,12 @@ def _bfe_signed(a, start, length):
     return np.where(length > 0, (field << unused) >> unused, 0).astype(np.int32)
 
 
+def _bfi(field, base, start, length):
+    """`base` with the low `length` bits of `field` from bit `start` on."""
+    mask = np.left_shift(_bfe(np.full_like(base, 0xFFFFFFFF), np.uint32(0), length), start & np.uint32(255))
+    return (base & ~mask) | (np.left_shift(field, start & np.uint32(255)) & mask)
+
+
 def _prmt(a, b, selector):
     """Four of eight bytes; bit 3 of a selector's nibble replicates the byte's sign instead."""
     source = a.astype(np.uint64) | (b.astype(np.uint64) << np.uint64(32))
@@ -121,6 +137,7 @@ def _prmt(a, b, selector):
 
 
 define("lop3.b32", "b32", "b32 b32 b32 u32", _lop3)
+define("bfi.b32", "b32", "b32 b32 u32 u32", _bfi)
 define("bfe.s32", "s32", "s32 u32 u32", _bfe_signed)
 define("bfe.u32", "u32", "u32 u32 u32", _bfe)
 define("prmt.b32", "b32", "b32 b32 b32", _prmt)

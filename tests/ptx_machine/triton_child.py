@@ -1,6 +1,6 @@
-"""Compiles the Triton kernel for an H100 where there is none: `python -m ptx_machine.triton_child [FOLDER ...]`.
+"""Compiles the Triton kernels for an H100 where there is none: `python -m ptx_machine.triton_child [FOLDER ...]`.
 
-Each line of stdin is a launch as JSON: its arguments, its keyword options, and the folder of kernels (null: esfast.kernels).
+Each line of stdin is a launch as JSON: the kernel's name, its arguments, its keyword options, and the folder of kernels (null: esfast.kernels).
 Triton specialises the kernel for them just as it does for a GPU, under a driver that has none; nothing is launched. The line
 of stdout is the kernel as JSON: PTX, types by argument, threads, and bytes of shared memory.
 
@@ -38,17 +38,18 @@ class Driver:
         return torch.device("cpu")
 
 
-def kernel_of(folder: str | None):
-    """add_noise_kernel of esfast.kernels, or of a changed copy of it."""
+def kernel_of(folder: str | None, kernel: str):
+    """A kernel of esfast.kernels, or of a changed copy of it."""
+    module = {"add_noise_kernel": "add_noise", "add_low_rank_kernel": "low_rank"}[kernel]
     if folder is None:
-        return importlib.import_module("esfast.kernels.add_noise").add_noise_kernel
+        return getattr(importlib.import_module(f"esfast.kernels.{module}"), kernel)
     name = f"kernels_{abs(hash(folder))}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(
             name, Path(folder) / "__init__.py", submodule_search_locations=[folder]
         )
         sys.modules[name] = importlib.util.module_from_spec(spec)
-    return importlib.import_module(f"{name}.add_noise").add_noise_kernel
+    return getattr(importlib.import_module(f"{name}.{module}"), kernel)
 
 
 def stand_in(argument):
@@ -64,7 +65,7 @@ def main() -> None:
     triton.runtime.driver.set_active(Driver())
     for line in sys.stdin:
         request = json.loads(line)
-        kernel = kernel_of(request["folder"])
+        kernel = kernel_of(request["folder"], request["kernel"])
         arguments = [stand_in(a) for a in request["arguments"]]
         compiled = kernel.run(*arguments, grid=(1,), warmup=True, **request["options"])
         answer = {

@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import torch
 
-from ..noise import DOMAINS
-from .tiles import copy_base, members_on, tiles_of
+from ..noise import DOMAINS, low_rank_scale
+from .tiles import MATRIX_COLS, copy_base, matrix_tiles_of, members_on, tiles_of
 
 
 def run(call) -> None:
@@ -32,12 +32,21 @@ def run_with(call, add_noise: Callable[..., None], tile: int, copy_tiles: Callab
             call, tile, lambda records, size: copy_tiles(tiles=records.data_ptr(), tile_count=len(records), size=size)
         )
     seeds, coeffs = members_on(plan.device, call.seeds, call.coeffs)
-    for t in tiles_of(call.table, tile, plan.device, call.needs_extras):
+    # without members all kinds are the same, and the table is not cut for low-rank noise
+    kind = call.kind if len(seeds) else "gaussian"
+    if kind == "low_rank":
+        tiles = matrix_tiles_of(call, MATRIX_COLS, MATRIX_COLS)
+        tables = [(t, t.segments.data_ptr(), 0) for t in tiles]
+    else:
+        tiles = tiles_of(call.table, tile, plan.device, call.needs_extras)
+        tables = [(t, 0, t.extras.data_ptr() if t.extras is not None else 0) for t in tiles]
+    for t, segments, extras in tables:
         add_noise(
-            tiles=t.records.data_ptr(), extras=t.extras.data_ptr() if t.extras is not None else 0,
-            tile_count=len(t.records), src_format=t.src_format, dst_format=t.dst_format, seeds=seeds.data_ptr(),
-            coeffs=coeffs.data_ptr(), members=len(seeds), kind=DOMAINS[call.kind], stochastic=call.stochastic,
-            decay=float(call.decay), low=call.low.data_ptr() if call.low is not None else 0,
+            tiles=t.records.data_ptr(), extras=extras, segments=segments, tile_count=len(t.records),
+            src_format=t.src_format, dst_format=t.dst_format, seeds=seeds.data_ptr(), coeffs=coeffs.data_ptr(),
+            members=len(seeds), kind=DOMAINS[kind], rank=call.rank, scale=float(low_rank_scale(call.rank)),
+            stochastic=call.stochastic, decay=float(call.decay),
+            low=call.low.data_ptr() if call.low is not None else 0,
             moments=[m.data_ptr() for m in adam.moments] if adam is not None else (0, 0),
             adam=adam.numbers if adam is not None else (0.0,) * 4,
         )  # fmt: skip

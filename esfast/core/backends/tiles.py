@@ -109,3 +109,84 @@ def tile_table(segments: np.ndarray, tile: int, extras: bool = False) -> tuple[n
     records = np.stack([dst, src, tile_start, pack_span(column["tensor_id"][of], begin, end, whole)], axis=1)
     kept = end > begin
     return np.ascontiguousarray(records[kept]), np.ascontiguousarray(np.stack([anchor, flat], axis=1)[kept])
+
+
+# ---- low-rank noise: tiles of matrices ------------------------------------------------------------------------------
+
+# Columns of a tile.
+MATRIX_COLS = 128
+
+
+@dataclass(frozen=True)
+class MatrixTiles:
+    """Tiles of one pair of formats, on the device: `segments`, rows of a segment table, and `records`, int64
+    (tiles, 4)."""
+
+    src_format: int
+    dst_format: int
+    segments: torch.Tensor
+    records: torch.Tensor
+
+
+def matrix_tiles_of(call, rows: int, part_rows: int) -> list[MatrixTiles]:
+    """The tiles that a Call with low-rank noise works on, kept with its table: see matrix_table."""
+    table, device = call.table, call.plan.device
+    if len(call.seeds) * call.rank >= 2**31:
+        raise BadValue(f"seeds: {len(call.seeds)} members of rank {call.rank} have more than 2**31 - 1 factors")
+    key = rows, part_rows, call.needs_extras, call.rank > 1
+    if key not in table.device:
+        pairs = np.stack([table.column("src_format"), table.column("dst_format")], axis=1)
+        found = []
+        for src, dst in np.unique(pairs, axis=0):
+            segments = np.ascontiguousarray(table.rows[(pairs == (src, dst)).all(axis=1)])
+            records = matrix_table(segments, rows, part_rows, *key[2:])
+            found.append(
+                MatrixTiles(int(src), int(dst), *(torch.from_numpy(a).to(device) for a in (segments, records)))
+            )
+        table.device[key] = found
+    return table.device[key]
+
+
+def matrix_table(segments: np.ndarray, rows: int, part_rows: int, extras: bool, steps: bool) -> np.ndarray:
+    """Tiles of segments that were cut for low-rank noise, of one pair of formats: int64 (tiles, 4) of segment, row and
+    column in it where the tile begins, and whole << 31 | aligned << 30 | vector << 29 | rows << 8 | columns that are
+    there.
+
+    A tile has `rows` rows of MATRIX_COLS columns, and one that is not whole at most `part_rows`. In a whole one all is
+    there, its rows lie at multiples of 16 bytes (`aligned` says this alone), and the numbers of its elements and
+    factors begin at multiples of 4: kernels then read 128 bits, and draw four numbers, at once. `extras`: flat buffers
+    and anchors are used too; `steps`: more than one factor is. A vector's tile is one row.
+
+    ValueError if they are more than one launch can have.
+    """
+    column = {name: segments[:, i] for i, name in enumerate(FIELDS)}
+    vector = column["a_step"] == 0
+    height = np.where(vector, 1, rows)
+    across = -(-column["cols"] // MATRIX_COLS)
+    counts = -(-column["rows"] // height) * across
+    if counts.sum() * (rows // part_rows) >= 2**31:
+        raise BadValue(f"Plan: its {counts.sum()} tiles are more than one launch can have, 2**31 - 1")
+    src_format, dst_format = (int(column[f"{side}_format"][0]) for side in ("src", "dst"))
+    bits = column["flat"] * 2 | column["flat_stride"] * 2 if extras or SPLIT in (src_format, dst_format) else 0
+    sides = {"src": _SIZES[src_format], "dst": _SIZES[dst_format], "anchor": _SIZES[dst_format]}
+    for side, size in sides.items():
+        bits |= np.where(column[side] != 0, column[side] | column[f"{side}_stride"] * size, 0)
+    numbers = column["first"] | column["index_stride"] | column["a_first"] | column["b_first"]
+    if steps:
+        numbers = numbers | column["a_step"] | column["b_step"]
+    aligned = bits % 16 == 0
+    of = np.repeat(np.arange(len(segments)), counts)  # the segment of each tile
+    local = np.arange(counts.sum()) - (np.cumsum(counts) - counts)[of]
+    row, place = np.divmod(local, across[of])
+    row, place = row * height[of], place * MATRIX_COLS
+    there = np.minimum(height[of], column["rows"][of] - row)
+    cols = np.minimum(MATRIX_COLS, column["cols"][of] - place)
+    whole = (aligned & (numbers % 4 == 0) & ~vector)[of] & (there == rows) & (cols == MATRIX_COLS)
+
+    parts = np.where(whole, 1, -(-there // part_rows))
+    again = np.repeat(np.arange(len(of)), parts)
+    skipped = (np.arange(parts.sum()) - (np.cumsum(parts) - parts)[again]) * part_rows
+    of, row, place, cols, whole = (a[again] for a in (of, row, place, cols, whole))
+    there = np.where(whole, rows, np.minimum(part_rows, there[again] - skipped))
+    flags = whole.astype(np.int64) << 31 | aligned[of].astype(np.int64) << 30 | vector[of].astype(np.int64) << 29
+    return np.ascontiguousarray(np.stack([of, row + skipped, place, flags | there << 8 | cols], axis=1))

@@ -11,11 +11,15 @@ import torch
 import triton
 import triton.language as tl
 
-from ...kernels.add_noise import ADAM_TILE, INTERPRETED, NUM_WARPS, OPTIONS, TILE, add_noise_kernel
+from ...kernels import low_rank
+from ...kernels.add_noise import ADAM_TILE, NUM_WARPS, OPTIONS, TILE, add_noise_kernel
 from ...kernels.copy import copy_tiles_kernel
-from ..noise import DOMAINS
+from ...kernels.low_rank import add_low_rank_kernel
+from ...kernels.memory import INTERPRETED
+from ...utils.errors import BadValue
+from ..noise import DOMAINS, low_rank_scale
 from ..segments import SPLIT
-from .tiles import copy_base, members_on, tiles_of
+from .tiles import copy_base, matrix_tiles_of, members_on, tiles_of
 
 NO_DECAY, TO_ZERO, TO_ANCHOR = range(3)
 
@@ -31,25 +35,49 @@ _tuned: dict[tuple, tuple[int, int, int]] = {}
 
 def run(call, tile: int | None = None) -> None:
     """See ops.add_noise_; `call` is an ops.Call. Seeds and coefficients that are tensors on the device are not copied,
-    so that the call can be captured in a CUDA graph. `tile` is for tests: small tiles make many of a small tensor."""
+    so that the call can be captured in a CUDA graph. `tile` is for tests: small tiles make many of a small tensor. Of
+    low-rank noise it is the number of their rows."""
     plan, adam = call.plan, call.adam
-    tile, options = _configuration(call, tile)
     if call.is_copy:
+        tile, _ = _configuration(call, tile)
         return copy_base(call, tile, functools.partial(_copy_tiles, tile))
     seeds, coeffs = members_on(plan.device, call.seeds, call.coeffs)
-    decay = NO_DECAY if not call.decay else TO_ZERO if call.anchor is None else TO_ANCHOR
     m, v = (b.data_ptr() for b in adam.moments) if adam is not None else (0, 0)
-    numbers = adam.numbers if adam is not None else (0.0,) * 4
     low = call.low.data_ptr() if call.low is not None else 0
+    numbers = m, v, float(call.decay), *(adam.numbers if adam is not None else (0.0,) * 4)
+    constants = {
+        "STOCHASTIC": call.stochastic and len(seeds) > 0,
+        "DECAY": NO_DECAY if not call.decay else TO_ZERO if call.anchor is None else TO_ANCHOR,
+        "ADAM": adam is not None,
+    }
     with _on(plan.device):
-        for t in tiles_of(call.table, tile, plan.device, call.needs_extras):
-            add_noise_kernel[(len(t.records),)](
-                t.records, t.records if t.extras is None else t.extras, seeds, coeffs, len(seeds),
-                low if SPLIT in (t.src_format, t.dst_format) else 0, m, v, float(call.decay), *numbers,
-                KIND=DOMAINS[call.kind], SRC=t.src_format, DST=t.dst_format, TILE=tile,
-                STOCHASTIC=call.stochastic and len(seeds) > 0, DECAY=decay, ADAM=adam is not None,
-                **options,
-            )  # fmt: skip
+        if call.kind == "low_rank" and len(seeds):
+            _add_low_rank(call, tile, seeds, coeffs, low, numbers, constants)
+        else:
+            _add_noise(call, tile, seeds, coeffs, low, numbers, constants)
+
+
+def _add_noise(call, tile: int | None, seeds, coeffs, low: int, numbers: tuple, constants: dict) -> None:
+    tile, options = _configuration(call, tile)
+    for t in tiles_of(call.table, tile, call.plan.device, call.needs_extras):
+        add_noise_kernel[(len(t.records),)](
+            t.records, t.records if t.extras is None else t.extras, seeds, coeffs, len(seeds),
+            low if SPLIT in (t.src_format, t.dst_format) else 0, *numbers,
+            KIND=DOMAINS[call.kind] if len(seeds) else 0, SRC=t.src_format, DST=t.dst_format, TILE=tile, **constants,
+            **options,
+        )  # fmt: skip
+
+
+def _add_low_rank(call, rows: int | None, seeds, coeffs, low: int, numbers: tuple, constants: dict) -> None:
+    found = low_rank.configuration(len(seeds) * call.rank, **constants)
+    rows = rows or found.rows
+    options = {} if INTERPRETED.value else low_rank.OPTIONS | {"maxnreg": found.registers}
+    for t in matrix_tiles_of(call, rows, min(rows, low_rank.PART_ROWS.value)):
+        add_low_rank_kernel[(len(t.records),)](
+            t.records, t.segments, seeds, coeffs, len(seeds), call.rank, float(low_rank_scale(call.rank)),
+            low if SPLIT in (t.src_format, t.dst_format) else 0, *numbers,
+            SRC=t.src_format, DST=t.dst_format, ROWS=rows, SLOTS=found.slots, **constants, **options,
+        )  # fmt: skip
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager:
@@ -88,6 +116,8 @@ def autotune(plan, noise: str = "gaussian", members: int = 1, repeats: int = 10)
     """
     from ..ops import Call, check_members
 
+    if noise == "low_rank":
+        raise BadValue("autotune: low-rank noise has one configuration a use, so there is nothing to choose")
     scratch = plan.clone()
     call = Call(scratch, *check_members(range(members), [1e-3] * members), plan, noise)
     before, times = _tuned.get(_key(call)), {}
