@@ -83,7 +83,7 @@ def entries(dtype):
         ("scalar", torch.tensor(3.0).to(dtype)),
         ("column", matrix[:4, 8990:8991]),
         ("transposed", torch.randn(5, 3, generator=generator).to(dtype).t()),
-        ("whole tiles", torch.randn(130, 264, generator=generator).to(dtype)),
+        ("whole tiles", torch.randn(132, 264, generator=generator).to(dtype)),
         ("odd matrix", torch.randn(131, 53, generator=generator).to(dtype)),
         ("experts", torch.randn(3, 20, 40, generator=generator).to(dtype)),
         ("far rows", matrix[:8, 5200:5340], esfast.Slice((2**36, 2**13), (2**35 - 4, 3))),
@@ -182,6 +182,14 @@ def test_ranks(dtype, count, rank, run_on_host, same_bits):
     run_on_host(call(ours, count, source, "low_rank", rank=rank))
     expect(theirs, count, source, "low_rank", rank=rank)
     assert_equal(ours, theirs, same_bits)
+
+
+def test_slots_without_a_factor_keep_the_sign_of_a_zero(run_on_host, same_bits):
+    """A turn has four slots, and three factors are there."""
+    ours, theirs = (esfast.Plan([("w", torch.full((128, 128), -0.0))]) for _ in range(2))
+    run_on_host(Call(ours, *check_members([1], [0.0]), None, "low_rank", rank=3))
+    esfast.add_noise_(theirs, [1], [0.0], noise="low_rank", backend="cpu", rank=3)
+    assert same_bits(ours.tensors, theirs.tensors) and (theirs.tensors[0].signbit()).any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

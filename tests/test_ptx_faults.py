@@ -29,7 +29,7 @@ from esfast.core.noise import _Q, _S
 BACKENDS = [pytest.param("cuda", marks=needs_nvcc), pytest.param("triton", marks=needs_triton)]
 PERTURB = ("float32", "gaussian", ONE, one_call())
 HALVES = ("bfloat16", "gaussian", ONE, one_call())
-FACTORS = ("bfloat16", "low_rank", ADD, one_call(5))
+FACTORS = ("float32", "low_rank", ADD, one_call(5))
 SIGNS = ("bfloat16", "rademacher", ADD, one_call(3, stochastic=True))
 ADAMS = ("split", "rademacher", ADAM, one_call(2, decay=1))
 NOTICED = (AssertionError, PtxError)
@@ -101,7 +101,7 @@ SOURCE_FAULTS = {
         "a row's factor of the next row": Fault(
             FACTORS, ("cuda_low_rank.cuh", "down * TALL + i * 4", "down * TALL + (i * 4 ^ 4)"), noticed=AssertionError
         ),
-        "a product of factors before the coefficient's": Fault(
+        "a number drawn twice": Fault(
             FACTORS, ("cuda_low_rank.cuh", "put(a + first, mul_(c, y.z0)", "put(a + first, mul_(c, y.z1)"),
             noticed=AssertionError,
         ),
@@ -137,7 +137,7 @@ SOURCE_FAULTS = {
                       "_accumulate(_accumulate(x, a1, b1, ROWS, HALF), a0, b0, ROWS, HALF)"), noticed=AssertionError
         ),
         "slots that are not there add something": Fault(
-            FACTORS, ("low_rank.py", "tl.where(there[None, :], a, -0.0)", "tl.where(there[None, :], a, 1.0)"),
+            FACTORS, ("low_rank.py", "b, 0.0), tl.where(there[None, :], a, -0.0)", "b, 1.0), tl.where(there[None, :], a, 1.0)"),
             noticed=AssertionError,
         ),
         "low halves without their sign": Fault(

@@ -164,7 +164,7 @@ def matrices(dtype):
     generator = torch.Generator().manual_seed(1)
     wide = torch.randn(8, 600, generator=generator).to(dtype)
     return [
-        ("whole", torch.randn(18, 136, generator=generator).to(dtype)),
+        ("whole", torch.randn(20, 136, generator=generator).to(dtype)),
         ("odd", torch.randn(3, 53, generator=generator).to(dtype)),
         ("row", wide[7:8, 100:230]),
         ("column", wide[:, 598:599]),

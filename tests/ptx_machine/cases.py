@@ -90,7 +90,7 @@ def matrices(dtype: torch.dtype) -> list[tuple]:
     generator = torch.Generator().manual_seed(1)
     wide = torch.randn(8, 600, generator=generator).to(dtype)
     return [
-        ("matrix", torch.randn(130, 136, generator=generator).to(dtype)),
+        ("matrix", torch.randn(132, 136, generator=generator).to(dtype)),
         ("odd", torch.randn(131, 53, generator=generator).to(dtype)),
         ("far", wide[:, 30:170], esfast.Slice((2**36, 2**20), (2**34 - 3, 2**19 + 1))),
         ("experts", torch.randn(3, 5, 7, generator=generator).to(dtype)),
