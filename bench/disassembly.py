@@ -96,14 +96,28 @@ def control_flow(sass: str) -> list[Block]:
     return blocks
 
 
-def way_through(blocks: list[Block], loop: bool = True) -> tuple[list[int], list[int]]:
+@dataclass(frozen=True)
+class Whole:
+    """What tells the way of a tile that is whole and aligned: instructions that it does without, since they access
+    single elements, those that one turn of the loop uses, in order, and those behind the loop."""
+
+    slow: tuple[str, ...] = (".U16", "STS", "LDS")
+    turn: tuple[str, ...] = ()
+    end: tuple[str, ...] = ()
+
+
+WHOLE = Whole()
+
+
+def way_through(blocks: list[Block], loop: bool = True, whole: Whole = WHOLE) -> tuple[list[int], list[int]]:
     """Blocks of a perturbation and of one turn of the loop over members. Without `loop`: blocks of a kernel for one
     member."""
-    _, path, turn = min(_passes(blocks)) if loop else (*_straight(blocks), [])
+    prices = [_price(b, whole.slow) for b in blocks]
+    _, path, turn = min(_passes(blocks, prices, whole)) if loop else (*_straight(blocks, prices, whole), [])
     return path, turn
 
 
-def _passes(blocks: list[Block]) -> list[tuple[int, list[int], list[int]]]:
+def _passes(blocks: list[Block], prices: list[int], whole: Whole) -> list[tuple[int, list[int], list[int]]]:
     """For each loop: price and blocks of the cheapest path through the kernel with one turn of the loop, and the
     turn."""
     found = []
@@ -111,33 +125,46 @@ def _passes(blocks: list[Block]) -> list[tuple[int, list[int], list[int]]]:
     for head, tail in loops:
         if sum(b.cost for b in blocks[head : tail + 1]) < 10:
             continue  # the endless BRA behind a kernel's end
-        turn = _cheapest(blocks, [head], tail)
+        turn = _through(blocks, prices, [head], tail, set(), whole.turn)
         behind = [n for b in turn for n in blocks[b].following if n not in turn]
-        ways = [_cheapest(blocks, [0], head), turn, _cheapest(blocks, behind, None, set(turn))]
+        rest = _through(blocks, prices, behind, None, set(turn), whole.end)
+        ways = [_cheapest(blocks, prices, [0], head), turn, rest]
         if all(ways):
             path = ways[0][:-1] + ways[1] + ways[2]
-            found.append((sum(_price(blocks[b]) for b in path), path, ways[1]))
+            found.append((sum(prices[b] for b in path), path, ways[1]))
     if not found:
         raise BenchmarkError("the machine code has no loop over members that this reader understands")
     return found
 
 
-def _straight(blocks: list[Block]) -> tuple[int, list[int]]:
+def _straight(blocks: list[Block], prices: list[int], whole: Whole) -> tuple[int, list[int]]:
     """Price and blocks of the cheapest path through a kernel without a loop that stores 128 bits at once."""
+    path = _through(blocks, prices, [0], None, set(), (*whole.turn, "STG.E.128"))
+    if not path:
+        raise BenchmarkError("the machine code has no 128-bit store that this reader finds a way to")
+    return sum(prices[b] for b in path), path
+
+
+def _through(
+    blocks: list[Block], prices: list[int], starts: list[int], goal: int | None, avoid: Set[int], marks: tuple[str, ...]
+) -> list[int]:
+    """_cheapest, of the paths that use the instructions `marks` in this order."""
+    if not marks:
+        return _cheapest(blocks, prices, starts, goal, avoid)
     found = []
     for i, block in enumerate(blocks):
-        ways = _cheapest(blocks, [0], i), _cheapest(blocks, [i], None)
-        if block.uses("STG.E.128") and all(ways):
-            path = ways[0][:-1] + ways[1]
-            found.append((sum(_price(blocks[b]) for b in path), path))
-    if not found:
-        raise BenchmarkError("the machine code has no 128-bit store that this reader finds a way to")
-    return min(found)
+        if i not in avoid and block.uses(marks[0]):
+            ways = _cheapest(blocks, prices, starts, i, avoid), _through(blocks, prices, [i], goal, avoid, marks[1:])
+            if all(ways):
+                found.append(ways[0][:-1] + ways[1])
+    return min(found, key=lambda path: sum(prices[b] for b in path), default=[])
 
 
-def _cheapest(blocks: list[Block], starts: list[int], goal: int | None, avoid: Set[int] = frozenset()) -> list[int]:
+def _cheapest(
+    blocks: list[Block], prices: list[int], starts: list[int], goal: int | None, avoid: Set[int] = frozenset()
+) -> list[int]:
     """Blocks of the cheapest path to `goal` (None: to the kernel's end); empty if there is none."""
-    queue = [(_price(blocks[s]), s, (s,)) for s in starts if s not in avoid]
+    queue = [(prices[s], s, (s,)) for s in starts if s not in avoid]
     heapq.heapify(queue)
     seen = set(avoid)
     while queue:
@@ -150,14 +177,13 @@ def _cheapest(blocks: list[Block], starts: list[int], goal: int | None, avoid: S
             return list(path)
         for n in blocks[i].following:
             if n not in seen:
-                heapq.heappush(queue, (price + _price(blocks[n]), n, (*path, n)))
+                heapq.heappush(queue, (price + prices[n], n, (*path, n)))
     return []
 
 
-def _price(block: Block) -> int:
-    """Number of instructions, plus a penalty for accesses to single elements, which are for tiles that are not whole or
-    not aligned."""
-    return block.cost + 1_000_000 * (block.uses(".U16", "STS", "LDS") or _single_float(block))
+def _price(block: Block, slow: tuple[str, ...]) -> int:
+    """Instructions, and a fine for what is slow."""
+    return block.cost + 1_000_000 * (block.uses(*slow) or _single_float(block))
 
 
 def _single_float(block: Block) -> bool:

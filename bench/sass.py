@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass
 
 from . import BenchmarkError
-from .disassembly import Disassembly, control_flow, disassemble, way_through
+from .disassembly import WHOLE, Disassembly, Whole, control_flow, disassemble, way_through
 
 # SASS instructions per weight (update: per weight and member) that a kernel may take on sm_90.
 BUDGETS = {
@@ -21,9 +21,14 @@ BUDGETS = {
     ("perturb", "rademacher"): 12,
     ("update", "gaussian"): 28,
     ("update", "rademacher"): 6,
+    ("perturb", "low_rank"): 12,
+    ("update", "low_rank"): 2,
 }
 DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
-KINDS = {"gaussian": 0, "rademacher": 1}
+# Noise by its number in esfast/core/noise.py.
+KINDS = {"gaussian": 0, "rademacher": 1, "low_rank": 6}
+# Factors of low-rank noise go through shared memory in all tiles.
+LOW_RANK_TILE = Whole(slow=(".U16",))
 
 _MEMORY = re.compile(r"\b(LDG|STG|LDS|LDSM|STS|LDL|STL)\b[.\w]*")
 
@@ -42,9 +47,9 @@ def run(args: argparse.Namespace) -> dict:
 
     rows, cuda_missing = [], sass_cuda.missing()
     for arch in args.arch:
-        for noise, kind in KINDS.items():
+        for noise in KINDS:
             for dtype in args.dtypes:
-                rows += _rows(noise, kind, dtype, arch)
+                rows += _rows(noise, dtype, arch)
         if not cuda_missing:
             rows += sass_cuda.rows(arch, args.dtypes)
     return {"triton": triton.__version__, "cuda": cuda_missing or "built", "rows": rows}
@@ -95,20 +100,66 @@ def compile_kernel(
     return triton.compile(source, target=target or GPUTarget("cuda", 90, 32), options=k.OPTIONS | (options or {}))
 
 
-def _rows(noise: str, kind: int, dtype: str, arch: int) -> list[dict]:
+def compile_low_rank(
+    formats: tuple[int, int],
+    target=None,
+    slots: int | None = None,
+    stochastic=False,
+    decay=0,
+    adam=False,
+    options: dict | None = None,
+):
+    """The kernel of low-rank noise of rank 1, weights a thread, and factors a turn of its loop, by the configuration
+    that kernels/low_rank.py chooses for so many factors of all members (None: several). A single one is compiled in."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from ..kernels import low_rank as k
+
+    chosen = k.configuration(slots or 2, stochastic, decay, adam)
+    names = k.add_low_rank_kernel.arg_names
+    types = ["*i64", "*i64", "*i64", "*fp32", "i32", "constexpr", "fp32", *["i64"] * 3, *["fp32"] * 5]
+    types += ["constexpr"] * 7
+    constants = {"rank": 1, "SRC": formats[0], "DST": formats[1], "ROWS": chosen.rows, "SLOTS": chosen.slots,
+                 "STOCHASTIC": stochastic, "DECAY": decay, "ADAM": adam}  # fmt: skip
+    if slots == 1:
+        types[names.index("members")], constants["members"] = "constexpr", 1
+    source = ASTSource(
+        fn=k.add_low_rank_kernel,
+        signature=dict(zip(names, types, strict=True)),
+        constexprs=constants,
+        attrs={(i,): [["tt.divisibility", 16]] for i in (0, 1, 2, 3, 7, 8, 9)},
+    )
+    registers = {"maxnreg": chosen.registers}
+    compiled = triton.compile(
+        source, target=target or GPUTarget("cuda", 90, 32), options=k.OPTIONS | registers | (options or {})
+    )
+    return compiled, chosen.rows * k.COLS.value // (32 * k.OPTIONS["num_warps"]), chosen.slots
+
+
+def _rows(noise: str, dtype: str, arch: int) -> list[dict]:
     from triton.backends.compiler import GPUTarget
 
     from ..kernels.add_noise import NUM_WARPS, TILE
 
-    compiled = compile_kernel(kind, (DTYPES[dtype],) * 2, GPUTarget("cuda", arch, 32))
-    code = disassemble(compiled.asm["cubin"])
-    per_thread = TILE // (32 * NUM_WARPS)
-    figures = measure(code)
-    return [
-        row("triton", kernel, noise, dtype, arch, count / per_thread, per_thread, figures, BUDGETS)
-        | {"shared_bytes": compiled.metadata.shared}
-        for kernel, count in (("perturb", figures.path), ("update", figures.loop))
-    ]
+    target, formats = GPUTarget("cuda", arch, 32), (DTYPES[dtype],) * 2
+    if noise == "low_rank":
+        one, many = compile_low_rank(formats, target, 1), compile_low_rank(formats, target)
+        compiled = [("perturb", *one), ("update", *many)]
+    else:
+        both = compile_kernel(KINDS[noise], formats, target), TILE // (32 * NUM_WARPS), 1
+        compiled = [("perturb", *both), ("update", *both)]
+    found = []
+    for kernel, result, per_thread, slots in compiled:
+        loop = noise != "low_rank" or kernel == "update"
+        figures = measure(disassemble(result.asm["cubin"]), loop, LOW_RANK_TILE if noise == "low_rank" else WHOLE)
+        count = figures.path if kernel == "perturb" else figures.loop / slots
+        shared = {"shared_bytes": result.metadata.shared}
+        found.append(
+            row("triton", kernel, noise, dtype, arch, count / per_thread, per_thread, figures, BUDGETS) | shared
+        )
+    return found
 
 
 def row(backend, kernel, noise, dtype, arch, per_weight, per_thread, figures: Figures, budgets: dict) -> dict:
@@ -137,10 +188,10 @@ class Figures:
     memory: dict[str, int]
 
 
-def measure(code: Disassembly, loop: bool = True) -> Figures:
-    """The costs of a kernel; without `loop`, of a kernel for one member."""
+def measure(code: Disassembly, loop: bool = True, whole: Whole = WHOLE) -> Figures:
+    """The costs of a kernel; without `loop`, of a kernel for one member. `whole`: see disassembly."""
     blocks = control_flow(code.sass)
-    path, turn = way_through(blocks, loop)
+    path, turn = way_through(blocks, loop, whole)
     used = [i for b in dict.fromkeys(path) for i in blocks[b].instructions]
     used_resources = resources(code)
     return Figures(

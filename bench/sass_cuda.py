@@ -13,7 +13,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from . import BenchmarkError, sass
-from .disassembly import Disassembly, tool
+from .disassembly import WHOLE, Disassembly, Whole, tool
 
 # SASS instructions per weight (update: per weight and member) that a kernel may take on sm_90.
 BUDGETS = {
@@ -21,10 +21,16 @@ BUDGETS = {
     ("perturb", "rademacher"): 9,
     ("update", "gaussian"): 26,
     ("update", "rademacher"): 4,
+    ("perturb", "low_rank"): 12,
+    ("update", "low_rank"): 1.7,
 }
+# In a whole tile a thread stores four factors at once. Threads without weights, and slots without a factor, do less.
+LOW_RANK_TILE = Whole((".U16", "STS ["), ("STS.128", "LDS.128"), ("STG.E.128",))
+# Factors that a turn of the loop adds, csrc/cuda_low_rank.cuh's Factors.
+SLOTS = 4
 # Formats and rule in a kernel's mangled name: csrc/cuda_kernel.cu's add_noise_kernel<Src, Src, KIND, RULE>.
-_KERNEL = re.compile(r"add_noise_kernelINS_\d+(Float32|BFloat16|Float16)ES2_Lj([01])ELNS_4RuleE([01])E")
-_KINDS = {"0": "gaussian", "1": "rademacher"}
+_KERNEL = re.compile(r"add_noise_kernelINS_\d+(Float32|BFloat16|Float16)ES2_Lj([016])ELNS_4RuleE([01])E")
+_KINDS = {"0": "gaussian", "1": "rademacher", "6": "low_rank"}
 _RULES = {"0": "perturb", "1": "update"}
 
 
@@ -56,7 +62,16 @@ def machine_code(arch: int) -> dict[str, Disassembly]:
 
 def weights_per_thread(noise: str, kernel: str) -> int:
     """Weights a thread, as Layout in csrc has them."""
+    if noise == "low_rank":
+        return 128 if kernel == "update" else 64
     return 128 if (noise, kernel) == ("rademacher", "update") else 32
+
+
+def threads(noise: str, kernel: str) -> int:
+    """Threads of a block."""
+    extension = importlib.import_module("esfast._cuda")
+    tile = extension.MATRIX_TILE**2 if noise == "low_rank" else extension.TILE
+    return tile // weights_per_thread(noise, kernel)
 
 
 def kernels(arch: int, dtypes: Collection[str] = tuple(sass.DTYPES)) -> list[tuple[str, str, str, Disassembly]]:
@@ -73,8 +88,9 @@ def rows(arch: int, dtypes: Collection[str] = tuple(sass.DTYPES)) -> list[dict]:
     """Rows like those of sass.run."""
     found = []
     for kernel, noise, dtype, code in kernels(arch, dtypes):
-        figures = sass.measure(code, loop=kernel == "update")
+        figures = sass.measure(code, kernel == "update", LOW_RANK_TILE if noise == "low_rank" else WHOLE)
         per_thread = weights_per_thread(noise, kernel)
-        count = figures.loop if kernel == "update" else figures.path
+        turn = SLOTS if noise == "low_rank" else 1
+        count = figures.loop / turn if kernel == "update" else figures.path
         found.append(sass.row("cuda", kernel, noise, dtype, arch, count / per_thread, per_thread, figures, BUDGETS))
     return found

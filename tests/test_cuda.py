@@ -280,7 +280,7 @@ def test_every_architecture_has_every_kernel_and_none_spills(kernels):
     assert {"80", "89", "90"} <= set(archs)
     for arch in archs:
         found = kernels.machine_code(int(arch))
-        assert sum("add_noise_kernel" in name for name in found) == 36 and len(found) == 38, arch
+        assert sum("add_noise_kernel" in name for name in found) == 54 and len(found) == 56, arch
         copies = [code for name, code in found.items() if "copy_tiles_kernel" in name]
         assert len(copies) == 2 and all("LDG.E.128" in c.sass and "STG.E.128" in c.sass for c in copies), arch
         for name, code in found.items():
@@ -295,8 +295,11 @@ def test_every_kernel_is_within_its_budget(kernels):
     for r in rows:
         assert r["pass"] is True and r["sass_per_weight"] <= kernels.BUDGETS[r["kernel"], r["noise"]], r
         assert r["spill_bytes"] == 0 and r["load_bits"] == r["store_bits"] == 128, r
-        assert not {"LDL", "STL", "LDS", "STS"} & {m.split(".")[0] for m in r["memory_instructions"]}, r
-        assert r["sass_per_weight"] > 2.5, "too little to be true: the reader of machine code has lost its way"
+        shared = set() if r["noise"] == "low_rank" else {"LDS", "STS"}
+        assert not ({"LDL", "STL"} | shared) & {m.split(".")[0] for m in r["memory_instructions"]}, r
+        # an fma, and what draws a number for each row and column of a tile
+        least = 1.3 if (r["kernel"], r["noise"]) == ("update", "low_rank") else 2.5
+        assert r["sass_per_weight"] > least, "too little to be true: the reader of machine code has lost its way"
 
 
 # ---- what is said where they can't run ------------------------------------------------------------------------------
