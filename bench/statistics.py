@@ -1,4 +1,4 @@
-"""`esfast bench statistics`: is the gaussian noise N(0,1) and the rademacher noise a fair coin?
+"""`esfast bench statistics`: is the gaussian noise N(0,1), the rademacher noise a fair coin, and low-rank noise right?
 
 Over n numbers (of one tensor, seeds and tensor ids as stated), each row is a mean of terms with known expectation and
 standard error under the hypothesis; a row passes within LIMIT standard errors. With z from N(0,1), independent:
@@ -15,6 +15,11 @@ of their variances.) Signs have variance 1 too. Moments and correlations are sum
 correlations take the pairs inside a chunk. The largest |z| of n has the distribution function erf(x / sqrt 2)^n: its
 expected value is the median, its deviation the normal quantile of its probability. Last, z is compared with Box-Muller
 in float64 of the same random bits.
+
+Low-rank noise of rank r has mean 0 and variance 1 in each weight, and Var z^2 = 2 + 6 / r, since its numbers are sums
+of products of normal ones. Weights that share neither row nor column are independent, so these are taken: the
+diagonals of a batch of matrices, under one seed after another. Weights of one row or column are not independent, but
+their mean product is 0; as they share a factor, a product has the variance 1 + 2 / r.
 """
 
 from __future__ import annotations
@@ -40,6 +45,10 @@ BOUND = 2e-4  # of |z - Box-Muller in float64|, from the definition of the noise
 CHUNK = 2**20  # numbers at a time: their float64 copies stay in the cache
 BOX_MULLER_NUMBERS = 2**24
 LAGS = range(1, 9)
+# Low-rank noise: how many independent numbers at most, from batches of so many square matrices of this size.
+LOW_RANK_NUMBERS = 2**20
+BATCH, SIDE = 64, 64
+RANKS = (1, 4)
 NAME, NEXT = "xvpcgfn", "gditoze"  # the id of the second is that of the first + 1
 
 
@@ -58,7 +67,7 @@ def run(args: argparse.Namespace) -> dict:
     rows += [{"noise": "rademacher", **r} for r in rademacher_rows(source)]
     for row in rows:
         row["numbers"] = args.numbers
-    return {"rows": rows}
+    return {"rows": rows + [r for rank in RANKS for r in low_rank_rows(source, rank)]}
 
 
 def table(result: dict) -> tuple[list[str], list[list[str]]]:
@@ -178,6 +187,47 @@ def rademacher_rows(source: Source) -> list[dict]:
         means.add("mean", z, torch.ones(1, dtype=torch.float64).expand(size))
         means.add_lags(z)
     return [*means.rows(), _bounded("numbers other than +1 and -1", others, 0)]
+
+
+def low_rank_rows(source: Source, rank: int) -> list[dict]:
+    draws = max(1, min(source.numbers, LOW_RANK_NUMBERS) // (BATCH * SIDE))
+    total: defaultdict[str, list[tuple[float, int]]] = defaultdict(list)
+    before = None
+    for j in range(draws):
+        batch = _batch(source, j, rank)
+        z = batch.diagonal(dim1=1, dim2=2)
+        right, below = batch.diagonal(1, 1, 2), batch.diagonal(-1, 1, 2)
+        products = {
+            "mean": z,
+            "variance": z * z,
+            "correlation in a row": z[:, :-1] * right,
+            "correlation in a column": z[:, :-1] * below,
+            "correlation of neighbouring matrices of a batch": z[:-1] * z[1:],
+            "correlation of neighbouring tensors": z * _batch(source, j, rank, NEXT).diagonal(dim1=1, dim2=2),
+        }
+        if before is not None:
+            products["correlation of neighbouring seeds"] = z * before
+        for name, values in products.items():
+            total[name].append((float(values.sum()), values.numel()))
+        before = z
+    rows = []
+    for name, sums in total.items():
+        n = sum(count for _, count in sums)
+        variance = {
+            "variance": 2 + 6 / rank,
+            "correlation in a row": 1 + 2 / rank,
+            "correlation in a column": 1 + 2 / rank,
+        }
+        row = _row(name, sum(s for s, _ in sums) / n, float(name == "variance"), math.sqrt(variance.get(name, 1) / n))
+        rows.append({"noise": f"low_rank, rank {rank}", **row, "numbers": n})
+    return rows
+
+
+def _batch(source: Source, number: int, rank: int, name: str = NAME) -> torch.Tensor:
+    z = torch.zeros(BATCH, SIDE, SIDE)
+    seed = (source.seed + number) % 2**64
+    add_noise_(Plan([(name, z)]), [seed], [1.0], noise="low_rank", rank=rank, backend=source.backend)
+    return z.double()
 
 
 def box_muller_error(source: Source, numbers: int) -> float:

@@ -208,7 +208,8 @@ def test_statistics_fail_on_bad_noise(change, expected, monkeypatch, tmp_path):
 
     def wrong(call):
         right(call)
-        change(call.plan.tensors[0])
+        if call.kind != "low_rank":
+            change(call.plan.tensors[0])
 
     monkeypatch.setitem(ops._BACKENDS, "cpu", wrong)
     path = tmp_path / "statistics.json"
@@ -298,6 +299,36 @@ def test_tables_refuse_bad_markers(text, complaint, tmp_path, capsys):
     file.write_text(text)
     assert tables.main([str(file)]) == 1
     assert complaint in capsys.readouterr().err and file.read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda z: z.mul_(1.05), {"variance"}),
+        (lambda z: z.add_(0.05), {"mean"}),
+        (lambda z: z[1:].copy_(z[:1].clone()), {"correlation of neighbouring matrices of a batch"}),
+        (lambda z: z[:, :, 1:].copy_(z[:, :, :-1].clone()), {"correlation in a row"}),
+        (lambda z: z[:, 1:].copy_(z[:, :-1].clone()), {"correlation in a column"}),
+        (lambda z: z.copy_(torch.randn(z.shape, generator=torch.Generator().manual_seed(0))),
+         {"correlation of neighbouring seeds", "correlation of neighbouring tensors"}),
+    ],
+    ids=["scaled", "shifted", "batch alike", "columns alike", "rows alike", "without its seed"],
+)  # fmt: skip
+def test_statistics_fail_on_bad_low_rank_noise(change, expected, monkeypatch):
+    right = ops._BACKENDS["cpu"]
+
+    def wrong(call):
+        right(call)
+        change(call.plan.tensors[0])
+
+    for rank in statistics.RANKS:
+        source = statistics.Source(2**18, 0, "cpu")
+        good = statistics.low_rank_rows(source, rank)
+        assert all(row["pass"] for row in good) and {row["noise"] for row in good} == {f"low_rank, rank {rank}"}
+        with monkeypatch.context() as patch:
+            patch.setitem(ops._BACKENDS, "cpu", wrong)
+            found = {row["name"] for row in statistics.low_rank_rows(source, rank) if not row["pass"]}
+        assert expected <= found, rank
 
 
 def test_statistics_table_shows_the_worst_lag(tmp_path):
