@@ -42,6 +42,11 @@ class Places:
         modules = set(map(id, module.modules()))
         return [place for m, place in self._found if id(m) in modules]
 
+    def numbers(self, kind: Callable[[torch.nn.Module, object], bool]) -> set[int]:
+        """Of tensors all of whose places are such that kind(module, key)."""
+        others = {number for module, (_, key, number) in self._found if not kind(module, key)}
+        return {number for _, (_, _, number) in self._found} - others
+
     def put(self, values: Sequence[torch.Tensor]) -> None:
         """values[i] stands where tensor i of the plan stood."""
         fill((place for _, place in self._found), values)

@@ -28,13 +28,12 @@ def _linear(args: tuple, kwargs: dict, dims: list) -> Way | None:
 
     def way(func, args: tuple, kwargs: dict, first: MemberTensor) -> torch.Tensor:
         x, w = args[0], args[1].stack
-        rows_of_member(func, x.shape[0], len(w), args)
-        mine = x.reshape(len(w), -1, x.shape[-1])
-        bias = args[2] if len(args) == 3 else None
+        rows_of_member(func, x.shape[0], w.shape[0], args)
+        mine = x.reshape(w.shape[0], -1, x.shape[-1])
         if bias is None:
-            y = torch.bmm(mine, w.transpose(1, 2))
+            y = torch.bmm(mine, w.mT)
         else:
-            y = torch.baddbmm(bias.stack[:, None], mine, w.transpose(1, 2))
+            y = torch.baddbmm(args[2].stack.unsqueeze(1), mine, w.mT)
         return y.view(*x.shape[:-1], w.shape[1])
 
     return way
@@ -47,15 +46,15 @@ def _addmm(args: tuple, kwargs: dict, dims: list) -> Way | None:
 
     def way(func, args: tuple, kwargs: dict, first: MemberTensor) -> torch.Tensor:
         bias, x, w = args[0].stack, args[1], args[2].stack
-        rows_of_member(func, x.shape[0], len(w), args)
-        return torch.baddbmm(bias[:, None], x.reshape(len(w), -1, x.shape[-1]), w).view(x.shape[0], -1)
+        rows_of_member(func, x.shape[0], w.shape[0], args)
+        return torch.baddbmm(bias[:, None], x.reshape(w.shape[0], -1, x.shape[-1]), w).view(x.shape[0], -1)
 
     return way
 
 
 def _embedding(args: tuple, kwargs: dict, dims: list) -> Way | None:
     """One lookup in the tables of all members behind each other. With max_norm the table would be changed."""
-    if kwargs or dims[0] != 0 or not _are_weights(args[1]) or (len(args) > 3 and args[3] is not None):
+    if len(args) != 2 or dims[0] != 0 or not _are_weights(args[1]) or kwargs.get("max_norm") is not None:
         return None
 
     def way(func, args: tuple, kwargs: dict, first: MemberTensor) -> torch.Tensor:
@@ -81,47 +80,49 @@ def _elementwise(args: tuple, kwargs: dict, dims: list) -> Way | None:
 
     def way(func, args: tuple, kwargs: dict, first: MemberTensor) -> torch.Tensor:
         x, w = args[1 - at], args[at].stack
-        mine = x.unflatten(0, (len(w), rows_of_member(func, x.shape[0], len(w), args)))
-        wide = w.reshape(len(w), *[1] * (mine.dim() - w.dim()), *w.shape[1:])
+        mine = x.unflatten(0, (w.shape[0], rows_of_member(func, x.shape[0], w.shape[0], args)))
+        wide = w.reshape(w.shape[0], *[1] * (mine.dim() - w.dim()), *w.shape[1:])
         return (func(mine, wide) if at else func(wide, mine)).flatten(0, 1)
 
     return way
 
 
 def _layer_norm(args: tuple, kwargs: dict, dims: list) -> Way | None:
-    if kwargs or len(args) < 5 or dims[0] != 0 or not all(p is None or _are_weights(p) for p in args[2:4]):
+    if len(args) != 2 or dims[0] != 0 or not all(p is None or _are_weights(p) for p in map(kwargs.get, _AFFINE)):
         return None
 
     def way(func, args: tuple, kwargs: dict, first: MemberTensor) -> torch.Tensor:
-        x, shape, weight, bias, eps = args[:5]
-        y = _by_member(func, F.layer_norm(x, shape, None, None, eps), args, first)
+        weight, bias = map(kwargs.get, _AFFINE)
+        y = _by_member(func, F.layer_norm(*args, eps=kwargs["eps"]), first)
         y = y if weight is None else y * _wide(weight, y)
         y = y if bias is None else y + _wide(bias, y)
-        return y.view(x.shape)
+        return y.view(args[0].shape)
 
     return way
 
 
 def _rms_norm(args: tuple, kwargs: dict, dims: list) -> Way | None:
-    if kwargs or len(args) != 4 or dims[0] != 0 or not _are_weights(args[2]):
+    if len(args) != 2 or dims[0] != 0 or not _are_weights(kwargs.get("weight")):
         return None
 
     def way(func, args: tuple, kwargs: dict, first: MemberTensor) -> torch.Tensor:
-        x, shape, weight, eps = args
-        y = _by_member(func, F.rms_norm(x, shape, None, eps), args, first)
-        return (y * _wide(weight, y)).view(x.shape)
+        y = _by_member(func, F.rms_norm(*args, eps=kwargs["eps"]), first)
+        return (y * _wide(kwargs["weight"], y)).view(args[0].shape)
 
     return way
 
 
-def _by_member(func, y: torch.Tensor, args: tuple, first: MemberTensor) -> torch.Tensor:
-    members = len(first.stack)
-    return y.unflatten(0, (members, rows_of_member(func, y.shape[0], members, args)))
+_AFFINE = ("weight", "bias")
+
+
+def _by_member(func, y: torch.Tensor, first: MemberTensor) -> torch.Tensor:
+    members = first.stack.shape[0]
+    return y.unflatten(0, (members, rows_of_member(func, y.shape[0], members, (first,))))
 
 
 def _wide(weight: MemberTensor, y: torch.Tensor) -> torch.Tensor:
     stack = weight.stack
-    return stack.view(len(stack), *[1] * (y.dim() - stack.dim()), *stack.shape[1:])
+    return stack.view(stack.shape[0], *[1] * (y.dim() - stack.dim()), *stack.shape[1:])
 
 
 SHORT: dict[Callable, Callable[[tuple, dict, list], Way | None]] = {

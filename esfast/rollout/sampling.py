@@ -74,6 +74,12 @@ class SeededSampling(LogitsProcessor):
         made._numbers = torch.cat([self._numbers, self._numbers[-1:].expand(rows - len(self._numbers), -1)])
         return made
 
+    def of_rows(self, which: torch.Tensor, width: int) -> SeededSampling:
+        """This, for the rows of these numbers, in this order, of prompts padded to `width` tokens."""
+        made = copy.copy(self)
+        made._width, made._numbers = width, self._numbers[which]
+        return made
+
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         step = input_ids.shape[1] - self._width
         sums = torch.softmax(scores.float() / self.temperature, -1).cumsum(-1)

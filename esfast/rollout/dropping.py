@@ -1,0 +1,112 @@
+"""Decoding for the rows of several members, which drops rows that have ended.
+
+`model.generate` carries a text that has ended until the last one of its batch ends. Here it stops as soon as a share
+of each member's rows has ended, and goes on with the others from the same cache. Members keep equally many rows, as
+many as the one with the most unfinished texts has.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from .decoding import CACHE, Tokens
+from .sampling import SeededSampling
+
+# Rows are dropped when no member has more than this share of its rows unfinished: each time costs a copy of the cache.
+SHARE = 0.8
+
+
+class Dropping:
+    """model.generate for rows of several members, member by member, the same number for each.
+
+    drops  whether rows that have ended leave the batch; the model's cache must allow it, see `can_drop`
+    """
+
+    def __init__(self, model, config: GenerationConfig, drops: bool = True):
+        self.model, self.drops = model, drops
+        self.config = copy.deepcopy(config)
+        self.config.return_dict_in_generate = True
+        self._ends = torch.tensor(config.eos_token_id or [], device=model.device)
+
+    def __call__(
+        self, rows: Sequence[Sequence[int]], members: int, sampling: SeededSampling | None = None
+    ) -> tuple[Tokens, list[bool]]:
+        """New tokens of each row, up to and including the one that ended it; and for each member, whether all of its
+        logits were numbers."""
+        pad, device, width = self.config.pad_token_id, self.model.device, max(map(len, rows))
+        most = self.config.max_new_tokens
+        ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows], device=device)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+        texts = ids.new_full((len(rows), most), pad)
+        fine = torch.ones(len(rows), dtype=torch.bool, device=device)
+        # numbers of the rows in the batch, and which of them are unfinished: (members, rows of each)
+        which = torch.arange(len(rows), device=device).view(members, -1)
+        unfinished = torch.ones_like(which, dtype=torch.bool)
+        done, cache = 0, {}
+        while True:
+            finite, watch = RowsFinite(), Unfinished(self._ends, unfinished, SHARE if self.drops else 0.0)
+            processors = [finite] if sampling is None else [finite, sampling.of_rows(which.flatten(), width)]
+            self.config.max_new_tokens = most - done
+            with torch.no_grad():
+                output = self.model.generate(
+                    input_ids=ids, attention_mask=mask, generation_config=self.config,
+                    logits_processor=LogitsProcessorList(processors),
+                    stopping_criteria=StoppingCriteriaList([watch]), **cache,
+                )  # fmt: skip
+            new = output.sequences[:, ids.shape[1] :]
+            fine[which.flatten()] &= finite.fine
+            texts[which.flatten(), done : done + new.shape[1]] = new
+            done, unfinished = done + new.shape[1], watch.unfinished
+            if done >= most or not unfinished.any():
+                break
+            most_left = int(unfinished.sum(1).max())
+            # unfinished rows first, in their order
+            places = (~unfinished).to(torch.uint8).argsort(dim=1, stable=True)[:, :most_left]
+            kept = (places + torch.arange(members, device=device)[:, None] * unfinished.shape[1]).flatten()
+            which, unfinished = which.gather(1, places), unfinished.gather(1, places)
+            ids = output.sequences[kept]
+            mask = torch.cat([mask, mask.new_ones(len(mask), new.shape[1])], 1)[kept]
+            output[CACHE].reorder_cache(kept)
+            cache = {CACHE: output[CACHE]}
+        self.config.max_new_tokens = most
+        ended = torch.isin(texts, self._ends).cumsum(1)
+        lengths = (ended == 0).sum(1) + ended.gt(0).any(1)
+        tokens = [row[:length] for row, length in zip(texts.tolist(), lengths.tolist(), strict=True)]
+        return tokens, fine.view(members, -1).all(1).tolist()
+
+
+class RowsFinite(LogitsProcessor):
+    """Leaves scores as they are, and remembers of which rows all were numbers."""
+
+    def __init__(self):
+        self.fine: torch.Tensor | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        # The greatest of a row tells: it is NaN if one is NaN, and infinite if one is inf or all are -inf.
+        fine = scores.amax(-1).isfinite()
+        self.fine = fine if self.fine is None else self.fine & fine
+        return scores
+
+
+class Unfinished(StoppingCriteria):
+    """Stops all rows when no member has more than `share` of its rows unfinished."""
+
+    def __init__(self, ends: torch.Tensor, unfinished: torch.Tensor, share: float):
+        self.ends, self.unfinished = ends, unfinished
+        self.most = int(share * unfinished.shape[1])
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **options) -> torch.Tensor:
+        ended = torch.isin(input_ids[:, -1], self.ends).view(self.unfinished.shape)
+        self.unfinished = self.unfinished & ~ended
+        stop = bool(self.unfinished.sum(1).max() <= self.most)
+        return torch.full((len(input_ids),), stop, device=input_ids.device)
