@@ -132,7 +132,7 @@ class ES:
             raise BadValue(f"perturb_rounding: expected one of {known}, got {perturb_rounding!r}")
         if weight_decay != 0:
             _check_positive("weight_decay", weight_decay)
-        self.weight_decay, self._perturb_rounding = float(weight_decay), perturb_rounding
+        self.weight_decay, self.perturb_rounding = float(weight_decay), perturb_rounding
         self.rule = Rule(noise, rounding, check_optimizer(optimizer), decay_to, check_groups(groups), rank)
         source = model if isinstance(model, (Plan, WeightStore)) else Plan(model)
         self.rule.check_names(source.whole_names)
@@ -302,7 +302,7 @@ class ES:
         sigma = _check_positive("sigma", self.sigma)
         _check_positive("sigma, times the largest factor of a group,", sigma * self.rule.largest("sigma"))
         coeff = member.sign * sigma
-        self.store.perturb(member.seed, coeff, self._perturb_rounding)
+        self.store.perturb(member.seed, coeff, self.perturb_rounding)
 
     def _leave(self) -> None:
         try:

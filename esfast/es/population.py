@@ -39,13 +39,17 @@ class Population:
     break, return or an exception. Leaving a `for` loop early restores at once on CPython, which closes the abandoned
     iterator. The `with` form restores at once on any interpreter.
 
-    Attributes: `members`, all members of the generation; `sigma`; `on_placed`, a function that is called whenever a
-    member is in place, for clocks.
+    Attributes: `members`, all members of the generation; `es`, whose they are; `sigma`; `on_placed`, a function that is
+    called whenever a member is in place, for clocks.
     """
 
     def __init__(self, es: ES, members: list[Member]):
         self._es, self.members = es, members
         self.on_placed: Callable[[], None] = _nothing
+
+    @property
+    def es(self) -> ES:
+        return self._es
 
     @property
     def sigma(self) -> float:

@@ -11,5 +11,6 @@ __getattr__, __dir__ = lazily(
         "as_engine": "engine",
         "MemberEvaluator": "evaluator",
         "SequentialEvaluator": "evaluator",
+        "PopulationEvaluator": "population",
     },
 )

@@ -20,6 +20,8 @@ from transformers import (
 )
 
 from .decoding import CACHE, Tokens
+from .encoding import embedded_tokens
+from .probe import Carried, same_but_for_rounding
 from .sampling import SeededSampling
 
 # Rows are dropped when no member has more than this share of its rows unfinished: each time costs a copy of the cache.
@@ -52,14 +54,14 @@ class Dropping:
         # numbers of the rows in the batch, and which of them are unfinished: (members, rows of each)
         which = torch.arange(len(rows), device=device).view(members, -1)
         unfinished = torch.ones_like(which, dtype=torch.bool)
-        done, cache = 0, {}
+        done, cache, config = 0, {}, copy.copy(self.config)
         while True:
             finite, watch = RowsFinite(), Unfinished(self._ends, unfinished, SHARE if self.drops else 0.0)
             processors = [finite] if sampling is None else [finite, sampling.of_rows(which.flatten(), width)]
-            self.config.max_new_tokens = most - done
+            config.max_new_tokens = most - done
             with torch.no_grad():
                 output = self.model.generate(
-                    input_ids=ids, attention_mask=mask, generation_config=self.config,
+                    input_ids=ids, attention_mask=mask, generation_config=config,
                     logits_processor=LogitsProcessorList(processors),
                     stopping_criteria=StoppingCriteriaList([watch]), **cache,
                 )  # fmt: skip
@@ -78,7 +80,6 @@ class Dropping:
             mask = torch.cat([mask, mask.new_ones(len(mask), new.shape[1])], 1)[kept]
             output[CACHE].reorder_cache(kept)
             cache = {CACHE: output[CACHE]}
-        self.config.max_new_tokens = most
         ended = torch.isin(texts, self._ends).cumsum(1)
         lengths = (ended == 0).sum(1) + ended.gt(0).any(1)
         tokens = [row[:length] for row, length in zip(texts.tolist(), lengths.tolist(), strict=True)]
@@ -110,3 +111,38 @@ class Unfinished(StoppingCriteria):
         self.unfinished = self.unfinished & ~ended
         stop = bool(self.unfinished.sum(1).max() <= self.most)
         return torch.full((len(input_ids),), stop, device=input_ids.device)
+
+
+def can_drop(model, config: GenerationConfig) -> bool:
+    """Whether generating in two parts, the second with fewer rows, gives the logits of generating at once."""
+    device, steps = model.device, 4
+    usual = range(3, max(4, min(embedded_tokens(model), 200)))
+    rows = [[usual[(31 * i + 17 * j) % len(usual)] for j in range(5)] for i in range(4)]
+    ids = torch.tensor(rows, device=device)
+    kept = torch.tensor([3, 1], device=device)
+
+    def logits(ids: torch.Tensor, steps: int, **cache):
+        made = GenerationConfig(
+            max_new_tokens=steps, min_new_tokens=steps, do_sample=False, pad_token_id=config.pad_token_id,
+            eos_token_id=config.eos_token_id, output_logits=True, return_dict_in_generate=True,
+        )  # fmt: skip
+        output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=made, **cache)
+        return torch.stack(output.logits, 1).float().clamp(min=-1e4), output
+
+    carried = Carried(model)
+    try:
+        with torch.no_grad():
+            whole, _ = logits(ids, steps)
+            carried.find()
+            carried.forget()
+            first, output = logits(ids, steps // 2)
+            output[CACHE].reorder_cache(kept)
+            second, _ = logits(output.sequences[kept], steps - steps // 2, **{CACHE: output[CACHE]})
+    except torch.OutOfMemoryError:
+        raise
+    # of models without a cache, or with one that can't go on
+    except Exception:
+        return False
+    finally:
+        carried.forget()
+    return same_but_for_rounding(whole[kept], torch.cat([first[kept], second], 1), model.dtype)

@@ -127,6 +127,7 @@ class TransformersEngine:
         check_generates(model)
         self.model, self.tokenizer = model, tokenizer
         self.max_new_tokens, self.batch_size, self.temperature = max_new_tokens, batch_size, temperature
+        self.decoding = decoding
         self.tokens = 0
         ends = _end_tokens(model, tokenizer)
         vocabulary = embedded_tokens(model)

@@ -12,7 +12,7 @@ from ..rollout.chat import check_options
 from ..update.optimizers import OPTIMIZERS, Adam, Group, Momentum, Optimizer, check_groups, check_optimizer
 from ..utils.errors import BadType, BadValue, EsfastError
 from ..utils.names import DECAY_TO, DECODINGS, ROUNDINGS, WEIGHT_MODES
-from ..utils.settings import check_int, check_number, check_positive, convert_fields, convert_given, option
+from ..utils.settings import check_int, check_number, check_positive, convert, convert_fields, convert_given, option
 from .loggers import LOGGERS, check_report_to
 from .schedules import SCHEDULES, check_schedule
 from .trl_names import accepts_trl_names
@@ -20,7 +20,7 @@ from .trl_names import accepts_trl_names
 # Settings that may differ when a run is resumed. All others must be the same.
 _MAY_CHANGE = """
     output_dir reward_workers reward_timeout eval_every eval_prompts on_reward_error checkpoint_every resume progress
-    samples save_best report_to kl_to_base
+    samples save_best report_to kl_to_base members_at_once
 """.split()
 
 # What ES takes under the same name
@@ -107,6 +107,10 @@ class ESConfig:
         DECODINGS,
     )
     batch_size: int | None = option(None, "most prompts generated at once (default: what fits a quarter of the memory)")
+    members_at_once: str = option(
+        "auto",
+        "members that answer in one batch; 1: one after another; auto: as many as fit, where that is faster",
+    )
     chat_template_kwargs: dict | None = option(
         None, "variables of the tokenizer's chat template, such as enable_thinking; as JSON on the command line"
     )
@@ -129,6 +133,7 @@ class ESConfig:
     progress: bool = option(True, "show the progress bar")
 
     def __post_init__(self):
+        self.members_at_once = str(self.members_at_once).strip().lower()
         self.groups = [str(g) if isinstance(g, Group) else g for g in _listed(self.groups)] or None
         self.check()
 
@@ -144,6 +149,9 @@ class ESConfig:
             value = getattr(self, name)
             if value is not None:
                 check_int(f"ESConfig.{name}", value, least, 2**63)
+        if self.members_at_once != "auto":
+            number = convert("ESConfig.members_at_once ('auto' or a number)", self.members_at_once, int)
+            check_int("ESConfig.members_at_once", number, 1, 2**32)
         check_int("ESConfig.seed", self.seed, 0, 2**64)
         check_int("ESConfig.population_size", self.population_size, 2, 2**32)
         check_rank(self.noise, self.rank, "ESConfig.rank")

@@ -13,6 +13,7 @@ from ..rollout import adapters
 from ..rollout.engine import TransformersEngine, as_engine
 from ..rollout.evaluator import MemberEvaluator, SequentialEvaluator
 from ..rollout.models import load_model, load_tokenizer
+from ..rollout.population import asking
 from ..utils.errors import BadType, BadValue
 from ..utils.unwrap import unwrap
 from .config import ESConfig
@@ -42,8 +43,8 @@ def open_tokenizer(processing_class, name: str):
 
 
 def open_evaluator(evaluator: MemberEvaluator | None, engine, model, tokenizer, config: ESConfig) -> MemberEvaluator:
-    """The evaluator that is given, or one that asks the members one after another: of the engine that is given, or of
-    one for the model. TypeError if both are given, or what is given is neither."""
+    """The evaluator that is given, or one that asks the members one after another of the engine that is given, or one
+    for the model, which may ask several at once. TypeError if both are given, or what is given is neither."""
     if evaluator is not None:
         if engine is not None:
             raise BadType("evaluator: it has an engine of its own; give either an evaluator or an engine")
@@ -54,6 +55,10 @@ def open_evaluator(evaluator: MemberEvaluator | None, engine, model, tokenizer, 
             )
         return evaluator
     if engine is not None:
+        if config.members_at_once not in ("auto", "1"):
+            raise BadValue(
+                "members_at_once: an engine of yours is asked for one member after another; leave it at auto"
+            )
         found: Any = SequentialEvaluator(as_engine(engine))
         return found
     if isinstance(model, WeightStore):
@@ -63,8 +68,7 @@ def open_evaluator(evaluator: MemberEvaluator | None, engine, model, tokenizer, 
         model, tokenizer, config.max_completion_length, config.batch_size, config.temperature or 1.0, config.decoding
     )
     made.prompts.length_setting = "max_completion_length"
-    found = SequentialEvaluator(made)
-    return found
+    return asking(made, config.members_at_once)
 
 
 def open_rewards(

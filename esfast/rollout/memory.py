@@ -1,0 +1,52 @@
+"""Measures how much memory work takes at its peak."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes of memory of the device; of the machine for a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """Bytes of the tensors that `work` makes and that exist at the same time, at most. What operations allocate inside
+    themselves is not counted."""
+    with _Allocations() as made:
+        work()
+    return made.peak
+
+
+class _Allocations(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self._alive: dict[int, weakref.finalize] = {}
+        self._now = self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._note(tensor.untyped_storage())
+        return result
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._alive:
+            return
+        self._alive[key] = weakref.finalize(storage, self._freed, key, size)
+        self._now += size
+        self.peak = max(self.peak, self._now)
+
+    def _freed(self, key: int, size: int) -> None:
+        self._alive.pop(key, None)
+        self._now -= size

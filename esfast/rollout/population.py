@@ -1,0 +1,233 @@
+"""Scores several members of a population in one batch.
+
+A member's texts alone are a small batch, and each batch waits for its longest text. `PopulationEvaluator` writes the
+weights of K members into stacked tensors (`stacked_model`), gives all of their prompts to the model in shared batches,
+and drops texts that have ended (`dropping`). In float32 on one thread the texts are those of one member after another.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from ..core.dtensors import in_shards
+from ..es.population import Member, Population
+from ..utils.errors import BadValue
+from .dropping import Dropping, can_drop
+from .engine import TransformersEngine, is_small
+from .evaluator import MemberEvaluator, SequentialEvaluator
+from .memory import peak_bytes, total_memory
+from .probe import ALONE
+from .sampling import LogitsError, SeededSampling
+from .stacked_model import StackedModel, Unsupported
+
+log = logging.getLogger(__name__)
+
+# Shares of the device's memory that "auto" gives to the weights of members and to their texts.
+WEIGHTS_SHARE = TEXTS_SHARE = 0.25
+# A batch of more rows takes longer for each of them on a CPU, whose caches it leaves.
+MOST_ROWS_ON_CPU = 2048
+MEASURED_ROWS = 8
+
+Answers = Iterator[tuple[Member, "list[str] | LogitsError"]]
+
+
+def asking(engine: TransformersEngine, members_at_once: int | str = "auto") -> MemberEvaluator:
+    """The evaluator for `members_at_once`: "auto", or a number, also as text.
+
+    "auto" asks several members at once where that was measured to be faster: small models on a CPU. ValueError for a
+    number above 1 with decoding="static" or "continuous".
+    """
+    generates_plainly = engine.decoding in ("auto", "plain")
+    if members_at_once == "auto":
+        several = generates_plainly and is_small(engine.model) and not in_shards(engine.model)
+        return PopulationEvaluator(engine) if several else SequentialEvaluator(engine)
+    if int(members_at_once) == 1:
+        return SequentialEvaluator(engine)
+    if not generates_plainly:
+        raise BadValue(
+            f"members_at_once: several members generate with decoding='plain', not {engine.decoding!r}; leave decoding "
+            "at 'auto', or members_at_once at 1"
+        )
+    return PopulationEvaluator(engine, int(members_at_once))
+
+
+class PopulationEvaluator:
+    """The MemberEvaluator that asks K members at once.
+
+    engine           of the model that is trained; it also answers for evaluations
+    members_at_once  K, or "auto": as many as have their weights in a quarter of the device's memory and at least one
+                     prompt each in another quarter. Where members can't share the model, "auto" asks one after another
+
+    `at_once` is K once the first population came, and `need` the bytes that it takes at most.
+    """
+
+    def __init__(self, engine: TransformersEngine, members_at_once: int | str = "auto"):
+        self.engine, self.members_at_once = engine, members_at_once
+        self.at_once: int | None = None
+        self.need = 0
+        self._tokens, self._stack = 0, None
+        self._way: Dropping | None = None
+        self._bytes_of_row: dict[int, int] = {}
+        self._sequential = SequentialEvaluator(engine)
+
+    @property
+    def tokens(self) -> int:
+        return self._tokens + self.engine.tokens
+
+    def evaluate(self, members: Population, prompts: Sequence[str], seeds: Sequence[int] | None) -> Answers:
+        """See MemberEvaluator. Raises Unsupported if members can't share the model and K is a number."""
+        if self.at_once is None:
+            self._settle(members, prompts)
+        if self.at_once == 1:
+            yield from self._sequential.evaluate(members, prompts, seeds)
+            return
+        for packet in members.packets(self.at_once):
+            yield from self._ask(members, packet, prompts, seeds)
+
+    def close(self) -> None:
+        self._stack = None
+        self.engine.close()
+
+    # ---- how many ----------------------------------------------------------------------------------------------------
+
+    def _settle(self, members: Population, prompts: Sequence[str]) -> None:
+        """Chooses K for the first population, and says so."""
+        es, engine = members.es, self.engine
+        processes = max(1, es.team.size // es.team.shards)
+        most = -(-len(members) // processes)
+        asked = self.members_at_once if self.members_at_once != "auto" else most
+        try:
+            self._check(es)
+        except Unsupported as error:
+            if self.members_at_once != "auto":
+                raise
+            log.warning("members are asked one after another: %s", error)
+            self.at_once = 1
+            return
+        row = self._row_bytes(max(map(len, engine.prompts(prompts))))
+        if self.members_at_once == "auto":
+            memory, weights = total_memory(es.plan.device), max(1, es.plan.nbytes)
+            rows = engine.batch_size or int(TEXTS_SHARE * memory / row)
+            asked = min(asked, int(WEIGHTS_SHARE * memory / weights), rows)
+        self.at_once = max(1, min(asked, most))
+        rows = self.at_once * self._prompts_each(len(prompts), self.at_once, row)
+        self.need = self.at_once * es.plan.nbytes + rows * row
+        log.info(
+            "members_at_once: %d of %d members answer together, %d rows at once; their weights and texts take %.2f GB",
+            self.at_once, len(members), rows, self.need / 1e9,
+        )  # fmt: skip
+
+    def _check(self, es) -> None:
+        """Unsupported if members can't share the model; it is tried out with two."""
+        engine = self.engine
+        if engine._traits is None or engine._traits.together == ALONE:
+            raise Unsupported(
+                f"a {type(engine.model).__name__} answers one prompt at a time"
+                if engine._traits is not None
+                else "the model is in shards"
+            )
+        stack = self._stack_of(es, 2)
+        stack.write([(0, es.sigma), (1, es.sigma)])
+        stack.check()
+        self._stack = None
+        with engine._own_settings():
+            drops = can_drop(engine.model, engine.generation_config)
+        self._way = Dropping(engine.model, engine.generation_config, drops)
+
+    def _stack_of(self, es, at_once: int) -> StackedModel:
+        if self._stack is None or self._stack.at_once < at_once:
+            self._stack = None
+            self._stack = StackedModel(es.plan, at_once, getattr(es.store, "base", None), es.rule, es.perturb_rounding)
+        return self._stack
+
+    def _row_bytes(self, tokens: int) -> int:
+        """Bytes that a row of so many prompt tokens takes at most while its text is generated."""
+        engine = self.engine
+
+        def generate() -> None:
+            model, config = engine.model, copy.copy(engine.generation_config)
+            config.max_new_tokens = 1
+            ids = torch.ones(MEASURED_ROWS, tokens, dtype=torch.long, device=model.device)
+            with torch.no_grad():
+                model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
+
+        if tokens not in self._bytes_of_row:
+            with engine._own_settings():
+                prefill = peak_bytes(generate) // MEASURED_ROWS
+            traits, longest = engine._traits, tokens + engine.max_new_tokens
+            # Appending a token to a cache copies it: of one layer there are two.
+            cache = 2 * (traits.bytes_fixed + traits.bytes_per_token * longest) if traits.bytes_fixed is not None else 0
+            self._bytes_of_row[tokens] = max(prefill, cache)
+        return self._bytes_of_row[tokens]
+
+    def _prompts_each(self, prompts: int, members: int, row: int) -> int:
+        """How many prompts of each of so many members are generated at once."""
+        device = self.engine.model.device
+        rows = self.engine.batch_size or int(TEXTS_SHARE * total_memory(device) / row)
+        if device.type == "cpu":
+            rows = min(rows, MOST_ROWS_ON_CPU)
+        return max(1, min(prompts, rows // members))
+
+    # ---- asking ------------------------------------------------------------------------------------------------------
+
+    def _ask(
+        self, members: Population, packet: list[Member], prompts: Sequence[str], seeds: Sequence[int] | None
+    ) -> Answers:
+        while packet:
+            some, packet = packet[: self.at_once], packet[self.at_once :]
+            stack = self._stack_of(members.es, self.at_once)
+            stack.write([(member.seed, member.sign * members.sigma) for member in some])
+            members.on_placed()
+            try:
+                answers = self._answers(stack, len(some), prompts, seeds)
+            except torch.OutOfMemoryError:
+                if len(some) == 1:
+                    raise
+                answers = None
+            if answers is None:  # outside the except block, whose traceback keeps the failed batch's tensors alive
+                self._stack = stack = None
+                self.at_once, packet = -(-len(some) // 2), some + packet
+                log.warning("out of memory with %d members at once: going on with %d", len(some), self.at_once)
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+                continue
+            yield from zip(some, answers, strict=True)
+
+    def _answers(
+        self, stack: StackedModel, count: int, prompts: Sequence[str], seeds: Sequence[int] | None
+    ) -> list[list[str] | LogitsError]:
+        """Of each of the members that were written."""
+        engine, encoded = self.engine, self.engine.prompts(prompts)
+        order = sorted(range(len(prompts)), key=lambda i: -len(encoded[i]))
+        texts = [[""] * len(prompts) for _ in range(count)]
+        fine = [True] * count
+        each = self._prompts_each(len(prompts), count, self._row_bytes(max(map(len, encoded))))
+        with stack.in_place(), engine._own_settings():
+            done = 0
+            while done < len(order):
+                batch = order[done : done + each]
+                batch = batch[: engine._traits.batchable([len(encoded[i]) for i in batch])]
+                new, numbers = self._generate([encoded[i] for i in batch], count, seeds and [seeds[i] for i in batch])
+                for k in range(count):
+                    mine = new[k * len(batch) : (k + 1) * len(batch)]
+                    for i, text in zip(
+                        batch, engine.tokenizer.batch_decode(mine, skip_special_tokens=True), strict=True
+                    ):
+                        texts[k][i] = text
+                    fine[k] = fine[k] and numbers[k]
+                self._tokens += sum(map(len, new))
+                done += len(batch)
+        bad = LogitsError("the model's logits are NaN or infinite")
+        return [text if numbers else bad for text, numbers in zip(texts, fine, strict=True)]
+
+    def _generate(self, rows: list[list[int]], count: int, seeds: list[int] | None):
+        engine, sampling = self.engine, None
+        if engine._traits.carried is not None:
+            engine._traits.carried.forget()
+        if seeds is not None:
+            sampling = SeededSampling(seeds * count, engine.temperature, engine.max_new_tokens, engine.model.device)
+        return self._way(rows * count, count, sampling)
