@@ -103,6 +103,11 @@ class LocalStore(WeightStore):
         self.whole_names, self.whole_numel, self.layout = plan.whole_names, plan.whole_numel, plan.layout
         self.source = getattr(getattr(plan.module, "config", None), "_name_or_path", "")
 
+    @property
+    def source_of_members(self) -> Plan:
+        """The plan that members are written from; the live weights unless a mode keeps a base."""
+        return self.plan
+
     def begin(self, rule: Rule) -> None:
         if rule != self.rule:
             raise BadValue(f"the weights follow {self.rule}, which was given when they were made, asked for is {rule}")

@@ -93,6 +93,10 @@ class BaseWeights(_Stored):
         self._options = {**rule.noise_options, "backend": backend}
         self._note()
 
+    @property
+    def source_of_members(self) -> Plan:
+        return self._source
+
     @staticmethod
     def cost(dtype: torch.dtype) -> Cost:
         size = dtype.itemsize

@@ -141,7 +141,7 @@ class PopulationEvaluator:
     def _stack_of(self, es, at_once: int) -> StackedModel:
         if self._stack is None or self._stack.at_once < at_once:
             self._stack = None
-            self._stack = StackedModel(es.plan, at_once, getattr(es.store, "base", None), es.rule, es.perturb_rounding)
+            self._stack = StackedModel(es.plan, at_once, es.store.source_of_members, es.rule, es.perturb_rounding)
         return self._stack
 
     def _row_bytes(self, tokens: int) -> int:
