@@ -29,6 +29,7 @@ BENCHMARKS = {
     "modes": "time, traffic and memory of the weight modes, side by side, against what they state",
     "training": "the embedded model learns by every weight mode and by the usual code's numerics, over several seeds",
     "iteration": "a whole generation of ES: against its text generation alone, and against the loop of today",
+    "together": "members in one batch: against one after another, and against frozen weights in the same batch",
     "dropin": "loops of others, before and after esfast: what a generation costs beside its evaluations; MeZO learning",
     "tasks": "the embedded model learns each of the tasks: rewards before and after, and how long it took",
     "simulate": "a generation on up to 10,000 workers, simulated from costs measured here, and its bytes on the wire",
@@ -62,6 +63,7 @@ EXAMPLES = {
         "--device cuda --json bench/results/iteration_gpu.json",
         "--models tiny --repeats 1   a first look",
     ),
+    "together": ("--json bench/results/together.json", "--members 4 --prompts 8 --repeats 2   a first look"),
     "dropin": (
         "--json bench/results/dropin.json",
         "--device cuda --numel 1e8 --seeds --json bench/results/dropin_gpu.json   without MeZO's runs",

@@ -32,6 +32,7 @@ from . import (
     simulate,
     statistics,
     tasks,
+    together,
     training,
     zoo,
 )
@@ -51,6 +52,7 @@ TABLES: dict[str, tuple[str, Callable[..., Table]]] = {
     "cycles": ("cycles.json", cycles.table),
     "iteration-cpu": ("iteration_cpu.json", iteration.table),
     "iteration-gpu": ("iteration_gpu.json", iteration.table),
+    "together": ("together.json", together.table),
     "dropin": ("dropin.json", dropin.table),
     "dropin-gpu": ("dropin_gpu.json", dropin.table),
     "dropin-mezo": ("dropin.json", dropin.mezo_table),

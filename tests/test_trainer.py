@@ -142,7 +142,7 @@ def test_interrupt_saves_the_last_completed_generation(tmp_path, model):
             signal.raise_signal(signal.SIGINT)
         return count_digits(prompts, completions)
 
-    trainer = esfast.ESTrainer(net, interrupted, config(tmp_path / "run"), ROWS, None, tokenizer)
+    trainer = esfast.ESTrainer(net, interrupted, config(tmp_path / "run", members_at_once=1), ROWS, None, tokenizer)
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert trainer.summary["generations"] == 1 and trainer.es.generation == 1

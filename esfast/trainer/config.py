@@ -12,7 +12,7 @@ from ..rollout.chat import check_options
 from ..update.optimizers import OPTIMIZERS, Adam, Group, Momentum, Optimizer, check_groups, check_optimizer
 from ..utils.errors import BadType, BadValue, EsfastError
 from ..utils.names import DECAY_TO, DECODINGS, ROUNDINGS, WEIGHT_MODES
-from ..utils.settings import check_int, check_number, check_positive, convert, convert_fields, convert_given, option
+from ..utils.settings import check_int, check_number, check_positive, convert_fields, convert_given, option
 from .loggers import LOGGERS, check_report_to
 from .schedules import SCHEDULES, check_schedule
 from .trl_names import accepts_trl_names
@@ -149,9 +149,7 @@ class ESConfig:
             value = getattr(self, name)
             if value is not None:
                 check_int(f"ESConfig.{name}", value, least, 2**63)
-        if self.members_at_once != "auto":
-            number = convert("ESConfig.members_at_once ('auto' or a number)", self.members_at_once, int)
-            check_int("ESConfig.members_at_once", number, 1, 2**32)
+        self._check_members_at_once()
         check_int("ESConfig.seed", self.seed, 0, 2**64)
         check_int("ESConfig.population_size", self.population_size, 2, 2**32)
         check_rank(self.noise, self.rank, "ESConfig.rank")
@@ -188,6 +186,11 @@ class ESConfig:
             raise BadValue(
                 f"ESConfig.weight_decay: {self.weight_decay} times lr {self.lr} is more than all of the weights"
             )
+
+    def _check_members_at_once(self) -> None:
+        given = self.members_at_once
+        if given != "auto" and not (given.isascii() and given.isdecimal() and int(given) > 0):
+            raise BadValue(f"ESConfig.members_at_once: expected 'auto' or a number, at least 1, got {given!r:.80}")
 
     def _take_optimizer(self) -> None:
         """Turns an optimizer that is given as an object, or with its numbers, into a string. One that has settings of
