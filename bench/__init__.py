@@ -35,6 +35,7 @@ BENCHMARKS = {
     "simulate": "a generation on up to 10,000 workers, simulated from costs measured here, and its bytes on the wire",
     "replay": "the main job exported, and made again from the base model: bytes a generation, seconds, the same bits",
     "zoo": "a tiny model of every architecture of Transformers, trained, saved, loaded and replayed to the same bits",
+    "sharing": "which architectures let members answer in one batch: texts compared with those of one after another",
     "countdown": "the embedded model learns Countdown: accuracy before and after, and where the time goes",
 }
 
@@ -75,6 +76,7 @@ EXAMPLES = {
     ),
     "replay": ("--json bench/results/replay.json", "-- --generations 10   options of `esfast train`"),
     "zoo": ("--json bench/results/zoo.json", "--architectures qwen3 mamba gemma3_text   some of them"),
+    "sharing": ("--json bench/results/sharing.json", "--architectures qwen3 mamba gemma3_text   some of them"),
     "countdown": ("--seeds 0 1 2 --json bench/results/countdown.json", "--seeds 7 -- --generations 10"),
 }
 

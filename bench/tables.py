@@ -29,6 +29,7 @@ from . import (
     profile,
     replay,
     sass,
+    sharing,
     simulate,
     statistics,
     tasks,
@@ -71,6 +72,8 @@ TABLES: dict[str, tuple[str, Callable[..., Table]]] = {
     "training-modes": ("training.json", training.table),
     "zoo": ("zoo.json", zoo.table),
     "zoo-summary": ("zoo.json", zoo.summary),
+    "sharing": ("sharing.json", sharing.table),
+    "sharing-summary": ("sharing.json", sharing.summary),
     "training-sweep": ("training.json", training.sweep_table),
 }
 NOT_YET = "*Not yet measured.*"

@@ -62,13 +62,15 @@ class PopulationEvaluator:
     members_at_once  K, or "auto": as many as have their weights in a quarter of the device's memory and at least one
                      prompt each in another quarter. Where members can't share the model, "auto" asks one after another
 
-    `at_once` is K once the first population came, and `need` the bytes that it takes at most.
+    Once the first population came, `at_once` is K, `need` the bytes that it takes at most, and `one_by_one` has the
+    names of the modules that are called for one member after another, with `*` for numbers.
     """
 
     def __init__(self, engine: TransformersEngine, members_at_once: int | str = "auto"):
         self.engine, self.members_at_once = engine, members_at_once
         self.at_once: int | None = None
         self.need = 0
+        self.one_by_one: set[str] = set()
         self._tokens, self._stack = 0, None
         self._way: Dropping | None = None
         self._bytes_of_row: dict[int, int] = {}
@@ -133,6 +135,7 @@ class PopulationEvaluator:
         stack = self._stack_of(es, 2)
         stack.write([(0, es.sigma), (1, es.sigma)])
         stack.check()
+        self.one_by_one = set(stack.learned.one_by_one)
         self._stack = None
         with engine._own_settings():
             drops = can_drop(engine.model, engine.generation_config)
