@@ -1,4 +1,4 @@
-// What module.cpp and the kernels (cpu_kernel.cpp, compiled once per instruction set) say to each other.
+// Shared by module.cpp and the kernels (cpu_kernel.cpp, compiled once per instruction set).
 #pragma once
 #include <stdint.h>
 

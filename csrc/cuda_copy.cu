@@ -1,4 +1,4 @@
-// The kernels that restore weights, what a thread of which does cuda_copy.cuh holds, and their launch.
+// The kernels that restore weights, and their launch. cuda_copy.cuh has the work of one thread.
 #include "cuda_copy.cuh"
 #include "cuda_device.h"
 

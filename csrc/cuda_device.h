@@ -1,4 +1,4 @@
-// What the launches of cuda_kernel.cu and cuda_copy.cu share.
+// Shared by the launches of cuda_kernel.cu and cuda_copy.cu.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -8,7 +8,7 @@ namespace esfast {
 
 inline std::string text(cudaError_t error) { return std::string(cudaGetErrorName(error)) + ": " + cudaGetErrorString(error); }
 
-// This thread's device is another for as long as this lives.
+// Switches this thread's device while the object lives.
 class OnDevice {
   public:
     explicit OnDevice(int device) {

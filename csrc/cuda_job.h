@@ -14,8 +14,8 @@ constexpr int CUDA_TILE = 8192;
 // Rows, and columns, of a tile of a matrix with low-rank noise.
 constexpr int MATRIX_TILE = 128;
 
-// esfast/core/backends/tiles.py makes these records. dst, src and anchor are the addresses of the tile's element 0, which like all
-// others outside [begin, end) may not be there.
+// esfast/core/backends/tiles.py makes these records. dst, src and anchor are the addresses of the tile's element 0. Elements
+// outside [begin, end) may lie outside the tensor's memory, element 0 too.
 struct alignas(16) TileRecord {
     uint64_t dst, src;
     int64_t start;  // number of element 0 in its whole tensor

@@ -1,4 +1,4 @@
-// The kernels, a template of which cuda_kernel.cuh holds what a thread does, and their launch.
+// The kernels and their launch. cuda_kernel.cuh has the template of one thread's work.
 #include <cuda_runtime.h>
 
 #include "cuda_device.h"

@@ -29,7 +29,7 @@ namespace {
 
 // Round to nearest, subnormals kept: the definition's arithmetic, whatever mode the process has set
 // (torch.set_flush_denormal, libraries linked with -ffast-math). The mode belongs to a thread, hence per thread.
-// At its end what the thread streamed past the cache is seen by others.
+// The destructor makes what the thread streamed past the cache visible to other threads.
 class IeeeMode {
   public:
 #if defined(__x86_64__)
@@ -72,8 +72,7 @@ std::vector<std::string> instruction_sets() {
     return names;
 }
 
-// Bytes of weights from which they are written past the cache: no share of so many is worth keeping there. For the tests
-// it can be set.
+// From this many bytes on, weights are written past the cache, since too few of them would stay in it. Tests set it.
 int64_t streamed_from = int64_t(1) << 26;
 
 bool is_streamed(const Job& job) {
