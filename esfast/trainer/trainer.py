@@ -6,7 +6,6 @@ prompts, completions and the rows' other columns as keyword lists.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import json
@@ -21,22 +20,19 @@ from tqdm import tqdm
 from ..core.plan import Plan
 from ..distributed.team import Team
 from ..es.es import ES
-from ..es.population import Member
 from ..es.store import WeightStore
-from ..rewards.scorer import RewardError, RewardFunc, Scorer, Scores, check_metrics, combine, judge
-from ..rollout import chat
+from ..rewards.scorer import RewardFunc, check_metrics
 from ..rollout.engine import Engine
 from ..rollout.evaluator import MemberEvaluator
 from ..utils.errors import BadType
 from ..utils.files import check_writable
 from ..utils.interrupts import Stops, stoppable
 from ..utils.rows import Rows, check_rows
-from ..utils.stats import mean
-from .batches import Batch, Batches
+from .batches import Batches
 from .clock import PhaseTimer, account
 from .config import ESConfig
 from .door import open_evaluator, open_rewards, open_tokenizer
-from .held_out import HeldOut, nonsense
+from .held_out import HeldOut
 from .identity import check as check_identity
 from .identity import identity as identity_of
 from .loggers import require
@@ -44,6 +40,7 @@ from .model_card import model_card
 from .movement import Movement
 from .recorder import RunRecorder, of_rewards
 from .run_folder import RunFolder
+from .scoring import Scoring
 from .trl_trainer import SavesLikeTRL, check_not_resumed_here
 from .tuned import open_tuned
 
@@ -120,8 +117,8 @@ class ESTrainer(SavesLikeTRL):
         self.batches.check(self.engine, eval_dataset, c.progress and self.team.rank == 0)
         # Process 0, and the processes with other shards of its model.
         self._evaluates = self.team.rank < self.team.shards
-        workers = c.reward_workers if self.team.is_group_leader else 0
-        self.scorer = Scorer([*self.reward_funcs, *self.metrics.values()], workers, c.reward_timeout)
+        self.scoring = Scoring(self.evaluator, self.reward_funcs, self.reward_weights, self.metrics, c, self.team)
+        self.scorer = self.scoring.scorer
         self.identity = identity_of(self.tuned.identity(), self.reward_funcs, self.train_dataset)
         # Further entries of config.yaml, from the command line.
         self.described: dict[str, Any] = {}
@@ -146,13 +143,10 @@ class ESTrainer(SavesLikeTRL):
             self.folder.prepare()
         self.tuned.begin(self.folder.adapter, resume and self.folder.begun(), self.team.rank == 0)
         kl = self.tuned.kl(self.processing_class) if self._evaluates else None
-        scores = functools.partial(
-            judge, self.scorer, self.reward_funcs, self.reward_weights, self.metrics, skip=c.on_reward_error == "skip"
-        )
         self.held_out = None
         if self.eval_dataset is not None:
             self.held_out = HeldOut(
-                self.eval_dataset, self.batches.texts, self.engine, scores, kl, self.folder, c.samples
+                self.eval_dataset, self.batches.texts, self.engine, self.scoring.judge, kl, self.folder, c.samples
             )
         self.movement = Movement(weights if isinstance(weights, Plan) else weights.plan)
         self.es = ES(
@@ -289,60 +283,16 @@ class ESTrainer(SavesLikeTRL):
         batch = self.batches(generation)
         self.es.sigma, self.es.lr = self.args.rates(generation)
         clock.record("other")
-        scored = self._ask_members(batch)
-        for member, scores in scored:
-            member.reward = self._reward(member, scores)
-        clock.record("wait")
-        record = self.es.step(set_aside=self.args.on_reward_error == "skip")
+        self.scoring(self.es, batch, clock, self._stops)
+        record = self.es.step(set_aside=self.scoring.skips)
         clock.record("update")
         clock.move(self.es.journal_seconds - journal, "update", "journal")
         drift = self.es.drift()
         clock.record("other")
         seconds, tokens = clock.since(before), self.evaluator.tokens - tokens
-        return (
-            ({} if drift is None else {"drift": drift})
-            | self.movement.norms()
-            | {
-                **of_rewards(record),
-                "seconds": sum(seconds.values()),
-                **{f"seconds_{k}": v for k, v in seconds.items()},
-                **account(seconds, tokens),
-            }
-        )
-
-    def _ask_members(self, batch: Batch) -> list[tuple[Member, Scores]]:
-        """This process's members, with scores that may still be in the making: workers score a member while the next
-        one generates. After it the weights are as before."""
-        scored = []
-        with self.es.population() as members:
-            members.on_placed = lambda: self.clock.record("perturb")
-            with contextlib.closing(self.evaluator.evaluate(members, batch.texts, batch.seeds)) as answers:
-                for member, completions in answers:
-                    self.clock.record("generate")
-                    if isinstance(completions, Exception):
-                        whose = f"member {member.index} of generation {self.es.generation} (sigma {self.es.sigma:g})"
-                        self._set_aside(member, nonsense(whose))
-                    elif self.team.is_group_leader:
-                        # Only the first of the processes that hold a model together scores.
-                        answered = chat.answered(batch.rows, completions)
-                        scored.append((member, self.scorer.submit(self.reward_funcs, *answered)))
-                    self._stops.check()
-                    self.clock.record("score")
-        self.clock.record("perturb")
-        return scored
-
-    def _reward(self, member: Member, scores: Scores) -> float | None:
-        try:
-            return mean(combine(scores.result(), self.reward_weights))
-        except RewardError as error:
-            self._set_aside(member, error)
-            return None
-
-    def _set_aside(self, member: Member, error: Exception) -> None:
-        """Leaves the member without a reward, or raises the error, depending on on_reward_error."""
-        if self.args.on_reward_error == "stop":
-            raise error
-        log.warning("member %d of generation %d is set aside: %s", member.index, self.es.generation, error)
+        times = {"seconds": sum(seconds.values()), **{f"seconds_{phase}": s for phase, s in seconds.items()}}
+        drifted = {} if drift is None else {"drift": drift}
+        return drifted | self.movement.norms() | of_rewards(record) | times | account(seconds, tokens)
 
     def _evaluate(self) -> dict[str, float]:
         if self.held_out is None:

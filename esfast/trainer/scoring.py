@@ -1,0 +1,82 @@
+"""The rewards of a generation: members are asked, and what they say is scored."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+from collections.abc import Mapping, Sequence
+
+from ..distributed.team import Team
+from ..es.es import ES
+from ..es.population import Member
+from ..rewards.scorer import RewardError, RewardFunc, Scorer, Scores, combine, judge
+from ..rollout import chat
+from ..rollout.evaluator import MemberEvaluator
+from ..utils.interrupts import Stops
+from ..utils.stats import mean
+from .batches import Batch
+from .clock import PhaseTimer
+from .config import ESConfig
+from .held_out import Judge, nonsense
+
+log = logging.getLogger(__name__)
+
+
+class Scoring:
+    """Asks the members of a population, and sets their rewards. Reward functions of one member may run while the next
+    one generates.
+
+    scorer   calls `reward_funcs` and `metrics`, in this process or in workers
+    weights  factors of the reward functions
+    """
+
+    def __init__(self, evaluator: MemberEvaluator, reward_funcs: Sequence[RewardFunc], weights: Sequence[float],
+                 metrics: Mapping[str, RewardFunc], config: ESConfig, team: Team):  # fmt: skip
+        # Of the processes that hold a model together only the first scores.
+        self._scores = team.is_group_leader
+        workers = config.reward_workers if self._scores else 0
+        self.scorer = Scorer([*reward_funcs, *metrics.values()], workers, config.reward_timeout)
+        self._evaluator, self._reward_funcs, self._weights, self._metrics = evaluator, reward_funcs, weights, metrics
+        self.skips = config.on_reward_error == "skip"
+
+    def __call__(self, es: ES, batch: Batch, clock: PhaseTimer, stops: Stops) -> None:
+        """Sets the rewards of this process's members of a new population. With on_reward_error="skip" a member that
+        gives no text, or whose reward functions fail, has none; otherwise that is the error. Afterwards the weights
+        are as before."""
+        scored = []
+        with es.population() as members:
+            members.on_placed = functools.partial(clock.record, "perturb")
+            with contextlib.closing(self._evaluator.evaluate(members, batch.texts, batch.seeds)) as answers:
+                for member, completions in answers:
+                    clock.record("generate")
+                    if isinstance(completions, Exception):
+                        whose = f"member {member.index} of generation {es.generation} (sigma {es.sigma:g})"
+                        self._set_aside(es, member, nonsense(whose))
+                    elif self._scores:
+                        answered = chat.answered(batch.rows, completions)
+                        scored.append((member, self.scorer.submit(self._reward_funcs, *answered)))
+                    stops.check()
+                    clock.record("score")
+        clock.record("perturb")
+        for member, scores in scored:
+            member.reward = self._reward(es, member, scores)
+        clock.record("wait")
+
+    def _reward(self, es: ES, member: Member, scores: Scores) -> float | None:
+        try:
+            return mean(combine(scores.result(), self._weights))
+        except RewardError as error:
+            self._set_aside(es, member, error)
+            return None
+
+    def _set_aside(self, es: ES, member: Member, error: Exception) -> None:
+        """Leaves the member without a reward, or raises the error."""
+        if not self.skips:
+            raise error
+        log.warning("member %d of generation %d is set aside: %s", member.index, es.generation, error)
+
+    @property
+    def judge(self) -> Judge:
+        """Scores an evaluation: (rows, completions) -> each reward function's scores, and the figures to log."""
+        return functools.partial(judge, self.scorer, self._reward_funcs, self._weights, self._metrics, skip=self.skips)
