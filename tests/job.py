@@ -10,6 +10,7 @@ A member's reward is a function of its weights, so that a run takes no time but 
 
 import itertools
 import json
+import logging
 import os
 import shutil
 import signal
@@ -204,6 +205,8 @@ def outcome(folder):
 
 
 if __name__ == "__main__":
+    logging.basicConfig()
+    logging.getLogger("esfast").setLevel(logging.INFO)
     try:
         if sys.argv[1] == "--drill":
             drill(*map(int, sys.argv[2:4]), *sys.argv[4:])
