@@ -1,8 +1,8 @@
-"""How a model's operations on weights are shared by several members: tried out on a few rows before the first answer.
+"""Finds out how several members share a model's operations on weights, with a few rows, before the first answer.
 
-The module answers the same rows for each of two members alone, with ordinary tensors, and for both in one pass. Both
-must agree but for rounding. Where an operation can't be shared, or a module's answers differ, the innermost module
-concerned is called for one member after another, and it is tried again.
+The module answers the same rows for each of two members alone, with ordinary tensors, and for both in one pass. The
+answers must agree up to rounding. If an operation can't be shared, or a module's answers differ, the innermost module
+with the fault is called for one member after another from then on, and the check runs again.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ MODULES_TRIED = 24
 
 
 class Learned:
-    """What is known of a module.
+    """What is known about a module.
 
-    operations  ways of its operations on weights
+    operations  how its operations on weights are done
     one_by_one  labels of the modules that are called for one member after another
-    modules     of these, which arguments and results have rows
-    calls       kinds of calls that were tried out
-    refusal     why it can't be done, once that was found
+    modules     for these, which arguments and results have rows
+    calls       kinds of calls that were checked
+    refusal     why it can't be done, once that is known
     """
 
     def __init__(self):
@@ -116,7 +116,7 @@ def _same_results(alone: list[torch.Tensor], together: list[torch.Tensor], dtype
 
 
 def _prime(module: torch.nn.Module, sizes: Collection[int] = frozenset()) -> int:
-    """A number of rows that no dimension of the module's tensors, and no number in its configuration, is divided by."""
+    """A number of rows that divides no dimension of the module's tensors and no number in its configuration."""
     known = {size for t in (*module.parameters(), *module.buffers()) for size in t.shape} | set(sizes)
     config = getattr(module, "config", None)
     known.update(_numbers(config.to_dict() if hasattr(config, "to_dict") else {}))
@@ -137,7 +137,7 @@ def _numbers(value) -> Iterator[int]:
 
 
 def _learn(stack: StackedModel, learned: Learned, run: Callable, prime: int, same: Callable) -> None:
-    """Tries until members together answer as each alone, and leaves what was learned of it in `learned`.
+    """Tries until the members' joint answers equal those of each alone; stores what it learns in `learned`.
 
     run   (rows of each member, members) -> the module's results, rows in the same dimension
     same  (alone, together, dtype) -> whether they are the same but for rounding
@@ -198,7 +198,7 @@ def _reason(error: Exception) -> str:
 
 
 def _rows_of(k: int, alone: Sequence[torch.Tensor], together: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Of the results of two members those of member k; a tensor without rows as it is."""
+    """Member k's part of the results of two members; a tensor without rows is returned as is."""
     found = []
     for one, both in zip(alone, together, strict=True):
         dim = next((d for d, (m, n) in enumerate(zip(one.shape, both.shape)) if n == 2 * m), None)  # noqa: B905
@@ -207,7 +207,7 @@ def _rows_of(k: int, alone: Sequence[torch.Tensor], together: Sequence[torch.Ten
 
 
 def _outside(root: torch.nn.Module, chain: Sequence[torch.nn.Module], one_by_one: set[str]) -> str | None:
-    """The path of the innermost module that is not called one by one already, nor inside one that is."""
+    """The path of the innermost module that is neither called one by one already nor inside such a module."""
     paths = {id(module): path for path, module in root.named_modules()}
     found = None
     for module in chain:

@@ -1,8 +1,8 @@
-"""Where a module keeps its weights, so that others can take their place, and modules asked one member after another.
+"""Replaces a module's weights, and calls modules for one member after another.
 
-`Places` puts tensors in the place of a module's parameters and takes them away again; the parameters themselves are not
-touched. `OneByOne` is for a module with an operation that several members can't share, such as experts to which each
-member sends other rows: it is called for each member, while the modules around it answer all members at once.
+`Places` puts tensors in the places of a module's parameters and takes them away again; the parameters themselves are
+not written. `OneByOne` is for a module with an operation that members can't share, such as experts to which each member
+sends other rows: it is called for each member, while the modules around it answer for all members at once.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 class Places:
     """The places in a module, its submodules included, that hold a plan's tensors.
 
-    Found are parameters, and the same tensors in other attributes and in lists and dicts there, as LSTMs keep them.
+    It finds parameters, and the same tensors in other attributes, lists and dicts, as LSTMs keep them.
     Raises ValueError for a tensor of the plan without a place in the module, and for attributes that are views of one.
     """
 
@@ -48,7 +48,7 @@ class Places:
         return {number for _, (_, _, number) in self._found} - others
 
     def put(self, values: Sequence[torch.Tensor]) -> None:
-        """values[i] stands where tensor i of the plan stood."""
+        """Puts values[i] in the places of tensor i of the plan."""
         fill((place for _, place in self._found), values)
 
     def restore(self) -> None:
@@ -87,8 +87,8 @@ def fill(places: Iterable[tuple], values: Sequence[torch.Tensor]) -> None:
 class OneByOne:
     """The `forward` of a module that is called for each member with its own weights and rows.
 
-    stacks   of each weight of the plan (K, *shape)
-    tensors  the MemberTensors that stand in the weights' places between calls
+    stacks   for each weight of the plan (K, *shape)
+    tensors  the MemberTensors in the weights' places between calls
     known    by label and arguments: the dimensions of rows in the arguments and in the results
     """
 
@@ -157,7 +157,7 @@ class OneByOne:
 
 
 def modules_on_the_way(error: BaseException) -> list[torch.nn.Module]:
-    """Modules that were being called when the error was raised, the innermost last."""
+    """The modules that were running when the error was raised, the innermost last."""
     found: list[torch.nn.Module] = []
     traceback = error.__traceback__
     while traceback is not None:

@@ -1,8 +1,8 @@
-"""Shorter ways than torch.vmap for the operations that models spend their time in: see `member_tensor`.
+"""Implementations shorter than torch.vmap, for the operations that take most of a model's time: see `member_tensor`.
 
-Each function looks at an operation's arguments, of which the rows are in the dimensions `dims`, and gives its way of
-doing it for all members, or None where vmap is to do it. A way gives each member the sums that the operation alone
-would: one batched matrix product, one lookup in a longer table, one product with a weight that is broadcast.
+Each function gets an operation's arguments and the dimensions `dims` of their rows. It returns an implementation for
+all members, or None to use vmap. The implementation gives each member the same sums as the operation alone: one batched
+matrix product, one lookup in a longer table, one product with a broadcast weight.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def _addmm(args: tuple, kwargs: dict, dims: list) -> Way | None:
 
 
 def _embedding(args: tuple, kwargs: dict, dims: list) -> Way | None:
-    """One lookup in the tables of all members behind each other. With max_norm the table would be changed."""
+    """One lookup in the joined tables of all members. Not with max_norm, which would change the table."""
     if len(args) != 2 or dims[0] != 0 or not _are_weights(args[1]) or kwargs.get("max_norm") is not None:
         return None
 

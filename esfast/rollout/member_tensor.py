@@ -1,13 +1,14 @@
-"""One weight of K members, standing in a model that answers rows of all K in one forward pass.
+"""MemberTensor: one weight of K members, in a model that answers rows of all K in one forward pass.
 
-A `MemberTensor` has the shape and dtype of one member's weight and holds the stack of all K. Activations stay ordinary
-tensors: rows k * B to (k + 1) * B belong to member k. An operation on a MemberTensor and activations gives each member
-what it would give for that member's weight and rows alone: `torch.vmap` does that for any operation, and the few that
-take most of the time have a shorter way in `member_ops`.
+A `MemberTensor` looks like one member's weight (shape and dtype) and holds the stack of all K. Activations stay
+ordinary tensors: rows k * B to (k + 1) * B belong to member k. An operation on a MemberTensor and activations gives
+each member the result of its own weight and rows. `torch.vmap` does this for any operation; the few that take most of
+the time have shorter implementations in `member_ops`.
 
-Which dimension of an activation holds the rows can't be read off its shape: 32 may be rows or channels. So operations
-are learned: the model first answers a few rows whose number has a prime factor that divides no other dimension. Later
-calls do what was learned for the same operation on the same weight; one that was not seen then is refused.
+The shape of an activation does not tell which dimension holds the rows: 32 may be rows or channels. So operations are
+learned. The model first answers a few rows, whose number has a prime factor that divides no other dimension. Later
+calls repeat what was learned for the same operation on the same weight. An operation that was not seen before is
+refused.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ class Unsupported(EsfastError, NotImplementedError):
 
 
 class Operations:
-    """How each operation on a model's weights is done for several members, learned from a few rows.
+    """For each operation on a model's weights, how to do it for several members, as learned from a few rows.
 
-    short  looks at an operation's arguments for a shorter way than vmap, by the function: see `member_ops`
+    short  by function: looks for an implementation shorter than vmap, from the arguments; see `member_ops`
     prime  rows of each member while operations are learned, otherwise None
-    known  the way of each operation, by its `_signature`
+    known  by `_signature`: how to do the operation
     """
 
     def __init__(self, short: Mapping[Callable, Callable]):
@@ -41,7 +42,7 @@ class Operations:
 
 
 class MemberTensor(torch.Tensor):
-    """Values of one weight for K members, or of something calculated from weights alone.
+    """The values for K members of one weight, or of something computed from weights alone.
 
     stack       (K, *shape)
     weight      the weight's name without numbers, or several names
@@ -85,7 +86,7 @@ class MemberTensor(torch.Tensor):
 
 
 def label_of(name: str) -> str:
-    """A parameter's name with `*` for numbers: layers are alike, and so are experts, not all of which see a row."""
+    """A parameter's name with `*` for numbers, since layers are alike, and so are experts, of which some see no row."""
     return re.sub(r"\b\d+\b", "*", name)
 
 
@@ -100,7 +101,7 @@ def weights_of(leaves: Sequence) -> str:
 
 
 def rows_of_member(func, rows: int, members: int, leaves: Sequence) -> int:
-    """Unsupported unless the rows are as many for each member."""
+    """Rows of each member; Unsupported if their number isn't the same for all."""
     if rows % members:
         raise Unsupported(
             f"{operation_name(func)} of {weights_of(leaves)} and {rows} rows: they must be as many for each of "
@@ -110,7 +111,7 @@ def rows_of_member(func, rows: int, members: int, leaves: Sequence) -> int:
 
 
 def _getters(names: str) -> set:
-    """Of attributes that this version of PyTorch has."""
+    """The getters of tensor attributes that this version of PyTorch has."""
     return {getattr(torch.Tensor, name).__get__ for name in names.split() if hasattr(torch.Tensor, name)}
 
 
@@ -134,7 +135,7 @@ RETURNS_ITSELF = frozenset(
 
 
 def _signature(func, args: tuple, kwargs: dict) -> tuple[Sequence, tuple, MemberTensor]:
-    """The arguments as a list; a key that tells this use of weights from others; one of the weights."""
+    """The arguments as a list, a key that identifies this use of weights, and one of the weights."""
     leaves = [*args, *kwargs.values()] if kwargs else args
     if any(isinstance(leaf, (list, tuple, dict)) for leaf in leaves):
         leaves = tree_flatten((args, kwargs))[0]
@@ -149,7 +150,7 @@ def _signature(func, args: tuple, kwargs: dict) -> tuple[Sequence, tuple, Member
 
 
 def _learn(func, args: tuple, kwargs: dict, leaves: Sequence, key: tuple, first: MemberTensor):
-    """Does an operation for the first time, and notes how it is done."""
+    """Does an operation for the first time, and remembers how."""
     prime, members = first.operations.prime, len(first.stack)
     if prime is None:
         raise Unsupported(f"{operation_name(func)} of {weights_of(leaves)}, which the first look did not see")
@@ -163,7 +164,7 @@ def _learn(func, args: tuple, kwargs: dict, leaves: Sequence, key: tuple, first:
     way = Mapped(func, args, kwargs, dims, leaves)
     result = way.first(func, args, kwargs, first)
     if all(leaf.numel() for leaf in leaves if isinstance(leaf, torch.Tensor)):
-        # Of nothing, as an expert gets it that no row is sent to, nothing is learned.
+        # An expert that gets no rows teaches nothing.
         short = first.operations.short.get(func, lambda *_: None)(args, kwargs, dims)
         first.operations.known[key] = short or way
     return result
@@ -183,8 +184,8 @@ def changes_its_argument(func) -> bool:
 class Mapped:
     """An operation done for each member by torch.vmap.
 
-    dims    for each argument the dimension of its rows, None for weights and for what all members share
-    leaves  the arguments that it is done with for the first time
+    dims    for each argument the dimension of its rows; None for weights and for what all members share
+    leaves  the arguments of the first call
     """
 
     def __init__(self, func, args: tuple, kwargs: dict, dims: list[int | None], leaves: Sequence):
@@ -229,12 +230,12 @@ class Mapped:
                 inside[i] = value
             own_args, own_kwargs = tree_unflatten(inside, spec)
             result = func(*own_args, **own_kwargs)
-            # what changes its argument has done so
+            # An in-place operation has changed its argument already.
             return () if self.inplace else result
 
         try:
             with warnings.catch_warnings():
-                # vmap does a few operations for one member after another, and says so
+                # vmap warns that it does some operations for one member after another.
                 warnings.filterwarnings("ignore", "There is a performance drop")
                 return torch.vmap(of_one_member, tuple(in_dims))(*given)
         except torch.OutOfMemoryError:

@@ -3,10 +3,10 @@
     with esfast.stacked(model, [(seed, sigma) for seed in seeds]):
         y = model(x)      # x has K * B rows; rows k * B to (k + 1) * B are answered by member k
 
-The members' weights are written by `add_noise_` from the model's own into one tensor (K, *shape) for each weight, which
-takes K times the memory of the weights. They stand in the places of the parameters until the block is left; the
-parameters themselves are not touched. Which operations on weights can be shared, and how, is tried out before the first
-answer (`member_check`); a module that can't share is called for one member after another.
+`add_noise_` writes the members' weights from the model's own into one tensor (K, *shape) for each weight, which takes K
+times the memory of the weights. These tensors replace the parameters until the block is left; the parameters themselves
+are never written. Before the first answer `member_check` finds out which operations on weights can be shared, and how.
+A module that can't share is called for one member after another.
 """
 
 from __future__ import annotations
@@ -44,24 +44,27 @@ def stacked(
     backend: str = "auto",
     rank: int = 1,
 ) -> Iterator[torch.nn.Module]:
-    """Inside the block the model answers K * B rows, rows k * B to (k + 1) * B with member k's weights,
-    round(weights + sigma * noise(seed)). After it, however it is left, its parameters stand in their places; they are
-    never written.
+    """Lets a model answer for K members at once, inside a `with` block.
+
+    Inside the block the model takes K * B rows. It answers rows k * B to (k + 1) * B with member k's weights,
+    round(weights + sigma * noise(seed)). The parameters are never written, and are back in their places after the
+    block, however it is left.
 
     Args:
-        model: an nn.Module, or a Plan of one. Its first call in a block must have the rows in dimension 0 of its
-            tensors. For a language model a few tokens are generated at once, to see how its operations are shared.
-        members: (seed, sigma) for each of the K members; with -sigma it is the mirrored one.
-        base: what members are written from, as in `add_noise_`; default: the model's weights.
+        model: an nn.Module, or a Plan of one. The tensors of its first call in a block must have the rows in dimension
+            0. A language model generates a few tokens before the block, to find out how its operations are shared.
+        members: (seed, sigma) for each of the K members; -sigma gives the mirrored member.
+        base: what members are written from, as in `add_noise_`. Default: the model's weights.
         noise, rank, rounding, backend: as in `add_noise_`.
-        groups: esfast.Group's, whose factors of sigma count, as in ES.
+        groups: esfast.Group objects, whose factors of sigma apply, as in ES.
 
-    Yields the module.
+    Yields:
+        The module.
 
     Raises:
-        TypeError, ValueError: an argument outside the above, or the model's weights can't be replaced.
-        esfast.rollout.stacked_model.Unsupported (a NotImplementedError): the model has an operation on weights that
-            members can't share, which is named, or answers otherwise than for each member alone.
+        TypeError, ValueError: an argument is outside the above, or the model's weights can't be replaced.
+        Unsupported: (esfast.rollout.stacked_model, a NotImplementedError) members can't share an operation on weights,
+            which the message names; or the model's answers differ from those for each member alone.
     """
     members = list(members)
     rule = Rule(noise=noise, groups=check_groups(groups), rank=rank)
@@ -73,12 +76,12 @@ def stacked(
 
 
 class StackedModel:
-    """Memory for the weights of `at_once` members of a model, to be written and used again and again.
+    """Memory for the weights of `at_once` members of a model, which is written and used again and again.
 
     model           an nn.Module or a Plan of one
     at_once         most members at once, K
     base            what members are written from; default: the model's weights
-    rule            whose noise and groups count
+    rule            its noise and groups apply
     rounding, backend  as in `add_noise_`
 
     Attributes: `module`, `plan`, `at_once`, and `nbytes`, the memory that it takes.
@@ -115,7 +118,7 @@ class StackedModel:
         return sum(t.numel() * t.element_size() for t in (*self._stacks, *self._turned.values()))
 
     def write(self, members: Sequence[tuple[int, float]]) -> None:
-        """Writes the weights of at most `at_once` members. TypeError or ValueError before any is written."""
+        """Writes the weights of at most `at_once` members. TypeError or ValueError, before any is written."""
         seeds, coeffs = check_members(*zip(*members, strict=True)) if members else ((), ())
         if not 1 <= len(seeds) <= self.at_once:
             raise BadValue(f"stacked: expected 1 to {self.at_once} members, got {len(seeds)}")
@@ -143,14 +146,14 @@ class StackedModel:
         return stacks, turned
 
     def _plan_of(self, k: int) -> Plan:
-        """Where member k is written to."""
+        """The plan that member k is written to."""
         entries = zip(self.plan.entries, self._stacks, strict=True)
         return Plan([(e.name, self._turned.get(i, stack[k]), e.window) for i, (e, stack) in enumerate(entries)])
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[torch.nn.Module]:
-        """In the block the module answers for the members that were written last. After it the parameters are in their
-        places, and buffers as they were."""
+        """In the block the module answers for the members that were written last. After it the parameters are back in
+        their places, and the buffers are as before."""
         # What a language model's check has learned holds for all of its calls.
         known = self._count == 1 or "generate" in self._learned.calls
         hook = None if known else self.module.register_forward_pre_hook(self._before_call, with_kwargs=True)
@@ -170,7 +173,7 @@ class StackedModel:
 
     @contextlib.contextmanager
     def first_two(self) -> Iterator[None]:
-        """In the block the module answers for the first two members, to learn how."""
+        """In the block the module answers for the first two members, to learn its operations."""
         try:
             self._enter(2)
             yield
@@ -189,8 +192,8 @@ class StackedModel:
     def check(self) -> None:
         """Finds out how the operations of a language model are shared, unless that is known.
 
-        Raises Unsupported, and what the model raises when it generates a text. Of other modules, and of one member, it
-        does nothing: for them the first call finds out.
+        Raises Unsupported, and any exception of the model when it generates a text. For other modules, and for one
+        member, it does nothing; the first call finds out.
         """
         learned = self._learned
         if self._count > 1 and "generate" not in learned.calls and callable(getattr(self.module, "generate", None)):
@@ -199,7 +202,7 @@ class StackedModel:
 
     @property
     def learned(self) -> Learned:
-        """What is known of the module as it is now."""
+        """What is known about the module in its present state."""
         return self._learned
 
     @property
