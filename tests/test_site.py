@@ -89,3 +89,8 @@ def test_the_api_page_has_every_public_name():
     page = (DOCS / "reference" / "api.md").read_text(encoding="utf-8")
     headings = set(re.findall(r"^      heading: esfast\.(\w+)$", page, re.MULTILINE))
     assert headings == {*esfast.__all__} - {"NOISE_VERSION"}
+
+
+def test_the_api_page_has_no_name_twice():
+    names = re.findall(r"^::: (\S+)$", (DOCS / "reference" / "api.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(names) == len(set(names))
