@@ -8,6 +8,7 @@ from pathlib import Path
 
 import commands
 import pytest
+import torch
 import yaml
 from transformers import Qwen2Config
 
@@ -310,3 +311,29 @@ print([name for name in {HEAVY!r} if name in sys.modules])"""
 def test_module_runs():
     done = subprocess.run([sys.executable, "-m", "esfast", "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "COMMAND" in done.stdout
+
+
+def test_the_process_is_left_as_it_was(tmp_path, monkeypatch, capsys):
+    """For who calls `main` in a process of his own: its import path, its threads, the progress bars of Transformers."""
+    from transformers.utils.logging import is_progress_bar_enabled
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "only_here.py").write_text(
+        "def length(prompts, completions):\n    return list(map(len, completions))\n"
+    )
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a", "split": "test"}\n{"prompt": "b"}\n')
+    base = str(Path(__file__).parent / "fixtures" / "d3e6f80" / "base")
+    torch.set_num_threads(2)
+    before = list(sys.path), torch.get_num_threads(), is_progress_bar_enabled()
+    options = [
+        "--task",
+        "file:p.jsonl",
+        "--reward",
+        "only_here:length",
+        "--samples",
+        "1",
+        "--max-completion-length",
+        "2",
+    ]
+    assert cli.main(["eval", "--model", base, *options]) == 0, capsys.readouterr().err
+    assert (list(sys.path), torch.get_num_threads(), is_progress_bar_enabled()) == before

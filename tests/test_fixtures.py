@@ -3,6 +3,7 @@ folder a version or commit, give the weights that they gave then, to the bit. te
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,7 @@ def there(folder, tmp_path, monkeypatch):
     shutil.copytree(folder, tmp_path / "there")
     monkeypatch.chdir(tmp_path / "there")
     monkeypatch.syspath_prepend(tmp_path / "there")
+    monkeypatch.delitem(sys.modules, "run_rewards", raising=False)  # another test's
     return tmp_path / "there"
 
 

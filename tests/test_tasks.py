@@ -221,6 +221,7 @@ def test_a_fixed_training_set_is_drawn_from_again_and_again():
 
 def test_a_task_of_a_file_and_a_reward_function(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "my_rewards.py").write_text(
         "def brevity(prompts, completions, **columns):\n    return [-len(c) for c in completions]\nnumber = 1\n"
     )

@@ -6,12 +6,14 @@ wait for torch.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import select
 import signal
 import sys
 import traceback
+from collections.abc import Iterator
 
 from ..utils.errors import is_mendable
 from ..utils.interrupts import signal_of
@@ -36,7 +38,8 @@ def main(argv: list[str] | None = None) -> int:
     _show_log()
     try:
         try:
-            return _run(sys.argv[1:] if argv is None else argv)
+            with _as_it_was():
+                return _run(sys.argv[1:] if argv is None else argv)
         finally:
             # here, where an error of the output can be told from others, and not when Python ends
             if sys.stdout is not None:
@@ -48,6 +51,22 @@ def main(argv: list[str] | None = None) -> int:
             return 128 + signal.SIGPIPE
         print(f"esfast: error: stdout: {error}", file=sys.stderr)
         return 1
+
+
+@contextlib.contextmanager
+def _as_it_was() -> Iterator[None]:
+    """Python also looks for modules in the current folder meanwhile, as with `python -m`; reward workers get this path.
+    Afterwards the process is as it was before: somebody may call `main` in a process of his own."""
+    before = list(sys.path)
+    # There is none if it was deleted.
+    with contextlib.suppress(FileNotFoundError):
+        sys.path += [here] if (here := os.getcwd()) not in sys.path else []
+    try:
+        yield
+    finally:
+        sys.path[:] = [p for p in sys.path if p in before]
+        if models := sys.modules.get(f"{__name__}.models"):
+            models.AFTERWARDS.close()
 
 
 def _run(argv: list[str]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,9 @@ from ..utils.errors import BadValue
 if TYPE_CHECKING:
     from ..distributed.team import Team
     from .run_options import RunOptions
+
+# What a command changes of the process, and `main` undoes when it is done.
+AFTERWARDS = contextlib.ExitStack()
 
 
 def task_of(run: RunOptions):
@@ -60,13 +64,15 @@ def _check_device(name: str) -> None:
 def load(args: argparse.Namespace | RunOptions, team: Team | None = None):
     """Model and tokenizer, on the device; of a model that processes of the team hold together, this one's part."""
     import torch
-    from transformers.utils.logging import disable_progress_bar
+    from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
     from ..rollout.engine import is_small
     from ..rollout.models import load_model, load_tokenizer
     from ..tasks import embedded
 
     # those of loading and saving would tear that of the training
+    if is_progress_bar_enabled():
+        AFTERWARDS.callback(enable_progress_bar)
     disable_progress_bar()
     device = device_of(args)
     path = args.model if args.model is not None else embedded.cached(task=args.task)
@@ -80,5 +86,6 @@ def load(args: argparse.Namespace | RunOptions, team: Team | None = None):
         model.to(device)
     if is_small(model):
         # for perturbing it, too
+        AFTERWARDS.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(1)
     return model, load_tokenizer(path)

@@ -16,6 +16,7 @@ import logging
 import math
 import os
 import struct
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -278,6 +279,8 @@ class Team:
         self._watch()
         if self._lost and not self._noticed.wait(GRACE) and self.at_work:
             log.error("stopped: %s", self._lost)
+            # Nothing else ends a collective that waits for a process which is gone: no exception reaches it.
+            sys.stderr.flush()
             os._exit(1)
 
     def _watch(self) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from ..utils.errors import BadImport, BadValue
 from ..utils.rows import check_prompt
@@ -25,16 +23,14 @@ def reward_function(name: str) -> Callable[..., list[float]]:
 
 
 def imported(name: str, what: str) -> Callable:
-    """The function that `module:function` names; modules are also looked for in the current folder.
+    """The function that `module:function` names. Python looks for the module where it looks for all; of a command of
+    esfast that is also the current folder.
 
     Raises ValueError if the name has another form; ImportError if the module or the function is missing, or if
     importing the module raised."""
     module, _, function = name.partition(":")
     if not module or not function.isidentifier():
         raise BadValue(f"{what}: expected MODULE:FUNCTION, for example {what}s:mine, got {name!r}")
-    if str(Path.cwd()) not in sys.path:
-        # It stays there, since reward workers get this path.
-        sys.path.append(str(Path.cwd()))
     try:
         found = importlib.import_module(module)
     except ModuleNotFoundError as error:
