@@ -25,8 +25,15 @@ from setuptools.errors import CompileError, ExecError, LinkError
 
 # -ffp-contract=off keeps mul and add apart: the noise is defined to the bit (csrc/noise.h).
 # -Wno-maybe-uninitialized: g++ 12 warns of its own AVX-512 header.
-COMMON = ["-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden",
-          "-Wno-maybe-uninitialized"]  # fmt: skip
+COMMON = [
+    "-O3",
+    "-std=c++17",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fvisibility=hidden",
+    "-Wno-maybe-uninitialized",
+]
 INSTRUCTION_SETS = {
     "avx2": ["-mavx2", "-mfma"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"],
@@ -34,14 +41,37 @@ INSTRUCTION_SETS = {
 # GPUs that get machine code, if this nvcc knows them. The last of them also gets PTX, for what comes after.
 # ESFAST_CUDA_ARCHS takes the place of these.
 ARCHITECTURES = ("80", "89", "90", "100")
-NVCC_FLAGS = ["-O3", "-std=c++17", "-fmad=false", "-Xfatbin", "-compress-all", "-cudart", "static", "--threads", "0",
-              "-Xcompiler", "-fPIC,-fvisibility=hidden"]  # fmt: skip
+NVCC_FLAGS = [
+    "-O3",
+    "-std=c++17",
+    "-fmad=false",
+    "-Xfatbin",
+    "-compress-all",
+    "-cudart",
+    "static",
+    "--threads",
+    "0",
+    "-Xcompiler",
+    "-fPIC,-fvisibility=hidden",
+]
 CUDA_SOURCES = [os.path.join("csrc", name) for name in ("cuda_module.cpp", "cuda_kernel.cu", "cuda_copy.cu")]
 CUDA_HEADERS = [
     os.path.join("csrc", name)
-    for name in ("noise.h", "dtypes.h", "cpu.h", "cuda_job.h", "cuda_device.h", "cuda_memory.cuh", "cuda_layout.cuh",
-                 "cuda_tile.cuh", "cuda_noise.cuh", "cuda_low_rank.cuh", "cuda_kernel.cuh", "cuda_copy.cuh")
-]  # fmt: skip
+    for name in (
+        "noise.h",
+        "dtypes.h",
+        "cpu.h",
+        "cuda_job.h",
+        "cuda_device.h",
+        "cuda_memory.cuh",
+        "cuda_layout.cuh",
+        "cuda_tile.cuh",
+        "cuda_noise.cuh",
+        "cuda_low_rank.cuh",
+        "cuda_kernel.cuh",
+        "cuda_copy.cuh",
+    )
+]
 HEADERS = [os.path.join("csrc", name) for name in ("noise.h", "lanes.h", "dtypes.h", "cpu.h", "cpu_rows.h")]
 CPU_KERNELS = [os.path.join("csrc", name) for name in ("cpu_kernel.cpp", "cpu_low_rank.cpp")]
 NO_COMPILER = """
@@ -174,8 +204,17 @@ def build_with_nvcc(target):
         names = " ".join(f"sm_{a}" for a in archs) + f" and PTX of compute_{archs[-1]}"
         includes = [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
         os.makedirs(os.path.dirname(os.path.abspath(target)), exist_ok=True)
-        command = [nvcc, *NVCC_FLAGS, *codes, f'-DESFAST_ARCHITECTURES="{names}"', *includes, "-shared", "-o", target,
-                   *CUDA_SOURCES]  # fmt: skip
+        command = [
+            nvcc,
+            *NVCC_FLAGS,
+            *codes,
+            f'-DESFAST_ARCHITECTURES="{names}"',
+            *includes,
+            "-shared",
+            "-o",
+            target,
+            *CUDA_SOURCES,
+        ]
         print(" ".join(command))
         done = subprocess.run(command, capture_output=True, text=True)
     except (OSError, subprocess.CalledProcessError) as error:

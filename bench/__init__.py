@@ -158,8 +158,13 @@ def parser_of(argv: list[str]) -> argparse.ArgumentParser:
         if argv[:1] == [name]:
             import_module(f".{name}", __name__).add_arguments(command)
         result = command.add_argument_group("result")
-        result.add_argument("--json", metavar="FILE", nargs="+", default=[],
-                            help="write the result there, to each; - for stdout, and nothing else")  # fmt: skip
+        result.add_argument(
+            "--json",
+            metavar="FILE",
+            nargs="+",
+            default=[],
+            help="write the result there, to each; - for stdout, and nothing else",
+        )
         result.add_argument("--plots", metavar="FOLDER", help="draw its figures there, where it has any")
     return parser
 

@@ -56,14 +56,35 @@ def run(args: argparse.Namespace) -> dict:
 
 
 def table(result: dict) -> tuple[list[str], list[list[str]]]:
-    headers = ["backend", "kernel", "noise", "dtype", "arch", "SASS per weight", "budget", "registers", "spilled bytes",
-               "widest load", "widest store"]  # fmt: skip
+    headers = [
+        "backend",
+        "kernel",
+        "noise",
+        "dtype",
+        "arch",
+        "SASS per weight",
+        "budget",
+        "registers",
+        "spilled bytes",
+        "widest load",
+        "widest store",
+    ]
     return headers, [
-        [r["backend"], r["kernel"], r["noise"], r["dtype"], f"sm_{r['arch']}", f"{r['sass_per_weight']:.1f}",
-         str(r["budget"] or "-"), str(r["registers"]), str(r["spill_bytes"]), f"{r['load_bits']} bits",
-         f"{r['store_bits']} bits"]
+        [
+            r["backend"],
+            r["kernel"],
+            r["noise"],
+            r["dtype"],
+            f"sm_{r['arch']}",
+            f"{r['sass_per_weight']:.1f}",
+            str(r["budget"] or "-"),
+            str(r["registers"]),
+            str(r["spill_bytes"]),
+            f"{r['load_bits']} bits",
+            f"{r['store_bits']} bits",
+        ]
         for r in result["rows"]
-    ]  # fmt: skip
+    ]
 
 
 def compile_kernel(
@@ -87,8 +108,15 @@ def compile_kernel(
 
     names = k.add_noise_kernel.arg_names
     types = ["*i64", "*i64", "*i64", "*fp32", "i32", *["i64"] * 3, *["fp32"] * 5, *["constexpr"] * 7]
-    constants = {"KIND": kind, "SRC": formats[0], "DST": formats[1], "TILE": tile or k.TILE,
-                 "STOCHASTIC": stochastic, "DECAY": decay, "ADAM": adam}  # fmt: skip
+    constants = {
+        "KIND": kind,
+        "SRC": formats[0],
+        "DST": formats[1],
+        "TILE": tile or k.TILE,
+        "STOCHASTIC": stochastic,
+        "DECAY": decay,
+        "ADAM": adam,
+    }
     if members is not None:
         types[names.index("members")], constants["members"] = "constexpr", members
     source = ASTSource(
@@ -121,8 +149,16 @@ def compile_low_rank(
     names = k.add_low_rank_kernel.arg_names
     types = ["*i64", "*i64", "*i64", "*fp32", "i32", "constexpr", "fp32", *["i64"] * 3, *["fp32"] * 5]
     types += ["constexpr"] * 7
-    constants = {"rank": 1, "SRC": formats[0], "DST": formats[1], "ROWS": chosen.rows, "SLOTS": chosen.slots,
-                 "STOCHASTIC": stochastic, "DECAY": decay, "ADAM": adam}  # fmt: skip
+    constants = {
+        "rank": 1,
+        "SRC": formats[0],
+        "DST": formats[1],
+        "ROWS": chosen.rows,
+        "SLOTS": chosen.slots,
+        "STOCHASTIC": stochastic,
+        "DECAY": decay,
+        "ADAM": adam,
+    }
     if slots == 1:
         types[names.index("members")], constants["members"] = "constexpr", 1
     source = ASTSource(
@@ -165,11 +201,20 @@ def _rows(noise: str, dtype: str, arch: int) -> list[dict]:
 def row(backend, kernel, noise, dtype, arch, per_weight, per_thread, figures: Figures, budgets: dict) -> dict:
     budget = budgets[kernel, noise] if arch == 90 else None
     found = {
-        "backend": backend, "kernel": kernel, "noise": noise, "dtype": dtype, "arch": arch,
-        "sass_per_weight": round(per_weight, 2), "budget": budget, "weights_per_thread": per_thread,
-        "spill_bytes": figures.spill_bytes, "registers": figures.registers, "load_bits": figures.load_bits,
-        "store_bits": figures.store_bits, "memory_instructions": figures.memory,
-    }  # fmt: skip
+        "backend": backend,
+        "kernel": kernel,
+        "noise": noise,
+        "dtype": dtype,
+        "arch": arch,
+        "sass_per_weight": round(per_weight, 2),
+        "budget": budget,
+        "weights_per_thread": per_thread,
+        "spill_bytes": figures.spill_bytes,
+        "registers": figures.registers,
+        "load_bits": figures.load_bits,
+        "store_bits": figures.store_bits,
+        "memory_instructions": figures.memory,
+    }
     if budget:
         found["pass"] = (
             per_weight <= budget and not figures.spill_bytes and figures.load_bits == figures.store_bits == 128

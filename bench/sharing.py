@@ -92,10 +92,15 @@ def _compare(name: str) -> dict:
 def table(result: dict) -> Table:
     headers = ["architecture", "members in one batch", "called one by one", "ended texts leave the batch", "why not"]
     return headers, [
-        [r["architecture"], r["result"], ", ".join(r["one_by_one"]), {True: "yes", False: "no", None: ""}[r["drops"]],
-         r["reason"]]
+        [
+            r["architecture"],
+            r["result"],
+            ", ".join(r["one_by_one"]),
+            {True: "yes", False: "no", None: ""}[r["drops"]],
+            r["reason"],
+        ]
         for r in result["rows"]
-    ]  # fmt: skip
+    ]
 
 
 def summary(result: dict) -> Table:

@@ -86,17 +86,30 @@ def measure(name: str, members: int, prompts: int, new_tokens: int, repeats: int
     overhead = figures["together, all tokens"] / figures["batch, all tokens"]
     least, most = LIMITS.get((name, members, prompts), (0.0, float("inf")))
     return {
-        "model": name, "device": device, "members": members, "prompts": prompts, "new_tokens": new_tokens,
-        "at_once": together.at_once, "bytes": together.need, "drops": together._way.drops, "seconds": figures,
-        "all_seconds": rounds, "times_as_fast": gain, "overhead_ratio": overhead,
+        "model": name,
+        "device": device,
+        "members": members,
+        "prompts": prompts,
+        "new_tokens": new_tokens,
+        "at_once": together.at_once,
+        "bytes": together.need,
+        "drops": together._way.drops,
+        "seconds": figures,
+        "all_seconds": rounds,
+        "times_as_fast": gain,
+        "overhead_ratio": overhead,
         "pass": gain >= least and overhead <= most,
-    }  # fmt: skip
+    }
 
 
 def _seconds(
-    es: ES, prompts: list[str], one_by_one: SequentialEvaluator, together: PopulationEvaluator,
-    forced: PopulationEvaluator, repeats: int,
-) -> tuple[dict[str, float], dict[str, list[float]]]:  # fmt: skip
+    es: ES,
+    prompts: list[str],
+    one_by_one: SequentialEvaluator,
+    together: PopulationEvaluator,
+    forced: PopulationEvaluator,
+    repeats: int,
+) -> tuple[dict[str, float], dict[str, list[float]]]:
     """Medians, and those of all rounds. BenchmarkError if texts of float32 weights differ."""
 
     def ask(evaluator) -> list:
@@ -122,14 +135,27 @@ def _seconds(
 
 
 def table(result: dict) -> Table:
-    headers = ["model", "members, prompts, most new tokens", "one after another, s", "together, s", "times as fast",
-               "overhead over frozen weights in the same batch", "weights and texts, MB"]  # fmt: skip
+    headers = [
+        "model",
+        "members, prompts, most new tokens",
+        "one after another, s",
+        "together, s",
+        "times as fast",
+        "overhead over frozen weights in the same batch",
+        "weights and texts, MB",
+    ]
     lines = []
     for r in result["rows"]:
         s = r["seconds"]
-        lines.append([
-            r["model"], f"{r['members']}, {r['prompts']}, {r['new_tokens']}", f"{s['one by one']:.3g}",
-            f"{s['together']:.3g}", f"{r['times_as_fast']:.2f}",
-            f"{r['overhead_ratio']:.3f}", f"{r['bytes'] / 1e6:.0f}",
-        ])  # fmt: skip
+        lines.append(
+            [
+                r["model"],
+                f"{r['members']}, {r['prompts']}, {r['new_tokens']}",
+                f"{s['one by one']:.3g}",
+                f"{s['together']:.3g}",
+                f"{r['times_as_fast']:.2f}",
+                f"{r['overhead_ratio']:.3f}",
+                f"{r['bytes'] / 1e6:.0f}",
+            ]
+        )
     return headers, lines

@@ -37,8 +37,19 @@ def _together(a):
 
 
 @triton.jit
-def _load4(address, low, anchor, element, begin, end, decay, WHOLE: tl.constexpr, SRC: tl.constexpr, DST: tl.constexpr,
-           DECAY: tl.constexpr):  # fmt: skip
+def _load4(
+    address,
+    low,
+    anchor,
+    element,
+    begin,
+    end,
+    decay,
+    WHOLE: tl.constexpr,
+    SRC: tl.constexpr,
+    DST: tl.constexpr,
+    DECAY: tl.constexpr,
+):
     """Weights, decayed, as four float32 tensors."""
     inside = (element >= begin) & (element < end)
     x = load_weights(address, element, low, element, inside, WHOLE, SRC)
@@ -105,10 +116,30 @@ def _zeros4(x):
 
 @triton.jit
 def _tile(
-    dst, src, start, tensor, begin, end, anchor, low_at, m_at, v_at, seeds, coeffs, members, decay, numbers,
-    WHOLE: tl.constexpr, KIND: tl.constexpr, SRC: tl.constexpr, DST: tl.constexpr, TILE: tl.constexpr,
-    STOCHASTIC: tl.constexpr, DECAY: tl.constexpr, ADAM: tl.constexpr,
-):  # fmt: skip
+    dst,
+    src,
+    start,
+    tensor,
+    begin,
+    end,
+    anchor,
+    low_at,
+    m_at,
+    v_at,
+    seeds,
+    coeffs,
+    members,
+    decay,
+    numbers,
+    WHOLE: tl.constexpr,
+    KIND: tl.constexpr,
+    SRC: tl.constexpr,
+    DST: tl.constexpr,
+    TILE: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    DECAY: tl.constexpr,
+    ADAM: tl.constexpr,
+):
     """One tile. WHOLE: every element is there and all addresses are multiples of 16."""
     if KIND == GAUSSIAN:
         element = tl.arange(0, TILE)
@@ -216,11 +247,53 @@ def add_noise_kernel(
     # Two copies of the code: values that could come from either of two loads cost 40 moves and address selections.
     if whole:
         _tile(
-            dst, src, start, tensor, begin, end, anchor, low_at, m_at, v_at, seeds, coeffs, members, decay, numbers,
-            True, KIND, SRC, DST, TILE, STOCHASTIC, DECAY, ADAM,
-        )  # fmt: skip
+            dst,
+            src,
+            start,
+            tensor,
+            begin,
+            end,
+            anchor,
+            low_at,
+            m_at,
+            v_at,
+            seeds,
+            coeffs,
+            members,
+            decay,
+            numbers,
+            True,
+            KIND,
+            SRC,
+            DST,
+            TILE,
+            STOCHASTIC,
+            DECAY,
+            ADAM,
+        )
     else:
         _tile(
-            dst, src, start, tensor, begin, end, anchor, low_at, m_at, v_at, seeds, coeffs, members, decay, numbers,
-            False, KIND, SRC, DST, TILE, STOCHASTIC, DECAY, ADAM,
-        )  # fmt: skip
+            dst,
+            src,
+            start,
+            tensor,
+            begin,
+            end,
+            anchor,
+            low_at,
+            m_at,
+            v_at,
+            seeds,
+            coeffs,
+            members,
+            decay,
+            numbers,
+            False,
+            KIND,
+            SRC,
+            DST,
+            TILE,
+            STOCHASTIC,
+            DECAY,
+            ADAM,
+        )

@@ -116,9 +116,19 @@ def _accumulate(x, a, b, ROWS: tl.constexpr, SLOTS: tl.constexpr):
 
 @triton.jit
 def _add_slots(
-    x, seeds, coeffs, slot, slots, rank, scale, segment, a_first, b_first,
-    ROWS: tl.constexpr, SLOTS: tl.constexpr,
-):  # fmt: skip
+    x,
+    seeds,
+    coeffs,
+    slot,
+    slots,
+    rank,
+    scale,
+    segment,
+    a_first,
+    b_first,
+    ROWS: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
     """Factors number slot .. slot + SLOTS - 1 of all members', drawn by all lanes."""
     at = slot + tl.arange(0, SLOTS)
     member = at // rank
@@ -138,9 +148,7 @@ def _add_slots(
 
 
 @triton.jit
-def _add_slot(
-    x, seeds, coeffs, slot, rank, scale, segment, a_first, b_first, vector, ROWS: tl.constexpr
-):  # fmt: skip
+def _add_slot(x, seeds, coeffs, slot, rank, scale, segment, a_first, b_first, vector, ROWS: tl.constexpr):
     """Factor number `slot` of all members' in a tile that is not whole. A vector is a row of a column of one."""
     member = slot // rank
     q = (slot - member * rank).to(tl.int64)
@@ -194,9 +202,19 @@ def _address(segment, ADDRESS: tl.constexpr, STRIDE: tl.constexpr, row, column, 
 
 @triton.jit
 def _read(
-    segment, row, column, r, c, inside, low, decay,
-    WHOLE: tl.constexpr, SRC: tl.constexpr, DST: tl.constexpr, DECAY: tl.constexpr,
-):  # fmt: skip
+    segment,
+    row,
+    column,
+    r,
+    c,
+    inside,
+    low,
+    decay,
+    WHOLE: tl.constexpr,
+    SRC: tl.constexpr,
+    DST: tl.constexpr,
+    DECAY: tl.constexpr,
+):
     """The weights of a tile, decayed."""
     SRC_SIZE: tl.constexpr = 4 if SRC == FLOAT32 else 2
     DST_SIZE: tl.constexpr = 4 if DST == FLOAT32 else 2
@@ -211,10 +229,30 @@ def _read(
 
 @triton.jit
 def _tile(
-    segment, row, column, rows, cols, seeds, coeffs, members, rank, scale, low, m, v, decay, numbers,
-    WHOLE: tl.constexpr, SRC: tl.constexpr, DST: tl.constexpr, ROWS: tl.constexpr,
-    SLOTS: tl.constexpr, STOCHASTIC: tl.constexpr, DECAY: tl.constexpr, ADAM: tl.constexpr,
-):  # fmt: skip
+    segment,
+    row,
+    column,
+    rows,
+    cols,
+    seeds,
+    coeffs,
+    members,
+    rank,
+    scale,
+    low,
+    m,
+    v,
+    decay,
+    numbers,
+    WHOLE: tl.constexpr,
+    SRC: tl.constexpr,
+    DST: tl.constexpr,
+    ROWS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    DECAY: tl.constexpr,
+    ADAM: tl.constexpr,
+):
     """One tile, which begins at (row, column) of its segment. WHOLE: ROWS x COLS are there, and all is aligned."""
     DST_SIZE: tl.constexpr = 4 if DST == FLOAT32 else 2
     r, c = tl.arange(0, ROWS)[:, None], tl.arange(0, COLS)[None, :]
@@ -286,11 +324,53 @@ def add_low_rank_kernel(
     PARTS: tl.constexpr = ROWS if ROWS < PART_ROWS else PART_ROWS
     if span < 0:
         _tile(
-            segment, row, column, rows, cols, seeds, coeffs, members, rank, scale, low, m, v, decay, numbers,
-            True, SRC, DST, ROWS, SLOTS, STOCHASTIC, DECAY, ADAM,
-        )  # fmt: skip
+            segment,
+            row,
+            column,
+            rows,
+            cols,
+            seeds,
+            coeffs,
+            members,
+            rank,
+            scale,
+            low,
+            m,
+            v,
+            decay,
+            numbers,
+            True,
+            SRC,
+            DST,
+            ROWS,
+            SLOTS,
+            STOCHASTIC,
+            DECAY,
+            ADAM,
+        )
     else:
         _tile(
-            segment, row, column, rows, cols, seeds, coeffs, members, rank, scale, low, m, v, decay, numbers,
-            False, SRC, DST, PARTS, 1, STOCHASTIC, DECAY, ADAM,
-        )  # fmt: skip
+            segment,
+            row,
+            column,
+            rows,
+            cols,
+            seeds,
+            coeffs,
+            members,
+            rank,
+            scale,
+            low,
+            m,
+            v,
+            decay,
+            numbers,
+            False,
+            SRC,
+            DST,
+            PARTS,
+            1,
+            STOCHASTIC,
+            DECAY,
+            ADAM,
+        )

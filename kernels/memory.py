@@ -62,9 +62,17 @@ def load_weights(address, element, low, low_element, inside, WHOLE: tl.constexpr
 
 @triton.jit
 def store_weights(
-    address, element, low, low_element, inside, WHOLE: tl.constexpr, x, words, FORMAT: tl.constexpr,
+    address,
+    element,
+    low,
+    low_element,
+    inside,
+    WHOLE: tl.constexpr,
+    x,
+    words,
+    FORMAT: tl.constexpr,
     STOCHASTIC: tl.constexpr,
-):  # fmt: skip
+):
     """Rounds float32 to the format and stores it where load_weights would read it. `words`: random ones."""
     if FORMAT == FLOAT32:
         store(address, element, inside, WHOLE, tl.float32, x)

@@ -44,10 +44,24 @@ def run_on_host(tmp_path_factory):
     library = tmp_path_factory.mktemp("cuda") / "on_host.so"
     fma = ["-mfma"] if platform.machine() in ("x86_64", "AMD64") else []
     subprocess.run(
-        [compiler, "-O2", "-std=c++17", "-ffp-contract=off", "-fno-strict-aliasing", "-Wall", "-Wextra", *fma,
-         "-shared", "-fPIC", f"-I{CSRC}", ROOT / "tests" / "cuda_on_host.cpp", "-o", library],
+        [
+            compiler,
+            "-O2",
+            "-std=c++17",
+            "-ffp-contract=off",
+            "-fno-strict-aliasing",
+            "-Wall",
+            "-Wextra",
+            *fma,
+            "-shared",
+            "-fPIC",
+            f"-I{CSRC}",
+            ROOT / "tests" / "cuda_on_host.cpp",
+            "-o",
+            library,
+        ],
         check=True,
-    )  # fmt: skip
+    )
     host = ctypes.CDLL(str(library))
 
     def add_noise(*, tile_count, src_format, dst_format, kind, moments, adam, **numbers):
@@ -106,9 +120,17 @@ def call(plan, count=1, base=None, kind="gaussian", stochastic=False, decay=0.0,
 
 def expect(plan, count=1, base=None, kind="gaussian", stochastic=False, decay=0.0, anchor=None, adam=None, rank=None):
     esfast.add_noise_(
-        plan, *members_of(count), base=base, noise=kind, rounding="stochastic" if stochastic else "nearest",
-        backend="cpu", decay=decay, anchor=anchor, adam=adam, rank=rank or rank_of(kind),
-    )  # fmt: skip
+        plan,
+        *members_of(count),
+        base=base,
+        noise=kind,
+        rounding="stochastic" if stochastic else "nearest",
+        backend="cpu",
+        decay=decay,
+        anchor=anchor,
+        adam=adam,
+        rank=rank or rank_of(kind),
+    )
 
 
 def assert_equal(ours, theirs, same_bits):
@@ -145,8 +167,12 @@ def test_restoring_copies_every_bit_in_one_launch(dtype, run_on_host, same_bits)
     base = esfast.Plan(entries(dtype))
     for t in base.tensors:
         numbers = t.new_empty(0).view(torch.int32 if dtype is torch.float32 else torch.int16).dtype
-        t.copy_(torch.randint(-(2**15), 2**15, t.shape, generator=torch.Generator().manual_seed(2)).to(numbers)
-                .view(dtype).view(t.shape))  # fmt: skip
+        t.copy_(
+            torch.randint(-(2**15), 2**15, t.shape, generator=torch.Generator().manual_seed(2))
+            .to(numbers)
+            .view(dtype)
+            .view(t.shape)
+        )
     memory = torch.full((200_000,), 7.0).to(dtype)
     held, at = [], 3
     for e in base.entries:  # in one memory, at odd addresses and at aligned ones, with gaps
@@ -232,7 +258,12 @@ def test_adam(dtype, kind, master, run_on_host, same_bits):
     ours, theirs = source.clone(), source.clone()
     moments = [torch.zeros(2, source.flat_numel) for _ in range(2)]
     for t in range(1, 4):
-        options = {"kind": kind, "stochastic": t == 2, "decay": 0.05 * (t == 3), "anchor": source.high() if t == 3 and not master else None}  # fmt: skip
+        options = {
+            "kind": kind,
+            "stochastic": t == 2,
+            "decay": 0.05 * (t == 3),
+            "anchor": source.high() if t == 3 and not master else None,
+        }
         adams = [AdamStep.at(t, m, 0.1, 0.9, 0.99, 1e-8) for m in moments]
         run_on_host(call(ours, t, adam=adams[0], **options))
         expect(theirs, t, adam=adams[1], **options)

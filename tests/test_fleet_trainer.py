@@ -40,10 +40,18 @@ def folder(tmp_path_factory):
             torch.manual_seed(0)
             tokenizer, made[template] = tokenizer_with(template, **special), tmp_path_factory.mktemp("model")
             config = Qwen2Config(
-                vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-                num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=LIMIT, tie_word_embeddings=True,
-                eos_token_id=tokenizer.eos_token_id, bos_token_id=None, initializer_range=0.3,
-            )  # fmt: skip
+                vocab_size=len(tokenizer),
+                hidden_size=16,
+                intermediate_size=32,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                num_key_value_heads=2,
+                max_position_embeddings=LIMIT,
+                tie_word_embeddings=True,
+                eos_token_id=tokenizer.eos_token_id,
+                bos_token_id=None,
+                initializer_range=0.3,
+            )
             for part in (Qwen2ForCausalLM(config), tokenizer):
                 part.save_pretrained(made[template])
         return made[template]
@@ -60,13 +68,38 @@ def letters(prompts, completions, **columns):
     return [float(sum(map(ord, str(text))) % 101) for text in completions]
 
 
-def trainer(path, model, train=ROWS, evaluated=None, engines=1, engine_options=None, processing_class=None,
-            functions=letters, **changes):  # fmt: skip
-    settings = {"generations": 2, "population_size": 4, "sigma": 0.1, "lr": 0.1, "prompts_per_generation": 6,
-                "max_completion_length": 4, "eval_every": 0, "progress": False}  # fmt: skip
+def trainer(
+    path,
+    model,
+    train=ROWS,
+    evaluated=None,
+    engines=1,
+    engine_options=None,
+    processing_class=None,
+    functions=letters,
+    **changes,
+):
+    settings = {
+        "generations": 2,
+        "population_size": 4,
+        "sigma": 0.1,
+        "lr": 0.1,
+        "prompts_per_generation": 6,
+        "max_completion_length": 4,
+        "eval_every": 0,
+        "progress": False,
+    }
     config = esfast.ESConfig(output_dir=str(path), **settings | changes)
-    return FleetTrainer(model, functions, config, engines, engine_options=engine_options, train_dataset=train,
-                        eval_dataset=evaluated, processing_class=processing_class)  # fmt: skip
+    return FleetTrainer(
+        model,
+        functions,
+        config,
+        engines,
+        engine_options=engine_options,
+        train_dataset=train,
+        eval_dataset=evaluated,
+        processing_class=processing_class,
+    )
 
 
 ENGINES = pytest.mark.parametrize("kind", [VLLMEngine, Fleet])
@@ -127,8 +160,12 @@ def test_a_prompt_that_is_too_long_is_told_before_anything_is_generated(folder, 
     options = {} if limit is None else {"max_model_len": limit}
     with pytest.raises(ValueError) as caught:
         trainer(tmp_path / "run", folder(), *data, engines=2, engine_options=options)
-    for part in (f"{which}: row 2: the prompt 'xxx", f"exceeds the model's context of {limit or LIMIT}",
-                 "shorten the prompt, or lower max_completion_length", "(and 1 more rows: 4)"):  # fmt: skip
+    for part in (
+        f"{which}: row 2: the prompt 'xxx",
+        f"exceeds the model's context of {limit or LIMIT}",
+        "shorten the prompt, or lower max_completion_length",
+        "(and 1 more rows: 4)",
+    ):
         assert part in str(caught.value)
     assert not (tmp_path / "run").exists() and not asked()
     assert [llm.running for llm in vllm_stand_in.LLM.made] == [False, False]
@@ -171,8 +208,21 @@ def test_what_no_engine_takes(folder, kind):
 
 def test_a_file_s_prompts_are_looked_at_by_the_command_line(folder, tmp_path, capsys):
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"prompt": "%s"}\n' % ("x" * LIMIT))
-    arguments = ["train", "--engine", "vllm", "--model", str(folder()), "--task", f"file:{tmp_path / 'p.jsonl'}",
-                 "--reward", "odd_scoring:length", "--out", str(tmp_path / "run"), "--max-completion-length", "4"]  # fmt: skip
+    arguments = [
+        "train",
+        "--engine",
+        "vllm",
+        "--model",
+        str(folder()),
+        "--task",
+        f"file:{tmp_path / 'p.jsonl'}",
+        "--reward",
+        "odd_scoring:length",
+        "--out",
+        str(tmp_path / "run"),
+        "--max-completion-length",
+        "4",
+    ]
     assert cli.main(arguments) == 1
     said = capsys.readouterr().err
     assert "row 1: the prompt 'xxx" in said and "or lower --max-completion-length" in said and not asked()
@@ -182,9 +232,16 @@ def test_a_fleet_trains_as_one_model_does(folder, tmp_path, same_bits, monkeypat
     """One engine, two, and two of which one dies: the journal and the weights of ESTrainer on the Hugging Face model."""
     model = Qwen2ForCausalLM.from_pretrained(folder())
     config = esfast.ESConfig(
-        output_dir=str(tmp_path / "plain"), generations=2, population_size=4, sigma=0.1, lr=0.1,
-        prompts_per_generation=6, max_completion_length=4, eval_every=0, progress=False,
-    )  # fmt: skip
+        output_dir=str(tmp_path / "plain"),
+        generations=2,
+        population_size=4,
+        sigma=0.1,
+        lr=0.1,
+        prompts_per_generation=6,
+        max_completion_length=4,
+        eval_every=0,
+        progress=False,
+    )
     esfast.ESTrainer(model, letters, config, ROWS, ROWS[:2], embedded.make_tokenizer()).train()
     wanted = journal.read(tmp_path / "plain" / "journal.jsonl")
     for name, engines in (("one", 1), ("two", 2), ("dying", 2)):
@@ -224,9 +281,29 @@ def test_the_command_line_trains_a_fleet_resumes_it_and_leaves_it_when_it_is_don
     lines = [f'{{"prompt": "{i}+1=", "split": "{"test" if i < 2 else "train"}"}}\n' for i in range(6)]
     (tmp_path / "p.jsonl").write_text("".join(lines))
     run = tmp_path / "run"
-    arguments = ["train", "--engine", "vllm", "--num-engines", "2", "--model", str(folder()), "--task",
-                 f"file:{tmp_path / 'p.jsonl'}", "--reward", "odd_scoring:length", "--out", str(run), "--generations",
-                 "3", "--population-size", "3", "--checkpoint-every", "1", "--max-completion-length", "4"]  # fmt: skip
+    arguments = [
+        "train",
+        "--engine",
+        "vllm",
+        "--num-engines",
+        "2",
+        "--model",
+        str(folder()),
+        "--task",
+        f"file:{tmp_path / 'p.jsonl'}",
+        "--reward",
+        "odd_scoring:length",
+        "--out",
+        str(run),
+        "--generations",
+        "3",
+        "--population-size",
+        "3",
+        "--checkpoint-every",
+        "1",
+        "--max-completion-length",
+        "4",
+    ]
     assert cli.main(arguments) == 0
     assert "after 3 generations, on 2 held-out prompts" in capsys.readouterr().out
     assert not list(run.glob("checkpoints/*")) and (run / "model" / "README.md").exists()
@@ -299,8 +376,17 @@ def test_a_loop_of_ones_own_over_a_fleet(folder):
     """Members one after another in all engines at once: the weights of ES on the Hugging Face model at every moment."""
     fleet = Fleet(folder(), 3, num_engines=2)
     plan = esfast.Plan(Qwen2ForCausalLM.from_pretrained(folder()))
-    settings = dict(sigma=0.1, lr=0.1, population_size=4, mirrored=True, weights="master", optimizer="adam",
-                    noise="low_rank", rank=2, groups=["*norm*:sigma=0.5,lr=2"])  # fmt: skip
+    settings = dict(
+        sigma=0.1,
+        lr=0.1,
+        population_size=4,
+        mirrored=True,
+        weights="master",
+        optimizer="adam",
+        noise="low_rank",
+        rank=2,
+        groups=["*norm*:sigma=0.5,lr=2"],
+    )
     ours, theirs = esfast.ES(FleetStore(fleet, "master"), **settings), esfast.ES(plan, **settings)
     base = fleet.fingerprint()
     for _ in range(2):

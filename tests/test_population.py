@@ -90,9 +90,13 @@ def test_mini_batches_are_cut_over_members_and_prompts(monkeypatch):
     evaluator = PopulationEvaluator(engine, 3)
     generate = PopulationEvaluator._generate
     monkeypatch.setattr(
-        PopulationEvaluator, "_generate",
-        lambda self, some, count, seeds: (rows.append((count, list(map(len, some)))), generate(self, some, count, seeds))[1],
-    )  # fmt: skip
+        PopulationEvaluator,
+        "_generate",
+        lambda self, some, count, seeds: (
+            rows.append((count, list(map(len, some)))),
+            generate(self, some, count, seeds),
+        )[1],
+    )
     assert answers(evaluator, es) == expected
     lengths = sorted((len(ids) for ids in engine.prompts(PROMPTS)), reverse=True)
     packet = [(3, lengths[i : i + 2]) for i in (0, 2, 4)]
@@ -172,9 +176,16 @@ def train(folder, **settings):
     model = tiny_model("qwen2", TOKENIZER)
     settings = {"temperature": 0.0, "reward_workers": 0, "generations": 3} | settings
     config = esfast.ESConfig(
-        output_dir=str(folder), population_size=6, sigma=0.2, lr=0.05, prompts_per_generation=4,
-        max_completion_length=6, progress=False, eval_every=2, **settings,
-    )  # fmt: skip
+        output_dir=str(folder),
+        population_size=6,
+        sigma=0.2,
+        lr=0.05,
+        prompts_per_generation=4,
+        max_completion_length=6,
+        progress=False,
+        eval_every=2,
+        **settings,
+    )
     rows = [{"prompt": prompt} for prompt in PROMPTS]
     trainer = esfast.ESTrainer(model, different_letters, config, rows, rows, TOKENIZER)
     trainer.train()
@@ -216,6 +227,11 @@ def test_settings():
             esfast.ESConfig(members_at_once=wrong)
     with pytest.raises(ValueError, match="members_at_once: an engine of yours"):
         esfast.ESTrainer(
-            tiny_model("qwen2", TOKENIZER), different_letters, esfast.ESConfig(members_at_once=2), [{"prompt": "a"}],
-            None, TOKENIZER, engine=lambda prompts: list(prompts),
-        )  # fmt: skip
+            tiny_model("qwen2", TOKENIZER),
+            different_letters,
+            esfast.ESConfig(members_at_once=2),
+            [{"prompt": "a"}],
+            None,
+            TOKENIZER,
+            engine=lambda prompts: list(prompts),
+        )

@@ -71,14 +71,16 @@ PTX_FAULTS = {
     "a product that may be contracted": Fault(PERTURB, ptx=(r"mul\.rn\.f32", "mul.f32"), noticed=PtxError),
     "subnormals flushed to zero": Fault(PERTURB, ptx=(r"fma\.rn\.f32", "fma.rn.ftz.f32"), noticed=PtxError),
     "neighbours that change places": Fault(
-        HALVES, ptx=(r"cvt\.rn\.bf16x2\.f32\s+(%\w+), (%\w+), (%\w+);", r"cvt.rn.bf16x2.f32 \1, \3, \2;"),
+        HALVES,
+        ptx=(r"cvt\.rn\.bf16x2\.f32\s+(%\w+), (%\w+), (%\w+);", r"cvt.rn.bf16x2.f32 \1, \3, \2;"),
         noticed=AssertionError,
     ),
     "128 bits stored 8 bytes on": Fault(
-        PERTURB, ptx=(r"(st\.global\.v4\.\w+\s+\[\s*%\w+)(?:\s*\+\s*(\d+))?\s*\]", eight_bytes_on),
+        PERTURB,
+        ptx=(r"(st\.global\.v4\.\w+\s+\[\s*%\w+)(?:\s*\+\s*(\d+))?\s*\]", eight_bytes_on),
         noticed=MemoryFault,
     ),
-}  # fmt: skip
+}
 SOURCE_FAULTS = {
     "cuda": {
         "products in another order": Fault(
@@ -86,7 +88,8 @@ SOURCE_FAULTS = {
         ),
         "six rounds of Philox": Fault(SIGNS, ("noise.h", "PHILOX_ROUNDS = 7", "PHILOX_ROUNDS = 6")),
         "a tail one element too long": Fault(
-            PERTURB, ("cuda_layout.cuh", "e >= begin && e < end", "e >= begin && e <= end"),
+            PERTURB,
+            ("cuda_layout.cuh", "e >= begin && e < end", "e >= begin && e <= end"),
             noticed=MemoryFault,
         ),
         "the upper half of a block's number lost": Fault(
@@ -102,7 +105,8 @@ SOURCE_FAULTS = {
             FACTORS, ("cuda_low_rank.cuh", "down * TALL + i * 4", "down * TALL + (i * 4 ^ 4)"), noticed=AssertionError
         ),
         "a number drawn twice": Fault(
-            FACTORS, ("cuda_low_rank.cuh", "put(a + first, mul_(c, y.z0)", "put(a + first, mul_(c, y.z1)"),
+            FACTORS,
+            ("cuda_low_rank.cuh", "put(a + first, mul_(c, y.z0)", "put(a + first, mul_(c, y.z1)"),
             noticed=AssertionError,
         ),
         "slots that are not there add a zero": Fault(
@@ -119,38 +123,52 @@ SOURCE_FAULTS = {
         ),
     },
     "triton": {
-        "products in another order": Fault(
-            PERTURB, ("noise.py", "(r * h) * s", "r * (h * s)"), noticed=AssertionError
-        ),
+        "products in another order": Fault(PERTURB, ("noise.py", "(r * h) * s", "r * (h * s)"), noticed=AssertionError),
         "six rounds of Philox": Fault(SIGNS, ("noise.py", "static_range(7)", "static_range(6)")),
         "a tail one element too long": Fault(
             PERTURB, ("add_noise.py", "(element < end)", "(element <= end)"), noticed=MemoryFault
         ),
         "the upper half of a block's number lost": Fault(
-            PERTURB, ("add_noise.py", "(block >> 32).to(tl.uint32)", "(block >> 62).to(tl.uint32)"), noticed=AssertionError
+            PERTURB,
+            ("add_noise.py", "(block >> 32).to(tl.uint32)", "(block >> 62).to(tl.uint32)"),
+            noticed=AssertionError,
         ),
         "one member too few": Fault(
             SIGNS, ("add_noise.py", "in range(members)", "in range(members - 1)"), noticed=AssertionError
         ),
         "factors in another order": Fault(
-            FACTORS, ("low_rank.py", "_accumulate(_accumulate(x, a0, b0, ROWS, HALF), a1, b1, ROWS, HALF)",
-                      "_accumulate(_accumulate(x, a1, b1, ROWS, HALF), a0, b0, ROWS, HALF)"), noticed=AssertionError
+            FACTORS,
+            (
+                "low_rank.py",
+                "_accumulate(_accumulate(x, a0, b0, ROWS, HALF), a1, b1, ROWS, HALF)",
+                "_accumulate(_accumulate(x, a1, b1, ROWS, HALF), a0, b0, ROWS, HALF)",
+            ),
+            noticed=AssertionError,
         ),
         "slots that are not there add something": Fault(
-            FACTORS, ("low_rank.py", "b, 0.0), tl.where(there[None, :], a, -0.0)", "b, 1.0), tl.where(there[None, :], a, 1.0)"),
+            FACTORS,
+            ("low_rank.py", "b, 0.0), tl.where(there[None, :], a, -0.0)", "b, 1.0), tl.where(there[None, :], a, 1.0)"),
             noticed=AssertionError,
         ),
         "low halves without their sign": Fault(
             ADAMS, ("memory.py", "WHOLE, tl.int16)", "WHOLE, tl.uint16)"), noticed=AssertionError
         ),
     },
-}  # fmt: skip
+}
 TRITON_PTX_FAULTS = {"a barrier left out": Fault(ADAMS, ptx=(r"bar\.sync\s+0;", ""), noticed=MemoryFault)}
 ALL = [
-    *(pytest.param(b.values[0], f, id=f"{b.values[0]}: {n}", marks=b.marks) for b in BACKENDS for n, f in PTX_FAULTS.items()),
-    *(pytest.param(b.values[0], f, id=f"{b.values[0]}: {n}", marks=b.marks) for b in BACKENDS for n, f in SOURCE_FAULTS[b.values[0]].items()),
+    *(
+        pytest.param(b.values[0], f, id=f"{b.values[0]}: {n}", marks=b.marks)
+        for b in BACKENDS
+        for n, f in PTX_FAULTS.items()
+    ),
+    *(
+        pytest.param(b.values[0], f, id=f"{b.values[0]}: {n}", marks=b.marks)
+        for b in BACKENDS
+        for n, f in SOURCE_FAULTS[b.values[0]].items()
+    ),
     *(pytest.param("triton", f, id=f"triton: {n}", marks=needs_triton) for n, f in TRITON_PTX_FAULTS.items()),
-]  # fmt: skip
+]
 
 
 def edited(folder, target, file, old, new):

@@ -60,9 +60,13 @@ def test_compiles_for(target):
 
 VARIANTS = [
     # formats of source and destination, factors, what compile_low_rank is told beside
-    (1, 1, 1, {}), (3, 1, 1, {}), (0, 0, None, {"decay": 2}), (3, 3, None, {"decay": 2}),
-    (1, 1, None, {"stochastic": True, "decay": 2}), (3, 3, None, {"adam": True, "decay": 2}),
-]  # fmt: skip
+    (1, 1, 1, {}),
+    (3, 1, 1, {}),
+    (0, 0, None, {"decay": 2}),
+    (3, 3, None, {"decay": 2}),
+    (1, 1, None, {"stochastic": True, "decay": 2}),
+    (3, 3, None, {"adam": True, "decay": 2}),
+]
 
 
 def test_no_low_rank_kernel_spills():

@@ -32,8 +32,17 @@ def model():
 
 
 def config(folder, **changes):
-    settings = {"output_dir": str(folder), "generations": 3, "population_size": 4, "sigma": 0.05, "lr": 0.05,
-                "prompts_per_generation": 4, "max_completion_length": 6, "eval_every": 2, "progress": False}  # fmt: skip
+    settings = {
+        "output_dir": str(folder),
+        "generations": 3,
+        "population_size": 4,
+        "sigma": 0.05,
+        "lr": 0.05,
+        "prompts_per_generation": 4,
+        "max_completion_length": 6,
+        "eval_every": 2,
+        "progress": False,
+    }
     return esfast.ESConfig(**{**settings, **changes})
 
 
@@ -58,9 +67,15 @@ def test_run_folder_is_complete_and_the_saved_model_loads(tmp_path, model):
     trainer, summary = train(tmp_path / "run", model)
     folder = tmp_path / "run"
     assert {p.name for p in folder.iterdir()} == {
-        "config.yaml", "identity.json", "metrics.jsonl", "journal.jsonl", "summary.json", "curves.png", "model",
+        "config.yaml",
+        "identity.json",
+        "metrics.jsonl",
+        "journal.jsonl",
+        "summary.json",
+        "curves.png",
+        "model",
         "samples.jsonl",
-    } | ({"best"} if (folder / "best").exists() else set())  # fmt: skip
+    } | ({"best"} if (folder / "best").exists() else set())
     assert esfast.ESConfig(**yaml.safe_load((folder / "config.yaml").read_text())) == trainer.args
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [r["generation"] for r in rows] == [0, 1, 2, 3]
@@ -166,25 +181,85 @@ def test_a_model_that_cannot_be_saved_leaves_no_half_folder(tmp_path, model):
 
 
 BAD = {
-    "args": (lambda p, m: esfast.ESTrainer(m[0], len, {"sigma": 1}, ROWS, None, m[1]), TypeError, "args: expected an esfast.ESConfig"),
-    "reward not callable": (lambda p, m: esfast.ESTrainer(m[0], ["accuracy"], config(p), ROWS, None, m[1]), TypeError, "expected functions, got str 'accuracy'"),
-    "no reward": (lambda p, m: esfast.ESTrainer(m[0], [], config(p), ROWS, None, m[1]), ValueError, "at least one function"),
-    "no rows": (lambda p, m: esfast.ESTrainer(m[0], len, config(p), None, None, m[1]), TypeError, "train_dataset: expected rows"),
-    "empty rows": (lambda p, m: esfast.ESTrainer(m[0], len, config(p), [], None, m[1]), ValueError, "train_dataset: expected at least one row"),
-    "no prompt": (lambda p, m: esfast.ESTrainer(m[0], len, config(p), [{"text": "x"}], None, m[1]), ValueError, 'must be dicts with a "prompt"'),
-    "unequal rows": (lambda p, m: esfast.ESTrainer(m[0], len, config(p), [ROWS[0], {"prompt": "x"}], None, m[1]), ValueError, "its rows must have equal columns"),
-    "generations": (lambda p, m: config(p, generations=0), ValueError, "ESConfig.generations: expected 1 <= ESConfig.generations"),
-    "population": (lambda p, m: config(p, population_size=1.5), TypeError, "ESConfig.population_size: expected an int, got float 1.5"),
+    "args": (
+        lambda p, m: esfast.ESTrainer(m[0], len, {"sigma": 1}, ROWS, None, m[1]),
+        TypeError,
+        "args: expected an esfast.ESConfig",
+    ),
+    "reward not callable": (
+        lambda p, m: esfast.ESTrainer(m[0], ["accuracy"], config(p), ROWS, None, m[1]),
+        TypeError,
+        "expected functions, got str 'accuracy'",
+    ),
+    "no reward": (
+        lambda p, m: esfast.ESTrainer(m[0], [], config(p), ROWS, None, m[1]),
+        ValueError,
+        "at least one function",
+    ),
+    "no rows": (
+        lambda p, m: esfast.ESTrainer(m[0], len, config(p), None, None, m[1]),
+        TypeError,
+        "train_dataset: expected rows",
+    ),
+    "empty rows": (
+        lambda p, m: esfast.ESTrainer(m[0], len, config(p), [], None, m[1]),
+        ValueError,
+        "train_dataset: expected at least one row",
+    ),
+    "no prompt": (
+        lambda p, m: esfast.ESTrainer(m[0], len, config(p), [{"text": "x"}], None, m[1]),
+        ValueError,
+        'must be dicts with a "prompt"',
+    ),
+    "unequal rows": (
+        lambda p, m: esfast.ESTrainer(m[0], len, config(p), [ROWS[0], {"prompt": "x"}], None, m[1]),
+        ValueError,
+        "its rows must have equal columns",
+    ),
+    "generations": (
+        lambda p, m: config(p, generations=0),
+        ValueError,
+        "ESConfig.generations: expected 1 <= ESConfig.generations",
+    ),
+    "population": (
+        lambda p, m: config(p, population_size=1.5),
+        TypeError,
+        "ESConfig.population_size: expected an int, got float 1.5",
+    ),
     "batch": (lambda p, m: config(p, batch_size=0), ValueError, "ESConfig.batch_size"),
-    "temperature": (lambda p, m: config(p, temperature=-1.0), ValueError, "ESConfig.temperature: expected a finite number of at least 0, got -1.0"),
-    "responses": (lambda p, m: config(p, num_generations=2), ValueError, "ESConfig.num_generations: 2 equal responses to a prompt at temperature 0"),
-    "decoding": (lambda p, m: train(p, m, decoding="fast"), ValueError, "ESConfig.decoding: expected one of 'auto', 'plain', 'static', 'continuous', got 'fast'"),
-    "timeout": (lambda p, m: config(p, reward_timeout=0), ValueError, "ESConfig.reward_timeout: expected seconds, more than 0 and at most 1e+08, got 0"),
+    "temperature": (
+        lambda p, m: config(p, temperature=-1.0),
+        ValueError,
+        "ESConfig.temperature: expected a finite number of at least 0, got -1.0",
+    ),
+    "responses": (
+        lambda p, m: config(p, num_generations=2),
+        ValueError,
+        "ESConfig.num_generations: 2 equal responses to a prompt at temperature 0",
+    ),
+    "decoding": (
+        lambda p, m: train(p, m, decoding="fast"),
+        ValueError,
+        "ESConfig.decoding: expected one of 'auto', 'plain', 'static', 'continuous', got 'fast'",
+    ),
+    "timeout": (
+        lambda p, m: config(p, reward_timeout=0),
+        ValueError,
+        "ESConfig.reward_timeout: expected seconds, more than 0 and at most 1e+08, got 0",
+    ),
     "workers": (lambda p, m: config(p, reward_workers=-1), ValueError, "ESConfig.reward_workers"),
-    "engine": (lambda p, m: esfast.ESTrainer(m[0], len, config(p), ROWS, None, m[1], engine=m[0]), TypeError, "engine: expected an object with generate"),
+    "engine": (
+        lambda p, m: esfast.ESTrainer(m[0], len, config(p), ROWS, None, m[1], engine=m[0]),
+        TypeError,
+        "engine: expected an object with generate",
+    ),
     "sigma": (lambda p, m: train(p, m, sigma=-1.0), ValueError, "sigma: expected a positive finite number, got -1.0"),
-    "mirrored": (lambda p, m: train(p, m, mirrored=True, population_size=5), ValueError, "mirrored sampling needs an even number, got 5"),
-}  # fmt: skip
+    "mirrored": (
+        lambda p, m: train(p, m, mirrored=True, population_size=5),
+        ValueError,
+        "mirrored sampling needs an even number, got 5",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", BAD)

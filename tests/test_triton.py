@@ -195,8 +195,17 @@ def test_low_rank(dtype, members, rank, rounding, decay, adam, same_bits):
     steps = [AdamStep.at(2, m, 0.1, 0.9, 0.99, 1e-8) if adam else None for m in moments]
     seeds, coeffs = [2**64 - 1 - j for j in range(members)], [0.3 / (j + 1) for j in range(members)]
     base, fraction = None if adam else source, 0.1 if decay else 0.0
-    call = Call(ours, *check_members(seeds, coeffs), base, "low_rank", rounding == "stochastic", np.float32(fraction),
-                anchor, steps[0], rank)  # fmt: skip
+    call = Call(
+        ours,
+        *check_members(seeds, coeffs),
+        base,
+        "low_rank",
+        rounding == "stochastic",
+        np.float32(fraction),
+        anchor,
+        steps[0],
+        rank,
+    )
     triton_backend.run(call, 16)
     esfast.add_noise_(
         theirs,
@@ -257,11 +266,19 @@ BODY = SOURCE[SOURCE.index("@triton.jit") :]
 GAUSSIAN_BODY = BODY[: BODY.index("def add_signed")]  # what rademacher adds is held by the tests above
 NUMBERS = list(re.finditer(r"0x[0-9A-F]+|-?\d+\.\d+", GAUSSIAN_BODY))
 SWAPS = [
-    ("x0 = (p1 >> 32)", "x0 = (p0 >> 32)"), ("^ x1 ^ k0", "^ x3 ^ k0"), ("static_range(7)", "static_range(6)"),
-    ("e * _LN)", "e * (_LN * 1.0000001))"), ("w = tl.fma(tl.fma(-f, f, f), q, e * _LN)", "w = (f - f * f) * q + e * _LN"),
-    ("return tl.fma(s * d, tl.fma(0.37602824, d, 0.501085818), s)", "return s * d * tl.fma(0.37602824, d, 0.501085818) + s"),
-    ("(r * h) * s", "r * (h * s)"), ("d = tl.fma(-s, y, 1.0)", "d = 1.0 - s * y"), ("(a | 1)", "a"),
-]  # fmt: skip
+    ("x0 = (p1 >> 32)", "x0 = (p0 >> 32)"),
+    ("^ x1 ^ k0", "^ x3 ^ k0"),
+    ("static_range(7)", "static_range(6)"),
+    ("e * _LN)", "e * (_LN * 1.0000001))"),
+    ("w = tl.fma(tl.fma(-f, f, f), q, e * _LN)", "w = (f - f * f) * q + e * _LN"),
+    (
+        "return tl.fma(s * d, tl.fma(0.37602824, d, 0.501085818), s)",
+        "return s * d * tl.fma(0.37602824, d, 0.501085818) + s",
+    ),
+    ("(r * h) * s", "r * (h * s)"),
+    ("d = tl.fma(-s, y, 1.0)", "d = 1.0 - s * y"),
+    ("(a | 1)", "a"),
+]
 
 
 def mutated(tmp_path, text):
@@ -284,9 +301,27 @@ def numbers_of(kernel, kind):
     plan = esfast.Plan([("w", torch.zeros(count))])
     tiles = torch.from_numpy(tile_table(plan.table().rows, count)[0])
     kernel[(1,)](
-        tiles, tiles, torch.tensor([77]), torch.ones(1), 1, 0, 0, 0, 0.0, 0.0, 0.0, 0.0, 0.0,
-        KIND=kind, SRC=0, DST=0, TILE=count, STOCHASTIC=False, DECAY=0, ADAM=False,
-    )  # fmt: skip
+        tiles,
+        tiles,
+        torch.tensor([77]),
+        torch.ones(1),
+        1,
+        0,
+        0,
+        0,
+        0.0,
+        0.0,
+        0.0,
+        0.0,
+        0.0,
+        KIND=kind,
+        SRC=0,
+        DST=0,
+        TILE=count,
+        STOCHASTIC=False,
+        DECAY=0,
+        ADAM=False,
+    )
     return plan.tensors[0]
 
 
@@ -325,8 +360,10 @@ def test_an_interpreter_that_cannot_count_is_named(monkeypatch):
 
     probe = triton_backend._interpreter_fails.__wrapped__
     assert EXACT_FMA <= (probe() is None), "Triton 3.9 works with every NumPy"
-    for broken, said in ((fails, "does not work with NumPy .*only 0-dimensional.*take Triton 3.9"),
-                         (lambda *_: None, "can't count here")):  # fmt: skip
+    for broken, said in (
+        (fails, "does not work with NumPy .*only 0-dimensional.*take Triton 3.9"),
+        (lambda *_: None, "can't count here"),
+    ):
         monkeypatch.setattr(triton_backend, "_count", {(1,): broken})
         assert re.search(said, probe())
 

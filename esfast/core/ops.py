@@ -176,9 +176,12 @@ def check_members(seeds: Sequence[int], coeffs: Sequence[float]) -> tuple[np.nda
 def _check_device_members(plan: Plan, seeds: torch.Tensor, coeffs) -> None:
     for what, values, dtype in (("seeds", seeds, torch.int64), ("coeffs", coeffs, torch.float32)):
         if not (
-            isinstance(values, torch.Tensor) and values.dtype is dtype and values.device == plan.device
-            and values.shape == (len(seeds),) and values.is_contiguous()
-        ):  # fmt: skip
+            isinstance(values, torch.Tensor)
+            and values.dtype is dtype
+            and values.device == plan.device
+            and values.shape == (len(seeds),)
+            and values.is_contiguous()
+        ):
             got = (
                 f"{values.dtype} {tuple(values.shape)} on {values.device}"
                 if isinstance(values, torch.Tensor)
@@ -204,11 +207,20 @@ def _cpu(call: Call) -> None:
 
     m, v = (b.data_ptr() for b in call.adam.moments) if call.adam is not None else (0, 0)
     extension.add_noise(
-        call.table.rows, call.seeds, call.coeffs, DOMAINS[call.kind], call.stochastic, call.decay,
-        call.low.data_ptr() if call.low is not None else 0, m, v,
+        call.table.rows,
+        call.seeds,
+        call.coeffs,
+        DOMAINS[call.kind],
+        call.stochastic,
+        call.decay,
+        call.low.data_ptr() if call.low is not None else 0,
+        m,
+        v,
         call.adam.numbers if call.adam is not None else (0.0,) * 4,
-        torch.get_num_threads(), instruction_set(extension.instruction_sets()), call.rank,
-    )  # fmt: skip
+        torch.get_num_threads(),
+        instruction_set(extension.instruction_sets()),
+        call.rank,
+    )
 
 
 def instruction_set(sets: Sequence[str]) -> str:

@@ -93,9 +93,15 @@ class OneByOne:
     """
 
     def __init__(
-        self, module: torch.nn.Module, path: str, places: Places, stacks: Sequence[torch.Tensor],
-        tensors: Sequence[torch.Tensor], operations: Operations, known: dict,
-    ):  # fmt: skip
+        self,
+        module: torch.nn.Module,
+        path: str,
+        places: Places,
+        stacks: Sequence[torch.Tensor],
+        tensors: Sequence[torch.Tensor],
+        operations: Operations,
+        known: dict,
+    ):
         self.module, self.path, self._forward = module, path, module.forward
         self._places, self._stacks, self._tensors = places.inside(module), stacks, tensors
         self._operations, self._known = operations, known

@@ -31,9 +31,17 @@ _OF_ES = """
 
 # The least that whole numbers may be
 _LEAST = {
-    "generations": 1, "prompts_per_generation": 1, "max_completion_length": 1, "num_generations": 1, "batch_size": 1,
-    "reward_workers": 0, "eval_every": 0, "checkpoint_every": 0, "eval_prompts": 1, "samples": 0,
-}  # fmt: skip
+    "generations": 1,
+    "prompts_per_generation": 1,
+    "max_completion_length": 1,
+    "num_generations": 1,
+    "batch_size": 1,
+    "reward_workers": 0,
+    "eval_every": 0,
+    "checkpoint_every": 0,
+    "eval_prompts": 1,
+    "samples": 0,
+}
 # Seconds: three years, which every timer of the system accepts
 _LONGEST = 1e8
 # For each optimizer: settings, and their names there

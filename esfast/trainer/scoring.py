@@ -31,8 +31,15 @@ class Scoring:
     weights  factors of the reward functions
     """
 
-    def __init__(self, evaluator: MemberEvaluator, reward_funcs: Sequence[RewardFunc], weights: Sequence[float],
-                 metrics: Mapping[str, RewardFunc], config: ESConfig, team: Team):  # fmt: skip
+    def __init__(
+        self,
+        evaluator: MemberEvaluator,
+        reward_funcs: Sequence[RewardFunc],
+        weights: Sequence[float],
+        metrics: Mapping[str, RewardFunc],
+        config: ESConfig,
+        team: Team,
+    ):
         # Of the processes that hold a model together only the first scores.
         self._scores = team.is_group_leader
         workers = config.reward_workers if self._scores else 0

@@ -131,8 +131,28 @@ class CudaPtx:
         memory = memory_of(call, [(tiles, tiles + 32 * tile_count)])
         run(kernel, tile_count, kernel.kernel.threads, struct.pack("<Q", tiles), memory)
 
-    def _launch(self, call, *, tiles, extras, segments, tile_count, src_format, dst_format, seeds, coeffs, members, kind,
-                rank, scale, stochastic, decay, low, moments, adam):  # fmt: skip
+    def _launch(
+        self,
+        call,
+        *,
+        tiles,
+        extras,
+        segments,
+        tile_count,
+        src_format,
+        dst_format,
+        seeds,
+        coeffs,
+        members,
+        kind,
+        rank,
+        scale,
+        stochastic,
+        decay,
+        low,
+        moments,
+        adam,
+    ):
         rounds_stochastically = stochastic and members > 0 and dst_format in (BFLOAT16, FLOAT16)
         rule = ADAM if moments[0] else ONE if members * rank == 1 and not decay and not rounds_stochastically else ADD
         name = self.find(src_format, dst_format, kind, rule)
@@ -158,9 +178,12 @@ class TritonCompiler:
         environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT / "tests"), *sys.path]))
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "ptx_machine.triton_child"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            [sys.executable, "-m", "ptx_machine.triton_child"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
             env=environment,
-        )  # fmt: skip
+        )
 
     def compile(self, folder: Path | None, kernel: str, arguments: list, options: dict) -> dict:
         request = {"folder": folder and str(folder), "kernel": kernel, "arguments": arguments, "options": options}

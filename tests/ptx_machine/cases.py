@@ -23,10 +23,14 @@ from .backends import ADAM, ADD, ONE
 KINDS = ("gaussian", "rademacher", "low_rank")
 # Formats of what is read and of what is written: all that the kernels have.
 PAIRS = {
-    "float32": (FLOAT32, FLOAT32), "bfloat16": (BFLOAT16, BFLOAT16), "float16": (FLOAT16, FLOAT16),
-    "split": (SPLIT, SPLIT), "split to bfloat16": (SPLIT, BFLOAT16), "float32 to bfloat16": (FLOAT32, BFLOAT16),
+    "float32": (FLOAT32, FLOAT32),
+    "bfloat16": (BFLOAT16, BFLOAT16),
+    "float16": (FLOAT16, FLOAT16),
+    "split": (SPLIT, SPLIT),
+    "split to bfloat16": (SPLIT, BFLOAT16),
+    "float32 to bfloat16": (FLOAT32, BFLOAT16),
     "float32 to float16": (FLOAT32, FLOAT16),
-}  # fmt: skip
+}
 DTYPES = {FLOAT32: torch.float32, BFLOAT16: torch.bfloat16, FLOAT16: torch.float16, SPLIT: torch.bfloat16}
 SEEDS = [2**64 - 1 - 12345 * j for j in range(80)]
 COEFFS = [0.01 * (-1) ** j / (j + 1) for j in range(64)]
@@ -146,9 +150,18 @@ class Side:
                 Call(self.plan, *arrays, base, kind, stochastic, np.float32(fraction), anchor, adam, rank)
             )
         esfast.add_noise_(
-            self.plan, seeds, coeffs, base=base, noise=kind, rounding="stochastic" if stochastic else "nearest",
-            backend="cpu", decay=fraction, anchor=anchor, adam=adam, rank=rank,
-        )  # fmt: skip
+            self.plan,
+            seeds,
+            coeffs,
+            base=base,
+            noise=kind,
+            rounding="stochastic" if stochastic else "nearest",
+            backend="cpu",
+            decay=fraction,
+            anchor=anchor,
+            adam=adam,
+            rank=rank,
+        )
 
 
 # ---- calls ----------------------------------------------------------------------------------------------------------

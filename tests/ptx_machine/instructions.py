@@ -18,9 +18,17 @@ from esfast.core.noise import fma
 from .program import WIDTHS
 
 DTYPES = {
-    "pred": np.bool_, "f16": np.uint16, "bf16": np.uint16, "f32": np.float32, "f64": np.float64,
-    **{f"{kind}{bits}": np.dtype(f"{'i' if kind == 's' else 'u'}{bits // 8}").type for bits in (8, 16, 32, 64) for kind in "bsu"},
-}  # fmt: skip
+    "pred": np.bool_,
+    "f16": np.uint16,
+    "bf16": np.uint16,
+    "f32": np.float32,
+    "f64": np.float64,
+    **{
+        f"{kind}{bits}": np.dtype(f"{'i' if kind == 's' else 'u'}{bits // 8}").type
+        for bits in (8, 16, 32, 64)
+        for kind in "bsu"
+    },
+}
 INTEGERS = [f"{kind}{bits}" for kind in "us" for bits in (16, 32, 64)]
 BITS = ["b16", "b32", "b64"]
 NAN = np.uint32(0x7FFFFFFF)  # what NVIDIA's arithmetic makes of any NaN
@@ -144,7 +152,14 @@ define("prmt.b32", "b32", "b32 b32 b32", _prmt)
 
 # ---- comparisons and selections -------------------------------------------------------------------------------------
 
-COMPARISONS = {"eq": operator.eq, "ne": operator.ne, "lt": operator.lt, "le": operator.le, "gt": operator.gt, "ge": operator.ge}  # fmt: skip
+COMPARISONS = {
+    "eq": operator.eq,
+    "ne": operator.ne,
+    "lt": operator.lt,
+    "le": operator.le,
+    "gt": operator.gt,
+    "ge": operator.ge,
+}
 for _name, _f in COMPARISONS.items():
     for _t in [*INTEGERS, "f32", *(BITS if _name in ("eq", "ne") else [])]:
         define(f"setp.{_name}.{_t}", "pred", f"{_t} {_t}", np.not_equal if _name == "ne" else _f)

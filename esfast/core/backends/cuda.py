@@ -42,14 +42,24 @@ def run_with(call, add_noise: Callable[..., None], tile: int, copy_tiles: Callab
         tables = [(t, 0, t.extras.data_ptr() if t.extras is not None else 0) for t in tiles]
     for t, segments, extras in tables:
         add_noise(
-            tiles=t.records.data_ptr(), extras=extras, segments=segments, tile_count=len(t.records),
-            src_format=t.src_format, dst_format=t.dst_format, seeds=seeds.data_ptr(), coeffs=coeffs.data_ptr(),
-            members=len(seeds), kind=DOMAINS[kind], rank=call.rank, scale=float(low_rank_scale(call.rank)),
-            stochastic=call.stochastic, decay=float(call.decay),
+            tiles=t.records.data_ptr(),
+            extras=extras,
+            segments=segments,
+            tile_count=len(t.records),
+            src_format=t.src_format,
+            dst_format=t.dst_format,
+            seeds=seeds.data_ptr(),
+            coeffs=coeffs.data_ptr(),
+            members=len(seeds),
+            kind=DOMAINS[kind],
+            rank=call.rank,
+            scale=float(low_rank_scale(call.rank)),
+            stochastic=call.stochastic,
+            decay=float(call.decay),
             low=call.low.data_ptr() if call.low is not None else 0,
             moments=[m.data_ptr() for m in adam.moments] if adam is not None else (0, 0),
             adam=adam.numbers if adam is not None else (0.0,) * 4,
-        )  # fmt: skip
+        )
 
 
 @functools.cache

@@ -61,11 +61,20 @@ def _add_noise(call, tile: int | None, seeds, coeffs, low: int, numbers: tuple, 
     tile, options = _configuration(call, tile)
     for t in tiles_of(call.table, tile, call.plan.device, call.needs_extras):
         add_noise_kernel[(len(t.records),)](
-            t.records, t.records if t.extras is None else t.extras, seeds, coeffs, len(seeds),
-            low if SPLIT in (t.src_format, t.dst_format) else 0, *numbers,
-            KIND=DOMAINS[call.kind] if len(seeds) else 0, SRC=t.src_format, DST=t.dst_format, TILE=tile, **constants,
+            t.records,
+            t.records if t.extras is None else t.extras,
+            seeds,
+            coeffs,
+            len(seeds),
+            low if SPLIT in (t.src_format, t.dst_format) else 0,
+            *numbers,
+            KIND=DOMAINS[call.kind] if len(seeds) else 0,
+            SRC=t.src_format,
+            DST=t.dst_format,
+            TILE=tile,
+            **constants,
             **options,
-        )  # fmt: skip
+        )
 
 
 def _add_low_rank(call, rows: int | None, seeds, coeffs, low: int, numbers: tuple, constants: dict) -> None:
@@ -74,10 +83,22 @@ def _add_low_rank(call, rows: int | None, seeds, coeffs, low: int, numbers: tupl
     options = {} if INTERPRETED.value else low_rank.OPTIONS | {"maxnreg": found.registers}
     for t in matrix_tiles_of(call, rows, min(rows, low_rank.PART_ROWS.value)):
         add_low_rank_kernel[(len(t.records),)](
-            t.records, t.segments, seeds, coeffs, len(seeds), call.rank, float(low_rank_scale(call.rank)),
-            low if SPLIT in (t.src_format, t.dst_format) else 0, *numbers,
-            SRC=t.src_format, DST=t.dst_format, ROWS=rows, SLOTS=found.slots, **constants, **options,
-        )  # fmt: skip
+            t.records,
+            t.segments,
+            seeds,
+            coeffs,
+            len(seeds),
+            call.rank,
+            float(low_rank_scale(call.rank)),
+            low if SPLIT in (t.src_format, t.dst_format) else 0,
+            *numbers,
+            SRC=t.src_format,
+            DST=t.dst_format,
+            ROWS=rows,
+            SLOTS=found.slots,
+            **constants,
+            **options,
+        )
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager:
