@@ -15,11 +15,9 @@ from test_noise import exact_fma, mul, round32, scalar_gaussian
 
 import esfast
 from esfast import Plan, Slice, _cpu, add_noise_
-from esfast.core import ops
 from esfast.core.noise import DOMAINS, KINDS, USES, fma, noise_at
 
-CPU = torch.device("cpu")
-BACKENDS = [name for name in ("cpu", "reference") if ops._lacks(name, "low_rank") is None]
+BACKENDS = ["cpu", "reference"]
 SHAPES = st.one_of(
     st.tuples(st.integers(1, 9), st.integers(1, 9)),
     st.tuples(st.integers(1, 4), st.integers(1, 5), st.integers(1, 5)),
@@ -242,10 +240,3 @@ def test_the_extension_refuses_an_unknown_kind(kind):
             "baseline",
         )
     assert plan.tensors[0].tolist() == [1, 1, 1]
-
-
-@pytest.mark.parametrize("backend", sorted(set(ops._BACKENDS) - set(ops._LOW_RANK)))
-def test_a_backend_without_kernels_for_it_says_so(backend, monkeypatch):
-    monkeypatch.setattr(ops, "_why_not", lambda name, device: None)
-    with pytest.raises(RuntimeError, match=f"backend '{backend}' can't run: it has no kernels for 'low_rank' noise"):
-        ops.get_backend(backend, CPU, "low_rank")

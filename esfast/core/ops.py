@@ -275,8 +275,6 @@ def _why_not(name: str, device: torch.device) -> str | None:
 # (bench/results/sass.json): perturb 27.5 against 29.4, update 24.1 against 25.6; rademacher 6.7 against 9.0 and 2.8
 # against 5.3. Timings on a GPU will decide once there are any.
 _BACKENDS = {"cpu": _cpu, "cuda": _cuda, "triton": _triton, "reference": _reference}
-# Backends with kernels for low-rank noise.
-_LOW_RANK = ("cpu", "cuda", "triton", "reference")
 
 
 def get_backend(name: str, device: torch.device, kind: str = "gaussian"):
@@ -294,8 +292,7 @@ def get_backend(name: str, device: torch.device, kind: str = "gaussian"):
 
 def _lacks(name: str, kind: str) -> str | None:
     """Why the backend has no noise of this kind, or None if it has."""
-    lacks = (kind == "low_rank" and name not in _LOW_RANK) or (kind in ADDED and name != "reference")
-    return f"it has no kernels for {kind!r} noise" if lacks else None
+    return f"it has no kernels for {kind!r} noise" if kind in ADDED and name != "reference" else None
 
 
 @functools.cache

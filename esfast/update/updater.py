@@ -142,6 +142,9 @@ class Updater:
 
     def __init__(self, plan: Plan, rule: Rule, backend: str = "auto"):
         self.plan, self.rule, self.backend = plan, rule, backend
+        if rule.noise == "low_rank":
+            # What it refuses must be refused before a part of the weights has changed.
+            plan.table(matrices=True)
         self.anchor = plan.anchor() if rule.decay_to == "initial" else None
         self.state = rule.optimizer.allocate_state(plan)
         self._parts = rule.by_group(self.plan, self.anchor)
