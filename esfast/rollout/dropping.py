@@ -54,7 +54,8 @@ class Dropping:
         # numbers of the rows in the batch, and which of them are unfinished: (members, rows of each)
         which = torch.arange(len(rows), device=device).view(members, -1)
         unfinished = torch.ones_like(which, dtype=torch.bool)
-        done, cache, config = 0, {}, copy.copy(self.config)
+        done, config = 0, copy.copy(self.config)
+        cache: dict = {}
         while True:
             finite, watch = RowsFinite(), Unfinished(self._ends, unfinished, SHARE if self.drops else 0.0)
             processors = [finite] if sampling is None else [finite, sampling.of_rows(which.flatten(), width)]

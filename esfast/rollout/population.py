@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 
 import torch
 
@@ -18,7 +18,7 @@ from ..es.population import Member, Population
 from ..utils.errors import BadValue
 from .dropping import Dropping, can_drop
 from .engine import TransformersEngine, is_small
-from .evaluator import MemberEvaluator, SequentialEvaluator
+from .evaluator import SequentialEvaluator
 from .memory import peak_bytes, total_memory
 from .probe import ALONE
 from .sampling import LogitsError, SeededSampling
@@ -32,10 +32,12 @@ WEIGHTS_SHARE = TEXTS_SHARE = 0.25
 MOST_ROWS_ON_CPU = 2048
 MEASURED_ROWS = 8
 
-Answers = Iterator[tuple[Member, "list[str] | LogitsError"]]
+Answers = Generator[tuple[Member, "list[str] | LogitsError"], None, None]
 
 
-def asking(engine: TransformersEngine, members_at_once: int | str = "auto") -> MemberEvaluator:
+def asking(
+    engine: TransformersEngine, members_at_once: int | str = "auto"
+) -> PopulationEvaluator | SequentialEvaluator:
     """The evaluator for `members_at_once`: "auto", or a number, also as text.
 
     "auto" asks several members at once where that was measured to be faster: small models on a CPU. ValueError for a
@@ -71,7 +73,8 @@ class PopulationEvaluator:
         self.at_once: int | None = None
         self.need = 0
         self.one_by_one: set[str] = set()
-        self._tokens, self._stack = 0, None
+        self._tokens = 0
+        self._stack: StackedModel | None = None
         self._way: Dropping | None = None
         self._bytes_of_row: dict[int, int] = {}
         self._sequential = SequentialEvaluator(engine)
@@ -101,7 +104,7 @@ class PopulationEvaluator:
         es, engine = members.es, self.engine
         processes = max(1, es.team.size // es.team.shards)
         most = -(-len(members) // processes)
-        asked = self.members_at_once if self.members_at_once != "auto" else most
+        asked = int(self.members_at_once) if self.members_at_once != "auto" else most
         try:
             self._check(es)
         except Unsupported as error:
@@ -227,10 +230,12 @@ class PopulationEvaluator:
         bad = LogitsError("the model's logits are NaN or infinite")
         return [text if numbers else bad for text, numbers in zip(texts, fine, strict=True)]
 
-    def _generate(self, rows: list[list[int]], count: int, seeds: list[int] | None):
+    def _generate(self, rows: list[list[int]], count: int, seeds: Sequence[int] | None):
         engine, sampling = self.engine, None
         if engine._traits.carried is not None:
             engine._traits.carried.forget()
         if seeds is not None:
-            sampling = SeededSampling(seeds * count, engine.temperature, engine.max_new_tokens, engine.model.device)
+            sampling = SeededSampling(
+                list(seeds) * count, engine.temperature, engine.max_new_tokens, engine.model.device
+            )
         return self._way(rows * count, count, sampling)

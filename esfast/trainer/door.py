@@ -68,7 +68,8 @@ def open_evaluator(evaluator: MemberEvaluator | None, engine, model, tokenizer, 
         model, tokenizer, config.max_completion_length, config.batch_size, config.temperature or 1.0, config.decoding
     )
     made.prompts.length_setting = "max_completion_length"
-    return asking(made, config.members_at_once)
+    found = asking(made, config.members_at_once)
+    return found
 
 
 def open_rewards(

@@ -35,11 +35,10 @@ def run_with(call, add_noise: Callable[..., None], tile: int, copy_tiles: Callab
     # without members all kinds are the same, and the table is not cut for low-rank noise
     kind = call.kind if len(seeds) else "gaussian"
     if kind == "low_rank":
-        tiles = matrix_tiles_of(call, MATRIX_COLS, MATRIX_COLS)
-        tables = [(t, t.segments.data_ptr(), 0) for t in tiles]
+        tables: list[tuple] = [(t, t.segments.data_ptr(), 0) for t in matrix_tiles_of(call, MATRIX_COLS, MATRIX_COLS)]
     else:
-        tiles = tiles_of(call.table, tile, plan.device, call.needs_extras)
-        tables = [(t, 0, t.extras.data_ptr() if t.extras is not None else 0) for t in tiles]
+        found = tiles_of(call.table, tile, plan.device, call.needs_extras)
+        tables = [(t, 0, t.extras.data_ptr() if t.extras is not None else 0) for t in found]
     for t, segments, extras in tables:
         add_noise(
             tiles=t.records.data_ptr(),

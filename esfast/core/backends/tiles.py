@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -167,7 +168,7 @@ def matrix_table(segments: np.ndarray, rows: int, part_rows: int, extras: bool, 
     if counts.sum() * (rows // part_rows) >= 2**31:
         raise BadValue(f"Plan: its {counts.sum()} tiles are more than one launch can have, 2**31 - 1")
     src_format, dst_format = (int(column[f"{side}_format"][0]) for side in ("src", "dst"))
-    bits = column["flat"] * 2 | column["flat_stride"] * 2 if extras or SPLIT in (src_format, dst_format) else 0
+    bits: Any = column["flat"] * 2 | column["flat_stride"] * 2 if extras or SPLIT in (src_format, dst_format) else 0
     sides = {"src": _SIZES[src_format], "dst": _SIZES[dst_format], "anchor": _SIZES[dst_format]}
     for side, size in sides.items():
         bits |= np.where(column[side] != 0, column[side] | column[f"{side}_stride"] * size, 0)
