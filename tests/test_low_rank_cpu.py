@@ -108,7 +108,7 @@ def test_what_is_written_past_the_cache_is_the_same(dtype, streamed, same_bits):
     def plan_of(memory):
         return Plan([(f"w{i}", memory[at : at + r * c].view(r, c)) for i, (at, r, c) in enumerate(places)])
 
-    for members, rounding in itertools.product((1, 3, 40), ("nearest", "stochastic")):
+    for members, rounding in ((1, "nearest"), (3, "stochastic"), (40, "nearest")):
         seeds, coeffs = list(range(members)), [1e-3 * (-1) ** j for j in range(members)]
         expected = buffer.clone()
         options = {"base": plan_of(source), "noise": "low_rank", "rounding": rounding}
@@ -150,7 +150,7 @@ def test_all_that_an_update_can_do(dtype, mode, same_bits):
         ("nearest", 0, False, False, 1, 1),
         ("stochastic", 0.1, True, False, 9, 4),
         ("stochastic", 0, False, True, 3, 2),
-        ("nearest", 0.1, False, True, 1, 3),
+        ("nearest", 0.1, False, True, 11, 3),
         ("stochastic", 0.1, True, False, 0, 1),
     ):
         if adam and mode not in ("in place", "master"):
@@ -207,13 +207,13 @@ def test_one_call_with_k_members_is_k_calls(backend, same_bits):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rounds_of_perturbing_and_restoring_change_no_bit(dtype, same_bits):
-    """As many members as 300 generations of 30 have, with ESFAST_LONG_TESTS; fewer otherwise."""
-    rounds = 10_000 if os.environ.get("ESFAST_LONG_TESTS") else 300
+    """10,000 with ESFAST_LONG_TESTS, as many members as 300 generations of 30 have; fewer otherwise."""
     plan = weights(dtype)
-    before = plan.clone()
-    base = plan.clone()
-    for seed in range(rounds):
-        add_noise_(plan, [seed], [1e-2 if seed % 2 else -1e-2], base, noise="low_rank", rank=1 + seed % 3)
-    assert not same_bits(plan.tensors, before.tensors)
-    add_noise_(plan, [], [], base=base, noise="low_rank")
+    before, base = plan.clone(), plan.clone()
+    for seed in range(10_000 if os.environ.get("ESFAST_LONG_TESTS") else 500):
+        rank = 1 + seed % 3
+        add_noise_(plan, [seed], [1e-2 if seed % 2 else -1e-2], base, "low_rank", rank=rank)
+        if seed % 7 == 0:
+            assert not same_bits(plan.tensors, before.tensors)
+        add_noise_(plan, [], [], base, "low_rank", rank=rank)
     assert same_bits(plan.tensors, before.tensors) and same_bits(base.tensors, before.tensors)
