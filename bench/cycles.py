@@ -8,13 +8,12 @@ place; an update has 30 members. `--measured` puts the results of `esfast bench 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from . import BenchmarkError, sass, scheduler
-from .disassembly import Disassembly, control_flow, disassemble, way_through
+from .disassembly import WHOLE, Disassembly, Whole, control_flow, disassemble, way_through
 from .models import MODELS, numel, parameters
 from .scheduler import SCHEDULERS, SMS, Instruction
 
@@ -39,6 +38,7 @@ class Launch:
     weights: int
     warps: int  # that a block brings to a scheduler
     resident: int  # blocks of which a scheduler has warps at once
+    slots: int = 1  # members that a turn adds
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,13 +69,16 @@ def run(args: argparse.Namespace) -> dict:
 # ---- what is launched -----------------------------------------------------------------------------------------------
 
 
-def traces_of(code: Disassembly, loop: bool, data_loads: int) -> tuple[list[Instruction], list[Instruction]]:
-    """Instructions of a warp that holds a whole tile; with `loop`, of one of the MEMBERS turns of the loop."""
+def traces_of(
+    code: Disassembly, loop: bool, data_loads: int, whole: Whole = WHOLE, turns: int = MEMBERS
+) -> tuple[list[Instruction], list[Instruction]]:
+    """Instructions of a warp that holds a whole tile; with `loop`, of one of the `turns` of the loop. Of low-rank noise
+    of one member they are those of a warp that draws factors, as two of eight do."""
     blocks = control_flow(code.sass)
-    path, turn = way_through(blocks, loop)
+    path, turn = way_through(blocks, loop, whole)
     if turn:
         begin = path.index(turn[0])
-        path = path[:begin] + turn * MEMBERS + path[begin + len(turn) :]
+        path = path[:begin] + turn * turns + path[begin + len(turn) :]
 
     def instructions(numbers: list[int]) -> list[Instruction]:
         lines = [line for b in numbers for line in zip(blocks[b].instructions, blocks[b].codes, strict=True)]
@@ -89,9 +92,11 @@ def cuda_launches(dtypes: list[str]) -> list[Launch]:
 
     found = []
     for kernel, noise, dtype, code in sass_cuda.kernels(90, dtypes):
-        weights = sass_cuda.weights_per_thread(noise, kernel)
-        threads = importlib.import_module("esfast._cuda").TILE // weights
-        found.append(_launch("cuda", kernel, noise, dtype, code, weights, threads, kernel == "update"))
+        weights, threads = sass_cuda.weights_per_thread(noise, kernel), sass_cuda.threads(noise, kernel)
+        low_rank = noise == "low_rank"
+        whole, slots = (sass_cuda.LOW_RANK_TILE, sass_cuda.SLOTS) if low_rank else (WHOLE, 1)
+        loop = kernel == "update"
+        found.append(_launch("cuda", kernel, noise, dtype, code, weights, threads, loop, whole, slots))
     return found
 
 
@@ -99,22 +104,29 @@ def triton_launches(noise: str, dtype: str) -> list[Launch]:
     """Compiles as a launch does, which makes a single member a constant and gives it fewer registers."""
     from ..core.backends.triton import CONFIGS, ONE_MEMBER_REGISTERS
 
-    found, (tile, warps, many) = [], CONFIGS[0]
+    found, (tile, warps, many), formats = [], CONFIGS[0], (sass.DTYPES[dtype],) * 2
     for kernel, members, registers in (("perturb", 1, ONE_MEMBER_REGISTERS), ("update", None, many)):
-        options = {"num_warps": warps, "maxnreg": registers}
-        formats = (sass.DTYPES[dtype],) * 2
-        compiled = sass.compile_kernel(sass.KINDS[noise], formats, tile=tile, members=members, options=options)
-        code, threads = disassemble(compiled.asm["cubin"]), 32 * warps
-        found.append(_launch("triton", kernel, noise, dtype, code, tile // threads, threads, kernel == "update"))
+        if noise == "low_rank":
+            compiled, weights, slots = sass.compile_low_rank(formats, slots=members)
+            whole = sass.LOW_RANK_TILE
+        else:
+            options = {"num_warps": warps, "maxnreg": registers}
+            compiled = sass.compile_kernel(sass.KINDS[noise], formats, tile=tile, members=members, options=options)
+            weights, slots, whole = tile // (32 * warps), 1, WHOLE
+        code, threads, loop = disassemble(compiled.asm["cubin"]), 32 * warps, kernel == "update"
+        found.append(_launch("triton", kernel, noise, dtype, code, weights, threads, loop, whole, slots))
     return found
 
 
-def _launch(backend, kernel, noise, dtype, code: Disassembly, weights: int, threads: int, loop: bool) -> Launch:
-    trace, turn = traces_of(code, loop, weights * ITEMSIZE[dtype] // 16)
+def _launch(
+    backend, kernel, noise, dtype, code: Disassembly, weights: int, threads: int, loop: bool,
+    whole: Whole = WHOLE, slots: int = 1,
+) -> Launch:  # fmt: skip
+    trace, turn = traces_of(code, loop, weights * ITEMSIZE[dtype] // 16, whole, -(-MEMBERS // slots))
     resident = scheduler.resident_blocks(sass.resources(code)["REG"], threads)
     warps = max(1, threads // 32 // SCHEDULERS)  # a block of two warps has none for two of the four
     held = resident * threads // 32 // SCHEDULERS // warps
-    return Launch(backend, kernel, noise, dtype, trace, turn, weights, warps, held)
+    return Launch(backend, kernel, noise, dtype, trace, turn, weights, warps, held, slots)
 
 
 # ---- predictions ----------------------------------------------------------------------------------------------------
@@ -140,7 +152,7 @@ def predict(launch: Launch, gpu: str, clock: float) -> dict:
         "gpu": gpu,
         "clock_ghz": clock / 1e9,
         "warps_per_scheduler": launch.warps * launch.resident,
-        "cycles": round(found["cycles_per_block"] / held / turns, 3),
+        "cycles": round(found["cycles_per_block"] / held / turns / (launch.slots if launch.turn else 1), 3),
         **{f"{name}_share": round(share, 3) for name, share in found.items() if name != "cycles_per_block"},
         "ms": round(1e3 * seconds, 3),
         "roof_ms": round(1e3 * roof, 3),

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from ..core.kinds import ELEMENTWISE
+from ..core.kinds import KINDS
 from ..utils.errors import BadValue
 from . import BenchmarkError, clocks, count
 from .clocks import Clocks
@@ -62,7 +62,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the weights (default: bfloat16 float32)",
     )
     parser.add_argument(
-        "--noise", nargs="+", choices=ELEMENTWISE, default=list(ELEMENTWISE), help="kinds of noise (default: both)"
+        "--noise",
+        nargs="+",
+        choices=KINDS,
+        default=list(KINDS),
+        help="kinds of noise (default: all; low_rank is of rank 1)",
     )
     parser.add_argument("--backends", nargs="+", help="that are measured (default: all that are ready there)")
     parser.add_argument("--members", type=count, default=30, help="members of the update (default: 30)")

@@ -15,6 +15,7 @@ from statistics import median
 
 import torch
 
+from ..core.kinds import ELEMENTWISE
 from ..core.ops import backend_report
 from . import BenchmarkError
 from .gpu_race import (
@@ -157,6 +158,8 @@ def _race_row(
     """One operation: a row for each backend; the rivals are timed once for all."""
     began, wall, on_gpu = now(), time.time(), job["device"] == "cuda"
     kind = job["noise"][0] if kind == "none" else kind
+    # the kernel on Triton's generator draws a number for each weight
+    fused = fused if kind in ELEMENTWISE else {}
     todo = passes(op, job["members"])
     kept, emptied = (Today(w.plan.tensors, kind, empties_cache) for empties_cache in (False, True))
 

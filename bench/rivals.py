@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+from .today import draw_factors
+
 
 class Today:
     """The three methods by which a worker of es-at-scale v1.0.0 (June 2026), the library of arXiv 2509.24372, changes
@@ -35,7 +37,11 @@ class Today:
         for p in self.parameters:
             total = torch.zeros_like(p.data, dtype=torch.float32)
             for seed, coeff in zip(seeds, coeffs, strict=True):
-                total.add_(self._draw(p, seed).to(torch.float32) * coeff)
+                if self._has_factors(p):
+                    a, b = draw_factors(p, self._generator(p, seed))
+                    total.flatten(1).addmm_(a.float(), b.float(), alpha=coeff)
+                else:
+                    total.add_(self._draw(p, seed).to(torch.float32) * coeff)
             p.data.add_(total.mul_(alpha / population_size).to(p.dtype))
         self._finish()
 
@@ -52,14 +58,24 @@ class Today:
         for p in (max(self.parameters, key=torch.numel), min(self.parameters, key=torch.numel)):
             self._add(p, 0, 0.0)
 
+    # es-at-scale has gaussian noise alone; this is how one would add others there.
+
+    def _has_factors(self, p: torch.Tensor) -> bool:
+        return self.kind == "low_rank" and p.dim() > 1
+
+    def _generator(self, p: torch.Tensor, seed: int) -> torch.Generator:
+        return torch.Generator(device=p.device).manual_seed(seed)
+
     def _add(self, p: torch.Tensor, seed: int, scale: float) -> None:
-        p.data.add_(scale * self._draw(p, seed))
+        if self._has_factors(p):
+            p.data.flatten(1).addmm_(*draw_factors(p, self._generator(p, seed)), alpha=scale)
+        else:
+            p.data.add_(scale * self._draw(p, seed))
 
     def _draw(self, p: torch.Tensor, seed: int) -> torch.Tensor:
-        generator = torch.Generator(device=p.device).manual_seed(seed)
-        if self.kind == "gaussian":
+        generator = self._generator(p, seed)
+        if self.kind != "rademacher":
             return torch.randn(p.shape, dtype=p.dtype, device=p.device, generator=generator)
-        # es-at-scale has no such noise; this is how one would draw it there
         return torch.randint(0, 2, p.shape, dtype=p.dtype, device=p.device, generator=generator).mul_(2).sub_(1)
 
     def _finish(self) -> None:

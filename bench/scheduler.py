@@ -14,8 +14,9 @@ Each cycle the scheduler issues at most one instruction of one of its warps. A w
 The scheduler stays with a warp as long as that can issue and its code does not say to yield, and then takes the oldest
 that can. Where a block of threads ends, the next one begins LAUNCH cycles later.
 
-Left out: fetching instructions, conflicts of register banks, caches other than a fixed latency of what all lanes share,
-and that schedulers, SMs and memory channels are not equally busy. Each of these makes a GPU slower than the model.
+Left out: fetching instructions, waiting for other warps at a barrier (of which low-rank noise has one or more a turn),
+conflicts of register and memory banks, caches other than a fixed latency of what all lanes share, and that schedulers,
+SMs and memory channels are not equally busy. Each of these makes a GPU slower than the model.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ _PIPES = {
     "multiply": "IMAD",
     "alu": "LOP3 IADD3 SHF ISETP SEL LEA PRMT FSETP FSEL FMNMX I2FP F2FP R2P P2R MOV VIADD PLOP3 IABS BMSK SGXT FLO",
     "conversion": "I2F F2I F2F MUFU",
-    "memory": "LDG STG LDC LDS STS LDSM STSM",
+    "memory": "LDG STG LDC LDS STS LDSM STSM SHFL",
     "uniform": "ULDC ULOP3 UIADD3 UMOV USHF UISETP ULEA UIMAD USEL UPRMT R2UR S2R S2UR CS2R UIADD3X ULOP UPLOP3",
     "control": "BRA EXIT BSSY BSYNC NOP BAR WARPSYNC DEPBAR RET CALL BREAK YIELD",
 }

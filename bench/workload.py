@@ -50,12 +50,14 @@ def make_plan(numel: int, tensors: int, dtype: torch.dtype, device: str = "cpu")
 
 
 def odd_plan(dtype: torch.dtype, device: str = "cpu") -> Plan:
-    """A plan of sizes that no tile or vector divides, and of a slice of a larger matrix."""
+    """A plan of sizes that no tile or vector divides, of a matrix that a tile of low-rank noise fits in, and of a slice
+    of a larger matrix."""
     generator = torch.Generator().manual_seed(1)
     slices = {
         "one": ((1,), Slice((1,), (0,))),
         "vector": ((1031,), Slice((1031,), (0,))),
         "matrix": ((37, 67), Slice((37, 67), (0, 0))),
+        "tiles": ((132, 136), Slice((132, 136), (0, 0))),
         "cube": ((3, 5, 131), Slice((3, 5, 131), (0, 0, 0))),
         "shard": ((33, 65), Slice((90001, 100003), (89900, 77777))),  # its element numbers exceed 2^32
     }

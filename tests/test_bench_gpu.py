@@ -13,6 +13,7 @@ import torch
 
 import esfast
 from esfast.bench import gpu, gpu_race, main, models, noise, rivals, tables
+from esfast.core.kinds import ELEMENTWISE, KINDS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKEND = "triton" if DEVICE == "cuda" else "cpu"  # interpreted kernels are too slow for every row
@@ -25,7 +26,6 @@ PASSES = {
     "perturb_restore": (2, 2),
     "update": (3, 1),
 }
-KINDS = ("gaussian", "rademacher")
 
 
 # ---- the lists of parameters ----------------------------------------------------------------------------------------
@@ -99,6 +99,7 @@ def test_today_perturbs_restores_and_updates(kind, empties_cache):
     assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
     if kind == "rademacher":
         assert set(noise.round().tolist()) == {-1.0, 1.0}
+    assert (torch.linalg.matrix_rank(tensors[1] - 0.5, rtol=1e-4) == 1) == (kind == "low_rank")
     today.restore_self_weights(7, 0.1)
     assert all(torch.allclose(t, torch.full_like(t, 0.5), atol=1e-6) for t in tensors)
     today.update_weights_from_seeds([7, 8], [1.0, -3.0], alpha=0.2, population_size=2)
@@ -109,7 +110,7 @@ def test_today_perturbs_restores_and_updates(kind, empties_cache):
     assert all(torch.allclose(t, torch.full_like(t, 0.5), atol=1e-6) for t in tensors)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ELEMENTWISE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_fused_rival_perturbs_all_weights(kind, dtype):
     pytest.importorskip("triton")
@@ -196,7 +197,7 @@ def test_every_row_is_there(result):
                 for kind, op in itertools.product(KINDS, PASSES)
                 if op != "restore_base" or kind == "gaussian"
             ),
-            ("memory", "gaussian or rademacher"),
+            ("memory", " or ".join(KINDS)),
         ]
     ]
     assert result["left_out"] == []
