@@ -27,6 +27,8 @@ OPTIONS = {
     "style": "compact",
     "reward": "lucky:luck",
     "population-size": 4,
+    # One with which an evaluation beats the base model's, so that there is a best/.
+    "seed": 2,
     "sigma": 0.05,
     "lr": 0.05,
     "prompts-per-generation": 8,
