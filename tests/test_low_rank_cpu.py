@@ -90,6 +90,19 @@ def test_cpu_is_the_reference(bits, case):
             assert torch.equal(bits(found) * ~nan, bits(wanted) * ~nan), instruction_set
 
 
+@pytest.mark.parametrize("instruction_set", _cpu.instruction_sets())
+@pytest.mark.parametrize("shape", [(90, 3), (3, 90)], ids=str)
+def test_numbers_that_need_a_second_word(shape, instruction_set, same_bits):
+    """Rows, columns and elements to round, across the number 2**34, where a block's number grows into its second word."""
+    long = shape.index(90)
+    whole, offset = ([n, n] for n in (3, 0))
+    whole[long], offset[long] = 2**34 + 200, 2**34 - 37
+    plans = [Plan([("w", torch.zeros(shape).bfloat16(), Slice(tuple(whole), tuple(offset)))]) for _ in range(2)]
+    add_noise_(plans[0], [5, 6], [1.0, 0.5], noise="low_rank", rank=2, rounding="stochastic", backend="reference")
+    run(plans[1], None, [5, 6], [1.0, 0.5], 2, instruction_set, rounding="stochastic")
+    assert same_bits(plans[0].tensors, plans[1].tensors)
+
+
 @pytest.fixture
 def streamed():
     """Any number of weights is written past the cache, as otherwise only those of large models."""
