@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import esfast
-from esfast import ES, Plan, Slice, add_noise_
+from esfast import ES, EsfastError, Plan, Slice, add_noise_
 from esfast.journal.journal import replay
 
 
@@ -184,7 +184,7 @@ def test_bad_input(call, error, message, same_bits):
     plan = Plan([("w", ones() / 3)])
     with pytest.raises(error, match=message) as caught:
         call(plan)
-    assert type(caught.value) is error
+    assert isinstance(caught.value, EsfastError)
     assert same_bits(plan.tensors[0], ones() / 3)
 
 
