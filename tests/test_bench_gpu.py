@@ -250,7 +250,7 @@ def test_the_summary_keeps_the_rows_where_a_rival_is_faster(result):
         if r["op"] != "memory"
     ]
     _, lines = gpu.summary({"rows": rows})
-    assert {line[3] for line in lines} == {"bfloat16"} and len(lines) == 11
+    assert {line[3] for line in lines} == {"bfloat16"} and len(lines) == 16
     for rival in ("today", "today_kept", "randn4x"):
         slow = next(r for r in rows if r["dtype"] == "float32")
         slow[f"ratio_to_{rival}"] = 0.5

@@ -356,7 +356,9 @@ def test_registry():
     assert task.accuracy(prompts=["", ""], completions=completions, **columns) == [1.0, 0.0]
     assert [f(prompts=["", ""], completions=completions, **columns) for f in task.reward_funcs] == [[1.1, 0.0]]
     assert task.max_new_tokens == 16 and tasks.get("countdown").max_new_tokens == 1024
-    with pytest.raises(ValueError, match="Did you mean 'countdown'.*Known tasks: conciseness, countdown"):
+    with pytest.raises(
+        ValueError, match="Did you mean 'countdown'.*Known tasks: MODULE:FUNCTION, conciseness, countdown"
+    ):
         tasks.get("countdwn")
     with pytest.raises(ValueError, match="Known tasks"):
         tasks.get("")

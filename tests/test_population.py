@@ -142,7 +142,7 @@ def test_what_cannot_be_shared_is_asked_one_after_another_or_refused(caplog):
     es, engine = make("rwkv")
     with pytest.raises(Unsupported, match="RwkvForCausalLM"):
         answers(PopulationEvaluator(engine, 3), es)
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.INFO):
         assert answers(PopulationEvaluator(engine), es) == answers(SequentialEvaluator(engine), es)
     assert "members are asked one after another" in caplog.text
 

@@ -16,6 +16,7 @@ import torch
 from ..core.dtensors import in_shards
 from ..es.population import Member, Population
 from ..utils.errors import BadValue
+from .adapters import is_peft
 from .dropping import Dropping, can_drop
 from .engine import TransformersEngine, is_small
 from .evaluator import SequentialEvaluator
@@ -110,7 +111,11 @@ class PopulationEvaluator:
         except Unsupported as error:
             if self.members_at_once != "auto":
                 raise
-            log.warning("members are asked one after another: %s", error)
+            log.info("members are asked one after another: %s", error)
+            self.at_once = 1
+            return
+        except LogitsError:
+            # Sigma breaks the members that it was tried out with. Asked one after another, each is named.
             self.at_once = 1
             return
         row = self._row_bytes(max(map(len, engine.prompts(prompts))))
@@ -129,6 +134,8 @@ class PopulationEvaluator:
     def _check(self, es) -> None:
         """Unsupported if members can't share the model; it is tried out with two."""
         engine = self.engine
+        if is_peft(engine.model):
+            raise Unsupported("a model with PEFT's adapters answers for one member at a time")
         if engine._traits is None or engine._traits.together == ALONE:
             raise Unsupported(
                 f"a {type(engine.model).__name__} answers one prompt at a time"
@@ -138,10 +145,10 @@ class PopulationEvaluator:
         stack = self._stack_of(es, 2)
         stack.write([(0, es.sigma), (1, es.sigma)])
         stack.check()
-        self.one_by_one = set(stack.learned.one_by_one)
         self._stack = None
         with engine._own_settings():
             drops = can_drop(engine.model, engine.generation_config)
+        self.one_by_one = set(stack.learned.one_by_one)
         self._way = Dropping(engine.model, engine.generation_config, drops)
 
     def _stack_of(self, es, at_once: int) -> StackedModel:

@@ -19,7 +19,6 @@ Judge = Callable[[Rows, Sequence], tuple[list[list[float | None]], dict[str, flo
 class HeldOut:
     """Held-out prompts. `engine` answers them, `judge` scores the answers, and the first answers go to samples.jsonl.
 
-    rows     the prompts, with the columns that reward functions need
     texts    turns rows into the texts that the engine gets
     judge    (rows, completions) -> each function's scores, and the figures to log: `rewards.scorer.judge`
     kl       the metric kl_to_base, or None
@@ -28,7 +27,6 @@ class HeldOut:
 
     def __init__(
         self,
-        rows: Rows,
         texts: Callable[[Rows], list[str]],
         engine: Engine,
         judge: Judge,
@@ -36,23 +34,28 @@ class HeldOut:
         folder: RunFolder,
         samples: int,
     ):
-        self.rows, self.kl = rows, kl
+        self.kl = kl
         self._texts, self._engine, self._judge, self._folder, self._samples = texts, engine, judge, folder, samples
 
-    def __call__(self, generation: int, in_process_0: Callable[[Callable[[], dict]], dict]) -> dict[str, float]:
-        """The metrics of the model after this many generations, with `eval_` before their names. All processes that
-        hold the model generate; `in_process_0` calls a function in process 0 and gives its result to all."""
-        texts = self._texts(self.rows)
+    def __call__(
+        self, rows: Rows, generation: int, in_process_0: Callable[[Callable[[], dict]], dict]
+    ) -> dict[str, float]:
+        """The metrics of the model after this many generations, with `eval_` before their names, on rows of prompts and
+        the columns that reward functions need. All processes that hold the model generate; `in_process_0` calls a
+        function in process 0 and gives its result to all."""
+        texts = self._texts(rows)
         try:
             completions = self._engine.generate(texts)
         except LogitsError:
             raise nonsense(f"the model after generation {generation}") from None
         # KL needs the model, so no other process can compute it.
         kl = {} if self.kl is None else {"kl_to_base": self.kl(texts, completions)}
-        return in_process_0(lambda: self._score(generation, texts, completions, kl))
+        return in_process_0(lambda: self._score(rows, generation, texts, completions, kl))
 
-    def _score(self, generation: int, texts: list[str], completions: list[str], kl: dict[str, list]) -> dict[str, Any]:
-        scores, figures = self._judge(*chat.answered(self.rows, completions))
+    def _score(
+        self, rows: Rows, generation: int, texts: list[str], completions: list[str], kl: dict[str, list]
+    ) -> dict[str, Any]:
+        scores, figures = self._judge(*chat.answered(rows, completions))
         for text, completion, *rewards in list(zip(texts, completions, *scores, strict=True))[: self._samples]:
             self._folder.append_samples(
                 {"generation": generation, "prompt": text, "completion": completion, "rewards": rewards}

@@ -143,11 +143,7 @@ class ESTrainer(SavesLikeTRL):
             self.folder.prepare()
         self.tuned.begin(self.folder.adapter, resume and self.folder.begun(), self.team.rank == 0)
         kl = self.tuned.kl(self.processing_class) if self._evaluates else None
-        self.held_out = None
-        if self.eval_dataset is not None:
-            self.held_out = HeldOut(
-                self.eval_dataset, self.batches.texts, self.engine, self.scoring.judge, kl, self.folder, c.samples
-            )
+        self.held_out = HeldOut(self.batches.texts, self.engine, self.scoring.judge, kl, self.folder, c.samples)
         self.movement = Movement(weights if isinstance(weights, Plan) else weights.plan)
         self.es = ES(
             weights,
@@ -295,11 +291,11 @@ class ESTrainer(SavesLikeTRL):
         return drifted | self.movement.norms() | of_rewards(record) | times | account(seconds, tokens)
 
     def _evaluate(self) -> dict[str, float]:
-        if self.held_out is None:
+        if self.eval_dataset is None:
             return {}
         began = self.clock.seconds.get("evaluate", 0.0)
         with self.team.working():
-            found = self.held_out(self.es.generation, self._from_process_0)
+            found = self.held_out(self.eval_dataset, self.es.generation, self._from_process_0)
         self._stops.check()
         self.clock.record("evaluate")
         return found | {"evaluate_seconds": self.clock.seconds["evaluate"] - began}
