@@ -12,6 +12,7 @@ import errno
 import json
 import logging
 import os
+import threading
 import time
 import zlib
 from pathlib import Path
@@ -66,6 +67,9 @@ def header_of(rule: Rule, seed: int, weights: str, plan: Fingerprinted) -> dict:
     }
 
 
+_CREATING = threading.Lock()
+
+
 class Journal:
     """An append-only file of generations. `Journal.create` begins one, `resume` continues one.
 
@@ -88,18 +92,23 @@ class Journal:
         """
         path = Path(path)
         journal = cls(path)
-        if path.exists() and is_blank(path.read_bytes()):
-            log.warning("journal: %s has no complete first line, so nothing was done: beginning anew", path)
-            path.unlink()
-        try:
-            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-        except FileExistsError:
-            raise FileTaken(f"journal: {path} exists already; give the run another folder, or move it away") from None
-        try:
-            journal._write(header)
-        except BaseException:
-            path.unlink(missing_ok=True)
-            raise
+        # Threads of one process share its Lock. Without this one, a second thread would take a journal that the first
+        # has just made, and not yet written to, for one whose header was never complete.
+        with _CREATING:
+            if path.exists() and is_blank(path.read_bytes()):
+                log.warning("journal: %s has no complete first line, so nothing was done: beginning anew", path)
+                path.unlink()
+            try:
+                os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+            except FileExistsError:
+                raise FileTaken(
+                    f"journal: {path} exists already; give the run another folder, or move it away"
+                ) from None
+            try:
+                journal._write(header)
+            except BaseException:
+                path.unlink(missing_ok=True)
+                raise
         return journal
 
     @classmethod

@@ -12,7 +12,7 @@ import torch
 from life import bits, contents, other_value, stopped, trainer
 
 from esfast import ES, Plan
-from esfast.journal.journal import read
+from esfast.journal.journal import Journal, read
 from esfast.utils import lock
 from esfast.utils.lock import InUse, Lock
 
@@ -90,9 +90,11 @@ def test_a_forked_process_neither_keeps_nor_removes_the_lock(tmp_path):
     os.waitpid(child, 0)
 
 
-def test_two_that_begin_at_once(tmp_path):
-    """ES alone, whose journals are created exclusively, in threads at a barrier."""
-    barrier, made = threading.Barrier(8), []
+@pytest.mark.parametrize("pause", [0, 0.05])
+def test_two_that_begin_at_once(tmp_path, monkeypatch, pause):
+    """ES alone, whose journals are created exclusively, in threads at a barrier; also if its first line is slow."""
+    barrier, made, write = threading.Barrier(8), [], Journal._write
+    monkeypatch.setattr(Journal, "_write", lambda journal, fields: time.sleep(pause) or write(journal, fields))
 
     def begin():
         barrier.wait()
