@@ -11,6 +11,7 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
@@ -167,6 +168,21 @@ def parser_of(argv: list[str]) -> argparse.ArgumentParser:
         )
         result.add_argument("--plots", metavar="FOLDER", help="draw its figures there, where it has any")
     return parser
+
+
+def add_choices(
+    parser: argparse.ArgumentParser, option: str, known: Sequence[str], help: str, default: Sequence[str] = ()
+) -> None:
+    """Adds an option that takes one or several of the known names; default: all of them."""
+    parser.add_argument(option, nargs="+", choices=known, default=list(default or known), help=help)
+
+
+DTYPES = ("bfloat16", "float32", "float16")
+
+
+def add_dtypes(parser: argparse.ArgumentParser) -> None:
+    """Adds --dtypes, of which two are the default: those that models come in."""
+    add_choices(parser, "--dtypes", DTYPES, "of the weights (default: bfloat16 float32)", DTYPES[:2])
 
 
 def count(text: str) -> int:

@@ -33,7 +33,7 @@ from ..core.plan import Plan
 from ..es.es import member_seed, zscore
 from ..es.weights import MODES, InplaceWeights
 from ..update.updater import Rule, UpdateRecord
-from . import BenchmarkError, count
+from . import BenchmarkError, add_choices, count
 from .usual import UsualWeights
 
 SCALE = 0.02  # of the weights
@@ -79,13 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--members", type=count, default=30, help="of a generation (default: 30)")
     parser.add_argument("--sigma", type=float, default=1e-3, help="of the perturbations (default: 1e-3)")
     parser.add_argument("--lr", type=float, default=5e-4, help="of the updates (default: 5e-4)")
-    parser.add_argument(
-        "--dtypes",
-        nargs="+",
-        choices=["bfloat16", "float16", "float32"],
-        default=["bfloat16", "float16", "float32"],
-        help="of the weights (default: all)",
-    )
+    add_choices(parser, "--dtypes", ("bfloat16", "float16", "float32"), "of the weights (default: all)")
 
 
 def run(args: argparse.Namespace) -> dict:

@@ -21,7 +21,7 @@ import torch
 
 from ..core.kinds import KINDS
 from ..utils.errors import BadValue
-from . import BenchmarkError, clocks, count
+from . import BenchmarkError, add_choices, add_dtypes, clocks, count
 from .clocks import Clocks
 from .isolated import isolated
 from .models import MODELS
@@ -54,20 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help=f"of {', '.join(MODELS)} (default: all but tiny; on a CPU, tiny)",
     )
-    parser.add_argument(
-        "--dtypes",
-        nargs="+",
-        choices=["bfloat16", "float32", "float16"],
-        default=["bfloat16", "float32"],
-        help="of the weights (default: bfloat16 float32)",
-    )
-    parser.add_argument(
-        "--noise",
-        nargs="+",
-        choices=KINDS,
-        default=list(KINDS),
-        help="kinds of noise (default: all; low_rank is of rank 1)",
-    )
+    add_dtypes(parser)
+    add_choices(parser, "--noise", KINDS, "kinds of noise (default: all; low_rank is of rank 1)")
     parser.add_argument("--backends", nargs="+", help="that are measured (default: all that are ready there)")
     parser.add_argument("--members", type=count, default=30, help="members of the update (default: 30)")
     parser.add_argument("--repeats", type=count, default=20, help="rounds of each row, at most (default: 20)")

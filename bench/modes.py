@@ -19,7 +19,7 @@ from ..core.kinds import ELEMENTWISE
 from ..core.plan import Plan
 from ..es.weights import MODES, Cost
 from ..update.updater import Rule, UpdateRecord
-from . import count, memory
+from . import add_choices, count, memory
 from .noise import milliseconds, note, threads
 from .workload import SIGMA, make_plan, population
 
@@ -32,16 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--numel", type=count, default=100_000_000, help="weights in all, about (default: 1e8)")
     parser.add_argument("--tensors", type=count, default=30, help="tensors they are in (default: 30)")
     parser.add_argument("--members", type=count, default=30, help="members of the update (default: 30)")
-    parser.add_argument(
-        "--dtypes",
-        nargs="+",
-        choices=["bfloat16", "float16", "float32"],
-        default=["bfloat16", "float16", "float32"],
-        help="of the weights (default: all)",
-    )
-    parser.add_argument(
-        "--noise", nargs="+", choices=ELEMENTWISE, default=list(ELEMENTWISE), help="kinds of noise (default: both)"
-    )
+    add_choices(parser, "--dtypes", ("bfloat16", "float16", "float32"), "of the weights (default: all)")
+    add_choices(parser, "--noise", ELEMENTWISE, "kinds of noise (default: both)")
     parser.add_argument("--threads", type=count, default=torch.get_num_threads(), help="of all modes")
     parser.add_argument("--repeats", type=count, default=5, help="rounds (default: 5)")
 

@@ -22,7 +22,7 @@ import torch
 from ..core.kinds import KINDS
 from ..core.ops import add_noise_, auto_backend
 from ..core.plan import Plan
-from . import BenchmarkError, afternoon, count, memory, today
+from . import BenchmarkError, add_choices, add_dtypes, afternoon, count, memory, today
 from .rivals import copy_each
 from .workload import SIGMA, make_plan, population, verify, verify_ends
 
@@ -43,20 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--numel", type=count, default=50_000_000, help="weights in all, about (default: 5e7)")
     parser.add_argument("--tensors", type=count, default=30, help="tensors they are in (default: 30)")
     parser.add_argument("--members", type=count, default=30, help="members of the update (default: 30)")
-    parser.add_argument(
-        "--dtypes",
-        nargs="+",
-        choices=["bfloat16", "float32", "float16"],
-        default=["bfloat16", "float32"],
-        help="of the weights (default: bfloat16 float32)",
-    )
-    parser.add_argument(
-        "--noise",
-        nargs="+",
-        choices=KINDS,
-        default=list(KINDS),
-        help="kinds of noise (default: all; low_rank is of rank 1)",
-    )
+    add_dtypes(parser)
+    add_choices(parser, "--noise", KINDS, "kinds of noise (default: all; low_rank is of rank 1)")
     parser.add_argument(
         "--threads",
         type=count,

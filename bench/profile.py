@@ -22,7 +22,7 @@ import torch
 from ..core.kinds import ELEMENTWISE
 from ..core.ops import add_noise_, backend_report
 from ..utils.child import child
-from . import BenchmarkError, count
+from . import BenchmarkError, add_choices, add_dtypes, count
 from .clocks import Clocks
 from .noise import note
 from .workload import SIGMA, make_plan, population
@@ -53,16 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="where the weights are; on a cpu the kernels run and nothing is read (default: cuda)",
     )
     parser.add_argument("--numel", type=count, default=2**28, help="weights of each launch (default: 2**28)")
-    parser.add_argument(
-        "--dtypes",
-        nargs="+",
-        choices=["bfloat16", "float32", "float16"],
-        default=["bfloat16", "float32"],
-        help="of the weights (default: bfloat16 float32)",
-    )
-    parser.add_argument(
-        "--noise", nargs="+", choices=ELEMENTWISE, default=list(ELEMENTWISE), help="kinds of noise (default: both)"
-    )
+    add_dtypes(parser)
+    add_choices(parser, "--noise", ELEMENTWISE, "kinds of noise (default: both)")
     parser.add_argument("--seconds", type=float, default=240.0, help="for each backend, at most (default: 240)")
 
 

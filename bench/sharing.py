@@ -7,14 +7,12 @@ lengths. The texts must be the same (float32, one thread).
 from __future__ import annotations
 
 import argparse
-import logging
-import sys
 from collections.abc import Sequence
 
 import torch
 
 from . import BenchmarkError
-from .zoo import PROMPTS, REFUSED, TOKENS, WORKS
+from .zoo import PROMPTS, REFUSED, TOKENS, WORKS, try_each
 
 FAILS = "fails"
 MEMBERS, AT_ONCE, SIGMA = 5, 3, 0.1
@@ -27,21 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict:
-    import transformers
-
     from .architectures import NOT_MADE, architectures
 
-    known = [name for name in architectures() if name not in NOT_MADE]
-    if unknown := sorted(set(args.architectures or ()) - set(known)):
-        raise BenchmarkError(f"transformers {transformers.__version__} has no causal LM of {', '.join(unknown)}")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    logging.getLogger("esfast").setLevel(logging.ERROR)
-    rows = []
-    for name in args.architectures or known:
-        rows.append(trial(name))
-        print(f"{name}: {rows[-1]['result']} {rows[-1]['reason']}", file=sys.stderr, flush=True)
-    return {"transformers": transformers.__version__, "rows": rows}
+    return try_each(args.architectures, [name for name in architectures() if name not in NOT_MADE], trial)
 
 
 def trial(name: str) -> dict:

@@ -35,9 +35,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..core.noise import DOMAINS, check_int, check_seed, philox, tensor_id
+from ..core.noise import DOMAINS, check_seed, philox, tensor_id
 from ..core.ops import add_noise_
 from ..core.plan import Plan, Slice
+from ..utils.settings import check_int
 from . import count
 
 LIMIT = 5.0  # standard errors; one row in 1.7 million goes beyond it by chance

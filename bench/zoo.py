@@ -8,7 +8,7 @@ import argparse
 import logging
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from . import BenchmarkError
@@ -24,21 +24,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict:
-    import transformers
-
     from .architectures import architectures
 
-    known = architectures()
-    if unknown := sorted(set(args.architectures or ()) - set(known)):
+    with tempfile.TemporaryDirectory(prefix="esfast-zoo-") as scratch:
+        return try_each(
+            args.architectures, architectures(), lambda name: trial(name, Path(args.keep or scratch) / name)
+        )
+
+
+def try_each(asked: Sequence[str] | None, known: Collection[str], trial: Callable[[str], dict]) -> dict:
+    """The rows of the architectures that were asked for, of all known ones by default. BenchmarkError for others."""
+    import transformers
+
+    if unknown := sorted(set(asked or ()) - set(known)):
         raise BenchmarkError(f"transformers {transformers.__version__} has no causal LM of {', '.join(unknown)}")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.getLogger("esfast").setLevel(logging.ERROR)
     rows = []
-    with tempfile.TemporaryDirectory(prefix="esfast-zoo-") as scratch:
-        for name in args.architectures or known:
-            rows.append(trial(name, Path(args.keep or scratch) / name))
-            print(f"{name}: {rows[-1]['result']} {rows[-1]['reason']}", file=sys.stderr, flush=True)
+    for name in asked or known:
+        rows.append(trial(name))
+        print(f"{name}: {rows[-1]['result']} {rows[-1]['reason']}", file=sys.stderr, flush=True)
     return {"transformers": transformers.__version__, "rows": rows}
 
 

@@ -11,6 +11,10 @@ from esfast.tasks import embedded
 
 ROWS = [{"prompt": str(i)} for i in range(1, 5)]
 TOKENIZER = embedded.make_tokenizer()
+# Options of `esfast train` for a run of little text.
+FEW = (
+    "--population-size 2 --prompts-per-generation 2 --eval-prompts 2 --max-completion-length 2 --no-progress"
+).split()
 
 
 def value(completions, **columns):

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from life import FEW
 
 import esfast
 from esfast import cli
@@ -160,23 +161,7 @@ def test_a_task(tmp_path, monkeypatch, capsys):
     assert not {r["prompt"] for r in rows} & {r["prompt"] for r in held_out}
     assert task.reward_funcs[0](prompts=["", ""], completions=["even", "odd"], even=[True, True]) == [1.0, 0.0]
     folder = embedded.build(tmp_path / "tiny", steps=1, progress=False)
-    options = [
-        "--task",
-        "parity:task",
-        "--model",
-        str(folder),
-        "--generations",
-        "1",
-        "--population-size",
-        "2",
-        "--prompts-per-generation",
-        "2",
-        "--eval-prompts",
-        "2",
-        "--max-completion-length",
-        "2",
-        "--no-progress",
-    ]
+    options = ["--task", "parity:task", "--model", str(folder), "--generations", "1", *FEW]
     assert cli.main(["train", *options, "--out", "run"]) == 0
     assert "parity" in capsys.readouterr().out + (tmp_path / "run" / "config.yaml").read_text()
 

@@ -102,6 +102,13 @@ def trainer(
     )
 
 
+def train_a_fleet(model, tmp_path, *options):
+    """`esfast train` on the prompts in p.jsonl, into the folder run."""
+    places = ["--model", str(model), "--task", f"file:{tmp_path / 'p.jsonl'}", "--out", str(tmp_path / "run")]
+    usual = "train --engine vllm --reward odd_scoring:length --max-completion-length 4".split()
+    return cli.main([*usual, *places, *options])
+
+
 ENGINES = pytest.mark.parametrize("kind", [VLLMEngine, Fleet])
 
 
@@ -208,22 +215,7 @@ def test_what_no_engine_takes(folder, kind):
 
 def test_a_file_s_prompts_are_looked_at_by_the_command_line(folder, tmp_path, capsys):
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"prompt": "%s"}\n' % ("x" * LIMIT))
-    arguments = [
-        "train",
-        "--engine",
-        "vllm",
-        "--model",
-        str(folder()),
-        "--task",
-        f"file:{tmp_path / 'p.jsonl'}",
-        "--reward",
-        "odd_scoring:length",
-        "--out",
-        str(tmp_path / "run"),
-        "--max-completion-length",
-        "4",
-    ]
-    assert cli.main(arguments) == 1
+    assert train_a_fleet(folder(), tmp_path) == 1
     said = capsys.readouterr().err
     assert "row 1: the prompt 'xxx" in said and "or lower --max-completion-length" in said and not asked()
 
@@ -281,30 +273,8 @@ def test_the_command_line_trains_a_fleet_resumes_it_and_leaves_it_when_it_is_don
     lines = [f'{{"prompt": "{i}+1=", "split": "{"test" if i < 2 else "train"}"}}\n' for i in range(6)]
     (tmp_path / "p.jsonl").write_text("".join(lines))
     run = tmp_path / "run"
-    arguments = [
-        "train",
-        "--engine",
-        "vllm",
-        "--num-engines",
-        "2",
-        "--model",
-        str(folder()),
-        "--task",
-        f"file:{tmp_path / 'p.jsonl'}",
-        "--reward",
-        "odd_scoring:length",
-        "--out",
-        str(run),
-        "--generations",
-        "3",
-        "--population-size",
-        "3",
-        "--checkpoint-every",
-        "1",
-        "--max-completion-length",
-        "4",
-    ]
-    assert cli.main(arguments) == 0
+    options = "--num-engines 2 --generations 3 --population-size 3 --checkpoint-every 1".split()
+    assert train_a_fleet(folder(), tmp_path, *options) == 0
     assert "after 3 generations, on 2 held-out prompts" in capsys.readouterr().out
     assert not list(run.glob("checkpoints/*")) and (run / "model" / "README.md").exists()
     wanted, before = journal.read(run / "journal.jsonl").records, len(vllm_stand_in.LLM.made)

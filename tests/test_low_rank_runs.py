@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from life import trainer
+from life import FEW, trainer
 
 import esfast
 from esfast import ES, Plan, Slice, add_noise_, cli
@@ -171,21 +171,7 @@ def stop_at(made, generation):
 def test_the_commands(tmp_path, capsys):
     torch.set_num_threads(1)
     tiny = str(embedded.build(tmp_path / "tiny", steps=1, progress=False))
-    few = [
-        "--model",
-        tiny,
-        "--population-size",
-        "2",
-        "--prompts-per-generation",
-        "2",
-        "--eval-prompts",
-        "2",
-        "--max-completion-length",
-        "2",
-        "--no-progress",
-        "--reward-workers",
-        "0",
-    ]
+    few = ["--model", tiny, "--reward-workers", "0", *FEW]
     out = tmp_path / "run"
     assert cli.main(["train", *few, "--out", str(out), "--rank", "2"]) == 1
     assert "--rank: 'gaussian' noise has no rank, got 2" in capsys.readouterr().err

@@ -10,6 +10,7 @@ from pathlib import Path
 import job
 import pytest
 import torch
+from life import FEW
 
 import esfast
 from esfast import ES, Plan, cli
@@ -252,23 +253,7 @@ def test_an_exported_journal_is_the_journal(tmp_path, same_bits):
 def test_the_commands(tmp_path, capsys):
     torch.set_num_threads(1)
     tiny = str(embedded.build(tmp_path / "tiny", steps=1, progress=False))
-    few = [
-        "--model",
-        tiny,
-        "--generations",
-        "2",
-        "--population-size",
-        "2",
-        "--prompts-per-generation",
-        "2",
-        "--eval-prompts",
-        "2",
-        "--max-completion-length",
-        "2",
-        "--no-progress",
-        "--reward-workers",
-        "0",
-    ]
+    few = ["--model", tiny, "--generations", "2", "--reward-workers", "0", *FEW]
     out = tmp_path / "run"
     assert cli.main(["train", *few, "--out", str(out)]) == 0
     assert cli.main(["train", *few, "--out", str(out)]) == 1 and "go on with it (--resume" in capsys.readouterr().err
@@ -289,23 +274,7 @@ def test_the_commands(tmp_path, capsys):
 def test_a_run_of_some_of_the_weights_is_replayed_with_the_same_patterns(tmp_path, capsys):
     torch.set_num_threads(1)
     tiny = str(embedded.build(tmp_path / "tiny", steps=1, progress=False))
-    few = [
-        "--model",
-        tiny,
-        "--generations",
-        "1",
-        "--population-size",
-        "2",
-        "--prompts-per-generation",
-        "2",
-        "--eval-prompts",
-        "2",
-        "--max-completion-length",
-        "2",
-        "--no-progress",
-        "--reward-workers",
-        "0",
-    ]
+    few = ["--model", tiny, "--generations", "1", "--reward-workers", "0", *FEW]
     out, patterns = tmp_path / "run", ["--include", "*layers*", "--exclude", "*norm*"]
     assert cli.main(["train", *few, "--out", str(out), *patterns]) == 0
     command = ["replay", str(out / "journal.jsonl"), "--base", tiny, "--out", str(tmp_path / "again")]

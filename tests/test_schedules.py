@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from hypothesis import given
+from life import FEW
 
 import esfast
 from esfast import cli
@@ -178,17 +179,7 @@ def test_every_setting_is_an_option(tmp_path):
     torch.set_num_threads(1)  # two would wait for one another longer than they work
     tiny = str(embedded.build(tmp_path / "tiny", steps=1, progress=False))
     options = [x for k, v in SCHEDULED.items() for x in ("--" + k.replace("_", "-"), str(v))]
-    few = [
-        "--population-size",
-        "2",
-        "--prompts-per-generation",
-        "2",
-        "--eval-prompts",
-        "2",
-        "--max-completion-length",
-        "2",
-    ]
-    assert cli.main(["train", "--model", tiny, "--out", str(tmp_path / "run"), "--no-progress", *few, *options]) == 0
+    assert cli.main(["train", "--model", tiny, "--out", str(tmp_path / "run"), *FEW, *options]) == 0
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert {k: config[k] for k in SCHEDULED} == SCHEDULED
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

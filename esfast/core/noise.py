@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..utils.errors import BadType, BadValue
-from ..utils.settings import check_int  # noqa: F401
+from ..utils.settings import check_int
 from .kinds import (  # noqa: F401
     ADDED,
     DOMAINS,

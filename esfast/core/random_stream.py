@@ -15,7 +15,8 @@ from typing import TypeVar
 import numpy as np
 
 from ..utils.errors import BadValue
-from .noise import DOMAINS, check_int, check_seed, philox
+from ..utils.settings import check_int
+from .noise import DOMAINS, check_seed, philox
 
 DRAWS_VERSION = 1
 

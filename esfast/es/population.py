@@ -44,16 +44,12 @@ class Population:
     """
 
     def __init__(self, es: ES, members: list[Member]):
-        self._es, self.members = es, members
+        self.es, self.members = es, members
         self.on_placed: Callable[[], None] = _nothing
 
     @property
-    def es(self) -> ES:
-        return self._es
-
-    @property
     def sigma(self) -> float:
-        return self._es.sigma
+        return self.es.sigma
 
     def handed_out(self) -> Iterator[Member]:
         """Yields the members of this process without writing them: for evaluators that make members elsewhere.
@@ -67,7 +63,7 @@ class Population:
     def packets(self, at_once: int) -> Iterator[list[Member]]:
         """Like `handed_out`, but yields lists of `at_once` members; the last list may be shorter. The processes of a
         team may use different lengths."""
-        es = self._es
+        es = self.es
         for numbers in es.team.packets(es._turn, len(self.members), at_once):
             if self.members is not es.members:
                 raise BadState("this population is of the past; ask for a new one with es.population()")
@@ -76,7 +72,7 @@ class Population:
             yield packet
 
     def __iter__(self) -> Iterator[Member]:
-        es = self._es
+        es = self.es
         mine: list[Member] = []
         try:
             for member in self.handed_out():
@@ -109,9 +105,9 @@ class Population:
 
     def _leave(self, members: Sequence[Member]) -> None:
         # An abandoned iterator may be closed at any time; it must not restore the member of a later loop.
-        inside = self._es._inside
+        inside = self.es._inside
         if inside is not None and id(inside) in map(id, members):
-            self._es._leave()
+            self.es._leave()
 
 
 class Packets:
@@ -124,7 +120,7 @@ class Packets:
         self.population, self.at_once = population, at_once
 
     def __iter__(self) -> Iterator[list[Member]]:
-        buffers = self.population._es._buffers
+        buffers = self.population.es._buffers
         buffers.note()
         for packet in self.population.packets(self.at_once):
             try:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -29,6 +28,7 @@ from ..core.segments import Slice
 from ..update.updater import Rule, Updater, UpdateRecord
 from ..utils.changes import same_bits, versions
 from ..utils.interrupts import defer_sigint
+from ..utils.memory import total_memory
 from .store import LocalStore
 
 log = logging.getLogger(__name__)
@@ -309,10 +309,7 @@ def choose_mode(plan: Plan, rule: Rule) -> str:
     This counts all memory, not what is free at the moment, so that the same run on the same machine takes the same
     mode.
     """
-    if plan.device.type == "cuda":
-        total = torch.cuda.get_device_properties(plan.device).total_memory
-    else:
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    total = total_memory(plan.device)
     room = WEIGHTS_SHARE * total - plan.nbytes - rule.extra_bytes(plan)
     extra = {m: sum(MODES[m].cost(t.dtype).device * t.numel() for t in plan.tensors) for m in ("master", "base")}
     if extra["base"] < extra["master"] <= room:

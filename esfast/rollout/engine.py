@@ -202,13 +202,18 @@ class TransformersEngine:
         if self._way is not None:
             self._way.close()
 
-    def _try_batch(self, rows: list[list[int]], most: int, seeds: Sequence[int] | None) -> list[str] | None:
-        """Completions of one mini-batch; None if it doesn't fit in memory and fewer rows might."""
-        sampling = None
-        if seeds is not None:
-            sampling = SeededSampling(list(seeds), self.temperature, self.max_new_tokens, self.model.device)
+    def begin_batch(self, seeds: Sequence[int] | None) -> SeededSampling | None:
+        """Forgets what the model's modules carry over from the batch before. Returns how to sample with a seed for each
+        row; None without seeds."""
         if self._traits is not None and self._traits.carried is not None:
             self._traits.carried.forget()
+        if seeds is None:
+            return None
+        return SeededSampling(list(seeds), self.temperature, self.max_new_tokens, self.model.device)
+
+    def _try_batch(self, rows: list[list[int]], most: int, seeds: Sequence[int] | None) -> list[str] | None:
+        """Completions of one mini-batch; None if it doesn't fit in memory and fewer rows might."""
+        sampling = self.begin_batch(seeds)
         try:
             new = self._decode(rows, most, sampling)
         except torch.OutOfMemoryError:

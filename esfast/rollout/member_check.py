@@ -17,7 +17,7 @@ from transformers import GenerationConfig
 from ..es.perturbation import unchanged_buffers
 from ..utils.errors import BadValue
 from .encoding import embedded_tokens
-from .member_modules import first_difference, modules_on_the_way, recorded
+from .member_modules import first_difference, modules_on_the_way, recorded, rows_of_one
 from .member_ops import SHORT
 from .member_tensor import Operations, Unsupported, label_of
 from .probe import TOLERANCE, Carried, first_logits, same_but_for_rounding
@@ -151,6 +151,9 @@ def _learn(stack: StackedModel, learned: Learned, run: Callable, prime: int, sam
         carried.forget()
         return run(rows, members)
 
+    def of_member(k: int, own: list[torch.Tensor], results: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [rows_of_one(k, one, both) for one, both in zip(own, results, strict=True)]
+
     def together() -> list[torch.Tensor]:
         operations.prime = prime
         operations.known, learned.modules = dict(known), dict(modules)
@@ -178,7 +181,7 @@ def _learn(stack: StackedModel, learned: Learned, run: Callable, prime: int, sam
                     culprit = _outside(stack.module, modules_on_the_way(error), learned.one_by_one)
                 else:
                     dtype = stack.plan.tensors[0].dtype
-                    if all(same(own, _rows_of(k, own, results), dtype) for k, own in enumerate(alone)):
+                    if all(same(own, of_member(k, own, results), dtype) for k, own in enumerate(alone)):
                         return
                     reason = reason or "it answers otherwise for members together than for each alone"
                     culprit = _first_to_differ(stack, answers, together, prime)
@@ -195,15 +198,6 @@ def _learn(stack: StackedModel, learned: Learned, run: Callable, prime: int, sam
 def _reason(error: Exception) -> str:
     text = next(iter(str(error).strip().splitlines()), "")
     return text if isinstance(error, Unsupported) else f"{type(error).__name__}: {text}"
-
-
-def _rows_of(k: int, alone: Sequence[torch.Tensor], together: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Member k's part of the results of two members; a tensor without rows is returned as is."""
-    found = []
-    for one, both in zip(alone, together, strict=True):
-        dim = next((d for d, (m, n) in enumerate(zip(one.shape, both.shape)) if n == 2 * m), None)  # noqa: B905
-        found.append(both if dim is None else both.narrow(dim, k * one.shape[dim], one.shape[dim]))
-    return found
 
 
 def _outside(root: torch.nn.Module, chain: Sequence[torch.nn.Module], one_by_one: set[str]) -> str | None:

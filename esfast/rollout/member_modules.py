@@ -224,13 +224,18 @@ def first_difference(alone: Sequence[Call], together: Sequence[Call]) -> str | N
     return None
 
 
+def rows_of_one(k: int, alone: torch.Tensor, both: torch.Tensor) -> torch.Tensor:
+    """Member k's part of a result for two members; `alone` is that of one. A result without rows is returned as is."""
+    dim = next((d for d, (m, n) in enumerate(zip(alone.shape, both.shape)) if n == 2 * m), None)  # noqa: B905
+    return both if dim is None else both.narrow(dim, k * alone.shape[dim], alone.shape[dim])
+
+
 def _agree(alone: Sequence[torch.Tensor], together: Sequence[torch.Tensor]) -> bool | None:
     """Whether the first half of the rows is the same as alone; None where they can't be compared."""
     if len(alone) != len(together):
         return None
     for one, both in zip(alone, together, strict=True):
-        dim = next((d for d, (m, n) in enumerate(zip(one.shape, both.shape)) if n == 2 * m), None)  # noqa: B905
-        both = both if dim is None else both.narrow(dim, 0, one.shape[dim])
+        both = rows_of_one(0, one, both)
         if one.shape != both.shape:
             return None
         if not one.is_floating_point():

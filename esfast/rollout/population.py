@@ -16,13 +16,14 @@ import torch
 from ..core.dtensors import in_shards
 from ..es.population import Member, Population
 from ..utils.errors import BadValue
+from ..utils.memory import total_memory
 from .adapters import is_peft
 from .dropping import Dropping, can_drop
 from .engine import TransformersEngine, is_small
 from .evaluator import SequentialEvaluator
-from .memory import peak_bytes, total_memory
+from .memory import peak_bytes
 from .probe import ALONE
-from .sampling import LogitsError, SeededSampling
+from .sampling import LogitsError
 from .stacked_model import StackedModel, Unsupported
 
 log = logging.getLogger(__name__)
@@ -238,11 +239,5 @@ class PopulationEvaluator:
         return [text if numbers else bad for text, numbers in zip(texts, fine, strict=True)]
 
     def _generate(self, rows: list[list[int]], count: int, seeds: Sequence[int] | None):
-        engine, sampling = self.engine, None
-        if engine._traits.carried is not None:
-            engine._traits.carried.forget()
-        if seeds is not None:
-            sampling = SeededSampling(
-                list(seeds) * count, engine.temperature, engine.max_new_tokens, engine.model.device
-            )
+        sampling = self.engine.begin_batch(None if seeds is None else list(seeds) * count)
         return self._way(rows * count, count, sampling)

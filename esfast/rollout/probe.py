@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from transformers import GenerationConfig, PretrainedConfig
 
 from ..core.finite import check_finite
 from ..utils.errors import BadValue
+from ..utils.memory import total_memory
 from .sampling import LogitsError
 
 log = logging.getLogger(__name__)
@@ -101,7 +101,7 @@ class Traits:
         """
         if self.bytes_fixed is None:
             return ROWS_UNKNOWN
-        return max(1, _memory(device) // 4 // max(1, self.bytes_fixed + self.bytes_per_token * tokens))
+        return max(1, total_memory(device) // 4 // max(1, self.bytes_fixed + self.bytes_per_token * tokens))
 
 
 def probe_texts(
@@ -286,10 +286,3 @@ def _tensors(value, seen: set[int]) -> Iterator[torch.Tensor]:
         mapping = value if isinstance(value, Mapping) else getattr(value, "__dict__", {})
         for each in value if isinstance(value, (list, tuple)) else mapping.values():
             yield from _tensors(each, seen)
-
-
-def _memory(device: torch.device) -> int:
-    """Bytes of the device's memory; for a CPU, of the machine's."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -155,7 +155,7 @@ class StackedModel:
         """In the block the module answers for the members that were written last. After it the parameters are back in
         their places, and the buffers are as before."""
         # What a language model's check has learned holds for all of its calls.
-        known = self._count == 1 or "generate" in self._learned.calls
+        known = self._count == 1 or "generate" in self.learned.calls
         hook = None if known else self.module.register_forward_pre_hook(self._before_call, with_kwargs=True)
         try:
             with unchanged_buffers(self.plan):
@@ -195,7 +195,7 @@ class StackedModel:
         Raises Unsupported, and any exception of the model when it generates a text. For other modules, and for one
         member, it does nothing; the first call finds out.
         """
-        learned = self._learned
+        learned = self.learned
         if self._count > 1 and "generate" not in learned.calls and callable(getattr(self.module, "generate", None)):
             check_language_model(self, learned)
             learned.calls.add("generate")
@@ -203,10 +203,6 @@ class StackedModel:
     @property
     def learned(self) -> Learned:
         """What is known about the module in its present state."""
-        return self._learned
-
-    @property
-    def _learned(self) -> Learned:
         first = self.plan.tensors[0]
         state = self._layout, first.dtype, first.device, self.module.training
         return _LEARNED.setdefault(self.module, {}).setdefault(state, Learned())
@@ -215,7 +211,7 @@ class StackedModel:
         if count == 1:
             self._places.put([stack[0] for stack in self._stacks])
             return
-        learned, stacks = self._learned, [stack[:count] for stack in self._stacks]
+        learned, stacks = self.learned, [stack[:count] for stack in self._stacks]
         names = map(label_of, self.plan.names)
         self._tensors = [MemberTensor.of(s, n, learned.operations) for s, n in zip(stacks, names, strict=True)]
         self._places.put(self._tensors)
@@ -237,7 +233,7 @@ class StackedModel:
 
     def _before_call(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
         """Before the module's first call with such arguments."""
-        learned, leaves = self._learned, tree_flatten((args, kwargs))[0]
+        learned, leaves = self.learned, tree_flatten((args, kwargs))[0]
         call = tuple(x.dim() if isinstance(x, torch.Tensor) else None for x in leaves)
         learning = learned.operations.prime is not None or not self._tensors
         if learning or call in learned.calls:

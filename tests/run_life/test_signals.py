@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from life import ROWS, bits, trainer, value
+from life import FEW, ROWS, bits, trainer, value
 
 from esfast import Plan
 from esfast.integrations import ray as fleet_of_ray
@@ -172,15 +172,7 @@ def test_the_command_is_ended_by_a_scheduler_and_goes_on(tmp_path):
         "100000",
         "--out",
         out,
-        "--population-size",
-        "2",
-        "--prompts-per-generation",
-        "2",
-        "--eval-prompts",
-        "2",
-        "--no-progress",
-        "--max-completion-length",
-        "2",
+        *FEW,
         "--reward-workers",
         "2",
         "--eval-every",
