@@ -156,7 +156,7 @@ def test_inplace_reports_its_drift():
 def test_auto_takes_the_most_exact_that_fits(dtype, share, mode, monkeypatch, caplog):
     plan = Plan([("a", torch.zeros(1000, dtype=dtype))])
     memory = share * plan.nbytes / w.WEIGHTS_SHARE
-    monkeypatch.setattr(w.os, "sysconf", lambda name: 1 if name == "SC_PAGE_SIZE" else memory)
+    monkeypatch.setattr(w, "total_memory", lambda device: memory)
     with caplog.at_level(logging.INFO):
         es = ES(plan, weights="auto")
     assert type(es.store) is MODES[mode] and f"takes {mode!r}" in caplog.text
