@@ -273,5 +273,5 @@ WAYS: dict[str, dict[str, Callable[[], Way]]] = {
 
 
 def ways(kind: str) -> dict[str, Way]:
-    """The ways for a kind of noise, for PyTorch's present number of threads."""
+    """Makes the contenders for a kind of noise, set up for PyTorch's present number of threads."""
     return {name: make() for name, make in WAYS[kind].items()}

@@ -93,7 +93,7 @@ def update(members: int, workers: int, costs: Costs) -> dict[str, float]:
 
 
 def _service(workers: int, costs: Costs) -> float:
-    """Seconds per request when the store also takes the signs of life of all workers."""
+    """Seconds per request when the store also receives the heartbeats of all workers."""
     idle = 1 - min(0.99, BEATS * workers * costs.operation / BEAT)
     return costs.operation / idle
 

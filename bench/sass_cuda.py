@@ -26,7 +26,7 @@ BUDGETS = {
 }
 # In a whole tile a thread stores four factors at once. Threads without weights, and slots without a factor, do less.
 LOW_RANK_TILE = Whole((".U16", "STS ["), ("STS.128", "LDS.128"), ("STG.E.128",))
-# Factors that a turn of the loop adds, csrc/cuda_low_rank.cuh's Factors.
+# Factors that one turn of the kernel's loop adds: `Factors` of csrc/cuda_low_rank.cuh.
 SLOTS = 4
 # Formats and rule in a kernel's mangled name: csrc/cuda_kernel.cu's add_noise_kernel<Src, Src, KIND, RULE>.
 _KERNEL = re.compile(r"add_noise_kernelINS_\d+(Float32|BFloat16|Float16)ES2_Lj([016])ELNS_4RuleE([01])E")

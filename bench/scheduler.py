@@ -123,10 +123,10 @@ class _Warp:
 
 
 def simulate(trace: list[Instruction], warps: int, resident: int, bytes_per_cycle: float, rounds: int = 6) -> dict:
-    """Lets `rounds` times the resident number of blocks pass through a scheduler; each block brings `warps` warps.
+    """Runs `rounds * resident` blocks through one scheduler, `resident` of them at a time, with `warps` warps a block.
 
-    Returns cycles per block in the steady state, and the fractions of them in which each pipe is busy and in which an
-    instruction is issued.
+    Returns the cycles per block in the steady state, and the fractions of these cycles in which each pipe is busy and
+    in which an instruction is issued.
     """
     total, begun, ended, now, issued = resident * rounds, 0, 0, 0, 0
     free = dict.fromkeys((*BUSY, "heavy", "light"), 0)

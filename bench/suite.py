@@ -278,12 +278,14 @@ class Suite:
 
 @contextlib.contextmanager
 def site_of(device: str, out: Path | None) -> Iterator[Site]:
-    """Makes a folder of links with the package as it is when installed: bench/ and kernels/ inside esfast/."""
+    """Makes a temporary folder of links that has the layout of the installed package: bench/ and kernels/ inside
+    esfast/."""
     with tempfile.TemporaryDirectory(prefix="esfast-suite-") as folder:
         tree = Path(folder) / "tree"
         (tree / "esfast").mkdir(parents=True)
         for path in [*(ROOT / "esfast").iterdir(), ROOT / "bench", ROOT / "kernels"]:
-            if path.suffix != ".so":  # those are made later, for a Python that may be another than before
+            # The extensions are built later, and perhaps for another Python.
+            if path.suffix != ".so":
                 (tree / "esfast" / path.name).symlink_to(path)
         for name in ("_cpu", "_cuda"):
             suffix = importlib.machinery.EXTENSION_SUFFIXES[0]

@@ -73,7 +73,9 @@ class Refused(Exception):
 
 
 def _train(name: str, folder: Path) -> dict:
-    """Trains, saves, loads and replays. BenchmarkError if something differs; Refused."""
+    """Trains a tiny model of the architecture, saves it, loads it, and replays its journal on the base model.
+
+    Raises BenchmarkError if weights or completions differ, Refused if ESTrainer refuses the model."""
     from .. import ESConfig, ESTrainer, Plan
     from ..journal.journal import replay
     from ..rollout.engine import TransformersEngine

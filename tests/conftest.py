@@ -1,4 +1,5 @@
-"""What every test runs under: repeatable examples, poisoned memory, the thread count as it was."""
+"""Settings of every test: hypothesis draws the same examples in every run, torch.empty gives NaN, and the number of
+threads is restored afterwards."""
 
 import logging
 import os
@@ -7,7 +8,8 @@ import hypothesis
 import pytest
 import torch
 
-if not torch.cuda.is_available():  # read when Triton is first imported: kernels are then interpreted
+# Triton reads this variable when it is first imported, and then interprets its kernels.
+if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 hypothesis.settings.register_profile(
@@ -19,7 +21,7 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("esfast")
 
-# Tests read what esfast logs; the command line shows it from this level on, whichever test runs it first.
+# Tests read what esfast logs. The command line sets this level; setting it here makes it hold in every order of tests.
 logging.getLogger("esfast").setLevel(logging.INFO)
 
 # Files whose tests take seconds to minutes each: they start processes and kill them, compile kernels or run them in an
@@ -44,7 +46,7 @@ INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """torch.empty gives NaN, so that a weight that nobody wrote is seen."""
+    """torch.empty gives NaN, so that a test notices a weight that was never written."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     filled = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)

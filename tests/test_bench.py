@@ -91,7 +91,8 @@ def test_provenance_is_complete(noise_run):
 
 
 def test_today_runs_less_often_when_its_time_is_up(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(memory, "STATUS", tmp_path / "none")  # not on Linux
+    # as on systems other than Linux, which have no such file
+    monkeypatch.setattr(memory, "STATUS", tmp_path / "none")
     path = tmp_path / "r.json"
     command = [*NOISE, "--dtypes", "float32", "--noise", "gaussian", "--today-seconds", "0", "--json", str(path)]
     assert main(command) == 0

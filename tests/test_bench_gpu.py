@@ -16,7 +16,8 @@ from esfast.bench import gpu, gpu_race, main, models, noise, rivals, tables
 from esfast.core.kinds import ELEMENTWISE, KINDS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BACKEND = "triton" if DEVICE == "cuda" else "cpu"  # interpreted kernels are too slow for every row
+# Without a GPU, Triton kernels are interpreted, which takes too long for every row of the benchmark.
+BACKEND = "triton" if DEVICE == "cuda" else "cpu"
 RUN = ["gpu", "--device", DEVICE, "--models", "tiny", "--backends", BACKEND, "--members", "3", "--repeats", "1"]
 PASSES = {
     "perturb_base": (1, 1),
@@ -121,7 +122,8 @@ def test_the_fused_rival_perturbs_all_weights(kind, dtype):
         pytest.skip(reason)
 
     big, small = weights(dtype)
-    big = big[3:]  # not aligned, and no multiple of a tile
+    # It begins at an unaligned address, and its length is no multiple of a tile.
+    big = big[3:]
     aligned = torch.full((2 * randn4x.TILE,), 0.5, dtype=dtype, device=DEVICE)
     plan = esfast.Plan([("a", big), ("b", small), ("c", aligned)])
     base = plan.clone()

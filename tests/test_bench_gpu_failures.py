@@ -13,7 +13,8 @@ from esfast.bench.isolated import isolated
 from esfast.core import ops
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BACKEND = "triton" if DEVICE == "cuda" else "cpu"  # interpreted kernels are too slow for every row
+# Without a GPU, Triton kernels are interpreted, which takes too long for every row of the benchmark.
+BACKEND = "triton" if DEVICE == "cuda" else "cpu"
 
 
 def job(**changes):

@@ -31,7 +31,7 @@ def one_thread(same_threads):
 
 @pytest.fixture(autouse=True)
 def small_pages(monkeypatch):
-    """A paged cache of 64 blocks: left to itself it takes most of the memory."""
+    """Limits the paged cache of continuous batching to 64 blocks. Without a limit it takes most of the memory."""
     settings = decoding._continuous_options()
     size = (
         {"page_size" if "page_size" in inspect.signature(settings).parameters else "block_size": 16} if settings else {}

@@ -294,7 +294,8 @@ def test_a_team_of_one_needs_no_store():
 
 
 def test_two_teams_over_one_store():
-    """Hand-out, exchange and reasons, with two members of a team in this process."""
+    """Two processes of a team, both played by this one, hand out members, exchange rewards, and tell each other why
+    they stop."""
     store = torch.distributed.HashStore()
     teams = [Team(store, rank, 2) for rank in range(2)]
     turns = [team.members("0", 5) for team in teams]

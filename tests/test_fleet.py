@@ -34,7 +34,7 @@ def test_the_store_is_a_queue():
     """All workers ask at once: the last is served when all requests before it are done."""
     costs = Costs(operation=0.01, round_trip=0.0, member=0.0, weights=0.0, bandwidth=math.inf)
     service = fleet._service(10, costs) * fleet.REQUESTS
-    assert service > 0.02  # signs of life take some of its time
+    assert service > 0.02  # heartbeats take some of the store's time
     end, wait = fleet.dynamic(np.full(10, 100.0), np.ones(10), costs)
     assert end == pytest.approx(100 + service * 11, rel=1e-9)  # 10 members, and the first to be told that none is left
     assert wait > service

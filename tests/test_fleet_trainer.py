@@ -269,7 +269,7 @@ def same_weights(path, other):
 
 
 def test_the_command_line_trains_a_fleet_resumes_it_and_leaves_it_when_it_is_done(folder, tmp_path, capsys, caplog):
-    """Checkpoints are asked for too: the journal holds all of a fleet's run, so there are none."""
+    """The options ask for checkpoints, but none may be written: a fleet's run resumes from the journal alone."""
     lines = [f'{{"prompt": "{i}+1=", "split": "{"test" if i < 2 else "train"}"}}\n' for i in range(6)]
     (tmp_path / "p.jsonl").write_text("".join(lines))
     run = tmp_path / "run"

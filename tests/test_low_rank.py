@@ -161,7 +161,8 @@ def test_a_whole_with_too_many_numbers_is_refused():
 
 
 def forge(target: int) -> str:
-    """An ASCII name whose CRC-32 is `target`: four last characters to fit, after a prefix for which they are ASCII."""
+    """An ASCII name whose CRC-32 is `target`. Any prefix has four last bytes that give this CRC; the function tries
+    prefixes until these bytes are ASCII characters."""
     entries = []
     for c in range(256):
         for _ in range(8):

@@ -145,7 +145,8 @@ def trainer(path, model, steps, lr=3e-3, data=8, **options):
 
 
 def test_the_trainer_takes_mezo_s_steps(tmp_path, same_bits):
-    """Against the same steps by hand: seeds, gradients, updates, to the bit; and the loss falls."""
+    """Compares seeds, gradients and updates, to the bit, with the same steps written out by hand. The loss must
+    fall."""
     model, wanted = opt(), opt()
     trained = trainer(tmp_path, model, 30, data=1)
     data = {k: v[:1] for k, v in batch().items()}

@@ -95,7 +95,7 @@ def test_an_optimizer_of_ones_own_goes_through_all(tmp_path, dtype, same_bits):
     assert same_bits(plan.tensors, es.plan.tensors)
     with pytest.raises(ValueError, match=r"optimizer \{'name': 'lion', 'beta': 0.75\}, this one has .*0.5"):
         ES(weights(dtype), optimizer=kind(0.5), journal=tmp_path / "j", resume=True, **options)
-    # who does not know it is told so, and nothing is changed
+    # A replay without the optimizer's class is refused by its name, and no weight changes.
     OPTIMIZERS.pop("lion")
     with pytest.raises(ValueError, match="got 'lion'.* known once its module is imported"):
         journal.replay(plan := Plan(weights(dtype)), tmp_path / "j")
@@ -103,7 +103,7 @@ def test_an_optimizer_of_ones_own_goes_through_all(tmp_path, dtype, same_bits):
 
 
 def test_one_that_needs_no_other_arithmetic_has_all_backends(same_bits):
-    """Steps along the mean of two generations: SGD's pass over the seeds of both."""
+    """The optimizer here averages two generations: one pass of SGD over the seeds of both."""
 
     @dataclass(frozen=True)
     class Twice(Optimizer, name="twice"):

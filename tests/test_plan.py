@@ -58,7 +58,7 @@ def test_tied_parameters_are_one_tensor(same_bits):
 
 
 def test_tied_tensors_of_pairs_are_one_tensor():
-    """State dicts give the same memory twice, as different tensor objects."""
+    """A state dict holds tied weights twice, as two tensor objects over the same memory."""
     model = Model(tied=True)
     pairs = [(n, t) for n, t in model.state_dict().items() if n != "positions"]
     assert len(pairs) == 8 and Plan(pairs).names == NAMES[:-1]

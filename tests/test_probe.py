@@ -90,7 +90,7 @@ def one_thread(same_threads):
 
 
 def greedy(model, prompt, count):
-    """One prompt, no batch, no padding, no cache: the definition."""
+    """The definition of greedy decoding: one prompt, without a batch, padding or a cache."""
     ids = TOKENIZER(prompt)["input_ids"]
     start = len(ids)
     with torch.no_grad():

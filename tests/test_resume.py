@@ -47,8 +47,9 @@ LONG = bool(os.environ.get("ESFAST_LONG_TESTS"))
     ],
 )
 def test_stopped_at_any_instant_it_resumes_to_the_same_bits(kills, stops, tmp_path):
-    """Runs of 1 to 3 processes, ended by SIGKILL or SIGTERM, and resumed with another number of processes, twice at the
-    same time: one wins. A checkpoint after every generation, so that some die while writing one."""
+    """Runs of 1 to 3 processes are ended by SIGKILL or SIGTERM. Two jobs, with another number of processes, then try to
+    resume each run at the same time: exactly one may win. Every generation writes a checkpoint, so some runs are killed
+    while writing one."""
     done = run_job("--drill", kills, stops, tmp_path, pause=0.01, checkpoint_every=1, generations=8)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])

@@ -31,7 +31,7 @@ def tiny():
 
 
 def greedy(model, tokenizer, prompt, max_new_tokens):
-    """One prompt, no batch, no padding, no cache: the definition."""
+    """The definition of greedy decoding: one prompt, without a batch, padding or a cache."""
     ids = tokenizer(prompt)["input_ids"]
     start = len(ids)
     with torch.no_grad():

@@ -150,7 +150,8 @@ GOLDS = [
     ({"answer": r"\boxed{42}"}, "42"),
     ({"answer": r"$\boxed 2$"}, "2"),
     ({"answer": r"Long words, then \boxed{(1,2]}."}, "(1,2]"),
-    ({"answer": "(1,234)"}, "(1,234)"),  # a point, or an interval
+    # A comma in parentheses may separate the ends of an interval, so it stays.
+    ({"answer": "(1,234)"}, "(1,234)"),
     ({"answer": "42%"}, "42%"),
     ({"answer": r"\text{Tuesday}"}, r"\text{Tuesday}"),
     ({"answer": r"\{1, 2\}"}, r"\{1, 2\}"),

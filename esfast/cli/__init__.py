@@ -1,7 +1,7 @@
 """The command line: esfast train | eval | report | replay | export | info | bench.
 
-Each command is a module of this package with `run(args)`. It is imported when the command runs, so that a help need not
-wait for torch.
+Each command is a module of this package with `run(args)`. It is imported when the command runs, so that `--help` need
+not wait for torch.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _A_BUG = (
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit status: 0 done, 1 failed, 2 unusable arguments, 128 + N ended by signal N.
 
-    An error that the user can mend becomes one line on stderr. Any other is a bug, whose traceback is shown.
+    An error that the user can mend becomes one line on stderr. Any other error is a bug, and its traceback is shown.
     """
     for stream in (sys.stdout, sys.stderr):
-        # A name that the locale can't encode is shown by its numbers, instead of ending the run.
+        # Characters that the locale can't encode are printed as escapes, instead of ending the run.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     _show_log()
@@ -41,11 +41,11 @@ def main(argv: list[str] | None = None) -> int:
             with _as_it_was():
                 return _run(sys.argv[1:] if argv is None else argv)
         finally:
-            # here, where an error of the output can be told from others, and not when Python ends
+            # Flush here, where an error of the output is caught, and not when Python ends.
             if sys.stdout is not None:
                 sys.stdout.flush()
     except OSError as error:
-        # Of stdout: the disk is full, or its reader has enough, as `head` has. What is left to write goes nowhere.
+        # stdout can't be written: the disk is full, or the reader of a pipe closed it, as `head` does. Drop the rest.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
             return 128 + signal.SIGPIPE
@@ -55,10 +55,10 @@ def main(argv: list[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _as_it_was() -> Iterator[None]:
-    """Python also looks for modules in the current folder meanwhile, as with `python -m`; reward workers get this path.
-    Afterwards the process is as it was before: somebody may call `main` in a process of his own."""
+    """Adds the current folder to sys.path for the time of a command, as `python -m` does; reward workers get this path.
+    Afterwards everything that a command changes in the process is undone, since a program may call `main`."""
     before = list(sys.path)
-    # There is none if it was deleted.
+    # The current folder may have been deleted.
     with contextlib.suppress(FileNotFoundError):
         sys.path += [here] if (here := os.getcwd()) not in sys.path else []
     try:
@@ -101,7 +101,7 @@ def _has_no_reader(stream) -> bool:
 
 
 class _Line(logging.Formatter):
-    """Says of a warning that it is one; information goes without a name."""
+    """Puts `esfast:` before each line, and the level before a warning or an error."""
 
     def format(self, record: logging.LogRecord) -> str:
         level = f"{record.levelname.lower()}: " if record.levelno > logging.INFO else ""

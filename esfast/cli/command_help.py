@@ -1,5 +1,5 @@
-"""How the help of every command looks: what it does, its options with their defaults, examples at the end; and what is
-said of options that it does not have."""
+"""The help of every command (a description, options with their defaults, examples at the end), and the error for an
+unknown option."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ EXAMPLES = "examples:\n"
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, and which names the closest option for one that it does not know."""
+    """A parser whose errors are one line. For an unknown option the error names the closest known one."""
 
     def parse_known_args(self, args=None, namespace=None):
         found, unknown = super().parse_known_args(args, namespace)
@@ -42,7 +42,7 @@ class Formatter(argparse.HelpFormatter):
 
 
 def help_options(description: str, *examples: str) -> dict[str, Any]:
-    """What an ArgumentParser with such a help is made with. An example may be followed by two spaces and a remark."""
+    """Keyword arguments for an ArgumentParser with such a help. A remark may follow an example, after two spaces."""
     return {
         "description": description,
         "epilog": EXAMPLES + "\n".join(f"  {line}" for line in examples),

@@ -1,4 +1,4 @@
-"""What a run folder says of its run, for a command that goes on with the run or asks its model."""
+"""Reads a run's settings from its folder, for a command that resumes the run or evaluates its model."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from ..trainer.run_folder import RunFolder
 from ..utils.errors import BadValue, FileMissing
 from .run_options import as_flag, read_yaml
 
-# Of RunOptions, what a resumed run may not change. What its model and its data are, the trainer compares.
+# Fields of RunOptions that a resumed run may not change. The trainer itself compares the model and the data.
 _FIXED = ("task", "style", "train_prompts", "reward")
-# What is of the processes that were started, and of their machine, and not of the run.
+# Fields that belong to the machine and to the processes of one start, not to the run.
 _OF_THE_LAUNCH = ("device", "tensor_parallel_size")
 _OF_THE_TASK = "task style data reward reward_weights max_completion_length chat_template_kwargs".split()
 
 
 def resumed(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of a run to resume: those that were given, and all others from its folder, if a run is there.
+    """Settings of a run to resume: the given ones, and all others from its folder, if that holds a run.
 
-    ValueError if they contradict the run's, and for a run of ESTrainer's, whose model and rewards no file names."""
+    Raises ValueError if a given setting contradicts the run's, or if neither names a task: the folder of an ESTrainer
+    does not hold the task, since that is an object of somebody's program."""
     if "output_dir" not in given:
         raise BadValue("--resume: name the folder of the run with --out")
     folder = Path(given["output_dir"])
@@ -40,12 +41,12 @@ def resumed(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def run_of(model: str) -> Path | None:
-    """The run folder of a model, which lies in it (model/, best/) or is named by it; None if there is none."""
+    """The run folder that `model` names, or that holds it as model/ or best/; None if there is none."""
     return next((p for p in (Path(model), Path(model).parent) if _is_run(p)), None)
 
 
 def model_in(path: str) -> str:
-    """The path itself, or of a run folder the path of its model. FileNotFoundError if it has none yet."""
+    """The path itself; for a run folder the path of the model in it. FileNotFoundError if the run has no model yet."""
     if not _is_run(Path(path)):
         return path
     for name in ("model", "best"):
@@ -59,9 +60,9 @@ def _is_run(path: Path) -> bool:
 
 
 def asked_of(run: Path, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What the run's model was trained on, less what was given; only that if it is another task.
+    """The run's settings of its task, overridden by those in `given`. If `given` names another task, only `given`.
 
-    ValueError if the folder doesn't name the task, as ESTrainer's don't, and none was given."""
+    Raises ValueError if neither names a task, as for a folder that ESTrainer wrote."""
     found = {name: value for name, value in read_yaml(run / "config.yaml").items() if name in _OF_THE_TASK}
     if "task" not in found and "task" not in given:
         raise BadValue(

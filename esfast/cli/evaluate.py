@@ -34,7 +34,8 @@ def run(args: argparse.Namespace) -> None:
     for path in args.models or [None]:
         options = run_options({**settings, "model": path and model_in(path)})
         task = task_of(options)
-        settings |= {"task": options.task, "style": options.style}  # the first model's, so that all are asked the same
+        # The first model decides, so that all models get the same prompts.
+        settings |= {"task": options.task, "style": options.style}
         rows = task.eval_rows(args.samples)
         if not rows:
             raise BadValue(f"no problems of {options.data or options.task} are held out")
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    """Those that were given; the others are those of the first run of which a model is asked."""
+    """The given settings, completed by those of the first model that lies in a run folder."""
     given = {name: getattr(args, name) for name in EVAL_SETTINGS if hasattr(args, name)}
     runs = [run for path in args.models or () if (run := run_of(path)) is not None]
     settings = asked_of(runs[0], given) if runs else given
@@ -76,7 +77,8 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _that_fits(length: int, longest: int, limit: int | None) -> int:
-    """The length, or what a context of `limit` tokens leaves beside the longest prompt, with a warning."""
+    """`length`, or if the context of `limit` tokens has no room for it after the longest prompt, the room that there
+    is; then with a warning."""
     if limit is None or longest + length <= limit or longest >= limit:
         return length
     log.warning(

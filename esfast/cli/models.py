@@ -1,4 +1,4 @@
-"""What the commands share: the task, the device and the model that their options name."""
+"""Shared by the commands: the task, the device and the model that options name."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from ..distributed.team import Team
     from .run_options import RunOptions
 
-# What a command changes of the process, and `main` undoes when it is done.
+# Undoes what a command changed in the process; `main` closes it after the command.
 AFTERWARDS = contextlib.ExitStack()
 
 
 def task_of(run: RunOptions):
-    """The task; fills in what the options leave to the model: its task, and the style of its prompts."""
+    """The task. If the options leave task and style of prompts open, the model's own are filled in."""
     from .. import tasks
     from ..tasks import embedded
 
@@ -51,7 +51,7 @@ def _check_device(name: str) -> None:
 
     try:
         device = torch.device(name)
-        # CUDA is not initialized for the question: that is for the process which computes there
+        # Don't initialize CUDA for this question; that is left to the process that computes on the GPU.
         if device.type == "cuda" and (device.index or 0) < torch.cuda.device_count():
             return
         torch.zeros(1, device=device).item()
@@ -62,7 +62,8 @@ def _check_device(name: str) -> None:
 
 
 def load(args: argparse.Namespace | RunOptions, team: Team | None = None):
-    """Model and tokenizer, on the device; of a model that processes of the team hold together, this one's part."""
+    """Loads the model onto the device, and its tokenizer. If processes hold the model together, loads this one's
+    shard."""
     import torch
     from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
@@ -70,7 +71,7 @@ def load(args: argparse.Namespace | RunOptions, team: Team | None = None):
     from ..rollout.models import load_model, load_tokenizer
     from ..tasks import embedded
 
-    # those of loading and saving would tear that of the training
+    # Transformers' progress bars, for loading and saving, would break up the one of the training.
     if is_progress_bar_enabled():
         AFTERWARDS.callback(enable_progress_bar)
     disable_progress_bar()
@@ -85,7 +86,7 @@ def load(args: argparse.Namespace | RunOptions, team: Team | None = None):
     else:
         model.to(device)
     if is_small(model):
-        # for perturbing it, too
+        # The engine does this for generating; here it also holds for perturbing.
         AFTERWARDS.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(1)
     return model, load_tokenizer(path)

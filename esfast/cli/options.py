@@ -30,9 +30,10 @@ def real(text: str) -> float:
     return number("", text)
 
 
-# argparse's errors name them
+# Errors of argparse name a type by these.
 integer.__name__, real.__name__ = "int", "float"
-# What is read here, and how the help writes the value; dicts are read with all other settings.
+# For each type, the function that reads it, and its value's name in the help. A dict stays text here: settings that
+# come from anywhere are converted in one place, esfast.utils.settings.
 _READ: dict[type, tuple[Callable[[str], Any], str]] = {int: (integer, "N"), float: (real, "X"), dict: (str, "JSON")}
 
 

@@ -186,5 +186,5 @@ def _add_replay_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _command(name: str) -> Callable[[argparse.Namespace], int | None]:
-    """The `run` of the module of that name, which is imported when the command runs."""
+    """A function that imports the module of this name, when the command runs, and calls its `run`."""
     return lambda args: import_module(f".{name}", __package__).run(args)

@@ -18,7 +18,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _place(runs: list[str]) -> Path:
-    """report.html in the current folder, or beside it if that is one of the runs: their folders stay as they are."""
+    """report.html in the current folder. If the current folder is one of the runs, a file beside it, since run folders
+    are not written to."""
     here = Path.cwd()
     if any(Path(run).resolve() == here for run in runs):
         return here.parent / f"{here.name}-report.html"

@@ -1,7 +1,7 @@
-"""Everything that a run of `esfast train` can be told: what to tune on what (RunOptions) and how (ESConfig).
+"""All settings of `esfast train`: RunOptions says which model to tune on which task, ESConfig how.
 
-The options of the command line, the keys of a YAML file and the fields of these two dataclasses are the same names,
-documented once, where they are defined.
+The options of the command line, the keys of a YAML file and the fields of these two dataclasses have the same names.
+Each is documented once, where it is defined.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class RunOptions:
     def __post_init__(self):
         convert_fields(self)
         for name in ("model", "task", "data", "device"):
-            # as a variable of the shell that is not set leaves it
+            # An empty text comes from a shell variable that is not set.
             if getattr(self, name) == "":
                 raise BadValue(f"RunOptions.{name}: expected a name, got an empty text")
         for name in ("train_prompts", "num_engines", "tensor_parallel_size"):
@@ -74,14 +74,16 @@ class RunOptions:
                 check_int(name, getattr(self, name), 1, 2**31)
 
 
-# What `esfast train` changes of ESConfig's defaults; a text where it depends on the task.
+# Defaults of `esfast train` that differ from ESConfig's. Where the task decides, a text for the help.
 TRAIN_DEFAULTS: dict[str, Any] = {
     "output_dir": "runs/TASK-DATE-TIME",
     "max_completion_length": "the task's",
-    "reward_workers": 1,  # tasks' rewards are functions of a module, and of their arguments alone
+    # A worker can import the rewards of tasks: they are functions of a module that use nothing but their arguments.
+    "reward_workers": 1,
 }
 
-GROUPS = {  # of options in the help, each by its first one
+# Titles of groups of options in the help; the key is the first option of the group.
+GROUPS = {
     "model": "model and task",
     "output_dir": "run",
     "population_size": "evolution strategies (defaults: the paper's for Countdown; the embedded model has its own)",
@@ -98,7 +100,8 @@ FIELDS = {f.name: f for owner in SETTINGS for f in dataclasses.fields(owner)}
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Settings from a YAML file, such as a run folder's config.yaml or the output of --print-config.
 
-    Raises FileNotFoundError; ValueError for what is no mapping, or for unknown keys, with the closest known one.
+    Raises FileNotFoundError, or ValueError if the file is no mapping or has an unknown key (the message names the
+    closest known one).
     """
     try:
         settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -118,19 +121,19 @@ def dump(*parts: RunOptions | ESConfig) -> str:
 
 
 def in_flags(message: str) -> str:
-    """An error's message with the options' names for the settings that it speaks of."""
+    """An error's message in which settings have the names of their options: `--lr-schedule` for `lr_schedule`."""
     message = re.sub(r"\b(?:ESConfig|RunOptions)\.(\w+)", lambda m: as_flag(m[1]) if m[1] in FIELDS else m[0], message)
     message = re.sub(r"\Aresume: the run has (\w+) ", lambda m: f"{as_flag(m[1])}: the run has ", message)
     message = re.sub(r"\A(\w+):", lambda m: f"{as_flag(m[1])}:" if m[1] in FIELDS else m[0], message)
     long = {**{name: name for name in FIELDS if "_" in name}, "max_new_tokens": "max_completion_length"}
     names = "|".join(sorted(long, key=len, reverse=True))
-    # not of a path or of a text in quotes
+    # Names in a path or in quotes stay as they are.
     return re.sub(rf"(?<![\w/.'\"-])(?:{names})(?![\w/'\"-])(?!\.\w)", lambda m: as_flag(long[m[0]]), message)
 
 
 def given(args: argparse.Namespace) -> dict[str, Any]:
-    """What the command line, the file of --config and the --preset say, in this order of precedence, each value
-    converted to its field's type. TypeError or ValueError names a setting of another type or choice."""
+    """The settings that were given: by the command line, the file of --config and the --preset, in this order of
+    precedence. Each is converted to its field's type; TypeError or ValueError names one that can't be."""
     settings = preset(args.preset) if args.preset else {}
     settings |= read_yaml(args.config) if args.config else {}
     settings |= {name: getattr(args, name) for name in FIELDS if hasattr(args, name)}

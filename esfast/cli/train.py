@@ -41,21 +41,23 @@ def run(args: argparse.Namespace) -> None:
         raise BadValue("--engine vllm: one process trains, without torchrun; --num-engines says how many engines")
     if team.size > 1 and "output_dir" not in settings:
         raise BadValue("--out: give the run folder: with several processes a restart must find it again")
-    if team.rank == 0:  # before minutes of loading
+    # Claim the folder first: loading may take minutes.
+    if team.rank == 0:
         with team.telling():
             check_writable("--out", settings.get("output_dir", "runs"), folder=True)
             if "output_dir" in settings:
                 RunFolder.claim(settings["output_dir"], settings.get("resume", False) or team.restarted)
     task = task_of(options)
     config = es_config(_defaults(options, task) | settings)
-    # what the trainer would refuse after minutes of loading
+    # Refuse now what the trainer would refuse after minutes of loading.
     open_rewards(list(task.reward_funcs), {}, config.reward_weights)
     require(config.report_to)
     eval_rows = task.eval_rows(config.eval_prompts)
     if not eval_rows:
         log.warning("no problems of %s are held out, so nothing is evaluated", options.data or options.task)
     began = time.perf_counter()
-    if options.model is None:  # one process makes it, the others find it
+    # One process makes the embedded model, the others find it.
+    if options.model is None:
         team.broadcast_from_rank0("embedded model", lambda: str(embedded.cached(task=options.task)).encode())
     data: dict[str, Any] = {
         "train_dataset": task.train_dataset(config.seed),
@@ -93,9 +95,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _defaults(options: RunOptions, task) -> dict:
-    """What the task and the embedded model change of ESConfig's defaults."""
+    """Defaults that the command, the task and the embedded model set in place of ESConfig's."""
     return TRAIN_DEFAULTS | {
-        # random digits: two runs that start in one second are two runs
+        # The random digits keep apart two runs that start in the same second.
         "output_dir": f"runs/{task.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}",
         "max_completion_length": task.max_new_tokens,
         **task.settings,

@@ -1,7 +1,7 @@
 """add_noise_ as a torch custom op, for code that torch.compile traces. Eager calls skip the dispatcher.
 
-The op gets the tensors and the number of their plan, which knows their names and places. Functionalisation may pass
-copies of the tensors instead; the op then works on the copies.
+The op gets the tensors and the number of their plan, which knows the tensors' names and slices. PyTorch may pass copies
+of the tensors (functionalisation); the op then works on the copies.
 """
 
 from __future__ import annotations
@@ -50,17 +50,18 @@ def _(tensors, base, plan, seeds, coeffs, noise, rounding, backend, decay, rank=
 
 
 def _over(plan: Plan, tensors: Sequence[torch.Tensor]) -> Plan:
-    """The plan itself if the tensors are its own; otherwise a plan of the same names and places over these tensors."""
+    """The plan itself if the tensors are its own; otherwise a plan of the same names and slices over these tensors."""
     if [t.data_ptr() for t in tensors] == [t.data_ptr() for t in plan._tensors]:
         return plan
     return Plan([(e.name, t, e.window) for e, t in zip(plan.entries, tensors, strict=True)])
 
 
 def traced(plan: Plan, seeds, coeffs, base, noise, rounding, backend, decay, anchor, adam, rank) -> None:
-    """What add_noise_ does while torch.compile traces it."""
+    """Takes the place of `add_noise_` while torch.compile traces: records a call of the custom op."""
     if anchor is not None or adam is not None or plan.low is not None or (base is not None and base.low is not None):
         raise BadState("add_noise_: under torch.compile without anchor, adam and split masters; call it outside")
-    signed = [int(s) - 2**64 if int(s) >= 2**63 else int(s) for s in seeds]  # an op's ints have 64 bits with sign
+    # The ints of an op are signed 64-bit numbers.
+    signed = [int(s) - 2**64 if int(s) >= 2**63 else int(s) for s in seeds]
     add_noise_op(
         plan._tensors,
         base._tensors if base is not None and base is not plan else [],

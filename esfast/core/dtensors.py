@@ -19,25 +19,25 @@ from .segments import Entry, Slice
 
 
 def is_dtensor(tensor: torch.Tensor) -> bool:
-    # Importing this module takes 0.5 s. If there is a DTensor, it is imported already.
+    # Importing torch.distributed.tensor takes 0.5 s. If a DTensor exists, it is imported already.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def _dtensor(tensor: torch.Tensor) -> Any:
-    """The tensor, which is a DTensor: torch.Tensor does not declare what that has."""
+    """The DTensor `tensor`, for the type checker: torch.Tensor does not declare a DTensor's attributes."""
     return tensor
 
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """What `to_local()` of a DTensor gives, without its 10 us of autograd."""
+    """The local tensor of a DTensor. `to_local()` gives the same, but autograd makes it take 10 us."""
     return _dtensor(tensor)._local_tensor
 
 
 def local_entries(e: Entry) -> list[Entry]:
     """The part of a DTensor on this rank, as a list of slices, mostly one. An empty shard counts as a slice.
 
-    `e.window` says where the whole DTensor lies in a larger tensor, if it is a part of a fused one.
+    If the whole DTensor is a part of a larger, fused tensor, `e.window` says which part.
 
     Raises:
         TypeError: a placement that is neither Shard nor Replicate, such as Partial.
@@ -68,9 +68,9 @@ def local_entries(e: Entry) -> list[Entry]:
 def _spans(e: Entry) -> list[list[tuple[int, int]]]:
     """For each dimension of a DTensor: (start, length) of the pieces on this rank, in the order of local memory.
 
-    Placements apply from left to right. Shard(d) takes one of torch.chunk's chunks; _StridedShard(d, split_factor=k)
-    one of each of k equal parts: that is how FSDP2 cuts what tensor parallelism has cut already, and how the halves of
-    a fused gate_up matrix are cut.
+    Placements apply from left to right. Shard(d) takes one of torch.chunk's chunks of dimension d. _StridedShard(d,
+    split_factor=k) first divides the dimension into k equal parts and takes a chunk of each: so FSDP2 cuts what tensor
+    parallelism has cut already, and so the halves of a fused gate_up matrix are cut.
     """
     tensor = _dtensor(e.tensor)
     mesh, coordinate = tensor.device_mesh, tensor.device_mesh.get_coordinate()
@@ -172,7 +172,7 @@ def gather(dtensors: Sequence[torch.Tensor], mine: dict) -> dict:
     """
     groups = dict.fromkeys(group for t in dtensors for group in _dtensor(t).device_mesh.get_all_groups())
     conflict = None
-    # One dimension after another: after the last one, every rank has the values of all.
+    # Merge along one dimension of the mesh after another. After the last one, every rank has the values of all.
     for group in groups:
         told: list[Any] = [None] * torch.distributed.get_world_size(group)
         torch.distributed.all_gather_object(told, (mine, conflict), group=group)

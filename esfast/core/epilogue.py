@@ -27,7 +27,7 @@ class Epilogue(abc.ABC):
     next to `adam` in csrc/noise.h (CPU and CUDA) and kernels/add_noise.py (Triton).
 
     buffers: float32 (k, plan.flat_numel) on the plan's device, any k; `apply` changes them.
-    has_kernels: whether all backends have it; else the reference backend alone.
+    has_kernels: whether every backend implements it. If not, only the reference backend runs it.
     """
 
     has_kernels: ClassVar[bool] = False

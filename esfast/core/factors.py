@@ -49,8 +49,8 @@ def low_rank_factors(
 
 
 class FactorBuffers:
-    """Buffers for the factors of a plan's matrices, checked once, to be written for one member after another; see
-    `low_rank_factors`."""
+    """Buffers for the low-rank factors of a plan's matrices. They are checked once; `write` then fills them with the
+    factors of one member after another. See `low_rank_factors`."""
 
     def __init__(self, plan: Plan, rank: int, out: Mapping[str, tuple[torch.Tensor, torch.Tensor]]):
         if not isinstance(plan, Plan):
@@ -61,7 +61,7 @@ class FactorBuffers:
         by_name: dict[str, list[Entry]] = {}
         for e in plan.entries:
             by_name.setdefault(e.name, []).append(e)
-        # for its checks: no two factors may have the same numbers
+        # The table itself is not used here; making it checks that no two factors have the same numbers.
         plan.table(matrices=True)
         items = [item for name, buffers in out.items() for item in self._items(name, by_name, buffers)]
         both = Plan(items)
@@ -70,7 +70,7 @@ class FactorBuffers:
         self.a, self.b = both.subset(range(0, len(items), 2)), both.subset(range(1, len(items), 2))
 
     def _items(self, name: str, by_name: Mapping[str, list[Entry]], buffers) -> list[tuple]:
-        """(name, buffer, Slice) of factors A and B."""
+        """Checks the buffers of one matrix; returns (name, buffer, Slice) of factors A and B, for a Plan."""
         if name not in by_name:
             raise BadValue(f"out: {unknown('tensor', name, by_name)}")
         entry, *others = by_name[name]
@@ -85,7 +85,7 @@ class FactorBuffers:
         if not isinstance(buffers, (tuple, list)) or len(buffers) != 2:
             raise BadType(f"out: expected a pair of buffers (a, b) for {name!r}, got {buffers!r:.80}")
         dims = range(len(window.shape))
-        # A has the rows, B the columns, and both have a batch's first dimension
+        # A has the matrix's rows, B its columns. Both have the first dimension of a batch.
         rows = 1 if len(dims) == 3 else 0
         kept = [dims[: rows + 1], [d for d in dims if d != rows]]
         rank, items = self.rank, []

@@ -48,7 +48,8 @@ def _sum(bits: torch.Tensor, name: str, window: Slice, buffer: torch.Tensor) -> 
     if bits.dim() == 0:
         bits, window = bits.view(1), Slice((1,), (0,))
     whole, offset = window.shape, window.offset
-    outer = [int(np.prod(whole[d + 1 : -1], dtype=object)) for d in range(len(whole) - 1)]  # rows of the whole per step
+    # How many rows of the whole tensor a step along each dimension passes over.
+    outer = [int(np.prod(whole[d + 1 : -1], dtype=object)) for d in range(len(whole) - 1)]
     seed = _mix(np.array([tensor_id(name)], dtype=np.uint64))
     columns = bits.shape[-1]
     width = min(columns, len(buffer))
@@ -72,10 +73,11 @@ def _sum(bits: torch.Tensor, name: str, window: Slice, buffer: torch.Tensor) -> 
 
 
 def _matrices(bits: torch.Tensor, start: int = 0) -> Iterator[tuple[torch.Tensor, int]]:
-    """The tensor as matrices, without a copy, each with the number of its first row."""
+    """Yields the tensor as matrices, without a copy, each with the number of its first row."""
     try:
         yield bits.view(-1, bits.shape[-1]), start
-    except RuntimeError:  # of strides that no two dimensions have
+    # The strides do not allow a view with two dimensions.
+    except RuntimeError:
         for i, part in enumerate(bits):
             yield from _matrices(part, start + i * (part.numel() // part.shape[-1]))
 

@@ -23,7 +23,7 @@ def check_finite(named: Iterable[tuple[str, torch.Tensor]]) -> None:
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
-    # a NaN anywhere makes both of them NaN, and unlike a sum they don't overflow
+    # Minimum and maximum are NaN if any weight is, and unlike a sum they can't overflow.
     least, most = torch.aminmax(tensor.detach())
     return bool(torch.isfinite(least) and torch.isfinite(most))
 

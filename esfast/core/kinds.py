@@ -40,8 +40,9 @@ USES = {
 }
 DOMAINS = {name: use.domain for name, use in USES.items()}
 NUMBERS_PER_BLOCK = {name: use.numbers for name, use in USES.items()}
-# Kinds of noise; of the first ones an element's noise depends on its number, but not on its tensor's shape.
+# Kinds whose noise of an element depends on the element's number, and not on the tensor's shape.
 ELEMENTWISE = ["gaussian", "rademacher"]
+# All kinds of noise.
 KINDS = [*ELEMENTWISE, "low_rank"]
 MAX_RANK = 256
 # Kinds that `add_kind` added: (the four words of each element's block, its place in the block) -> its noise.

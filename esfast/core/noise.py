@@ -87,7 +87,7 @@ def noise_at(seed: int, name: str, index: np.ndarray, kind: str = "gaussian") ->
     if kind == "low_rank":
         raise BadValue("noise: 'low_rank' noise of an element depends on the tensor's shape; ask esfast.noise for it")
     index = np.asarray(index, dtype=np.uint64)
-    # An array: NumPy warns when a scalar overflows, but not for arrays.
+    # Compute a single element as an array: NumPy warns when a scalar overflows, and not when an array does.
     if index.ndim == 0:
         return noise_at(seed, name, index[None], kind)[0]
     block, lane = np.divmod(index, np.uint64(NUMBERS_PER_BLOCK[kind]))

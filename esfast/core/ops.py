@@ -28,8 +28,10 @@ class Call:
     """A call of add_noise_ whose arguments are checked, as every backend gets it."""
 
     plan: Plan
-    seeds: np.ndarray | torch.Tensor  # uint64 (int64 on the device)
-    coeffs: np.ndarray | torch.Tensor  # float32
+    # (K,): a uint64 array, or an int64 tensor on the device with the same bits
+    seeds: np.ndarray | torch.Tensor
+    # (K,): a float32 array, or a float32 tensor on the device
+    coeffs: np.ndarray | torch.Tensor
     base: Plan | None = None
     kind: str = "gaussian"
     stochastic: bool = False
@@ -40,13 +42,13 @@ class Call:
 
     @property
     def adam(self) -> AdamStep | None:
-        """The epilogue, as kernels know it."""
+        """The epilogue if it is Adam's, the only one that kernels have; else None."""
         return self.epilogue if isinstance(self.epilogue, AdamStep) else None
 
     # Cached: checking whether memory moved takes 22 us for 400 tensors.
     @functools.cached_property
     def table(self) -> Table:
-        # restoring needs no factors, and is done in longer rows without them
+        # Restoring needs no factors, and a table that is not cut for them has longer rows.
         return self.plan.table(self.base, self.anchor, self.kind == "low_rank" and len(self.seeds) > 0)
 
     @property
@@ -56,7 +58,7 @@ class Call:
 
     @property
     def needs_extras(self) -> bool:
-        """Whether it reads an anchor or a flat buffer."""
+        """Whether the call reads an anchor or a flat buffer."""
         return self.low is not None or self.epilogue is not None or (bool(self.decay) and self.anchor is not None)
 
     @property

@@ -19,7 +19,8 @@ from .segments import BFLOAT16, FLOAT16, FLOAT32, SPLIT, Entry, Slice, Table, ch
 __all__ = ["Entry", "Plan", "Slice"]
 
 _Formats = dict[int, tuple[int, ...]]
-# By the format that is written: what it may be computed from, and what it may decay to.
+# For each format of weights: formats of the base that they may be computed from, and of the anchor that they may decay
+# to.
 _BASES: _Formats = {FLOAT32: (FLOAT32,), BFLOAT16: (BFLOAT16, SPLIT, FLOAT32), FLOAT16: (FLOAT16, FLOAT32), SPLIT: ()}
 _ANCHORS: _Formats = {FLOAT32: (FLOAT32,), BFLOAT16: (BFLOAT16,), FLOAT16: (FLOAT16,), SPLIT: (BFLOAT16,)}
 PLANS: weakref.WeakValueDictionary[int, Plan] = weakref.WeakValueDictionary()

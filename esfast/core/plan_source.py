@@ -15,11 +15,13 @@ from ..utils.unwrap import named_parameters
 from .noise import check_int, factor_names, matrices_of, tensor_id
 from .segments import FORMATS, Entry, Slice, describe
 
-MAX_NUMEL = 2**62  # of a whole: tiles end behind the last element, and their numbers must fit an int64
+# Elements of a whole tensor, at most. The last tile may end beyond the last element, and its numbers must fit an int64.
+MAX_NUMEL = 2**62
 
 
 def entries(source) -> list[Entry]:
-    """The tensors of a module, or of (name, tensor) or (name, tensor, Slice). TypeError or ValueError for others."""
+    """The entries of a module, or of an iterable of (name, tensor) or (name, tensor, Slice). TypeError or ValueError
+    for anything else."""
     if isinstance(source, torch.nn.Module):
         items: Iterable = named_parameters(source)
     elif isinstance(source, Iterable) and not isinstance(source, (torch.Tensor, str, dict)):

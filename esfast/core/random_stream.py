@@ -1,8 +1,8 @@
 """Random numbers that a run draws besides its noise: the order of its rows, and the problems that tasks make up.
 
-They come from Philox, as the noise does, and are frozen as it is: with the same seed the same rows come in the same
-order under any version of Python and NumPy, whose own generators promise no such thing. DRAWS_VERSION names what this
-module and its users draw; a run folder holds it (identity.json), so that a run that goes on elsewhere can tell.
+They come from Philox, and are frozen, as the noise is: the same seed gives the same rows in the same order with any
+version of Python and NumPy, whose own generators do not promise this. DRAWS_VERSION is the version of these draws. A
+run folder holds it (identity.json), so that a resumed run notices if its rows would now be drawn differently.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class RandomStream:
 
 
 def _words(seed: int, domain: int, index: int) -> Iterator[int]:
-    # Philox calls at once: few at first, as many streams are short.
+    # The number of Philox calls made at once. It begins small, since many streams are short.
     block, blocks = 0, 16
     while True:
         drawn = philox(seed, np.arange(block, block + blocks), index, domain)

@@ -131,12 +131,14 @@ def lay_out(entries: list[Entry]) -> tuple[list[Entry], int]:
 
 
 def _segments(dst: Entry, src: Entry, anchor: Entry | None, matrices: bool = False) -> list[tuple[int, ...]]:
-    """The tensor as matrices whose rows are contiguous in all memories and in the numbering of the whole.
+    """Divides a tensor into matrices whose rows are contiguous in every memory and in the numbering of the whole
+    tensor.
 
-    Each dimension is (size, strides), where the strides are those in dst, in src, in the anchor, in the numbering, in
-    the flat buffers, and in factors A and B of low-rank noise, 0 where that does not matter. A dimension that continues
-    the next one in all of them is merged with it. Columns are the last one if it is contiguous, rows the last of the
-    others along which B stays the same; what is left beyond a matrix is enumerated.
+    A dimension is held as (size, strides). Its strides are those in dst, in src, in the anchor, in the numbering, in
+    the flat buffers, and in factors A and B of low-rank noise; a stride that does not matter is 0. Neighbouring
+    dimensions are merged if one continues the other in all of these. The last dimension becomes the columns, if it is
+    contiguous. Of the others, the last one along which B stays the same becomes the rows. The rest is enumerated: one
+    matrix for each index into the remaining dimensions.
     """
     shape, window, tensors = dst.tensor.shape, dst.window, [e.tensor for e in (dst, src, anchor or dst)]
     numbering, flat = _row_major(window.shape), _row_major(shape)
@@ -155,7 +157,7 @@ def _segments(dst: Entry, src: Entry, anchor: Entry | None, matrices: bool = Fal
     row_strides: Sequence[int] = (0,) * 7
     if dims and dims[-1][1:7] == (1, 1, 1, 1, 1, 0):
         cols = dims.pop()[0]
-    # without columns: rows of one element
+    # If no dimension is contiguous, each row has one element.
     if along := [d for d, dim in enumerate(dims) if dim[7] == 0]:
         rows, *row_strides = dims.pop(along[-1])
     if math.prod(d[0] for d in dims) > MAX_SEGMENTS_PER_TENSOR:
@@ -231,7 +233,7 @@ def check_overlap(entries: list[Entry], *tables: Table) -> None:
     suspect |= (rows > 1) & (stride < length)
     if not suspect.any():
         return
-    # an extent that meets an earlier one may meet it across others: take all that lie under any suspect's extent
+    # The suspects so far may overlap with tensors in between: add all whose extents meet that of any suspect.
     low, high = start[suspect].min(), end[suspect].max()
     suspect |= (start < high) & (end > low)
     starts = np.concatenate([start[i] + stride[i] * np.arange(rows[i]) for i in np.flatnonzero(suspect)])

@@ -37,9 +37,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-BEAT = 3.0  # seconds between the signs of life of a process
-SILENCE = 30.0  # seconds without one after which it is taken for dead
-GRACE = 10.0  # seconds that other processes then have to notice
+# Seconds between two heartbeats of a process.
+BEAT = 3.0
+# A process without a heartbeat for so many seconds counts as dead.
+SILENCE = 30.0
+# Seconds that the other processes then have to notice it.
+GRACE = 10.0
 
 
 class Stopped(BadState):
@@ -80,11 +83,11 @@ class Team:
         if made:
             if int(os.environ.get("WORLD_SIZE", 1)) == 1:
                 alone = cls(shards=shards)
-                # Of several machines only one may be left.
+                # After an elastic restart only this one process may be left.
                 alone.restarted = attempts > 0
                 return alone
             found, rank, size = next(rendezvous("env://"))
-            # torchrun's store may outlive the processes; their successors must not find their keys.
+            # torchrun's store may outlive the processes. Those that it starts afterwards must not find the old keys.
             attempt = dist.PrefixStore(f"attempt {attempts}", found)
             device, backend = torch.device(device), "gloo"
             # Collectives over shards use the current device.
@@ -150,7 +153,7 @@ class Team:
         for each of its own members and receives 8 for each member of all."""
         if self.size == 1:
             return [mine.get(i) for i in range(count)]
-        # One value a process. A request for each member would take 100 us each, one after another.
+        # Each process writes one value to the store. One request per member would cost 100 us per member.
         if self.is_group_leader:
             parts = (struct.pack("<Id", i, math.nan if r is None else r) for i, r in mine.items())
             self._store.set(f"{turn}/from {self.rank}", b"".join(parts))
@@ -284,7 +287,7 @@ class Team:
             os._exit(1)
 
     def _watch(self) -> None:
-        """Writes this process's sign of life, and reads the others': rank 0 reads all, the others read rank 0's."""
+        """Writes this process's heartbeat, and reads the others': rank 0 reads all, the others read rank 0's."""
         watched = [r for r in range(self.size) if r != self.rank and (self.rank == 0 or r == 0)]
         heard = {r: (b"", time.monotonic()) for r in watched}
         for number in itertools.count():

@@ -24,9 +24,9 @@ from ..utils.errors import BadValue
 
 
 class ColumnParallel(nn.Linear):
-    """x -> x W^T + b with W cut along dimension 0: this device computes some of the outputs.
+    """A linear layer, x -> x W^T + b, with W cut along dimension 0: each device computes a part of the outputs.
 
-    whole   whether the outputs of all devices are gathered
+    whole   True: gathers the outputs of all devices. False: each device keeps its part
     """
 
     dim = 0
@@ -44,9 +44,10 @@ class ColumnParallel(nn.Linear):
 
 
 class RowParallel(nn.Linear):
-    """x -> x W^T + b with W cut along dimension 1: each device has some of the inputs, and the results are summed.
+    """A linear layer, x -> x W^T + b, with W cut along dimension 1: each device multiplies its part of the inputs by
+    its part of W, and the products are summed over the devices.
 
-    whole   whether x has all inputs, of which this device takes its own
+    whole   True: x has all inputs, and each device takes its part of them. False: x is that part already
     """
 
     dim = 1
@@ -59,12 +60,12 @@ class RowParallel(nn.Linear):
         if self.whole:
             x = x.chunk(mesh.size(), -1)[mesh.get_local_rank()]
         y = linear(x, self.weight._local_tensor)
-        # All devices get the same bits.
+        # The sum has the same bits on all devices.
         dist.all_reduce(y, group=mesh.get_group())
         return y if self.bias is None else y + self.bias
 
 
-# by Transformers' names, of 4.56 and of 5: the class that does it, and its `whole`
+# For each style of Transformers' tensor-parallel plans (names of 4.56 and of 5): the class for it, and its `whole`.
 STYLES: dict[str, tuple[Any, bool] | None] = {
     "colwise": (ColumnParallel, False),
     "colwise_gather_output": (ColumnParallel, True),
@@ -72,7 +73,7 @@ STYLES: dict[str, tuple[Any, bool] | None] = {
     "rowwise": (RowParallel, False),
     "rowwise_split_input": (RowParallel, True),
     "rowwise_rep": (RowParallel, True),
-    # Left as they are; that changes no result.
+    # Layers of these styles stay whole; that changes no result.
     "replicated_with_grad_allreduce": None,
     "replicate": None,
     "embedding_rowwise": None,

@@ -19,7 +19,8 @@ log = logging.getLogger(__name__)
 
 # Bytes that copies may take even if the weights are small.
 LEAST_BUDGET = 64 * 2**20
-WEIGHTS_SHARE = 8  # copies of buffers may take an eighth of the weights' bytes
+# Copies of buffers may take one part in so many of the weights' bytes.
+WEIGHTS_SHARE = 8
 # Attributes of a module that are not restored: the user decides about train mode.
 KEPT_AS_IT_IS = frozenset({"training"})
 

@@ -150,7 +150,7 @@ class ES:
         if journal is not None:
             header = header_of(self.rule, self.seed, self.store.mode, self.store)
             self.generation = self._history.begin(Path(journal), header, resume, self.store)
-        # Only now: until here each process replays alone, and how much depends on the checkpoints that it finds.
+        # Share updates only from here on. Before, each process replays alone, and may begin at a checkpoint of its own.
         if self.team.size > 1 and self.store.updater is not None:
             self.store.updater = SharedUpdates(self.store.updater, self.team, self._prefix)
 
@@ -225,7 +225,7 @@ class ES:
         shaped = self._shape(list(rewards.values()))
         sigma, lr = _check_positive("sigma", self.sigma), _check_positive("lr", self.lr)
         seeds, coeffs = coefficients(scored, shaped, self.rule.gradient_lr(lr))
-        # Refuse it now if one group can't take it: no group may move before.
+        # Check the group with the largest lr before any group moves.
         most = self.rule.largest("lr")
         if not most * max(map(abs, coeffs)) <= float(np.finfo(np.float32).max):
             raise BadValue(f"step(): lr {self.lr} and the shaped rewards give coefficients that are not finite")
@@ -268,7 +268,7 @@ class ES:
         self.team.assert_equal_on_all_ranks(f"{self._prefix}: fingerprint after generation {self.generation}", found)
         self._history.check(self.generation, found)
 
-    # The name that 0.1.0 had for it.
+    # The earlier name, which still works.
     vouch = record_fingerprint
 
     def checkpoint(self) -> None:

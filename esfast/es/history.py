@@ -50,7 +50,7 @@ class History:
                 "goes on with it: start the machines in the order of before, or keep the run folder where all see it"
             )
         found = peek(path) if resume and leads else None
-        # As long as no generation was done, the settings may differ.
+        # If the journal has no generation yet, settings may differ from its header.
         goes_on = found is not None and bool(found.records or found.header == header)
         goes_on = team.broadcast_from_rank0(f"{self._prefix}: resume", lambda: b"yes" if goes_on else b"no") == b"yes"
         self._note(header)

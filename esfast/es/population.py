@@ -39,8 +39,8 @@ class Population:
     break, return or an exception. Leaving a `for` loop early restores at once on CPython, which closes the abandoned
     iterator. The `with` form restores at once on any interpreter.
 
-    Attributes: `members`, all members of the generation; `es`, whose they are; `sigma`; `on_placed`, a function that is
-    called whenever a member is in place, for clocks.
+    Attributes: `members`, all members of the generation; `es`, the ES that they belong to; `sigma`; `on_placed`, a
+    function that is called whenever a member is in place, so that a caller can measure time.
     """
 
     def __init__(self, es: ES, members: list[Member]):

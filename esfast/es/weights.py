@@ -33,8 +33,10 @@ from .store import LocalStore
 
 log = logging.getLogger(__name__)
 
-WEIGHTS_SHARE = 0.6  # of the device's memory that `auto` gives to weights and their copies; the rest is for generating
-DRIFT_SAMPLE = 256  # weights of each tensor that `inplace` watches
+# The fraction of the device's memory that `auto` gives to weights and their copies. The rest is for generating.
+WEIGHTS_SHARE = 0.6
+# How many weights of each tensor `inplace` observes, to measure drift.
+DRIFT_SAMPLE = 256
 
 
 class Cost(NamedTuple):
@@ -219,7 +221,7 @@ class InplaceWeights(_MovingWeights):
             self._exact(record)
 
     def adopt(self) -> None:
-        """Measures drift from the live weights of now on, since something else has written them."""
+        """Takes the present live weights as the point from which drift is measured, since something else wrote them."""
         for (_, live, _), exact in zip(self._watched, self._exact.plan.tensors if self._exact else (), strict=True):
             exact.copy_(live)
 

@@ -66,7 +66,7 @@ class ZOParameters:
         moved = [i for i in items if not any(i is s for s in still)]
         rule = Rule(noise, rounding, rank=rank)
         self.zo_eps, self.weight_decay, self.updates = float(zo_eps), float(weight_decay), 0
-        # Each with its decay. Two passes if some weights decay and others don't, else one.
+        # Weights with the same decay form a group, and each group is one pass: two passes if only some weights decay.
         self.groups = [
             (Offsets(MODES[weights](Plan(group), rule, backend)), decay)
             for group, decay in ((moved, self.weight_decay), (still, 0.0))
@@ -144,7 +144,7 @@ class MeZOMixin:
     one.
     """
 
-    # the Trainer's
+    # Attributes of the Trainer, declared for the type checker.
     args: Any
     state: Any
     model: Any

@@ -31,7 +31,7 @@ border:1px solid #dde1e6;border-radius:8px;padding:.8rem;margin-bottom:.7rem}.sa
 """
 
 
-# Metrics of evaluations that have a chart with a title of its own, or are no chart
+# Metrics of evaluations that the generic charts leave out: they have a chart of their own, or none.
 _OWN_CHARTS = ("eval_reward", "eval_reward_se", "eval_accuracy", "eval_kl_to_base", "eval_length")
 
 
@@ -112,12 +112,12 @@ def _chart(
 
 
 def _population_band(run: Run) -> list[tuple[float, float, float]]:
-    """The band from the worst to the best member."""
+    """For each generation, the rewards of the worst and the best member."""
     return run.together("reward_min", "reward_max")
 
 
 def _error_band(run: Run) -> list[tuple[float, float, float]]:
-    """The band of two standard errors to either side."""
+    """For each evaluation, the reward minus and plus two standard errors."""
     return [(g, y - 2 * s, y + 2 * s) for g, y, s in run.together("eval_reward", "eval_reward_se")]
 
 

@@ -26,8 +26,8 @@ RewardFunc = Callable[..., Sequence[float]]
 
 # The largest reward, about float32's maximum: larger ones make sums and squares infinite.
 LARGEST = 3.4e38
-# Exceptions that count as the function's failure: KeyboardInterrupt only if no signal raised it. Others that are no
-# Exception belong to somebody else, to a test's time limit for example, and pass.
+# Exceptions that count as a failure of the function; KeyboardInterrupt counts only if no signal raised it. Any other
+# BaseException is not the function's, but for example that of a test's time limit, and is passed on.
 FAILURES = (Exception, SystemExit, GeneratorExit, asyncio.CancelledError, KeyboardInterrupt)
 # Names that metrics can't have: the trainer logs the first four as eval_NAME itself, the others are in each row.
 RESERVED = ("reward", "reward_se", "length", "kl_to_base", "generation", "seconds")

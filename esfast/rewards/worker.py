@@ -35,10 +35,10 @@ now = time.monotonic
 
 
 def importable(function: Callable) -> str | None:
-    """`module:qualname` if importing that gives this very function. None for closures, lambdas, methods of objects, and
-    functions that are defined in a script or a notebook."""
+    """The name `module:qualname` under which a worker can import this function. None if it can't: for closures,
+    lambdas, methods of objects, and functions that are defined in a script or a notebook."""
     module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", "")
-    # There are workers on POSIX only.
+    # Workers need POSIX's process groups.
     if module in (None, "__main__") or not hasattr(os, "killpg"):
         return None
     found = sys.modules.get(module)
@@ -53,8 +53,10 @@ class Job:
 
     jobs: Sequence[int]
     pickled: bytes
-    answers: list[list] = field(default_factory=list)  # one a job, as JSON has it
-    error: str | None = None  # of the job after the last answer, without the function's name; there are no more then
+    # for each job that is done, the values that its function returned, as read from JSON
+    answers: list[list] = field(default_factory=list)
+    # why the job after the last answer failed, without the function's name; later jobs are then not run
+    error: str | None = None
 
     @property
     def done(self) -> bool:
@@ -74,7 +76,7 @@ class Worker:
         mine, theirs = socket.socketpair()
         with mine, theirs:
             code = "from esfast.rewards.worker import serve; serve(int(sys.argv[1]), sys.argv[2:])"
-            # Blocked until `serve` ignores them.
+            # The worker starts with signals blocked; `serve` sets them to be ignored, and then unblocks them.
             with blocked():
                 self._process = subprocess.Popen(
                     child(code, str(theirs.fileno()), *functions),

@@ -186,7 +186,8 @@ def check_saved(model, names: Sequence[str]) -> None:
     states = [get_peft_model_state_dict(model, adapter_name=a, save_embedding_layers=False) for a in model.peft_config]
     saved = [t for state in states for t in state.values()]
     memory = {t.data_ptr() for t in saved}
-    learned = any(config.is_prompt_learning for config in model.peft_config.values())  # saved as a copy
+    # PEFT saves learned prompts as a copy, so their memory is not that of the parameter.
+    learned = any(config.is_prompt_learning for config in model.peft_config.values())
     parameters = dict(named_parameters(model))
     lost = [
         name

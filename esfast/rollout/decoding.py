@@ -122,7 +122,7 @@ class Continuous:
         if sampling is not None:
             raise BadValue("continuous batching knows no seeds for single responses: sample with decoding='static'")
         if self.model.device.type == "cuda":
-            # Weights are written in another stream than the one that reads them.
+            # Weights are written in one stream and read in another, so wait until they are written.
             torch.cuda.synchronize(self.model.device)
         session = self.model.continuous_batching_context_manager(
             generation_config=self.config, continuous_batching_config=self._options, persistent_manager=True

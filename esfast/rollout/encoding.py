@@ -41,7 +41,8 @@ class PromptEncoder:
         behind = known[places[0] + len(bare) :] if places and bare else []
         named = {name: token for name, token in tokenizer.special_tokens_map.items() if name in CLOSING}
         ends = {tokenizer.convert_tokens_to_ids(token) for token in named.values()}
-        # Some add their end token even when asked for none; what else stands behind a text may be where answers begin.
+        # Some tokenizers add their end token even without special tokens. Other tokens behind a text may be the place
+        # where an answer begins, and stay.
         self._closing = known[-1:] if known == bare and len(known) > 1 and known[-1] in ends else []
         self._before = before if ends.intersection(behind) else None
         self._bos = tokenizer.bos_token_id if before[-1:] == [tokenizer.bos_token_id] else None
@@ -157,7 +158,8 @@ def _reserved(model, limit: int) -> int:
 
 
 def embedded_tokens(model) -> int:
-    """How many tokens the model has an embedding for; a number above all tokens if it doesn't say."""
+    """How many tokens the model has an embedding for: the rows of its embedding table. sys.maxsize if it has no such
+    table."""
     try:
         table = getattr(model.get_input_embeddings(), "weight", None)
     except (NotImplementedError, AttributeError):

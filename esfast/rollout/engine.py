@@ -217,7 +217,7 @@ class TransformersEngine:
         try:
             new = self._decode(rows, most, sampling)
         except torch.OutOfMemoryError:
-            # In shards: the other processes may have had enough memory, and wait for this one.
+            # A model in shards: the other processes may have had enough memory, and wait for this one.
             if len(rows) == 1 or self._in_shards:
                 raise
         else:
@@ -230,7 +230,8 @@ class TransformersEngine:
         return None
 
     def _decode(self, rows: list[list[int]], most: int, sampling: SeededSampling | None) -> list[list[int]]:
-        while self._way is None:  # decoding="auto" on a GPU, not settled yet
+        # With decoding="auto" on a GPU, the first call tries one decoding after another.
+        while self._way is None:
             name = self._ways.pop(0)
             try:
                 way = WAYS[name](self.model, self.generation_config)

@@ -19,8 +19,6 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import AttentionInterface
 
 NAME = "esfast_grouped_sdpa"
-# What a step may hand over besides, and what none of it changes.
-_HANDLED = ("dropout", "scaling", "is_causal")
 
 
 def grouped_sdpa(

@@ -51,7 +51,7 @@ def load_tokenizer(path: str | os.PathLike):
     if not os.path.exists(os.path.join(path, "tokenizer_config.json")):
         path = adapters.base_of(path) or path
     tokenizer = _loaded("the tokenizer of", path, AutoTokenizer.from_pretrained)
-    # Without files some tokenizer classes have special tokens only.
+    # If its files are missing, a tokenizer of some classes loads all the same, with nothing but special tokens.
     if not tokenizer("a", add_special_tokens=False)["input_ids"]:
         raise BadValue(f"the tokenizer of {path} has no vocabulary: are its files there (tokenizer.json)?")
     return tokenizer

@@ -160,7 +160,7 @@ def measure(model, config: GenerationConfig, texts: list[list[int]]) -> Traits:
     carried, weights = Carried(model), _Samples(model)
 
     def logits(rows: list[list[int]]) -> torch.Tensor:
-        """Logits of the last three texts."""
+        """The logits of the last rows, as many as there are short texts."""
         carried.forget()
         return first_logits(model, config, rows)[-len(short) :]
 
@@ -172,7 +172,7 @@ def measure(model, config: GenerationConfig, texts: list[list[int]]) -> Traits:
             return same_but_for_rounding(expected, logits(rows), model.dtype)
         except torch.OutOfMemoryError:
             raise
-        # ProphetNet raises one for a padded row.
+        # ProphetNet raises an exception for a padded row.
         except Exception:
             return False
 

@@ -68,14 +68,14 @@ class SeededSampling(LogitsProcessor):
         self._width = 0
 
     def after(self, width: int, rows: int) -> SeededSampling:
-        """The same for prompts padded to `width` tokens, in a batch that is filled up to `rows` rows."""
+        """A copy for prompts padded to `width` tokens, in a batch that is filled up to `rows` rows."""
         made = copy.copy(self)
         made._width = width
         made._numbers = torch.cat([self._numbers, self._numbers[-1:].expand(rows - len(self._numbers), -1)])
         return made
 
     def of_rows(self, which: torch.Tensor, width: int) -> SeededSampling:
-        """This, for the rows of these numbers, in this order, of prompts padded to `width` tokens."""
+        """A copy for the rows with the numbers `which`, in this order, of prompts padded to `width` tokens."""
         made = copy.copy(self)
         made._width, made._numbers = width, self._numbers[which]
         return made
@@ -87,6 +87,7 @@ class SeededSampling(LogitsProcessor):
         point = torch.minimum(
             self._numbers[:, step : step + 1] * total, torch.nextafter(total, torch.zeros_like(total))
         )
-        # the first whose sum exceeds it: it has a probability; of sums that are NaN none does, see FiniteLogits
+        # Take the first token whose cumulative sum exceeds `point`; its probability is not 0. If sums are NaN no token
+        # qualifies; FiniteLogits raises for that.
         token = torch.searchsorted(sums, point, right=True).clamp(max=scores.shape[-1] - 1)
         return torch.full_like(scores, -torch.inf).scatter_(-1, token, 0)

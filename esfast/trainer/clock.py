@@ -13,14 +13,14 @@ PHASES = ("perturb", "generate", "score", "wait", "update", "journal", "other")
 
 
 class PhaseTimer:
-    """Seconds by phase: `record(phase)` books the time since the last lap."""
+    """Seconds by phase: `record(phase)` adds the time since the previous `record` to that phase."""
 
     def __init__(self, device: torch.device):
         self.seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
         self._device, self._last = device, time.perf_counter()
 
     def record(self, phase: str) -> None:
-        # Kernels run on after the call that launched them returns.
+        # Wait for the device: kernels go on after the call that launched them has returned.
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         now = time.perf_counter()

@@ -29,7 +29,7 @@ _OF_ES = """
     rank
 """.split()
 
-# The least that whole numbers may be
+# Smallest values of settings that are whole numbers.
 _LEAST = {
     "generations": 1,
     "prompts_per_generation": 1,
@@ -42,9 +42,9 @@ _LEAST = {
     "eval_prompts": 1,
     "samples": 0,
 }
-# Seconds: three years, which every timer of the system accepts
+# Largest number of seconds, about three years: every timer of the system accepts it.
 _LONGEST = 1e8
-# For each optimizer: settings, and their names there
+# For each optimizer: the settings that hold its numbers, and what the optimizer calls them.
 _NUMBERS = {
     "sgd": {},
     "momentum": {"momentum": "beta", "momentum_window": "window"},

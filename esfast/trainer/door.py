@@ -43,8 +43,11 @@ def open_tokenizer(processing_class, name: str):
 
 
 def open_evaluator(evaluator: MemberEvaluator | None, engine, model, tokenizer, config: ESConfig) -> MemberEvaluator:
-    """The evaluator that is given, or one that asks the members one after another of the engine that is given, or one
-    for the model, which may ask several at once. TypeError if both are given, or what is given is neither."""
+    """The evaluator that asks the members.
+
+    It is the given one. For a given engine, it is one that asks one member after another. Without either, it generates
+    with the model itself, and may ask several members at once. TypeError if both are given, or one has the wrong
+    type."""
     if evaluator is not None:
         if engine is not None:
             raise BadType("evaluator: it has an engine of its own; give either an evaluator or an engine")

@@ -67,8 +67,8 @@ def summarize(model: str, task: Task, responses: Sequence[dict]) -> dict[str, An
 
 
 def against(first: Sequence[dict], other: Sequence[dict]) -> dict[str, float]:
-    """Compares another model's responses to the same prompts with the first's: the means of the differences. Their
-    standard errors are smaller than with two different samples of prompts."""
+    """The mean difference between two models' responses to the same prompts, `other` minus `first`, with its standard
+    error. Since the prompts are the same, the error is smaller than with a sample of prompts for each model."""
     result: dict[str, float] = {}
     for key in ("correct", "reward"):
         if key in first[0]:

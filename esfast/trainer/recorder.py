@@ -51,7 +51,7 @@ class RunRecorder:
         try:
             rows, summary = self.folder.read_metrics(), self.folder.read_summary()
         except ValueError:
-            # A damaged summary is written again.
+            # A file is damaged: the run counts as unfinished, so the summary is written again.
             return None
         complete = (
             generation >= self._config.generations
@@ -64,8 +64,8 @@ class RunRecorder:
         return summary if complete else None
 
     def open(self, settings: Mapping[str, Any], identity: Mapping[str, Any], generation: int) -> dict[str, Any]:
-        """In process 0: writes the settings and the identity, and completes the metrics of a resumed run from its
-        journal. Returns the best evaluation so far, and whether the present weights were evaluated."""
+        """Writes the settings and the identity, and completes the metrics of a resumed run from its journal. Only
+        process 0 calls this. Returns the best evaluation so far, and whether the present weights were evaluated."""
         write_whole(self.folder.config, yaml.safe_dump(dict(settings), sort_keys=False))
         self._warn_of_other_draws(identity, generation)
         write_whole(self.folder.identity, json.dumps(identity, indent=1) + "\n")
@@ -170,7 +170,8 @@ class RunRecorder:
         return summary
 
     def save_interrupted(self, interrupt: BaseException, generation: int, eval_prompts: int) -> dict[str, Any]:
-        """Does what `finish` does, in process 0 and if the model is not sharded, and says how to continue."""
+        """Saves an interrupted run as `finish` does, in process 0 and unless the model is in shards. Says how to
+        continue."""
         by = f"interrupted by {signal_of(interrupt).name}" if isinstance(interrupt, KeyboardInterrupt) else "stopped"
         summary = {}
         if self._team.rank == 0 and self._team.shards == 1 and self.rows and generation:

@@ -171,7 +171,7 @@ class RunFolder:
         left.plot(x, [r["reward_mean"] for r in trained], label="mean of the population")
         left.plot(x, [r["reward_max"] for r in trained], lw=0.8, label="best member")
         left.set(title="Training reward (fresh prompts)", xlabel="generation", ylabel="reward")
-        # These have other units than rewards.
+        # Left out of the chart, since their units are not those of rewards.
         others = ("eval_reward_se", "eval_length", "eval_kl_to_base")
         for name in sorted({k for r in rows for k in r if k.startswith("eval_") and k not in others}):
             points = [(r["generation"], r[name]) for r in rows if name in r]

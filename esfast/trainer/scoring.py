@@ -1,4 +1,4 @@
-"""The rewards of a generation: members are asked, and what they say is scored."""
+"""The rewards of a generation: asks its members for completions and scores these."""
 
 from __future__ import annotations
 

@@ -115,7 +115,7 @@ class ESTrainer(SavesLikeTRL):
         self.engine = self.evaluator.engine
         self.batches = Batches(train_dataset, c, processing_class)
         self.batches.check(self.engine, eval_dataset, c.progress and self.team.rank == 0)
-        # Process 0, and the processes with other shards of its model.
+        # Process 0 evaluates, together with the processes that hold other shards of its model.
         self._evaluates = self.team.rank < self.team.shards
         self.scoring = Scoring(self.evaluator, self.reward_funcs, self.reward_weights, self.metrics, c, self.team)
         self.scorer = self.scoring.scorer
@@ -272,7 +272,8 @@ class ESTrainer(SavesLikeTRL):
         )
 
     def _generation(self) -> dict[str, Any]:
-        """One generation: asks the members, scores what they say, takes the step. Returns its row of metrics."""
+        """One generation: asks the members for completions, scores these, takes the step. Returns its row of
+        metrics."""
         generation, clock = self.es.generation, self.clock
         clock.record("other")
         before, tokens, journal = dict(clock.seconds), self.evaluator.tokens, self.es.journal_seconds

@@ -42,14 +42,15 @@ class UpdateRecord:
 
     generation: int
     seeds: list[int]
-    coeffs: list[float]  # float32 values, lr included (but for Adam, whose lr is no factor of the gradient)
+    # float32 values. They contain lr, except with Adam, whose step is not proportional to the gradient.
+    coeffs: list[float]
     rewards: list[float | None]  # None: the member was set aside
     sigma: float
     lr: float
     decay: float = 0.0  # a float32 value
 
 
-# The name that 0.1.0 had for it.
+# The earlier name of UpdateRecord, which still works.
 Generation = UpdateRecord
 
 
@@ -143,7 +144,7 @@ class Updater:
     def __init__(self, plan: Plan, rule: Rule, backend: str = "auto"):
         self.plan, self.rule, self.backend = plan, rule, backend
         if rule.noise == "low_rank":
-            # What it refuses must be refused before a part of the weights has changed.
+            # Make the table now: if it refuses the plan, it must do so before any weight has changed.
             plan.table(matrices=True)
         self.anchor = plan.anchor() if rule.decay_to == "initial" else None
         self.state = rule.optimizer.allocate_state(plan)

@@ -56,7 +56,7 @@ class Lock:
         mine = _holder(journal)
         if mine is not None and not shared:
             mine = None
-            # A deleted trainer may only be waiting for the garbage collector.
+            # The owner may be a deleted trainer that the garbage collector has not freed yet.
             gc.collect()
             mine = _holder(journal)
         if mine is None:

@@ -108,8 +108,9 @@ def check_text(what: str, text: str) -> None:
 def columns(rows: Rows, completions: Sequence) -> dict[str, list]:
     """The keyword arguments of a reward function: `prompts`, `completions` and the rows' other columns, a list each.
 
-    They are deep copies, so the function may change them. A value that can't be copied (a lock, a connection) is passed
-    itself, with a warning."""
+    They are deep copies, so the function may change them. A value that can't be copied (a lock, a connection) is
+    shared,
+    with a warning."""
     lists = {key: [_own(row[key], key) for row in rows] for key in rows[0] if key != "prompt"}
     return lists | {
         "prompts": [_own(row["prompt"], "prompt") for row in rows],

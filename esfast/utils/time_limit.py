@@ -143,8 +143,8 @@ class _Timerspec(ctypes.Structure):
 
 
 def _kernel_timer(seconds: float) -> Callable[[], None] | None:
-    """The same with a Linux kernel timer; None elsewhere. A thread would have to wait for the interpreter's lock, which
-    a regular expression holds as long as it runs; a kernel timer need not."""
+    """The same with a timer of the Linux kernel; None on other systems. A regular expression holds the interpreter's
+    lock as long as it runs; a thread would have to wait for the lock, a kernel timer need not."""
     libc = _libc()
     if libc is None:
         return None

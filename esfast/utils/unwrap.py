@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-# By the class of the wrapper, where it holds the module. By its name, so that nothing is imported for it.
+# For each class of wrappers, the attribute that holds the module. Classes are known by name, so that none is imported.
 _HOLDERS = {
     "OptimizedModule": "_orig_mod",  # of torch.compile
     "CheckpointWrapper": "_checkpoint_wrapped_module",

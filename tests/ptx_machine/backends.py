@@ -238,7 +238,7 @@ class TritonPtx:
 
 
 class _Launcher:
-    """What stands for a kernel of esfast.kernels: kernel[grid](arguments)."""
+    """Stands in for a Triton kernel of esfast.kernels: `kernel[grid](arguments)` interprets the kernel's PTX."""
 
     def __init__(self, backend: TritonPtx, name: str):
         self.backend, self.name = backend, name

@@ -221,7 +221,7 @@ class _Compiler:
         return put
 
     def address(self, text: str) -> Callable[[Run], np.ndarray]:
-        """uint64 addresses of `[register + offset]`."""
+        """Returns a function that computes the addresses of an operand `[register + offset]`: uint64, one a thread."""
         m = re.fullmatch(r"\[\s*([%$\w.]+)\s*(?:\+\s*(-?\d+))?\s*\]", text)
         offset = np.uint64(int(m[2] or 0) % 2**64)
         base = self.read(m[1], "u32" if self.kernel.width(m[1]) == 32 else "u64")

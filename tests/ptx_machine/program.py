@@ -68,7 +68,7 @@ def kernels_of(text: str) -> dict[str, str]:
 
 
 def parse(text: str) -> Kernel:
-    """The first kernel of the text."""
+    """Parses the first kernel of a PTX text."""
     head = _ENTRY.search(text)
     threads = re.search(r"\.(?:max|req)ntid\s+(\d+)", head[3])
     parameters = []

@@ -49,7 +49,7 @@ def test_cached_keys_of_other_weights_are_not_used(engine, monkeypatch):
     assert core.vllm_config.cache_config.enable_prefix_caching
     fresh = engine.assert_forgets_other_weights()
 
-    # and this would have been seen: without the reset, the second member answers from the keys of the first
+    # This test can fail: without the reset, the second member answers from the first one's keys and values.
     monkeypatch.setattr(type(core), "reset_prefix_cache", lambda *a, **k: True)
     engine.rpc("perturb_self_weights", 1, 0.05)
     engine.tokens()

@@ -13,8 +13,8 @@ from .tiles import MATRIX_COLS, copy_base, matrix_tiles_of, members_on, tiles_of
 
 
 def run(call) -> None:
-    """See ops.add_noise_; `call` is an ops.Call. Members that are tensors on the device are not copied, so that after a
-    first call, which makes the table and loads the code, the next can be captured in a CUDA graph."""
+    """Runs `call`, an ops.Call; see ops.add_noise_. Seeds and coefficients that are tensors on the device are not
+    copied. So a call can be captured in a CUDA graph, after a first call that makes the table and loads the code."""
     extension, device = importlib.import_module("esfast._cuda"), call.plan.device
     where = {"device": device.index or 0, "stream": torch.cuda.current_stream(device).cuda_stream}
     add_noise, copy_tiles = (
@@ -24,15 +24,15 @@ def run(call) -> None:
 
 
 def run_with(call, add_noise: Callable[..., None], tile: int, copy_tiles: Callable[..., None] | None = None) -> None:
-    """`run` with functions to launch the kernels, which take the arguments of _cuda.add_noise and _cuda.copy_tiles; the
-    latter may be absent where nothing is restored."""
+    """`run` with the functions that launch kernels as arguments, so that tests can replace them. They are called as
+    _cuda.add_noise and _cuda.copy_tiles are; `copy_tiles` is needed only to restore."""
     plan, adam = call.plan, call.adam
     if call.is_copy:
         return copy_base(
             call, tile, lambda records, size: copy_tiles(tiles=records.data_ptr(), tile_count=len(records), size=size)
         )
     seeds, coeffs = members_on(plan.device, call.seeds, call.coeffs)
-    # without members all kinds are the same, and the table is not cut for low-rank noise
+    # Without members the kind of noise does not matter, and the table is not cut for low-rank noise.
     kind = call.kind if len(seeds) else "gaussian"
     if kind == "low_rank":
         tables: list[tuple] = [(t, t.segments.data_ptr(), 0) for t in matrix_tiles_of(call, MATRIX_COLS, MATRIX_COLS)]

@@ -11,7 +11,7 @@ from ..segments import FLOAT16, SPLIT, Entry
 
 
 def run(call) -> None:
-    """See ops.add_noise_; `call` is an ops.Call."""
+    """Runs `call`, an ops.Call; see ops.add_noise_."""
     plan, base = call.plan, call.base or call.plan
     anchors = call.anchor.entries if call.anchor is not None else [None] * len(plan)
     for dst, src, anchor in zip(plan.entries, base.entries, anchors, strict=True):

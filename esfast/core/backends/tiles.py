@@ -1,5 +1,5 @@
-"""Shared by the GPU backends: tiles of a plan's segments, one launch for each pair of formats, members on the
-device."""
+"""Shared by the GPU backends: divides a plan's segments into tiles, one for each block of a launch, and puts seeds and
+coefficients on the device. Each pair of formats (of source and destination) has a launch of its own."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ import torch
 from ...utils.errors import BadValue
 from ..segments import BFLOAT16, FIELDS, FLOAT32, SPLIT, Table
 
-_SIZES = np.array([4, 2, 2, 2])  # bytes of an element, by format
+# bytes of an element, by format
+_SIZES = np.array([4, 2, 2, 2])
 
 
 def members_on(device: torch.device, seeds, coeffs) -> tuple[torch.Tensor, torch.Tensor]:
-    """Seeds (uint64) and coefficients (float32) as int64 and float32 tensors on the device. Tensors are returned as
-    is."""
+    """Copies seeds (a uint64 array) and coefficients (float32) to the device, as int64 and float32 tensors. Tensors are
+    returned unchanged."""
     if isinstance(seeds, torch.Tensor):
         return seeds, coeffs
 
     def there(values: np.ndarray) -> torch.Tensor:
-        # the driver stages small pageable copies, so the host does not wait for the stream
+        # The driver buffers small copies from pageable memory, so the host does not wait for the stream.
         return torch.from_numpy(values).to(device, non_blocking=True)
 
     return there(seeds.view(np.int64)), there(coeffs)
@@ -70,20 +71,23 @@ def tiles_of(table: Table, tile: int, device: torch.device, extras: bool) -> lis
 
 
 def pack_span(tensor_id, begin, end, whole):
-    """int64 of a tile of at most 2^15 elements: [begin, end) of it are there; `whole`: all are, and every address that
-    belongs to its first element is a multiple of 16."""
+    """Packs into an int64 the tensor's id and which elements of a tile (at most 2^15) exist: [begin, end). `whole` says
+    that all exist, and that every address of the tile's first element is a multiple of 16."""
     return tensor_id << 32 | whole << 31 | end << 15 | begin
 
 
 def tile_table(segments: np.ndarray, tile: int, extras: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Tiles of segments of one pair of formats: int64 arrays (tiles, 4) of dst, src, number of the tile's first
-    element, pack_span(...), and (tiles, 2) of anchor (or 0) and place in the flat buffers. They are 32 and 16 bytes for
-    every 8 KiB of 16-bit weights, or 0.4 and 0.2 %.
+    """Divides segments of one pair of formats into tiles.
 
-    ValueError if they are more than one launch can have.
+    Returns two int64 arrays. The first, (tiles, 4), has the addresses of dst and src, the number of the tile's first
+    element, and `pack_span(...)`. The second, (tiles, 2), has the address of the anchor (or 0) and the place in the
+    flat buffers. They take 32 and 16 bytes for every 8 KiB of 16-bit weights, which is 0.4 and 0.2 %.
+
+    ValueError if there are more tiles than one launch can have.
     """
     column = {name: segments[:, i] for i, name in enumerate(FIELDS)}
-    per_row = (column["cols"] + tile - 2) // tile + 1  # at most, over all rows: csrc/cpu.h's tiles_per_row
+    # The most tiles that a row can have, as tiles_per_row of csrc/cpu.h.
+    per_row = (column["cols"] + tile - 2) // tile + 1
     counts = column["rows"] * per_row
     if counts.sum() >= 2**31:
         raise BadValue(f"Plan: its {counts.sum()} tiles are more than one launch can have, 2**31 - 1")
@@ -114,7 +118,7 @@ def tile_table(segments: np.ndarray, tile: int, extras: bool = False) -> tuple[n
 
 # ---- low-rank noise: tiles of matrices ------------------------------------------------------------------------------
 
-# Columns of a tile.
+# Columns of a tile of a matrix.
 MATRIX_COLS = 128
 
 
@@ -149,16 +153,20 @@ def matrix_tiles_of(call, rows: int, part_rows: int) -> list[MatrixTiles]:
 
 
 def matrix_table(segments: np.ndarray, rows: int, part_rows: int, extras: bool, steps: bool) -> np.ndarray:
-    """Tiles of segments that were cut for low-rank noise, of one pair of formats: int64 (tiles, 4) of segment, row and
-    column in it where the tile begins, and whole << 31 | aligned << 30 | vector << 29 | rows << 8 | columns that are
-    there.
+    """Divides segments that were cut for low-rank noise, of one pair of formats, into tiles.
 
-    A tile has `rows` rows of MATRIX_COLS columns, and one that is not whole at most `part_rows`. In a whole one all is
-    there, its rows lie at multiples of 16 bytes (`aligned` says this alone), and the numbers of its elements and
-    factors begin at multiples of 4: kernels then read 128 bits, and draw four numbers, at once. `extras`: flat buffers
-    and anchors are used too; `steps`: more than one factor is. A vector's tile is one row.
+    Returns an int64 array (tiles, 4): the segment, the row and the column in it where the tile begins, and
+    whole << 31 | aligned << 30 | vector << 29 | rows << 8 | columns, where rows and columns count those that exist.
 
-    ValueError if they are more than one launch can have.
+    - whole: the tile has `rows` rows and MATRIX_COLS columns, is `aligned`, and the numbers of its elements and factors
+      begin at multiples of 4. Kernels then read 128 bits, and draw four numbers, at once. Other tiles have at most
+      `part_rows` rows.
+    - aligned: all rows begin at multiples of 16 bytes, in every memory that the call uses.
+    - vector: the tile is one row of a vector.
+
+    extras: the call uses flat buffers and anchors too. steps: it uses more than one factor.
+
+    ValueError if there are more tiles than one launch can have.
     """
     column = {name: segments[:, i] for i, name in enumerate(FIELDS)}
     vector = column["a_step"] == 0

@@ -23,20 +23,20 @@ from .tiles import copy_base, matrix_tiles_of, members_on, tiles_of
 
 NO_DECAY, TO_ZERO, TO_ANCHOR = range(3)
 
-# What autotune tries: tile, warps, registers a thread. The default comes first.
+# Configurations that autotune tries: elements of a tile, warps, registers of a thread. The default comes first.
 CONFIGS = ((TILE, 4, 144), (TILE, 4, 128), (2048, 4, 96), (4096, 8, 96), (8192, 8, 144), (8192, 16, 96))
-# A single member is compiled in as a constant. Without the loop over members ptxas needs only 128 registers, so four
-# blocks fit an SM instead of three: 33.8 cycles per bf16 weight instead of 35.4 (`esfast bench cycles`). Stochastic
-# rounding would spill registers.
+# Registers of a thread in calls with one member. That number is compiled in, which removes the loop over members, so
+# ptxas needs only 128 registers. Four blocks then fit a multiprocessor instead of three: 33.8 cycles per bf16 weight
+# instead of 35.4 (`esfast bench cycles`). Stochastic rounding needs more registers, and would spill some.
 ONE_MEMBER_REGISTERS = 128
 # Keys: device, noise, and whether there is one member.
 _tuned: dict[tuple, tuple[int, int, int]] = {}
 
 
 def run(call, tile: int | None = None) -> None:
-    """See ops.add_noise_; `call` is an ops.Call. Seeds and coefficients that are tensors on the device are not copied,
-    so that the call can be captured in a CUDA graph. `tile` is for tests: small tiles make many of a small tensor. Of
-    low-rank noise it is the number of their rows."""
+    """Runs `call`, an ops.Call; see ops.add_noise_. Seeds and coefficients that are tensors on the device are not
+    copied, so that the call can be captured in a CUDA graph. Tests set `tile`, the elements of a tile (its rows, with
+    low-rank noise), to get many tiles of a small tensor."""
     plan, adam = call.plan, call.adam
     if call.is_copy:
         tile, _ = _configuration(call, tile)
@@ -129,8 +129,9 @@ def _key(call) -> tuple:
 
 
 def autotune(plan, noise: str = "gaussian", members: int = 1, repeats: int = 10) -> dict[tuple[int, int, int], float]:
-    """Times the configurations for this plan's device, keeps the fastest for later calls with this noise and as many
-    members (one, or several), and returns the milliseconds of each: {(tile, warps, registers): ms}.
+    """Times the configurations on this plan's device and returns the milliseconds of each: {(tile, warps, registers):
+    ms}. Later calls on this device with this noise use the fastest; calls with one member and with several are tuned
+    apart.
 
     Autotuning is opt-in: the default should be good everywhere, and the measurement needs a copy of the weights. Each
     configuration writes into the copy and only reads the plan, so nothing is applied twice.
