@@ -70,6 +70,7 @@ def parser_of_all() -> argparse.ArgumentParser:
             "rewards of the members, where the time went, responses before and after, settings.",
             "esfast report runs/qwen",
             "esfast report runs/seed0 runs/seed1 runs/seed2 --out repeats.html",
+            "esfast report --diagnose runs/qwen           says only what is wrong with the run, and what to change",
         ),
     )
     report.add_argument(
@@ -81,6 +82,9 @@ def parser_of_all() -> argparse.ArgumentParser:
     where = "file to write (default: report.html in the current folder; beside it, if that is the run's own)"
     report.add_argument("--out", metavar="FILE", help=where)
     report.add_argument("--samples", type=integer, metavar="N", default=5, help="responses that are shown")
+    report.add_argument(
+        "--diagnose", action="store_true", help="print what is wrong with the runs and what to change; write no page"
+    )
     report.set_defaults(run=_command("report"))
 
     replay = commands.add_parser(

@@ -26,6 +26,7 @@ th,td{text-align:left;padding:.3rem .7rem .3rem 0;border-bottom:1px solid #eceff
 th{overflow-wrap:normal}td:first-child{min-width:9em}
 td.number,th.number{text-align:right}.differs{background:#fff4d6}
 pre{margin:0;white-space:pre-wrap;font:13px/1.4 ui-monospace,monospace}.blank{color:#a3202c;background:#fdeeee}
+.findings{background:#fff4d6;border:1px solid #e8d9a8;border-radius:8px;padding:.5rem .8rem .5rem 1.8rem}
 .sample{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,300px),1fr));gap:.8rem;background:#fff;
 border:1px solid #dde1e6;border-radius:8px;padding:.8rem;margin-bottom:.7rem}.sample b{font-size:.85rem;color:#4a5563}
 """
@@ -63,6 +64,7 @@ def page(runs: Sequence[Run], samples: int = 5) -> str:
     body = [
         f"<h1>{escaped(', '.join(map(_label, experiments)))}</h1>",
         f'<div class="table">{_overview(runs)}</div>',
+        *_findings(runs),
         f'<h2>Curves</h2><div class="grid-of-charts">{drawn}</div>' if drawn else "<p>Nothing was measured yet.</p>",
         "<h2>Responses before and after</h2>",
         *_samples(experiments, samples),
@@ -146,6 +148,14 @@ def _overview(runs: Sequence[Run]) -> str:
         rows.append("".join(f'<td class="{kind}">{escaped(text)}</td>' for kind, text in cells))
     head = "".join(f'<th class="number">{h}</th>' for h in ("generations", *shown, "seconds"))
     return f"<table><tr><th>run</th>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
+
+
+def _findings(runs: Sequence[Run]) -> list[str]:
+    items = [(run.name, finding) for run in runs for finding in run.findings]
+    if not items:
+        return []
+    lines = (f"<li>{escaped(f'{name}, ' if len(runs) > 1 else '')}{escaped(finding)}</li>" for name, finding in items)
+    return [f'<h2>What is wrong</h2><ul class="findings">{"".join(lines)}</ul>']
 
 
 def _samples(experiments: Sequence[Sequence[Run]], count: int) -> list[str]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..journal.journal import peek
+from ..trainer.doctor import Finding, diagnose
+from ..trainer.recorder import of_rewards
 from ..trainer.run_folder import RunFolder, read_lines
+from ..update.updater import UpdateRecord
 from ..utils.errors import FileMissing
 
 _OF_A_REPEAT = ("seed", "output_dir", "progress", "resume")  # settings in which repeats of an experiment differ
@@ -39,6 +43,11 @@ class Run:
         return [tuple(row) for row in rows if all(map(is_number, row))]
 
     @property
+    def findings(self) -> list[Finding]:
+        """What is wrong with the run: esfast.trainer.doctor."""
+        return diagnose(self.metrics, self.config)
+
+    @property
     def evaluated(self) -> list[str]:
         """Names of the metrics of evaluations."""
         return list(dict.fromkeys(name for r in self.metrics for name in r if name.startswith("eval_")))
@@ -59,11 +68,19 @@ def load(path: str | Path) -> Run:
     if not folder.metrics.exists():
         raise FileMissing(f"report: {path} is no run folder (it has no {folder.metrics.name})")
     found = peek(folder.journal)
+    records = found.records if found else []
     return Run(
         name=str(path).rstrip("/") if Path(path).name not in ("", "..") else str(Path(path).resolve()),
         config=folder.read_config(),
-        metrics=folder.read_metrics(),
-        rewards=[[r for r in record.rewards if r is not None] for record in (found.records if found else ())],
+        metrics=_completed(folder.read_metrics(), records),
+        rewards=[[r for r in record.rewards if r is not None] for record in records],
         samples=read_lines(folder.samples),
         summary=folder.read_summary(),
     )
+
+
+def _completed(rows: list[dict[str, Any]], records: Sequence[UpdateRecord]) -> list[dict[str, Any]]:
+    """The rows, with what older versions did not write of the rewards, from the journal."""
+    known = {record.generation + 1: record for record in records}
+    trained = [type(g := row.get("generation")) is int and g in known and "reward_mean" in row for row in rows]
+    return [of_rewards(known[row["generation"]]) | row if t else row for row, t in zip(rows, trained, strict=True)]

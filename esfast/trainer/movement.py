@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -24,14 +25,20 @@ class Movement:
         self._views = [(view, math.prod(window.shape)) for _, view, window in found]
         self._initial = self._last = self._read()
 
-    def norms(self) -> dict[str, float]:
-        """`update_norm` since the last call, and `distance` from the first weights; {} if no tensor can be sampled."""
+    def norms(self, coeffs: Sequence[float] = ()) -> dict[str, float]:
+        """`update_norm` since the last call, and `distance` from the first weights; {} if no tensor can be sampled.
+
+        With the coefficients of an update's noise also `update_kept`: the norm divided by that of the same update in
+        exact arithmetic. Far below 1, rounding has lost the update.
+        """
         if not self._views:
             return {}
         now = self._read()
         result = {"update_norm": self._norm(now, self._last), "distance": self._norm(now, self._initial)}
         self._last = now
-        return result
+        # Each of a seed's numbers has variance 1, whatever the kind of noise.
+        exact = math.sqrt(math.fsum(c * c for c in coeffs) * sum(n for _, n in self._views))
+        return result | ({"update_kept": result["update_norm"] / exact} if exact else {})
 
     def _read(self) -> list[torch.Tensor]:
         return [view.to("cpu", torch.float64, copy=True) for view, _ in self._views]

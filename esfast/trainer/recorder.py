@@ -20,6 +20,7 @@ from ..utils.files import write_whole
 from ..utils.interrupts import signal_of
 from .clock import PHASES, PhaseTimer, account
 from .config import ESConfig
+from .doctor import Doctor
 from .loggers import Report
 from .run_folder import RunFolder, readable_lines
 
@@ -45,6 +46,7 @@ class RunRecorder:
         self._config, self._store, self._tokenizer, self._team, self._card = config, store, tokenizer, team, card
         self._report: Report | None = None
         self._evaluation: dict[str, float] = {}
+        self._doctor = Doctor(vars(config))
 
     def finished(self, generation: int, evaluates: bool) -> dict[str, Any] | None:
         """The summary of a run that has done all of its generations and what follows them; else None."""
@@ -72,6 +74,9 @@ class RunRecorder:
         self._report = Report(self._config.report_to, self.folder.path, vars(self._config))
         if generation:
             self.rows = self._completed(read(self.folder.journal).records)
+            # What these rows show, the log of the run that wrote them said.
+            for row in self.rows:
+                self._doctor(row)
             for phase, seconds in earlier_seconds(self.rows).items():
                 self.clock.seconds[phase] = self.clock.seconds.get(phase, 0.0) + seconds
         best = max((r["eval_reward"] for r in self.rows if "eval_reward" in r), default=-math.inf)
@@ -122,6 +127,7 @@ class RunRecorder:
             self.rows.append(row)
             self.folder.append_metrics(row)
             self._report.log(row)
+            self._examine(row)
 
     def amend(self, evaluation: dict[str, Any], generation: int) -> None:
         """Adds an evaluation to the last generation's row, which was written before."""
@@ -130,6 +136,11 @@ class RunRecorder:
             self.rows[-1].update(evaluation)
             self.folder.write_metrics(self.rows)
             self._report.log(self.rows[-1])
+            self._examine({"generation": generation, **evaluation})
+
+    def _examine(self, row: Mapping[str, Any]) -> None:
+        for finding in self._doctor(row):
+            log.warning("%s", finding)
 
     def _keep_best(self, row: Mapping[str, Any]) -> None:
         reward = row.get("eval_reward", -math.inf)
@@ -215,6 +226,7 @@ def of_rewards(record: UpdateRecord) -> dict[str, Any]:
         "reward_max": float(rewards.max()),
         "reward_min": float(rewards.min()),
         "reward_std": float(rewards.std()),
+        "same_reward": float(np.unique(rewards, return_counts=True)[1].max() / len(rewards)),
         "sigma": record.sigma,
         "lr": record.lr,
         **({"set_aside": n} if (n := record.rewards.count(None)) else {}),

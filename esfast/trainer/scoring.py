@@ -29,6 +29,7 @@ class Scoring:
 
     scorer   calls `reward_funcs` and `metrics`, in this process or in workers
     weights  factors of the reward functions
+    responses  of this process's members so far
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Scoring:
         self.scorer = Scorer([*reward_funcs, *metrics.values()], workers, config.reward_timeout)
         self._evaluator, self._reward_funcs, self._weights, self._metrics = evaluator, reward_funcs, weights, metrics
         self.skips = config.on_reward_error == "skip"
+        self.responses = 0
 
     def __call__(self, es: ES, batch: Batch, clock: PhaseTimer, stops: Stops) -> None:
         """Sets the rewards of this process's members of a new population. With on_reward_error="skip" a member that
@@ -57,6 +59,7 @@ class Scoring:
             with contextlib.closing(self._evaluator.evaluate(members, batch.texts, batch.seeds)) as answers:
                 for member, completions in answers:
                     clock.record("generate")
+                    self.responses += 0 if isinstance(completions, Exception) else len(completions)
                     if isinstance(completions, Exception):
                         whose = f"member {member.index} of generation {es.generation} (sigma {es.sigma:g})"
                         self._set_aside(es, member, nonsense(whose))

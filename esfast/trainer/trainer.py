@@ -24,6 +24,7 @@ from ..es.store import WeightStore
 from ..rewards.scorer import RewardFunc, check_metrics
 from ..rollout.engine import Engine
 from ..rollout.evaluator import MemberEvaluator
+from ..update.updater import UpdateRecord
 from ..utils.errors import BadType
 from ..utils.files import check_writable
 from ..utils.interrupts import Stops, stoppable
@@ -277,6 +278,7 @@ class ESTrainer(SavesLikeTRL):
         generation, clock = self.es.generation, self.clock
         clock.record("other")
         before, tokens, journal = dict(clock.seconds), self.evaluator.tokens, self.es.journal_seconds
+        responses = self.scoring.responses
         batch = self.batches(generation)
         self.es.sigma, self.es.lr = self.args.rates(generation)
         clock.record("other")
@@ -288,8 +290,19 @@ class ESTrainer(SavesLikeTRL):
         clock.record("other")
         seconds, tokens = clock.since(before), self.evaluator.tokens - tokens
         times = {"seconds": sum(seconds.values()), **{f"seconds_{phase}": s for phase, s in seconds.items()}}
-        drifted = {} if drift is None else {"drift": drift}
-        return drifted | self.movement.norms() | of_rewards(record) | times | account(seconds, tokens)
+        further = {} if drift is None else {"drift": drift}
+        if tokens and (responses := self.scoring.responses - responses):
+            further["response_tokens"] = tokens / responses
+        return (
+            further | self.movement.norms(self._exact(record)) | of_rewards(record) | times | account(seconds, tokens)
+        )
+
+    def _exact(self, record: UpdateRecord) -> list[float]:
+        """The coefficients that the stored weights should have moved by; [] if they are not the whole of it. A master
+        keeps what its rounded weights do not show yet."""
+        rule = self.es.rule
+        simple = rule.optimizer.lr_in_coeffs and not rule.groups and self.es.store.mode != "master"
+        return record.coeffs if simple else []
 
     def _evaluate(self) -> dict[str, float]:
         if self.eval_dataset is None:
