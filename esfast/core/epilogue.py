@@ -26,8 +26,9 @@ class Epilogue(abc.ABC):
     `apply` is the definition, and the reference backend runs it. To make it fast, add kernels that give the same bits,
     next to `adam` in csrc/noise.h (CPU and CUDA) and kernels/add_noise.py (Triton).
 
-    buffers: float32 (k, plan.flat_numel) on the plan's device, any k; `apply` changes them.
-    has_kernels: whether every backend implements it. If not, only the reference backend runs it.
+    Attributes:
+        buffers: float32 (k, plan.flat_numel) on the plan's device, any k; `apply` changes them.
+        has_kernels: whether every backend implements it. If not, only the reference backend runs it.
     """
 
     has_kernels: ClassVar[bool] = False

@@ -31,13 +31,13 @@ def low_rank_factors(
     `out={name: (lora_b.T, lora_a)}`; then the adapter's scaling must be 1.
 
     Args:
-        plan: weights that have the noise; of a slice or a shard it is the factors of its rows and columns.
+        plan: the weights whose noise it is. A slice or a shard gets the factors of its rows and columns.
         seed: 0 <= seed < 2**64.
         rank: 1 to 256.
-        out: for names of matrices of the plan (all or some) the buffers (a, b), float32, bfloat16 or float16 on one
-            device, of any strides. Of a matrix [rows, cols] a is [rank, rows] and b is [rank, cols]; of a batch of
-            them, [n, rows, cols], a is [rank, n, rows] and b is [rank, n, cols]; of a tensor with four dimensions and
-            more a is [rank, first] and b is [rank, *others].
+        out: a dict from names of matrices of the plan (all or some) to buffers (a, b): float32, bfloat16 or float16, on
+            one device, of any strides. For a matrix [rows, cols] a is [rank, rows] and b is [rank, cols]. For a batch
+            of matrices [n, rows, cols] a is [rank, n, rows] and b is [rank, n, cols]. For a tensor with four or more
+            dimensions a is [rank, first] and b is [rank, *others].
         coeff: factor of the noise, such as sigma; with -sigma it is the mirrored member.
         backend: as in `add_noise_`.
 

@@ -47,7 +47,9 @@ _C = (_f(0.999994874), _f(-1.23348641), _f(0.252580702), _f(-0.0190958101))
 
 
 def noise(seed: int, name: str, shape: int | tuple[int, ...], kind: str = "gaussian", rank: int = 1) -> torch.Tensor:
-    """The noise of a tensor: a pure function of seed, name, shape and kind. This is the reference.
+    """The noise of a tensor: a pure function of seed, name, shape and kind.
+
+    This is the reference implementation, and slow. `add_noise_` adds the same numbers to weights, fast.
 
     Args:
         seed: 0 <= seed < 2**64.

@@ -55,10 +55,11 @@ class Team:
         with Team.join() as team:      # at the end all wait for each other; an error or Ctrl-C in one stops all
             es = ES(model, team=team)
 
-    rank, size     this process's number, and the number of processes
-    shards         processes, of consecutive ranks, that hold one model in shards and score its members together
-    restarted      whether torchrun started these processes after others died (--max-restarts); they then resume
-    at_work        whether this process is inside work that needs the others
+    Attributes:
+        rank, size: this process's number, and the number of processes.
+        shards: how many processes, of consecutive ranks, hold one model in shards and score its members together.
+        restarted: whether torchrun started these processes after others died (--max-restarts); they then resume.
+        at_work: whether this process is inside work that needs the others.
     """
 
     def __init__(self, store: dist.Store | None = None, rank: int = 0, size: int = 1, shards: int = 1):

@@ -43,7 +43,7 @@ def coefficients(members: Sequence[Member], shaped: Sequence[float], lr: float) 
 
 
 class ES:
-    """Evolution strategies over the weights of a model, with the feel of torch.optim.
+    """Evolution strategies over the weights of a model, used like an optimizer of torch.optim.
 
         es = ES(model, sigma=1e-3, lr=5e-4, population_size=30)
         for generation in range(100):

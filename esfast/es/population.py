@@ -24,7 +24,14 @@ def member_seed(seed: int, generation: int, index: int) -> int:
 
 @dataclass
 class Member:
-    """One perturbed model: theta + sign * sigma * noise(seed). Set `reward` (higher is better) in the loop's body."""
+    """One perturbed model: theta + sign * sigma * noise(seed). Set `reward` in the loop's body.
+
+    Attributes:
+        index: number of the member in its population, from 0.
+        seed: seed of its noise, 0 <= seed < 2**64.
+        sign: +1 or -1; -1 only for the second member of a mirrored pair.
+        reward: a finite number, higher is better; None until it is set, or if the member is to be set aside.
+    """
 
     index: int
     seed: int

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 
 
 def zscore(rewards: Sequence[float]) -> list[float]:
-    """(R - mean) / std with the population's standard deviation, as in the paper; zeros if all rewards are equal."""
+    """(R - mean) / std for each of the N rewards, with the population's standard deviation (divided by N, not N - 1),
+    as in the paper. N zeros if all rewards are equal."""
     if min(rewards) == max(rewards):
         return [0.0] * len(rewards)
     exponent = math.frexp(max(map(abs, rewards)))[1]

@@ -23,7 +23,8 @@ from ..utils.errors import BadState, BadValue
 from ..utils.unwrap import named_parameters
 from .offsets import Offsets
 
-NOT_DECAYED = ("bias", "layer_norm", "layernorm")  # as in MeZO: weights with these in their name don't decay
+# Weights with one of these in their name don't decay, as in MeZO.
+NOT_DECAYED = ("bias", "layer_norm", "layernorm")
 
 
 class ZOParameters:

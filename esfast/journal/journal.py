@@ -41,7 +41,7 @@ class Contents(NamedTuple):
 
 
 class Fingerprinted(Protocol):
-    """Weights that a journal is about: a Plan, or an esfast.es.store.WeightStore."""
+    """The weights of a journal's run, as far as its header needs them: a Plan or an esfast.es.store.WeightStore."""
 
     @property
     def whole_numel(self) -> int: ...
@@ -184,8 +184,13 @@ class Journal:
 def read(path: str | Path) -> Contents:
     """Reads a journal. An incomplete last line, which a crash leaves, is ignored with a warning.
 
+    Returns:
+        A named tuple: `header` (dict), `records` (a list of UpdateRecord, one a generation, in order) and `checks`
+        (fingerprints by the number of generations done).
+
     Raises:
         ValueError: a line is damaged, missing or of another format; the message names it.
+        OSError: the file can't be read.
     """
     return parse(Path(path).read_bytes(), path)
 

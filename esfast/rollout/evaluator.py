@@ -16,8 +16,9 @@ class MemberEvaluator(Protocol):
 
         trainer = ESTrainer(model, reward, config, rows, evaluator=MyEvaluator(...))
 
-    engine   generates from the weights between populations, for evaluations on held-out prompts
-    tokens   number of tokens generated so far, by members and by `engine`; 0 if they are not counted
+    Attributes:
+        engine: generates from the weights between populations, for evaluations on held-out prompts.
+        tokens: number of tokens generated so far, by members and by `engine`; 0 if they are not counted.
     """
 
     engine: Engine
@@ -26,22 +27,25 @@ class MemberEvaluator(Protocol):
     def evaluate(
         self, members: Population, prompts: Sequence[str], seeds: Sequence[int] | None
     ) -> Generator[tuple[Member, list[str] | LogitsError], None, None]:
-        """Yields (member, completions) for each member of this process, in any order, with a completion a prompt.
+        """Yields (member, completions) for each member of this process, in any order. `completions` is a list of
+        strings, one for each prompt.
 
-        prompts  the prompts as texts, the same for all members
-        seeds    one for each prompt, the same for all members, if responses are sampled; None: greedy
+        Args:
+            members: the population. Perturbing is the evaluator's work: iterating over `members` writes one member
+                after another into the model of this process.
+            prompts: strings, the same for all members.
+            seeds: for sampled responses an int for each prompt, the same for all members; None: greedy decoding.
 
-        Perturbing is the evaluator's work. Iterating over `members` writes one after another into the model of this
-        process. `members.handed_out()` leaves the model alone; use it to make members elsewhere, from their `seed` and
-        `sign` and from `members.sigma`. A member's completions must depend only on its weights, the prompts and the
-        seeds, not on the order of the members or on the process.
+        `members.handed_out()` leaves the model alone; use it to make members elsewhere, from their `seed` and `sign`
+        and from `members.sigma`. A member's completions must depend only on its weights, the prompts and the seeds, not
+        on the order of the members or on the process.
 
         Between two items the caller scores completions and does not touch the model. The evaluator may work on other
         members meanwhile. Yield a pair as soon as it is there, so that scoring overlaps.
 
-        The generator may be used up, closed early (Ctrl-C, an error of the caller), or raise. In each case the weights
-        must be the original ones afterwards. The caller holds `with es.population() as members`, which restores a
-        member that iterating left in place. An evaluator undoes anything else that it did, in a `finally`.
+        The weights must be the original ones after the generator has ended, was closed early (Ctrl-C, an error of the
+        caller), or raised. A member that iterating left in place is restored by the caller, who holds
+        `with es.population() as members`. The evaluator undoes anything else that it did, in a `finally`.
 
         If a member's weights give no text, yield its LogitsError instead of its completions; ESConfig.on_reward_error
         decides whether the run continues without it. Raise any other exception: it ends the run. If an engine dies, the

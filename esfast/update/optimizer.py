@@ -38,9 +38,11 @@ class Step(NamedTuple):
 class State:
     """What an optimizer keeps between generations.
 
-    tensors: by name, float32 tensors on the plan's device, such as zeros(2, plan.flat_numel). Checkpoints hold them
-        under these names; "low" and names that begin with a digit are taken.
-    past: the generations before this one, the newest first, at most `maxlen` of them. Read from the journal on resume.
+    Attributes:
+        tensors: by name, float32 tensors on the plan's device, such as zeros(2, plan.flat_numel). Checkpoints hold them
+            under these names; "low" and names that begin with a digit are taken.
+        past: the generations before this one, the newest first, at most `maxlen` of them. A resumed run reads them from
+            the journal.
     """
 
     tensors: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
@@ -60,8 +62,9 @@ class Optimizer(abc.ABC):
     Journals hold the name and the fields, which must be numbers, strings or booleans. A step may depend only on the
     fields, the state and the records of the generations, since a replay takes the same steps.
 
-    bytes_per_weight: memory of the state's tensors, which weights="auto" counts
-    lr_in_coeffs: whether a generation's coefficients contain lr. If not, `step` applies it.
+    Attributes:
+        bytes_per_weight: memory of the state's tensors, in bytes for each weight; weights="auto" counts it.
+        lr_in_coeffs: whether a generation's coefficients contain lr. If not, `step` applies lr.
     """
 
     name: ClassVar[str]
@@ -84,15 +87,18 @@ class Optimizer(abc.ABC):
 
     @abc.abstractmethod
     def step(self, state: State, record: UpdateRecord, lr: float) -> Step:
-        """The step of a generation. `lr` is a group's factor of the learning rate: 1 for most weights.
+        """The step of a generation, for one group of weights; it is called once for each group.
 
-        It is called once for each group of weights. It may read `state.past`, which `record` is not in yet, and hand
-        `state.tensors` to an epilogue, which changes the part of them that belongs to the group's weights.
+        Args:
+            state: what `allocate_state` returned. `state.past` does not hold `record` yet. An epilogue that gets
+                `state.tensors` changes only the part that belongs to the group's weights.
+            record: seeds, coefficients (float32 values), rewards, sigma and lr of the generation.
+            lr: the group's factor of the learning rate; 1 without groups.
         """
 
     @property
     def text(self) -> str:
-        """NAME:field=value,... from which `check_optimizer` makes it again; NAME alone without fields."""
+        """The optimizer as a text, NAME:field=value,... or NAME, from which `check_optimizer` makes it again."""
         fields = {name: value for name, value in self.to_json().items() if name != "name"}
         numbers = ",".join(f"{name}={json.dumps(value)}" for name, value in fields.items())
         return f"{self.name}:{numbers}" if numbers else self.name

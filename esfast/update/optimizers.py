@@ -43,8 +43,11 @@ class Momentum(Optimizer, name="momentum"):
     Noise is a function of its seed, so the velocity is computed again from the seeds of the last generations, each
     times beta to the power of its age (Sutskever et al., ICML 2013).
 
-    beta: fraction of the velocity that is kept from one generation to the next, 0 < beta < 1.
-    window: generations that are replayed, at least 2. A fraction beta^window of the velocity is dropped.
+    Args:
+        beta: fraction of the velocity that is kept from one generation to the next, 0 < beta < 1.
+        window: generations that are replayed, at least 2. A fraction beta^window of the velocity is dropped.
+
+    Raises ValueError for a number outside the above.
     """
 
     beta: float = 0.9
@@ -71,11 +74,15 @@ class Momentum(Optimizer, name="momentum"):
 class Adam(Optimizer, name="adam"):
     """Adam over the estimated gradient g, with two float32 moments: 8 bytes a weight.
 
-    It is that of Kingma and Ba (arXiv 1412.6980); weight decay is decoupled (Loshchilov and Hutter, arXiv 1711.05101).
+    The algorithm is that of Kingma and Ba (arXiv 1412.6980), with decoupled weight decay (Loshchilov and Hutter, arXiv
+    1711.05101).
 
-    beta1, beta2: fractions of the running means of g and g^2 that a step keeps, 0 < beta < 1.
-    eps: added to sqrt(v), > 0. The gradient is that of z-scored rewards, so its size is about 1/sqrt(N), whatever the
-        scale of the rewards.
+    Args:
+        beta1, beta2: fractions of the running means of g and g^2 that a step keeps, 0 < beta < 1.
+        eps: added to sqrt(v), at least 1e-30. The gradient is that of z-scored rewards, so its size is about 1/sqrt(N),
+            whatever the scale of the rewards.
+
+    Raises ValueError for a number outside the above.
     """
 
     beta1: float = 0.9
