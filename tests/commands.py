@@ -1,4 +1,4 @@
-"""A command as a page or a help shows it, parsed by the parser that would parse it."""
+"""Finds the commands that pages and helps show, and parses each with the parser that it would meet."""
 
 import argparse
 import re
@@ -24,8 +24,8 @@ def in_help(text: str) -> list[str]:
 
 
 def parse(command: str) -> argparse.Namespace | None:
-    """What an esfast command parses to; SystemExit or AssertionError if it doesn't, or another one names what isn't
-    there."""
+    """Parses a command and returns what an esfast command parses to. Raises SystemExit or AssertionError for a command
+    that can't be parsed, or that names a script, a make target or an extra that does not exist."""
     words = shlex.split(command.partition(" > ")[0])
     while "=" in words[0]:  # an environment variable
         words = words[1:]

@@ -26,7 +26,9 @@ import matplotlib.figure  # noqa: F401
 import torch
 
 import esfast
-import esfast.trainer.trainer  # these two before any fork, as they take a second
+
+# This and matplotlib take a second to import, so they are imported before any fork.
+import esfast.trainer.trainer
 from esfast import Team
 from esfast.distributed.team import Stopped
 from esfast.journal.journal import peek, read
@@ -46,10 +48,12 @@ SETTINGS = {
     "save_best": False,
     "progress": False,
 }
-# pause: seconds a member takes; slow: rank and factor of one that is slower; at: [rank, generation] of a fault;
-# fault: what happens there, once (in the first life of the job); patience: seconds that a run folder is waited for
+# pause: seconds that a member takes. slow: the rank of a slower process, and how many times slower it is.
+# at: [rank, generation] where a fault happens. fault: what happens there, once (not again after a restart).
+# patience: seconds to wait for a run folder that is in use.
 FAULTS = {"pause": 0.0, "slow": [0, 1.0], "at": [0, -1], "fault": "", "dtype": "float32", "patience": lock.PATIENCE}
-REFUSED = 3  # status of who found the run folder in use
+# Exit status of a job that found the run folder in use.
+REFUSED = 3
 
 
 def value(prompts, completions):
@@ -80,7 +84,8 @@ def fault(kind):
 def main(out, *pairs):
     given = {name: json.loads(text) for name, text in (pair.split("=", 1) for pair in pairs)}
     faults = {name: given.pop(name, default) for name, default in FAULTS.items()}
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in its background ignores it
+    # A shell starts background processes with SIGINT ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     lock.PATIENCE = faults["patience"]
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -91,7 +96,8 @@ def main(out, *pairs):
     config = esfast.ESConfig(str(out), **(SETTINGS | given))
     trainer = esfast.ESTrainer(model, value, config, ROWS, None, tokenizer, engine=engine, team=team)
     engine.es = trainer.es
-    for _ in range(2):  # a team serves several runs: this one is of no consequence
+    # A team can serve several runs: these two must not affect the trainer's.
+    for _ in range(2):
         es = esfast.ES([("w", torch.zeros(3))], population_size=3, team=team)
         for member in es.population():
             member.reward = float(member.index)
@@ -153,7 +159,7 @@ def undisturbed(processes, *arguments):
 
 
 def drill(kills, stops, folder, *pairs):
-    """Runs that are never stopped, and runs that are; what all of the latter hold once resumed must be the same."""
+    """Stops runs and resumes them. At the end each must hold the same as a run that was never stopped."""
     folder, random = Path(folder), Random(0)
     whole = folder / "whole"
     seconds = {n: undisturbed(n, folder / f"of {n}", *pairs) for n in (2, 3)}
@@ -165,7 +171,8 @@ def drill(kills, stops, folder, *pairs):
             break
         out, before, after = folder / f"run{i}", 1 + i % 3, 1 + (i + 1 + i // 3 % 2) % 3
         children = start(before, out, *pairs)
-        time.sleep(random.uniform(0, seconds[before]))  # then all at once: the power fails, or a scheduler says so
+        time.sleep(random.uniform(0, seconds[before]))
+        # Stop all processes at once, as a power failure or a scheduler does.
         for child in children:
             os.kill(child, signum)
         began = time.monotonic()

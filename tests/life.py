@@ -86,7 +86,7 @@ def bits(made):
 
 
 def facts(folder):
-    """What a run says at its end, less the time that it took."""
+    """Summary and metrics of a finished run, without its times."""
     summary = json.loads((folder / "summary.json").read_text())
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return {

@@ -14,7 +14,7 @@ def length(prompts, completions, **columns):
 
 
 def marks(prompts, completions, gold, **columns):
-    """How long each row's gold is, which it then shortens, with all else that it was given."""
+    """The length of each row's `gold`. Afterwards it shortens every list that it was given."""
     seen = [float(len(g)) for g in gold]
     for value in (*prompts, *completions, *gold):
         if isinstance(value, list):
@@ -37,7 +37,8 @@ def returns(prompts, completions, how, **columns):
 
 
 def tensor(values, dtype="float32", **options):
-    """Made when it is asked for: a worker that is asked for something else need not import torch."""
+    """A function that makes the tensor when it is called, so that a worker that needs no tensor need not import
+    torch."""
 
     def made():
         import torch

@@ -202,7 +202,7 @@ def adam_keeps_its_moments_by_the_local_plan(world):
 
 @check((2, 4))
 def a_rank_that_holds_nothing(world):
-    """One row: all ranks but the first have an empty plan, and take part in everything all the same."""
+    """A tensor of one row: all ranks but the first have an empty plan, and must take part in all collective calls."""
     twin = Twin(world, along(0), {"row": whole_tensors()["row"], "other": noise(9, "w", (1, 4)).half()})
     assert len(twin.plans[0]) == (2 if dist.get_rank() == 0 else 0) and twin.plans[0].names == twin.plans[0].names
     twin.run()
@@ -216,7 +216,8 @@ def a_rank_that_holds_nothing(world):
 
 @check((2, 4))
 def tied_weights(world):
-    """As parameters, and as a state dict gives them: one memory, two DTensors, and both may be empty here."""
+    """Tied parameters, also as a state dict gives them: two DTensors over one memory. Both may be empty on this
+    rank."""
     for shape in ((8, 6), (1, 6)):
         embed = distribute_tensor(noise(1, "w", shape), world, [Shard(0)])
         head = embed.detach()
@@ -303,8 +304,8 @@ def a_mesh_of_two_dimensions(world):
 
 @check((4,))
 def groups_of_ranks(world):
-    """replicas x shards: the two ranks of a group hold a model together and are given the same members, the groups
-    different ones."""
+    """A mesh of replicas x shards: the two ranks of a group hold a model together and get the same members; the groups
+    get different ones."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))
     store = dist.distributed_c10d._get_default_store()
     team, other = (Team(dist.PrefixStore(n, store), dist.get_rank(), 4, shards=2) for n in ("team", "other"))

@@ -46,7 +46,8 @@ def compare_models(sharded, whole, what):
 
 
 def train(sharded, whole, forward, exact, generations=2, **options):
-    """Both models through ES. `exact`: their outputs must agree to the bit, as they do where no sum is cut."""
+    """Trains both models by ES and compares them. `exact`: outputs must agree to the bit, as they do if no sum is
+    divided between ranks."""
     runs = [ES(m, sigma=0.05, lr=0.05, population_size=3, **options) for m in (sharded, whole)]
     assert runs[0].plan.layout == runs[1].plan.layout
     for _ in range(generations):
@@ -64,8 +65,8 @@ def train(sharded, whole, forward, exact, generations=2, **options):
 
 @check((2, 4))
 def fsdp2(world):
-    """Also of the root module, whose parameters FSDP2 leaves gathered after a forward pass: such copies are neither what
-    the next member is evaluated with, nor what a plan is made of."""
+    """FSDP2 keeps the root module's parameters gathered after a forward pass. The next member must not be evaluated
+    with these stale copies, and a plan must not be made of them."""
     torch.manual_seed(0)
     whole = Tied()
     sharded = copy.deepcopy(whole)
@@ -84,7 +85,8 @@ def fsdp2(world):
 
 @check((2, 4))
 def kl_to_base_and_saving(world):
-    """What the trainer does with a model besides generating: both ways to cut one, also after a forward pass."""
+    """KL and saving, which the trainer does besides generating, for both ways to shard a model, also after a forward
+    pass."""
     tokenizer = embedded.make_tokenizer()
     torch.manual_seed(0)
     whole = embedded.make_model(tokenizer).eval()
@@ -146,7 +148,8 @@ def transformers_tensor_parallel(world):
 
 @check((2, 4))
 def transformers_plans(world):
-    """Models cut by the plans that they bring: the same tokens as the whole model's, and the same weights for a plan."""
+    """Models that are sharded by their own tensor-parallel plans generate the tokens of the whole model, and a Plan
+    gives them the same weights."""
     import transformers as t
 
     size = dict(

@@ -193,7 +193,7 @@ def test_there_are_enough_cases_and_none_twice():
 
 
 def test_messages_name_the_argument_first():
-    """As the reader's eye expects it: the argument or the call, a colon, what was expected or is wrong."""
+    """A message begins with the argument or the call; after a colon it says what was expected or what is wrong."""
     for name, call, error, _ in CASES:
         with pytest.raises(error) as caught:
             call(Plan([("w", ones())]))

@@ -37,7 +37,7 @@ def on_linux():
 
 @pytest.fixture(autouse=True, scope="module")
 def nothing_is_compiled():
-    """Of an afternoon's ways those that g++ has to compile are run by test_bench_afternoon.py."""
+    """Leaves out the contenders of bench/afternoon.py that g++ must compile; test_bench_afternoon.py runs those."""
     quick = {kind: {name: make for name, make in ways.items() if "compiled" not in name}
              for kind, ways in afternoon.WAYS.items()}  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:

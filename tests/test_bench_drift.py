@@ -41,7 +41,8 @@ def test_exact_modes_change_no_bit(rows, way, dtype):
 
 
 def test_what_rounding_does(rows):
-    """The figures are those of theory: a weight is rounded to within half a place, so that all dtypes scale alike."""
+    """The figures follow theory: rounding moves a weight by at most half a unit in the last place, so the errors of all
+    dtypes scale with that unit."""
     usual, base, master = (rows[way, "bfloat16"] for way in ("usual code", "base", "master"))
     assert usual["pass"] is None and usual["restore"]["changed"][-1] > 0.2
     two, one = (rows[way, "bfloat16"]["restore"]["drift"][-1] for way in ("inplace", "inplace, one pass"))

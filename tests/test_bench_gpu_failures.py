@@ -116,7 +116,8 @@ def test_a_contender_that_fails_costs_its_own_figures(contender, at_first, monke
 
 
 def test_an_error_that_the_gpu_does_not_survive_ends_the_process_and_not_the_benchmark(monkeypatch, quick):
-    """The work goes on in a new process, without what ran when the old one died, and nothing is measured twice."""
+    """The work continues in a new process, without the contender that ran when the old one died. Nothing is measured
+    twice."""
     lap, jobs = gpu_race.lap, []
     monkeypatch.setattr(gpu_rows, "_survives", lambda error, device: False)
     monkeypatch.setattr(gpu_rows, "OPS", ("perturb", "update"))
@@ -172,7 +173,7 @@ def test_every_death_takes_something_out(at, without, todo, more):
 
 
 def test_events_come_from_a_process_of_its_own(monkeypatch, tmp_path):
-    """With its death, however it dies; nobody who stops listening leaves it behind."""
+    """The last event says how the process died, whatever killed it. If the reader stops early, the process is ended."""
     (tmp_path / "acts.py").write_text(
         "import os, signal, time, sys\n"
         "def events(job):\n"
@@ -241,7 +242,8 @@ def test_what_does_not_fit_or_has_no_time_is_left_out_aloud(monkeypatch, capsys,
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU is here: test_bench_gpu.py runs this on it")
 def test_what_a_gpu_is_asked_for(monkeypatch, quick):
-    """The side for GPUs with a GPU that is stood in for: events, memory, what is not ready, room."""
+    """Runs the code for GPUs on a stand-in for a GPU: events, memory, backends that are not ready, models that do not
+    fit."""
 
     class Event:
         def __init__(self, enable_timing):

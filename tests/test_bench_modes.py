@@ -75,7 +75,8 @@ def test_a_mode_that_takes_more_than_it_states_fails(monkeypatch, capsys):
 @pytest.mark.parametrize("mode", weights.MODES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_stated_traffic_is_that_of_the_passes(mode, dtype, monkeypatch):
-    """Counted where they happen: what every call of add_noise_ and every copy reads and writes, once a weight."""
+    """Counts the bytes that every call of add_noise_ and every copy reads and writes, and compares the sum with the
+    stated traffic."""
     moved = [0]
     real, copy = ops.add_noise_, torch.Tensor.copy_
 

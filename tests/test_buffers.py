@@ -73,7 +73,7 @@ def score(model):
 
 @pytest.mark.parametrize("weights", MODES)
 def test_a_population_leaves_the_buffers_as_they_were(weights):
-    """And each of its members begins with them: in any order they score the same."""
+    """Each member, too, begins with the same buffers, so members get the same rewards in any order."""
     model = tricky()
     before = state(model)
     es = esfast.ES(model, sigma=0.1, population_size=4, weights=weights)
@@ -123,7 +123,7 @@ def test_perturbed_and_candidates_nested_or_failing():
 
 
 def test_what_is_changed_between_populations_is_kept():
-    """Statistics that are recalibrated after an update, also through .data; and train mode is the user's to choose."""
+    """A user may recalibrate statistics after an update, also through .data, and may choose train or eval mode."""
     model = tricky()
     es = esfast.ES(model, sigma=0.1, population_size=2)
     for member in es.population():
@@ -189,7 +189,7 @@ def test_a_plan_of_tensors_has_no_buffers_and_a_part_neither():
 
 
 def test_processes_of_a_team_end_equal(tmp_path):
-    """Each scores other members, in train mode."""
+    """Two processes score different members, in train mode."""
     store = torch.distributed.HashStore()
     models = [tricky() for _ in range(2)]
 
@@ -235,7 +235,8 @@ def test_es_does_not_undo_what_was_loaded(weights, dtype):
     es = esfast.ES(model, lr=0.1, population_size=4, weights=weights)
     evaluate(es)
     es.step()
-    model.load_state_dict({name: p.clone() for name, p in model.state_dict().items()})  # the same bits: nobody minds
+    # Loading the same bits is no change.
+    model.load_state_dict({name: p.clone() for name, p in model.state_dict().items()})
     evaluate(es)
     other = {name: p + 1 for name, p in model.state_dict().items()}
     model.load_state_dict(other)

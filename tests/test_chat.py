@@ -84,7 +84,8 @@ def test_a_continued_message_has_no_end_and_begins_no_other(tokenizer):
 
 
 def test_reward_functions_get_the_whole_message(tmp_path, tokenizer):
-    """And the prompt without its beginning, as TRL has it, so that they make up the conversation."""
+    """A message that the model continues is whole in the completion and removed from the prompt, as in TRL, so that
+    prompt + completion is the conversation."""
     torch.manual_seed(0)
     model, seen = embedded.make_model(tokenizer), {}
     rows = [
@@ -128,7 +129,7 @@ def test_content_takes_the_form_that_the_template_reads(tokenizer, template):
 
 
 def test_what_a_dataset_adds_to_records_is_left_out(tokenizer):
-    """Its columns have the keys of all rows, None where a row has none."""
+    """The columns of a datasets.Dataset have the keys of all rows; a row without a key gets None."""
     datasets = pytest.importorskip("datasets", reason="needs datasets, an optional package")
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m.keys() | list }}{{ m.content }}{% endfor %}{{ tools }}{{ mode }}"

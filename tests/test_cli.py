@@ -314,7 +314,7 @@ def test_module_runs():
 
 
 def test_the_process_is_left_as_it_was(tmp_path, monkeypatch, capsys):
-    """For who calls `main` in a process of his own: its import path, its threads, the progress bars of Transformers."""
+    """A program that calls `main` keeps its import path, its number of threads, and Transformers' progress bars."""
     from transformers.utils.logging import is_progress_bar_enabled
 
     monkeypatch.chdir(tmp_path)

@@ -337,7 +337,8 @@ ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
 
 def test_where_the_locale_has_no_letters_for_a_prompt_or_a_name(project, tiny):
-    """Prompts go through; a folder that can't be written in the end is refused before anything is loaded."""
+    """Prompts may hold any characters. A folder whose name the locale can't write is refused before a model is
+    loaded."""
     rows = [{"prompt": f"wie heißt {i} 東京?"} for i in range(20)]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     (project / "p.jsonl").write_text(text, encoding="utf-8")

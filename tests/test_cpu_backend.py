@@ -134,8 +134,8 @@ def streamed():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_what_is_written_past_the_cache_is_the_same(dtype, kind, streamed, same_bits):
-    """Members and restored weights, of tensors that lie on lines of the cache and that don't, cut by tiles or not; what
-    lies beside them is left alone."""
+    """Members and restored weights get the same bits past the cache. Tensors begin at cache lines or not, and are cut
+    by tiles or not; the memory beside them stays unchanged."""
     rng = np.random.default_rng(0)
     places = [(0, 4096), (8192, 5000), (16385, 4096), (32768, 1), (40960, 10_241)]
     source, buffer = (weights_of_all_sorts(dtype, 2**16, rng) for _ in range(2))
@@ -252,7 +252,8 @@ def test_flush_denormal_changes_no_bit(dtype, kind, coeff, same_bits):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("start", (2**62 - 3000, 2**34 - 1500, 2**40 - 1))
 def test_large_element_numbers(start, kind, same_bits):
-    """To the end of the largest whole, and across the places where a block's number grows into its second word."""
+    """Element numbers up to the largest that a tensor may have, and across those at which the number of a Philox block
+    needs its second word."""
     count = min(3000, 2**62 - start)
     found, wanted = (Plan([("w", torch.zeros(count), Slice((2**62,), (start,)))]) for _ in range(2))
     add_noise_(found, [3], [1.0], noise=kind, backend="cpu")

@@ -156,7 +156,7 @@ def test_memory_outside_the_plan_is_left_alone(run_on_host, same_bits):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_restoring_copies_every_bit_in_one_launch(dtype, run_on_host, same_bits):
-    """Of all tensors, NaNs of any payload included, and nothing beside them."""
+    """Restoring copies every bit of all tensors, also the payloads of NaNs, and changes no memory beside them."""
     base = esfast.Plan(entries(dtype))
     for t in base.tensors:
         numbers = t.new_empty(0).view(torch.int32 if dtype is torch.float32 else torch.int16).dtype
@@ -195,7 +195,8 @@ def test_member_counts(kind, count, run_on_host, same_bits):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("count", "rank"), [(1, 1), (1, 4), (2, 2), (5, 1), (64, 1), (3, 16)])
 def test_ranks(dtype, count, rank, run_on_host, same_bits):
-    """One factor, whole turns of four and a part of one, of one member and of several."""
+    """The kernel adds four factors in each turn of its loop: tests one factor, whole turns, and a part of a turn, for
+    one member and for several."""
     source = esfast.Plan([e for e in entries(dtype) if e[0] in ("whole tiles", "odd matrix", "experts", "scalar")])
     ours, theirs = source.clone(), source.clone()
     run_on_host(call(ours, count, source, "low_rank", rank=rank))
@@ -331,7 +332,7 @@ def test_every_kernel_is_within_its_budget(kernels):
 
 
 class Extension:
-    """Stands for esfast._cuda."""
+    """A stand-in for the extension module esfast._cuda."""
 
     ABSENT, ARCHITECTURES = "", "sm_80 and PTX of compute_80"
 

@@ -67,7 +67,7 @@ def engine(tiny):
 
 @contextlib.contextmanager
 def other_weights(model):
-    """Changed in place within the block."""
+    """Changes the weights in place; after the block they are as before."""
     weight = model.model.layers[0].mlp.up_proj.weight
     original = weight.detach().clone()
     with torch.no_grad():
@@ -102,7 +102,7 @@ def test_ways_give_the_same_texts_in_float32(tiny, engine, way, batch_size):
 
 
 def count_tokens(model, tokenizer, prompt):
-    """Of the greedy text, one token at a time, the one that ends it included."""
+    """The number of tokens of the greedy text, generated one at a time; the end token counts."""
     ids = tokenizer(prompt)["input_ids"]
     prompt_length = len(ids)
     while len(ids) < prompt_length + 12 and tokenizer.eos_token_id not in ids[prompt_length:]:
@@ -137,7 +137,7 @@ def test_compiled_code_reads_the_weights_where_they_lie(tiny, engine, monkeypatc
 
 @needs_continuous
 def test_keys_and_values_of_another_member_would_be_noticed(tiny, engine, monkeypatch):
-    """What the test above rests on: the same engines, but a cache that outlives its member."""
+    """Shows that the test above can fail: with a cache that outlives its member, the same engines give other texts."""
     first = engine().generate(LONG)
     shared = functools.partial(decoding.WAYS["continuous"], allow_block_sharing=True)
     monkeypatch.setitem(decoding.WAYS, "continuous", shared)

@@ -82,7 +82,8 @@ def test_the_same_bits_and_journal_for_any_number_of_processes(processes, single
     ids=["master", "momentum", "adam", "low rank"],
 )
 def test_modes_and_optimizers(settings, tmp_path):
-    """Updates are tried both whole and shared out (generations 0, 2 and 1, 3), and then as is faster."""
+    """Both ways of updating are tried: every process updates all (generations 0 and 2), and each updates a share (1 and
+    3). Then the faster one is kept."""
     one, two = tmp_path / "one", tmp_path / "two"
     for done in (alone(one, **settings), torchrun(2, two, **settings)):
         assert done.returncode == 0, done.stderr[-3000:]
@@ -146,7 +147,8 @@ def test_a_scheduler_ends_torchrun_and_the_run_is_saved(single, tmp_path):
 
 
 def test_two_machines_that_share_no_files(single, tmp_path):
-    """A launcher on each, two processes on one and one on the other. What the second needs to resume it is told."""
+    """Each machine has a launcher, one of them two processes and the other one. To resume, the second machine gets the
+    journal from the first."""
     for generations, resume in ((4, False), (6, True)):
         port = str(free_port())
         launchers = []
@@ -224,7 +226,7 @@ def test_one_machine_goes_on_when_the_other_is_gone(single, tmp_path):
 
 
 def by_hand(processes, *arguments, **more):
-    """Processes without torchrun, which watches over them: they must notice for themselves."""
+    """Starts processes without torchrun, which would end all if one fails: they must notice by themselves."""
     shared = environment(WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), **more)
     return [subprocess.Popen([sys.executable, *arguments], stderr=subprocess.PIPE, text=True,
                              env=shared | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(processes)]  # fmt: skip

@@ -129,7 +129,8 @@ def test_examples_are_right_partly_tagged_and_never_held_out():
 
 
 def test_the_countdown_model_is_taught_what_it_always_was():
-    """1000 examples of seed 0, by their CRC-32. Where they change, its figures on the front page are to be taken anew."""
+    """The CRC-32 of 1000 examples of seed 0. If the examples change, the figures of the front page must be measured
+    again."""
     ids, labels = embedded._corpus(embedded.make_tokenizer(), 0, countdown.RECIPE)
     assert (zlib.crc32(ids.numpy().tobytes()), zlib.crc32(labels.numpy().tobytes())) == CORPUS_CRC
 

@@ -60,7 +60,7 @@ def test_what_a_tokenizer_puts_behind_a_text_is_left_out(template, special, give
 
 
 def test_a_token_behind_a_text_that_does_not_end_it_stays():
-    """Where ChatGLM's answers begin, for one."""
+    """For example the token at which ChatGLM's answers begin."""
     made = tokenizer_with("[gMASK] $A <sop>", extra_special_tokens=["[gMASK]", "<sop>"])
     assert texts(made, ["7"]) == ["[gMASK]7<sop>"]
 

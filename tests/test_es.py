@@ -178,7 +178,7 @@ def test_a_shaping_function_sees_the_rewards(same_bits):
 @pytest.mark.parametrize("weights", ("base", "inplace"))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_update_is_the_weighted_sum(dtype, weights, mirrored, noise):
-    """theta + lr / N sum z_n eps_n in float64, from rewards and seeds by the book."""
+    """Compares the update with theta + lr / N * sum_n z_n eps_n, computed in float64 from the rewards and the seeds."""
     plan = small_plan(dtype)
     es = ES(plan, sigma=2.0**-10, lr=0.3, population_size=8, mirrored=mirrored, noise=noise, weights=weights)
     before = [t.double() for t in plan.tensors]

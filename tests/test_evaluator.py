@@ -132,7 +132,7 @@ def test_a_member_without_text_is_set_aside_or_stops_the_run(tmp_path, model, ca
 
 
 class Forgetful(SequentialEvaluator):
-    """Leaves member 1 in place, as its iterator is kept alive, and fails."""
+    """Fails while member 1 is in place, and keeps the iterator alive, so that nothing closes it."""
 
     def evaluate(self, members, prompts, seeds):
         self.kept = iter(members)

@@ -90,8 +90,9 @@ def test_every_exit_from_the_body_restores(dtype, way, same_bits):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # raised while a generator is closed
 @pytest.mark.parametrize("form", ("for", "with"))
 def test_interrupts_at_every_place_restore(form, same_bits):
-    """CPython raises a signal's exception where a Python function begins (and after calls of C, and where a loop
-    jumps back). So here, at the n-th function that esfast begins, for every n; but for __exit__, which nothing guards.
+    """CPython raises a signal's exception where a Python function begins (also after calls of C, and where a loop jumps
+    back). This test raises one at the n-th function that esfast begins, for every n. It leaves out __exit__, which
+    nothing can guard.
     """
     n = begun = 0
     while begun >= n:

@@ -93,7 +93,7 @@ def test_an_engine_and_an_evaluator(tmp_path, model):
 @pytest.mark.filterwarnings("ignore:esfast uses its slow reference")
 @pytest.mark.parametrize("text", ["average:older=0.25", "sign_momentum"])
 def test_optimizers(tmp_path, model, text, same_bits):
-    """By the settings' text: a run, its journal, a replay."""
+    """The page's optimizers, given as a setting's text, train; a replay of the journal gives the same weights."""
     run(OPTIMIZER, EPILOGUE)
     calls = itertools.count()
 

@@ -58,7 +58,7 @@ def test_it_is_frozen():
 
 @given(st.data())
 def test_slices_add_up_to_the_whole(data):
-    """Of any strides, cut in any places, given in any order."""
+    """The fingerprint of slices with any strides, cut at any places and given in any order, is that of the whole."""
     shape = data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=3))
     whole = noise(3, "x", tuple(shape))
     order = data.draw(st.permutations(range(len(shape))))

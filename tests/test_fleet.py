@@ -50,7 +50,7 @@ def test_costs_grow_as_they_should():
 
 
 def test_the_benchmark(tmp_path, monkeypatch, capsys):
-    """With the embedded model's part replaced, which takes half a minute; the rest as it is."""
+    """Runs the benchmark, without the measurement of the embedded model, which takes half a minute."""
     monkeypatch.setattr(simulate, "embedded_model", lambda members: (np.linspace(0.05, 0.15, members), 1e-4, 5e5))
     monkeypatch.setattr(simulate, "check", functools.partial(simulate.check, generations=1, members=24))
     path = tmp_path / "simulate.json"

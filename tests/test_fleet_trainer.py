@@ -146,7 +146,7 @@ def test_members_of_a_fleet_get_the_same_prompts(folder, tmp_path):
 
 
 def test_the_tokenizer_that_is_given_reads(folder, tmp_path):
-    """Not that of the model's folder, with which the engines write."""
+    """Prompts are read with the given tokenizer; the engines write completions with the one in the model's folder."""
     given, model = tokenizer_with(f"$A {EOS}"), folder(f"{BOS} $A", bos_token=BOS)
     fleet = Fleet(model, 3, processing_class=given)
     fleet.generate(["7"])
@@ -159,7 +159,7 @@ def test_the_tokenizer_that_is_given_reads(folder, tmp_path):
 @pytest.mark.parametrize("which", ["train_dataset", "eval_dataset"])
 @pytest.mark.parametrize("limit", [None, 20])
 def test_a_prompt_that_is_too_long_is_told_before_anything_is_generated(folder, tmp_path, which, limit):
-    """For the model's context, or the shorter one that the engines were given."""
+    """The limit is the model's context, or the shorter `max_model_len` of the engines."""
     rows = [dict(row) for row in ROWS]
     for i in (2, 4):
         rows[i]["prompt"] = "x" * ((limit or LIMIT) - 3)
@@ -329,7 +329,7 @@ def test_a_model_is_saved_by_an_engine_that_lives(folder, tmp_path):
 
 
 def test_members_are_taken_when_an_engine_is_free(folder):
-    """In a team, who is slow gets fewer of them."""
+    """Members are taken one at a time, so that in a team a slow process gets fewer of them."""
     taken, fleet = [], Fleet(folder(), 3, num_engines=2)
 
     def handed_out():

@@ -121,7 +121,8 @@ def neighbours(x, dtype):
 @pytest.mark.parametrize("x", [0.0123456, -1.00001, 3.3e-6, -5e-8, 2.0**-14 * 0.9999, 65000.1])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_stochastic_rounding_is_unbiased(dtype, x):
-    """Two neighbours only, and over 2^20 draws the mean is x within 5 standard errors."""
+    """The results are x's two neighbours and no other numbers. Over 2^20 draws their mean is x within 5 standard
+    errors."""
     x, count = float(np.float32(x)), 2**20
     plan = Plan([("w", torch.zeros(count, dtype=dtype))])
     base = Plan([("w", torch.full((count,), x))])
@@ -176,7 +177,8 @@ def test_special_values_round_to_themselves(fmt):
 
 
 def test_a_split_master_holds_every_float32():
-    """Any bits but those of a NaN come back, and the live weights are the float32 ones rounded to nearest even."""
+    """A split master gives back every float32 to the bit, NaNs aside. The live weights are these rounded to nearest
+    even."""
     rng = np.random.default_rng(0)
     bits = np.concatenate([rng.integers(0, 2**32, 2**18), np.arange(0x3F7F0000, 0x3F830001), [0x7F800000, 0xFF800000]])
     x = torch.from_numpy(bits.astype(np.uint32).view(np.int32)).view(torch.float32)
@@ -206,7 +208,7 @@ def test_a_master_calculates_as_float32_weights_do(dtype):
 
 
 def test_decay_and_adam_are_the_textbooks():
-    """Against float64, over ten steps."""
+    """Compares ten steps with the textbooks' formulas in float64."""
     start = torch.randn(300, generator=torch.Generator().manual_seed(0)) * 0.1
     plan, anchor = Plan([("w", start.clone())]), Plan([("w", start.clone() * 0.5)])
     moments = torch.zeros(2, plan.flat_numel)

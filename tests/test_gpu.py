@@ -20,7 +20,7 @@ KINDS = ("gaussian", "rademacher")
 
 
 def require(backend):
-    """Where there is a GPU a kernel that is not built or does not run is a failure, and no reason to skip its tests."""
+    """Fails if the backend can't run: on a machine with a GPU that is no reason to skip its tests."""
     state = backend_report("cuda")[backend]
     if state != "ready":
         pytest.fail(f"backend {backend!r} can't run on the GPU that is here: {state}")

@@ -146,7 +146,7 @@ def test_a_wrong_bit_costs_the_figures_of_its_backend(run, monkeypatch):
 
 
 def test_a_stage_whose_time_is_up_ends_with_all_its_processes(run, monkeypatch):
-    """Also one that does not heed SIGTERM, and what it started."""
+    """A stage that ignores SIGTERM is ended too, and so are the processes that it started."""
     code = (
         "import signal, subprocess, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
         "print(subprocess.Popen([sys.executable, '-c', 'import signal, time; "
@@ -169,7 +169,7 @@ def test_a_stage_whose_time_is_up_ends_with_all_its_processes(run, monkeypatch):
 
 
 def test_status_is_there_while_a_stage_runs_and_after_the_suite_is_ended(tmp_path):
-    """By SIGTERM, as a machine that is taken away sends it."""
+    """The suite is ended by SIGTERM, as on a machine that is taken back."""
     environment = {
         **os.environ,
         "ESFAST_SUITE_DEVICE": "cpu",

@@ -29,7 +29,7 @@ def model(dtype=torch.float32):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_each_group_is_a_run_of_its_own(name, dtype, weights, same_bits):
-    """Powers of two, so that a factor of the rounded coefficients is a rounded factor of them."""
+    """The factors are powers of two, so that multiplying before and after the rounding to float32 gives the same."""
     options = {"seed": 3, "population_size": 4, "weights": weights, **OPTIONS[name]}
     together, apart = model(dtype), model(dtype)
     es = ES(together.items(), 1e-3, 5e-3, groups=["norm.b:sigma=8", Group("norm*", sigma=0.5, lr=4)], **options)

@@ -192,7 +192,8 @@ def test_an_existing_file_is_refused(tmp_path, same_bits):
 
 @pytest.mark.parametrize("fault", ("open", "fsync"))
 def test_a_journal_that_can_not_be_written_changes_no_weight(fault, tmp_path, monkeypatch, same_bits):
-    """And when there is room again, the same step can be taken, and is recorded once."""
+    """If a line of the journal can't be written, no weight changes. Once there is room, the same step can be taken, and
+    the journal holds it once."""
     path, plan = tmp_path / "journal.jsonl", plan_of()
     es, _ = train(plan, path, generations=1)
     before = [t.clone() for t in plan.tensors]

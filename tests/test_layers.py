@@ -85,7 +85,8 @@ def edges(texts: dict[str, str]) -> dict[tuple[str, str], bool]:
 
 
 def room(module: str) -> str:
-    """Its folder in the package; "" of the package itself, which loads the rooms when their names are used."""
+    """The folder ("room") of a module in the package. "" for the package's own __init__, which imports from all rooms,
+    but only when a name is used."""
     return (module.split(".") + [""])[1]
 
 
@@ -115,7 +116,7 @@ def findings(texts: dict[str, str]) -> list[str]:
 
 
 def circles(graph: dict[str, set[str]]) -> list[list[str]]:
-    """A way round each circle of imports."""
+    """For each circle of imports, the modules along it."""
     found: list[list[str]] = []
     done: set[str] = set()
     path: list[str] = []

@@ -180,7 +180,7 @@ def values(model):
 
 @pytest.mark.parametrize("weights", ["base", "master", "host", "inplace"])
 def test_a_resumed_run_is_an_unbroken_one(tmp_path, same_bits, weights, monkeypatch):
-    """In the process that trained on, where the base of before would undo what the checkpoint brought."""
+    """The checkpoint is loaded in the process that had trained further: the base kept from before must not undo it."""
     monkeypatch.setattr(ZOTrainer, "zo_weights", weights)
     trained = trainer(tmp_path, opt(), 4, save_strategy="steps", save_steps=2)
     trained.train()
@@ -193,7 +193,8 @@ def test_a_resumed_run_is_an_unbroken_one(tmp_path, same_bits, weights, monkeypa
 
 
 def test_train_called_again_starts_from_the_weights_of_then(tmp_path):
-    """Also from those that PyTorch counts no write of."""
+    """The second `train` starts from the present weights, also if they were written through .data, which PyTorch does
+    not count as a write."""
     trained = trainer(tmp_path, opt(), 2)
     trained.train()
     start = opt(seed=1)
@@ -308,7 +309,7 @@ def test_a_failing_forward_leaves_the_weights(tmp_path, same_bits):
 
 
 def test_parameters_that_were_replaced_and_losses_that_are_no_numbers(tmp_path, same_bits):
-    """What the model no longer reads would be trained in silence."""
+    """Both must raise. Otherwise training would go on with tensors that the model no longer reads."""
 
     class Assigns(TrainerCallback):
         def on_step_end(self, args, state, control, model=None, **kwargs):

@@ -47,7 +47,7 @@ def test_each_operation_stands_beside_today_s_way_and_a_copy(tmp_path):
 
 
 def test_a_slow_down_fails_the_comparison(tmp_path):
-    """Against itself it passes by far; with a wait planted into add_noise_ it is told as slower."""
+    """The comparison passes against the same code, and fails after a wait is planted into add_noise_."""
     chosen = "-k", "cpu-cpu-float32-gaussian-perturb"
     (tmp_path / "slow.py").write_text(
         "import time, esfast.core.ops\n"

@@ -69,7 +69,7 @@ def test_one_call_with_k_members_is_k_calls(same_bits, members, kind, backend):
 @pytest.mark.parametrize("backend", ("cpu", "reference"))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_no_members_copy_the_base(dtype, backend, same_bits):
-    """Every bit of it, even a NaN's payload; and in place nothing at all."""
+    """A call without members copies every bit of the base, also the payload of a NaN. In place it changes nothing."""
     raw = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
     values = raw.view(dtype) if dtype is not torch.float32 else (raw.to(torch.int32) * 65537).view(dtype)
     plan, base = plan_of(w=torch.zeros_like(values)), plan_of(w=values.clone())

@@ -74,7 +74,8 @@ def steps(es, count):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_optimizer_of_ones_own_goes_through_all(tmp_path, dtype, same_bits):
-    """Its arithmetic, its group's lr, its memory, journal, checkpoint, resume and replay."""
+    """Tries an optimizer that only this file knows: its arithmetic, a group's lr, its memory, journal, checkpoint,
+    resume and replay."""
     kind = lion()
     options = {"sigma": 0.1, "lr": 0.125, "population_size": 4, "groups": ["b:lr=0.5"], "checkpoints": tmp_path / "c"}
     es = ES(weights(dtype), optimizer=kind(0.75), journal=tmp_path / "j", **options)
@@ -145,7 +146,8 @@ def test_which_backend_runs_an_epilogue():
 
 
 def test_adam_is_its_epilogue(same_bits):
-    """By either name of the argument; the reference's arithmetic is the epilogue's."""
+    """`adam=` and `epilogue=` give the same bits, and so does the reference backend, which runs the epilogue's
+    `apply`."""
     plans = [Plan(weights()) for _ in range(3)]
     for plan, options in zip(plans, ("adam", "epilogue", "reference"), strict=True):
         moments = torch.zeros(2, plan.flat_numel)
@@ -185,7 +187,7 @@ def test_names(monkeypatch):
 
 
 def test_settings_hold_it_as_text():
-    """Objects and texts, with its numbers: what config.yaml and the command line can say."""
+    """ESConfig holds an optimizer as text with its numbers, which config.yaml and the command line can hold."""
     kind = lion()
     for given in (kind(0.5), "lion:beta=0.5", "lion: beta=0.5"):
         config = esfast.ESConfig(optimizer=given)

@@ -17,7 +17,7 @@ PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
 
 def test_extras_that_are_asked_of_others_exist():
-    """pip installs without an extra that it does not find, and warns at every install."""
+    """pip only warns about an extra that does not exist, and installs without it."""
     asked = re.findall(r'"([\w-]+)\[([\w,-]+)\]', PYPROJECT.partition("[project.optional-dependencies]")[2])
     for name, extras in asked:
         if name == "esfast":  # its extras are those of this very file
@@ -102,7 +102,8 @@ def test_without_a_compiler_the_build_says_what_to_install(tmp_path, missing):
 
 
 def test_what_tests_are_skipped_without_is_in_the_development_extra():
-    """Else they are skipped wherever the suite runs. vLLM and Ray have an environment of their own."""
+    """Tests skip if an optional package is missing. If the development extra lacks it, they would be skipped
+    everywhere. vLLM and Ray have an environment of their own."""
     extras = PYPROJECT.partition("[project.optional-dependencies]")[2].partition("\n[")[0]
     (dev,) = re.findall(r"^dev = \[\n(.*?)^\]", extras, re.DOTALL | re.MULTILINE)
     asked = re.findall(r'^ +"([\w-]+)', dev, re.MULTILINE)

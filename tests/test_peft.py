@@ -160,7 +160,7 @@ def test_first_values_are_the_seed_s_and_the_generator_is_left_alone(base):
 
 @pytest.mark.parametrize("names", [["default"], ["policy"], ["default", "policy"], ["default", "policy", "both"]])
 def test_a_wrapped_model_is_tuned_where_it_is_active(base, tmp_path, names):
-    """One adapter, of whatever name; the active one of several; several that are active together."""
+    """The cases are one adapter of any name, the active one of several, and several that are active together."""
     model = peft.get_peft_model(load_model(base), lora(), adapter_name=names[0])
     for name in names[1:2]:
         model.add_adapter(name, lora(r=1, target_modules=["k_proj"]))
@@ -180,7 +180,7 @@ def test_a_wrapped_model_is_tuned_where_it_is_active(base, tmp_path, names):
 
 
 def test_an_adapter_folder_is_a_model(base, tmp_path):
-    """Its base is loaded with it, and it goes on where it was."""
+    """The base model is loaded with the adapter, and training starts from the adapter's weights."""
     torch.manual_seed(1)
     first = peft.get_peft_model(load_model(base), lora(init_lora_weights=False))
     first.save_pretrained(tmp_path / "given")
@@ -233,7 +233,7 @@ def test_on_the_command_line(base, tmp_path):
 
 
 def test_the_base_must_be_the_run_s(base, tmp_path, capsys):
-    """Its frozen weights are in no journal."""
+    """The journal does not cover the frozen weights, so they are compared separately."""
     train(load_model(base), tmp_path / "run", base, lora())
     other = load_model(base)
     with torch.no_grad():
@@ -343,7 +343,7 @@ def test_what_can_t_be_is_refused_by_name(base, tmp_path, case):
 
 
 def test_learned_prompts_that_generate_does_not_read_are_refused(base, monkeypatch):
-    """As those of prefix tuning, where Transformers and PEFT have other names for the cache."""
+    """This happens to prefix tuning if Transformers and PEFT have different names for the cache."""
     model = adapters.wrap(load_model(base), peft.PromptTuningConfig(**SOFT), 5)
     before, own = values(model), model.generation_config
     adapters.check_generates(model)

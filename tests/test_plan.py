@@ -208,7 +208,7 @@ def test_interleaved_memory_is_no_overlap(same_bits):
 
 @given(st.data())
 def test_overlap_is_found_where_there_is_any(data):
-    """Against a count of the places: windows of one buffer, of any strides."""
+    """Views of one buffer with any strides: the check must agree with a count of how often each place is used."""
     buffer = torch.zeros(60)
     views = []
     for _ in range(data.draw(st.integers(1, 4))):
@@ -255,7 +255,8 @@ def test_a_base_is_not_kept_alive():
 @pytest.mark.parametrize("weights", ["base", "inplace"])
 @pytest.mark.parametrize("replace", ["assign", "parameter", "layer"])
 def test_parameters_that_the_module_no_longer_has(weights, replace):
-    """Noise would go into tensors that no forward pass reads, and all members would get the same reward."""
+    """Must be refused: noise would go into tensors that no forward pass reads, and all members would get the same
+    reward."""
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
     es, plan = esfast.ES(model, sigma=0.1, lr=0.1, population_size=2, weights=weights), esfast.Plan(model)
     for member in es.population():

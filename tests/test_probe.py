@@ -257,7 +257,8 @@ def test_logits_that_a_model_rules_out_are_fine():
 
 
 def test_sampling_from_what_is_no_number_takes_some_token():
-    """Which one is nothing to anybody: an index past the end would take a GPU's process down."""
+    """Any token will do, but it must be one of the vocabulary: on a GPU an index beyond the end would end the
+    process."""
     draw = SeededSampling([1, 2], 1.0, 1)
     scores = draw(torch.zeros(2, 0, dtype=torch.long), torch.full((2, 7), torch.nan))
     assert (scores.isfinite().sum(1) == 1).all()

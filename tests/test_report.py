@@ -204,7 +204,7 @@ HOSTILE = [
 
 
 def hostile_run(folder, evil):
-    """A run folder that says `evil` wherever it says anything."""
+    """A run folder that holds the text `evil` in every place that a report may show."""
     run = make_run(folder)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     rows[0] |= {evil: 1.0, f"eval_{evil}": 0.5, f"seconds_{evil}": 2.0, "eval_reward": evil}

@@ -266,7 +266,8 @@ def test_the_commands(tmp_path, capsys):
         assert cli.main(["replay", str(journal), "--base", tiny, "--out", str(again)]) == 0
         tuned = [(f / "model.safetensors").read_bytes() for f in (again, out / "model")]
         assert tuned[0] == tuned[1]
-    assert cli.main(["replay", str(journal), "--base", tiny, "--out", str(again)]) == 1  # it exists
+    # The folder exists already.
+    assert cli.main(["replay", str(journal), "--base", tiny, "--out", str(again)]) == 1
     other = str(embedded.build(tmp_path / "other", steps=1, seed=1, progress=False))
     assert cli.main(["replay", str(journal), "--base", other, "--out", str(tmp_path / "no")]) == 1
     assert "began with weights of fingerprint" in capsys.readouterr().err and not (tmp_path / "no").exists()

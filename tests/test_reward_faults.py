@@ -19,7 +19,7 @@ TEXTS = ["one", "three"]
 
 @pytest.fixture(scope="module")
 def scorers():
-    """In this process and in a worker, by the number of workers."""
+    """Scorers by their number of workers: 0 scores in this process, 1 in a worker."""
     functions = [odd.marks, odd.exits, odd.returns, odd.yields, odd.length]
     made = {workers: Scorer(functions, workers=workers, timeout=60) for workers in (0, 1)}
     yield made
@@ -127,7 +127,7 @@ def test_sums_that_are_too_large_are_refused():
 
 
 def own_alarm():
-    """What graders do: an alarm of their own, then none."""
+    """Sets and clears an alarm, as graders do that limit their own time."""
     signal.signal(signal.SIGALRM, lambda *received: None)
     signal.alarm(5)
     signal.alarm(0)
@@ -271,7 +271,8 @@ def trainer(folder, reward, metrics=None, **changes):
 
 
 def test_each_member_is_scored_with_the_rows_as_they_are(tmp_path):
-    """And so are evaluations and metrics; an evaluation whose reward fails ends no run that skips such members."""
+    """Evaluations and metrics get unchanged rows, too. With on_reward_error="skip", an evaluation whose reward fails
+    does not end the run."""
     seen = []
 
     def reward(prompts, completions, gold, **columns):

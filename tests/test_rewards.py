@@ -99,7 +99,8 @@ def test_a_function_that_hangs_in_this_process_is_interrupted(scorer):
 
 @pytest.mark.parametrize(("theirs", "first"), [(0.4, "ours"), (0.1, "theirs")])
 def test_a_limit_inside_somebody_else_s_alarm(scorer, theirs, first):
-    """As under pytest-timeout: whichever is due first rings first, and theirs is not lost."""
+    """pytest-timeout, for example, has set an alarm already. The one that is due first must come first, and theirs must
+    not be lost."""
 
     class Rang(BaseException):
         pass
@@ -206,7 +207,7 @@ def test_close_ends_the_processes_and_what_they_do(scorer, tmp_path):
 
 
 def _runs(pid):
-    """Whether it runs: a zombie that nobody has waited for does not."""
+    """Whether the process runs. A zombie, which has ended but was not waited for, does not."""
     try:
         return open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[0] not in "ZX"
     except FileNotFoundError:

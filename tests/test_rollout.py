@@ -118,7 +118,7 @@ def test_further_end_tokens_of_the_checkpoint_end_a_text(tiny, monkeypatch):
 
 
 class Short:
-    """Stands for a device with memory for so many rows."""
+    """A stand-in for a device that has memory for `rows` rows."""
 
     def __init__(self, model, rows, monkeypatch):
         self.sizes, generate = [], model.generate

@@ -70,7 +70,7 @@ VARIANTS = [
 
 
 def test_no_low_rank_kernel_spills():
-    """Those that hold most: members from a split master, an anchor, words to round with, Adam."""
+    """Compiles the variants that need the most registers: a split master, an anchor, stochastic rounding, Adam."""
     code = (
         f"from esfast.bench import sass\nfrom esfast.bench.disassembly import disassemble\n"
         f"for src, dst, slots, more in {VARIANTS!r}:\n"

@@ -295,7 +295,7 @@ def test_what_the_trainer_would_refuse_is_refused_before_a_model_is_loaded(capsy
 
 
 class Odd(ESConfig):
-    """As somebody's script may have it: a type that can't be resolved there."""
+    """A subclass as in somebody's script, with an annotation that can't be resolved."""
 
     mine: "Nowhere" = None  # noqa: F821
 

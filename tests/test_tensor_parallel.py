@@ -141,7 +141,7 @@ def test_it_resumes_from_checkpoints_in_parts_and_without(of_two, base, tmp_path
 
 
 def test_a_shard_that_hangs_ends_the_job(base, tmp_path):
-    """The other waits for it in the midst of a matrix product, where nothing is asked of the store."""
+    """The other process waits for it inside a matrix product, in a collective, where it does not look at the store."""
     arguments = command(base, tmp_path / "run", tensor_parallel_size=2, generations=10_000, eval_every=0)
     team = by_hand(2, *arguments, PYTHONPATH=str(base))
     try:

@@ -380,7 +380,8 @@ def test_without_a_gpu_the_error_says_what_is_missing():
 
 
 def test_autotune_only_reads_the_weights(same_bits, monkeypatch):
-    """It keeps the fastest configuration, weights stay as they were, and results too; a failure keeps the old choice."""
+    """Autotuning keeps the fastest configuration and changes neither weights nor results. If it fails, the earlier
+    choice stays."""
     plan = esfast.Plan([("w", torch.randn(300))])
     before = plan.clone()
     monkeypatch.setattr(triton_backend, "_tuned", {})

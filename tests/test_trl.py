@@ -125,7 +125,7 @@ def test_other_names_are_refused_with_what_to_do(settings, error, message):
 
 
 def test_values_that_ask_for_nothing_may_be_texts():
-    """As YAML has them where somebody put quotes around them, or wrote 1e-1."""
+    """YAML gives texts for values in quotes, and for 1e-1."""
     asked = {
         "beta": "0.0",
         "use_vllm": "false",
@@ -144,7 +144,7 @@ def test_values_that_ask_for_nothing_may_be_texts():
 
 
 def test_every_name_that_grpo_config_has_is_known():
-    """Accepted, or refused with a word; none is a TypeError."""
+    """Every name is accepted, or refused with a message; none raises TypeError, as an unknown name would."""
     trl = pytest.importorskip("trl", reason="needs trl, to compare with what it is today")
     for field in dataclasses.fields(trl.GRPOConfig):
         default = None if field.default is dataclasses.MISSING else field.default
@@ -161,7 +161,8 @@ ESCONFIG = [field.name for field in dataclasses.fields(esfast.ESConfig)]
 
 
 def test_the_quick_start_of_grpo(tmp_path, model):
-    """Its shape: reward functions of completions and **kwargs, of a column, and of prompts; weights for them."""
+    """A script like that of TRL's quick start: reward functions that take completions and **kwargs, a column, or
+    prompts, and weights for them."""
     net, tokenizer = model
     seen = {}
 

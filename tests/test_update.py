@@ -116,7 +116,8 @@ def tensors_of(plan):
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_drift_is_measured_against_the_same_rule(name):
-    """In float32 next to nothing is lost, so an exact copy that followed another rule would stand apart."""
+    """In float32 rounding loses almost nothing, so a large drift would mean that the exact copy follows another
+    rule."""
     es, _ = train(plan_of(), weights="inplace", **(OPTIONS[name] | {"rounding": "nearest"}))
     assert 0 < es.drift() < 1e-7
 
@@ -136,7 +137,7 @@ def test_a_rule_survives_json(optimizer):
 
 
 def test_recalling_is_as_good_as_applying(same_bits):
-    """Taken up after 5 generations with what the velocity needs of them, the rest gives the same bits."""
+    """An updater that only noted the first 5 generations, for the velocity, gives the same bits for the rest."""
     plan, early = plan_of(), plan_of()
     _, records = train(plan, **OPTIONS["momentum"])
     first = Updater(early, Rule(**{"optimizer": Momentum(0.8, 3)}))

@@ -45,7 +45,7 @@ def check_rounds(es, rounds, same_bits):
 @pytest.mark.parametrize("weights", EXACT)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_ten_thousand_rounds_change_no_bit(dtype, weights, same_bits):
-    """After updates, so that a master has low halves."""
+    """Some updates come first, so that the low halves of a master are not all 0."""
     check_rounds(train(dtype, weights, 3), 10_000, same_bits)
 
 
@@ -136,7 +136,7 @@ def test_a_host_copy_survives_an_exception(same_bits):
 
 
 def test_inplace_reports_its_drift():
-    """The coarser the type, the farther from exact arithmetic; of the size that one bfloat16 rounding makes."""
+    """Coarser dtypes drift farther from exact arithmetic. In bfloat16 the drift has the size of one rounding."""
     drifts = {dtype: train(dtype, "inplace", 5, numel=5000).drift() for dtype in DTYPES}
     assert drifts[torch.bfloat16] > 5 * drifts[torch.float16] > 5000 * drifts[torch.float32] > 0
     assert 2e-5 < drifts[torch.bfloat16] < 5e-4
@@ -165,7 +165,8 @@ def test_auto_takes_the_most_exact_that_fits(dtype, share, mode, monkeypatch, ca
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_extra_memory_is_as_stated(dtype, mode):
-    """In multiples of the weights, of everything that the mode holds on to."""
+    """Adds up the memory of all tensors that the mode keeps, and compares it with the stated multiple of the
+    weights."""
     plan = Plan([(f"t{i}", torch.zeros(512, 1000, dtype=dtype)) for i in range(2)])
     held = MODES[mode](plan, Rule())
     kept = {}

@@ -157,7 +157,7 @@ def test_a_model_by_its_path(tmp_path, plainly_trained):
 
 
 class Processor:
-    """As multimodal models have one: a tokenizer and more."""
+    """A processor, as multimodal models have one: it holds a tokenizer and more."""
 
     def __init__(self, tokenizer, chat_template=None):
         self.tokenizer, self.chat_template = tokenizer, chat_template

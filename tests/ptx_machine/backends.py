@@ -1,4 +1,5 @@
-"""esfast's own launch code over the machine: `run(call)` of each backend does what its twin in esfast does on a GPU."""
+"""Runs esfast's own launch code on the machine: `run(call)` of a backend here does what that of esfast does on a
+GPU."""
 
 from __future__ import annotations
 

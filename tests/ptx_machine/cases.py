@@ -51,7 +51,7 @@ def cuda_text() -> str:
 
 @functools.cache
 def triton_compiler() -> backends.TritonCompiler:
-    """It ends with this process, when its stdin does."""
+    """The compiler process, started once. It ends with this process, since its stdin is then closed."""
     return backends.TritonCompiler()
 
 
@@ -77,7 +77,8 @@ def entries(dtype: torch.dtype) -> list[tuple]:
 
 
 def few_entries(dtype: torch.dtype) -> list[tuple]:
-    """What is enough for a fault to show: whole tiles at an even and at an odd address, a tail, numbers beyond 2^34."""
+    """The fewest tensors that show a planted fault: whole tiles at an even and at an odd address, a tail, numbers
+    beyond 2^34."""
     generator = torch.Generator().manual_seed(2)
     flat = torch.randn(12_000, generator=generator).to(dtype)
     return [
@@ -89,7 +90,7 @@ def few_entries(dtype: torch.dtype) -> list[tuple]:
 
 
 def matrices(dtype: torch.dtype) -> list[tuple]:
-    """The same of what low-rank noise knows: whole tiles and parts of one, rows that are not aligned, factors with numbers
+    """Tensors for low-rank noise: whole tiles and parts of one, rows that are not aligned, factors with numbers
     beyond 2^34, a batch of odd matrices, filters, a vector, a scalar, and weights of any bits."""
     generator = torch.Generator().manual_seed(1)
     wide = torch.randn(8, 600, generator=generator).to(dtype)
@@ -106,7 +107,7 @@ def matrices(dtype: torch.dtype) -> list[tuple]:
 
 
 def few_matrices(dtype: torch.dtype) -> list[tuple]:
-    """What is enough for a fault to show."""
+    """The fewest matrices that show a planted fault."""
     return [e for e in matrices(dtype) if e[0] in ("matrix", "far", "vector")]
 
 
@@ -185,7 +186,7 @@ def calls_of(src: int, dst: int, rule: int) -> list[dict]:
 
 
 def agree(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """To the bit, but for NaNs: a NaN weight stays some NaN."""
+    """Asserts that the weights are equal to the bit. Of a NaN only that it is one: its payload may differ."""
     integers = {2: torch.int16, 4: torch.int32}[a.element_size()]
     same = a.contiguous().view(integers) == b.contiguous().view(integers)
     return bool((same | (a.isnan() & b.isnan())).all())

@@ -69,7 +69,8 @@ def _mul_hi(a, b):
 
 
 def _quotient(a, b):
-    """Towards zero; of a division by zero, on which PTX is silent, all bits."""
+    """The quotient, rounded towards zero. PTX does not define a division by zero; here all bits of the result are
+    set."""
     wide_a, wide_b = a.astype(np.int64), b.astype(np.int64)
     found = np.abs(wide_a) // np.maximum(np.abs(wide_b), 1) * np.sign(wide_a) * np.sign(wide_b)
     return np.where(wide_b == 0, -1, found).astype(a.dtype)

@@ -19,16 +19,17 @@ from .program import WIDTHS, Instruction, Kernel, PtxError
 WARP = 32
 UNSIGNED = {1: np.bool_, 8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 SPECIAL = {"%tid.x": 32, "%ctaid.x": 32, "%ntid.x": 32, "%nctaid.x": 32}
-# A register holds this where nobody wrote it, so that whoever reads it gets a wrong result.
+# The value of a register that was never written, so that reading it gives a wrong result.
 POISON = 0xA5A5A5A5A5A5A5A5
 EXITED = np.iinfo(np.int64).max
-MAX_BLOCKS = 200_000  # of code, in one run: a loop that never ends is an error
+# Blocks of code that one run may execute; more mean a loop that never ends.
+MAX_BLOCKS = 200_000
 
 Step = Callable[["Run", "np.ndarray | None"], None]
 
 
 class UnknownInstruction(PtxError):
-    """The machine was never taught it."""
+    """An instruction that this machine does not implement."""
 
 
 @dataclass

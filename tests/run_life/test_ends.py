@@ -29,7 +29,8 @@ def test_killed_in_its_last_evaluation(whole, tmp_path):
     trainer(tmp_path / "run", resume=True).train()
     found, expected = facts(tmp_path / "run"), facts(whole[0])
     for run in (found, expected):
-        for name in ("update_norm", "distance"):  # which the journal does not know
+        # The journal does not hold these two.
+        for name in ("update_norm", "distance"):
             run["rows"][-1].pop(name, None)
     assert found == expected
 

@@ -40,7 +40,7 @@ def test_what_a_run_is_must_be_the_same(changes, words, folder):
 
 
 def test_draws_must_be_the_same(folder):
-    """Where a later version draws rows in another way, and says so."""
+    """A later version of esfast may draw rows in another way; it then writes another number into `draws`."""
     run = RunFolder(folder)
     run.identity.write_text(json.dumps(run.read_identity() | {"draws": 99}))
     with pytest.raises(ValueError, match="resume: the run has draws 99, asked for is 1"):

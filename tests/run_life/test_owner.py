@@ -92,7 +92,8 @@ def test_a_forked_process_neither_keeps_nor_removes_the_lock(tmp_path):
 
 @pytest.mark.parametrize("pause", [0, 0.05])
 def test_two_that_begin_at_once(tmp_path, monkeypatch, pause):
-    """ES alone, whose journals are created exclusively, in threads at a barrier; also if its first line is slow."""
+    """Threads at a barrier create the same journal by `ES`, without a trainer: exactly one may get it, also if the
+    first line of the journal takes time to write."""
     barrier, made, write = threading.Barrier(8), [], Journal._write
     monkeypatch.setattr(Journal, "_write", lambda journal, fields: time.sleep(pause) or write(journal, fields))
 
@@ -144,7 +145,8 @@ def test_a_file_system_without_locks_gets_a_warning(tmp_path, monkeypatch, caplo
 
 
 def test_a_checkpoint_of_another_run_is_left_out(tmp_path, whole, caplog):
-    """Of the same seed, base weights and settings, but other rewards: the header of the journal is the same."""
+    """The other run has the same seed, base weights and settings, and so the same header of its journal, but other
+    rewards."""
     stopped(tmp_path / "other", 3, reward=other_value)
     made = stopped(tmp_path / "run", 3, checkpoint_every=0)
     shutil.copytree(tmp_path / "other" / "checkpoints", tmp_path / "run" / "checkpoints")

@@ -87,7 +87,8 @@ def test_handlers_of_the_caller_stay(tmp_path, default_signals):
             sends(signal.SIGTERM)(made)
             return value(completions)
 
-        made = trainer(tmp_path / "fourth", scores)  # where SystemExit and KeyboardInterrupt are a function's failure
+        # A SystemExit or KeyboardInterrupt that the reward function itself raises would count as its failure.
+        made = trainer(tmp_path / "fourth", scores)
         with pytest.raises(Interrupted):
             made.train()
         assert made.summary["generations"] == 2
@@ -128,7 +129,7 @@ def test_a_second_signal_ends_it_at_once_and_an_echo_does_not():
 
 
 def test_an_error_that_the_same_signal_made_elsewhere_is_no_error(tmp_path, default_signals):
-    """A worker process dies of a scheduler's signal before this one hears of it."""
+    """A scheduler's signal kills a worker process before it reaches this process."""
 
     def at(made):
         if made.es.generation == 2 and made.es._inside is not None:
@@ -148,7 +149,8 @@ def test_workers_outlive_the_signals_of_their_parent():
 
     scorer = Scorer([scoring.length], workers=1)
     try:
-        for _ in range(2):  # at its start, and when it runs
+        # The first time while the worker starts, the second time while it runs.
+        for _ in range(2):
             scores = scorer.submit([scoring.length], ROWS[:1], ["abc"])
             for signum in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
                 os.kill(scorer._running[0]._process.pid, signum)
@@ -158,7 +160,8 @@ def test_workers_outlive_the_signals_of_their_parent():
 
 
 def test_the_command_is_ended_by_a_scheduler_and_goes_on(tmp_path):
-    """SIGTERM to the process and to those that score, at once: saved, the status is 143, and the rest follows."""
+    """SIGTERM reaches the process and its reward workers at once: the run is saved, the exit status is 143, and a
+    resume does the rest."""
     tiny = embedded.build(tmp_path / "tiny", steps=1, progress=False)
     out = tmp_path / "run"
     command = [
