@@ -15,9 +15,12 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-PIECE = 2**20  # weights at a time
-TOGETHER = 6  # members whose signs one pass adds
-Tensors = Sequence[torch.Tensor] | None  # the weights to start from; None: those that are changed
+# Weights that are worked on at a time.
+PIECE = 2**20
+# Members whose signs one pass adds.
+TOGETHER = 6
+# The weights to start from; None: the same weights that are changed.
+Tensors = Sequence[torch.Tensor] | None
 
 
 class Drawn:
@@ -73,7 +76,8 @@ def _random_signs(part: torch.Tensor, seed: np.random.SeedSequence) -> None:
     raw = np.random.SFC64(seed).random_raw(-(-rows * like.itemsize // 8))
     words, whole = raw.view(like.dtype)[:rows], len(part) // per_word
     table, to = (_bits(t).numpy() for t in (signs, part[: whole * per_word].view(whole, per_word)))
-    np.take(table, words[:whole], axis=0, out=to, mode="clip")  # "clip" spares the check; no word is out of range
+    # mode="clip" avoids a range check; no word is out of range.
+    np.take(table, words[:whole], axis=0, out=to, mode="clip")
     if rows > whole:
         part[whole * per_word :] = signs[int(words[-1])][: len(part) - whole * per_word]
 

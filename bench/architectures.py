@@ -62,7 +62,8 @@ SIZES: dict[str, int] = {
     ),
     **_each("qk_head_dim kv_lora_rank q_lora_rank o_lora_rank", 16),
     **_each("index_n_heads linear_num_key_heads linear_num_value_heads linear_num_heads", 4),
-    # more than the texts have tokens, as with the real ones: which of equal ones are picked depends on the padding
+    # More than the texts have tokens, as in the real models. With fewer, the choice among tokens of equal score would
+    # depend on the padding.
     **_each("index_topk", 64),
     **_each("state_size mamba_d_state ssm_state_size mamba_n_heads mamba_num_heads", 8),
     **_each("time_step_rank mamba_dt_rank hidden_size_per_layer_input laurel_rank", 8),
@@ -187,7 +188,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "zamba2": {"attention_hidden_size": 64, "attention_head_dim": 16},
     "zaya": {"num_experts_per_tok": 1},
 }
-# Of these no tiny model is made, for the reason that is given.
+# Architectures of which no tiny model is made, each with the reason.
 NOT_MADE = {
     "dots3_note": "its parts for pictures and sound are large; its text part is dots3_note_text",
     "gemma3n": "its vision part needs the timm package; its text part is gemma3n_text",
@@ -222,7 +223,7 @@ def tiny_model(name: str, tokenizer, seed: int = 0) -> torch.nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config).float().eval()
-        # Freshly made, many answer the same to everything: zeros where training would have put something.
+        # Many fresh models answer everything alike, since they begin with zeros that training would change.
         with torch.no_grad():
             for weight in model.parameters():
                 weight.add_(torch.randn_like(weight), alpha=0.1)

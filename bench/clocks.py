@@ -78,7 +78,8 @@ class Clocks:
         """Samples from began to ended (time.time()): medians, the lowest SM clock, and why the clocks were lowered. If
         the time is too short for a sample, the nearest sample. Without samples, None and the reason."""
         if not self._samples and self._process is not None and self._process.poll() is None:
-            self._ask()  # some versions keep their lines back
+            # Some versions of nvidia-smi buffer their output.
+            self._ask()
         samples = list(self._samples)
         inside = [s for s in samples if began <= s[0] <= ended]
         inside = inside or sorted(samples, key=lambda s: abs(s[0] - ended))[:1]

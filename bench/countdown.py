@@ -20,7 +20,8 @@ from ..utils.child import child
 from ..utils.errors import BadValue
 from . import BenchmarkError
 
-PHASES = ("perturb", "generate", "score", "update", "evaluate")  # named in the table, the rest is "other"
+# Phases that have a column in the table; all others are "other".
+PHASES = ("perturb", "generate", "score", "update", "evaluate")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -98,7 +99,8 @@ def _one(seed: int, folder: Path, options: list[str], environment: dict, pretrai
             "eval_problems": s["eval_prompts"],
             "accuracy_before": s["before"]["eval_accuracy"],
             "accuracy_after": s["after"]["eval_accuracy"],
-            "seconds_total": pretraining + wall,  # of the two commands, with the start of Python
+            # The wall-clock time of both commands, with the start of Python.
+            "seconds_total": pretraining + wall,
             "seconds_pretraining": pretraining,
             "seconds_training": seconds.pop("total"),
             "seconds": seconds,

@@ -19,8 +19,10 @@ from .scheduler import SCHEDULERS, SMS, Instruction
 
 MODEL = "Qwen2.5-7B"
 MEMBERS = 30
-CLOCKS = (1.755e9, 1.98e9)  # Hz
-COPY = {"H100": 3.0e12, "H200": 4.3e12}  # bytes per second, read and written
+# Clocks of the GPU in Hz: under load, and the highest.
+CLOCKS = (1.755e9, 1.98e9)
+# Bytes per second that a copy on the device reads and writes.
+COPY = {"H100": 3.0e12, "H200": 4.3e12}
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 NOT_YET = "not yet measured"
 
@@ -33,12 +35,17 @@ class Launch:
     kernel: str
     noise: str
     dtype: str
-    trace: list[Instruction]  # of the whole kernel
-    turn: list[Instruction]  # of the loop over members, where there is one
+    # of the whole kernel
+    trace: list[Instruction]
+    # of one turn of the loop over members, if the kernel has one
+    turn: list[Instruction]
     weights: int
-    warps: int  # that a block brings to a scheduler
-    resident: int  # blocks of which a scheduler has warps at once
-    slots: int = 1  # members that a turn adds
+    # warps that a block brings to a scheduler
+    warps: int
+    # number of blocks whose warps a scheduler has at the same time
+    resident: int
+    # members that one turn of the loop adds
+    slots: int = 1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -124,7 +131,8 @@ def _launch(
 ) -> Launch:  # fmt: skip
     trace, turn = traces_of(code, loop, weights * ITEMSIZE[dtype] // 16, whole, -(-MEMBERS // slots))
     resident = scheduler.resident_blocks(sass.resources(code)["REG"], threads)
-    warps = max(1, threads // 32 // SCHEDULERS)  # a block of two warps has none for two of the four
+    # A block of two warps gives a warp to only two of the four schedulers.
+    warps = max(1, threads // 32 // SCHEDULERS)
     held = resident * threads // 32 // SCHEDULERS // warps
     return Launch(backend, kernel, noise, dtype, trace, turn, weights, warps, held, slots)
 

@@ -45,7 +45,8 @@ def tool(folder: str, name: str, *arguments) -> str:
     if not found.exists():
         raise BenchmarkError(f"{name} is not where Triton keeps it ({found}); this Triton comes without NVIDIA's tools")
     tool = Path(folder) / name
-    if not tool.exists():  # in the package it may lack the permission to run
+    # The file in Triton's package may lack the permission to be executed, so a copy is run.
+    if not tool.exists():
         shutil.copy(found, tool)
         tool.chmod(0o755)
     environment = {**os.environ, "PATH": f"{folder}:{os.environ.get('PATH', '')}"}
@@ -98,8 +99,10 @@ def control_flow(sass: str) -> list[Block]:
 
 @dataclass(frozen=True)
 class Whole:
-    """What tells the way of a tile that is whole and aligned: instructions that it does without, since they access
-    single elements, those that one turn of the loop uses, in order, and those behind the loop."""
+    """Marks of the path that a whole, aligned tile takes through a kernel.
+
+    slow: instructions that are not on it, since they access single elements. turn: those that one turn of the loop
+    uses, in order. end: those behind the loop."""
 
     slow: tuple[str, ...] = (".U16", "STS", "LDS")
     turn: tuple[str, ...] = ()
@@ -124,7 +127,8 @@ def _passes(blocks: list[Block], prices: list[int], whole: Whole) -> list[tuple[
     loops = [(to, i) for i, b in enumerate(blocks) for to in b.following if to <= i]
     for head, tail in loops:
         if sum(b.cost for b in blocks[head : tail + 1]) < 10:
-            continue  # the endless BRA behind a kernel's end
+            # An endless jump to itself, which the compiler puts behind the end of a kernel.
+            continue
         turn = _through(blocks, prices, [head], tail, set(), whole.turn)
         behind = [n for b in turn for n in blocks[b].following if n not in turn]
         rest = _through(blocks, prices, behind, None, set(turn), whole.end)
@@ -182,7 +186,7 @@ def _cheapest(
 
 
 def _price(block: Block, slow: tuple[str, ...]) -> int:
-    """Instructions, and a fine for what is slow."""
+    """The price of a block: its number of instructions, and a penalty for those of the slow path."""
     return block.cost + 1_000_000 * (block.uses(*slow) or _single_float(block))
 
 

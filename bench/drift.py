@@ -36,15 +36,19 @@ from ..update.updater import Rule, UpdateRecord
 from . import BenchmarkError, add_choices, count
 from .usual import UsualWeights
 
-SCALE = 0.02  # of the weights
-LIMIT = 5.0  # standard errors
-RATES = (1.0, 0.3, 0.1, 0.03, 0.01)  # of lr, in the single updates
+# Standard deviation of the weights.
+SCALE = 0.02
+# Standard errors by which the noise may deviate.
+LIMIT = 5.0
+# Factors of lr in the single updates.
+RATES = (1.0, 0.3, 0.1, 0.03, 0.01)
 
 
 @dataclass(frozen=True)
 class Way:
     name: str
-    make: Callable[[Plan], Any]  # a weight mode
+    # makes a weight mode for a plan
+    make: Callable[[Plan], Any]
     unbiased: bool = False
     exact: bool = False
     usual: bool = False
@@ -194,7 +198,8 @@ def measure(way: Way, dtype: torch.dtype, args: argparse.Namespace, progress: Ca
     run = _Run(way, dtype, args)
     found = {"restore": run.restore(progress), "update": run.update(progress), "rates": run.rates()}
     verdicts = [found["restore"]["changed"] == [0.0] * len(found["restore"]["changed"])] if way.exact else []
-    if way.name == "master":  # float32 weights are rounded by every term of an update, not once
+    # Float32 weights are rounded after every term of an update, not once.
+    if way.name == "master":
         found_and_best = zip(found["update"]["distance"], found["update"]["rounded_once"], strict=True)
         verdicts.append(dtype is torch.float32 or all(a <= 1.001 * b for a, b in found_and_best))
     if way.unbiased:
@@ -211,7 +216,8 @@ class _Run:
         start, sigma = weights.clone(), float(np.float32(self.args.sigma))
         kept = _kept_generations(self.args.generations)
         found: dict = {"generation": kept, "changed": [], "drift": []}
-        changed = torch.zeros(len(weights), dtype=torch.bool)  # a bit that came back by chance was changed all the same
+        # Weights that ever changed: one that gets its old bits back by chance counts, too.
+        changed = torch.zeros(len(weights), dtype=torch.bool)
         for g in range(self.args.generations):
             for i in range(self.args.members):
                 seed = member_seed(0, g, i)
@@ -224,7 +230,8 @@ class _Run:
                 if which:
                     truth = start.double() + sigma * self._noise(seed)
                     found[f"{which}_member_error"] = _rounded(_root_mean_square(weights.double() - truth))
-            found.setdefault("early_member_error", found["first_member_error"])  # with a single member a generation
+            # With a single member in a generation the first one is also the last.
+            found.setdefault("early_member_error", found["first_member_error"])
             found.setdefault("last_member_error", found["early_member_error"])
             mode.restore()
             now = _bits(weights) != _bits(start)

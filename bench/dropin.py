@@ -32,7 +32,8 @@ from .noise import milliseconds, note
 from .workload import SIGMA, make_plan
 
 LR = 5e-4
-STEPS, RATE = 300, 3e-3  # of the comparison of MeZO's learning
+# Steps and learning rate of the comparison of how MeZO learns.
+STEPS, RATE = 300, 3e-3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> dict:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise BenchmarkError("--device cuda: PyTorch finds no CUDA device here")
     rows, left_out = [], []
-    # on a GPU each in a process of its own: what fails there takes no other loop's figures along
+    # On a GPU each loop runs in a process of its own, so that a failure costs only its own figures.
     work = functools.partial(isolated, "dropin") if args.device == "cuda" else events
     with Clocks(args.device) as sampled:
         for name in LOOPS:
@@ -325,7 +326,8 @@ def _timed(name: str, before: type[Loop], after: type[Loop], args: argparse.Name
             raise BenchmarkError(f"{name}: ours does not restore the weights. No figures are given")
         loop.update()
     times: dict[str, list[float]] = {"before": [], "after": []}
-    for _ in range(args.repeats):  # by turns, so that a busy machine slows both
+    # Before and after take turns, so that a busy machine slows both.
+    for _ in range(args.repeats):
         for when, loop in loops.items():
             loop.generation += 1
             times[when].append(milliseconds(loop.members) + milliseconds(loop.update))
@@ -339,7 +341,8 @@ def _mezo_learns(seeds: list[int]) -> dict:
     from transformers import OPTConfig, OPTForCausalLM
 
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # at this size more only wait for each other
+    # For a model of this size more threads would only wait for each other.
+    torch.set_num_threads(1)
     finals: dict[str, list[float]] = {"original": [], "esfast": []}
     starts = []
     try:

@@ -22,19 +22,26 @@ import numpy as np
 from ..distributed.team import BEAT, Team
 from ..utils.child import child
 
-REQUESTS = 2  # of the store, per member asked for: whether somebody stopped, and the next number
-BEATS = 5  # requests of the store per process and beat: its own sign, rank 0's look at it, its look at rank 0
+# Requests to the store for each member that a process asks for: whether another process stopped, and the next number.
+REQUESTS = 2
+# Requests to the store for each heartbeat of a process: its own, rank 0's look at it, and its look at rank 0.
+BEATS = 5
 
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
     """Seconds, except for `bandwidth` (bytes per second)."""
 
-    operation: float  # that keep the store busy, per request
-    round_trip: float  # of a request that waits for no other
-    member: float  # of an update of all weights, per member
-    weights: float  # bytes of the weights
-    bandwidth: float  # of every machine's network
+    # how long one request keeps the store busy
+    operation: float
+    # a request that waits for no other
+    round_trip: float
+    # an update of all weights, per member
+    member: float
+    # bytes of the weights
+    weights: float
+    # bytes per second of every machine's network
+    bandwidth: float
 
 
 def dynamic(durations: np.ndarray, slowness: np.ndarray, costs: Costs) -> tuple[float, float]:
@@ -44,7 +51,8 @@ def dynamic(durations: np.ndarray, slowness: np.ndarray, costs: Costs) -> tuple[
     slowness: of each worker, 1 or more.
     """
     service, travel = _service(len(slowness), costs) * REQUESTS, costs.round_trip * REQUESTS / 2
-    asking = [(travel, worker) for worker in range(len(slowness))]  # by arrival at the store
+    # Requests on their way to the store, ordered by the time of their arrival.
+    asking = [(travel, worker) for worker in range(len(slowness))]
     free, end, waited = 0.0, 0.0, 0.0
     handed = iter(durations)
     while asking:
@@ -79,7 +87,8 @@ def exchange(members: int, workers: int, costs: Costs) -> float:
     if workers == 1:
         return 0.0
     service = _service(workers, costs)
-    collected = workers * 3 * max(costs.round_trip, service)  # process 0 waits, gets and deletes, process by process
+    # For each process in turn, process 0 waits for its rewards, reads them, and deletes them.
+    collected = workers * 3 * max(costs.round_trip, service)
     sent = workers * (2 * service + 8 * members / costs.bandwidth)
     return 3 * costs.round_trip + collected + sent
 
@@ -168,7 +177,8 @@ def _work(store, rank: int, jobs: list[Job]) -> list[tuple[float, float, float, 
         count = len(job.durations)
         members = range(rank, count, size) if job.schedule == "static" else team.members(str(turn), count)
         _meet(store, f"ready/{turn}", size)
-        time.sleep(0.01)  # nobody asks any more whether all are there
+        # By now no process asks any more whether all are there.
+        time.sleep(0.01)
         before, mine = _loopback(), {}
         time.sleep(0.01)
         began = time.monotonic()
@@ -179,7 +189,8 @@ def _work(store, rank: int, jobs: list[Job]) -> list[tuple[float, float, float, 
         scored = time.monotonic()
         rewards = team.exchange(str(turn), mine, count)
         exchanged = time.monotonic()
-        time.sleep(0.1 if rank else 0.05)  # the others have them, too, and have not asked for more
+        # By now the others have the rewards, too, and have not asked for a new member yet.
+        time.sleep(0.1 if rank else 0.05)
         marks.append((began, scored, exchanged, _loopback() - before))
         if rewards != [float(i) for i in range(count)]:
             raise RuntimeError("rewards were lost")

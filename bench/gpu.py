@@ -37,7 +37,8 @@ LABELS = {
     "perturb_restore": "perturb + restore in place",
     "update": "update",
 }
-FIRST = ("Qwen2.5-7B", "Qwen2.5-1.5B")  # what says most, should there be time for little
+# The models that are measured first, in case there is no time for more.
+FIRST = ("Qwen2.5-7B", "Qwen2.5-1.5B")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,7 +73,8 @@ def run(args: argparse.Namespace) -> dict:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise BenchmarkError("--device cuda: PyTorch finds no CUDA device here")
     models = args.models or [m for m in MODELS if (m == "tiny") == (args.device == "cpu")]
-    models = sorted(models, key=lambda m: m not in FIRST)  # sorting leaves equals in their order
+    # A stable sort: models that are equal by this key keep their order.
+    models = sorted(models, key=lambda m: m not in FIRST)
     job = {
         "device": args.device,
         "todo": [(m, d) for d in args.dtypes for m in models],
@@ -139,9 +141,11 @@ class Result:
     def _leave_out(self, what: dict) -> None:
         where = ", ".join(str(what[k]) for k in ("model", "dtype", "op", "noise", "backend", "contender") if k in what)
         note(f"{where}: left out, {what['reason']}")
-        if what.pop("everywhere", False):  # its figures would be of a code that is wrong
+        if what.pop("everywhere", False):
+            # The backend gives wrong bits, so none of its figures count.
             self.rows = [r for r in self.rows if r["backend"] != what["backend"]]
-        if what not in self.left_out:  # each process that goes on finds what is not ready
+        # Each new process reports again which backends are not ready.
+        if what not in self.left_out:
             self.left_out.append(what)
         self.save(self.found())
 

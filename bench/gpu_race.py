@@ -18,8 +18,10 @@ from .noise import note
 from .rivals import Today, copy_flat
 from .workload import SIGMA, population
 
-MIN_ROUNDS = 3  # of all contenders but today's, however short the time
-ALIGNMENT = 512  # bytes, that of torch's allocator
+# Rounds that every contender but today's gets, however short the time is.
+MIN_ROUNDS = 3
+# Bytes at multiples of which torch's allocator places memory.
+ALIGNMENT = 512
 
 now = time.perf_counter
 
@@ -60,14 +62,16 @@ def too_large(shapes: Parameters, dtype: str, device: str) -> str | None:
     if device != "cuda":
         return None
     largest = max(map(math.prod, shapes.values()))
-    needed = 1.03 * getattr(torch, dtype).itemsize * (2 * numel(shapes) + 2 * largest)  # 3 %: tables and rounding up
+    # The 3 % are for tables, and for rounding sizes up.
+    needed = 1.03 * getattr(torch, dtype).itemsize * (2 * numel(shapes) + 2 * largest)
     free = torch.cuda.mem_get_info()[0]
     return None if needed <= free else f"needs {needed / 2**30:.1f} GiB of GPU memory, and {free / 2**30:.1f} are free"
 
 
 # ---- the contenders --------------------------------------------------------------------------------------------------
 
-Pass = tuple[list[int], list[float], bool]  # seeds, coefficients, whether from the base
+# Seeds, coefficients, and whether the weights are written from the base.
+Pass = tuple[list[int], list[float], bool]
 
 
 def passes(op: str, members: int) -> list[Pass]:
@@ -130,16 +134,21 @@ def randn4x_contenders(w: Workload, device: str) -> dict[str, Callable]:
 
 @dataclass(frozen=True)
 class Lap:
-    ms: float  # of the device; on a CPU, of the wall clock
-    host_us: float  # until the call returned
-    seconds: float  # that measuring took
+    # time on the device in ms; on a CPU by the wall clock
+    ms: float
+    # time until the call returned, in us
+    host_us: float
+    # seconds that measuring took
+    seconds: float
 
 
 @dataclass(frozen=True)
 class Contender:
     work: Callable[[], None]
-    prepare: Callable[[], None]  # untimed, queued before
-    rounds: int = MIN_ROUNDS  # that it gets however short the time
+    # queued before `run`, and not timed
+    prepare: Callable[[], None]
+    # rounds that it gets, however short the time is
+    rounds: int = MIN_ROUNDS
 
 
 class ContenderError(Exception):

@@ -63,7 +63,8 @@ def events(job: dict) -> Iterator[dict]:
     device, without = job["device"], set(job["without"])
     began = now()
     backends = [b for b in job["backends"] or ready_backends(device) if f"ours:{b}" not in without]
-    if device == "cuda":  # a kernel that this GPU can't run is no reason to measure less of the others
+    # If this GPU can't run one backend's kernels, the others are measured all the same.
+    if device == "cuda":
         for name, state in backend_report(device).items():
             if name in ("cuda", "triton") and state != "ready" and job["backends"] is None:
                 yield {"left_out": {"backend": name, "reason": f"not ready: {state}", "failed": True}}
@@ -128,7 +129,8 @@ def _rows(model: str, dtype: str, backends: list[str], budget: Budget, job: dict
     had, memory, right = {tuple(h) for h in had}, [], []
     for backend in backends:
         yield {"at": {**what, "contender": f"ours:{backend}"}}
-        memory.append(_memory_row(w, backend, job))  # first: tables are part of it
+        # Memory is measured first, since it includes the tables that a first call makes.
+        memory.append(_memory_row(w, backend, job))
     ends = {kind: expected_ends(w.base, 12345, kind) for kind in job["noise"]}
     for backend in backends:
         try:
@@ -158,7 +160,7 @@ def _race_row(
     """One operation: a row for each backend; the rivals are timed once for all."""
     began, wall, on_gpu = now(), time.time(), job["device"] == "cuda"
     kind = job["noise"][0] if kind == "none" else kind
-    # the kernel on Triton's generator draws a number for each weight
+    # The rival on Triton's generator draws a number for each weight, so it has no low-rank noise.
     fused = fused if kind in ELEMENTWISE else {}
     todo = passes(op, job["members"])
     kept, emptied = (Today(w.plan.tensors, kind, empties_cache) for empties_cache in (False, True))
@@ -170,7 +172,7 @@ def _race_row(
     members = max(1, len(todo[0][0]))
     today_members = members
     if op == "update" and "today_kept:" not in job["without"]:
-        # as many as fit two runs, with and without the cache, into six tenths of the time
+        # As many members as allow two runs, with and without the cache, in six tenths of the time.
         yield {"at": {"contender": "today_kept:"}}
         one = lap(Contender(partial(run_today, kept, op, 1), before_kept), on_gpu).seconds
         today_members = min(members, max(1, int(0.3 * seconds / max(one, 1e-9))))
@@ -186,7 +188,8 @@ def _race_row(
     laps: dict = {}
     while contenders and not laps:
         try:
-            for name, contender in contenders.items():  # compiles, loads, makes tables
+            # The first call compiles, loads code and makes tables.
+            for name, contender in contenders.items():
                 yield {"at": {"contender": name}}
                 if op != "update" or not name.startswith("today"):
                     race({name: contender}, 1, 0.0, on_gpu)

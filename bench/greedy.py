@@ -39,7 +39,8 @@ class Greedy:
         cos, sin = cos[:, :, None], sin[:, :, None]  # (batch, places, any head, size)
         seen = places >= starts  # (batch, places): not padding
         mask = seen[:, None, None, :width] & (places[:width] <= places[:width, None])
-        mask |= torch.eye(width, dtype=torch.bool)  # a padded place looks at itself: with no key at all it would be NaN
+        # A padded place attends to itself: without any key the result would be NaN.
+        mask |= torch.eye(width, dtype=torch.bool)
         hidden = torch.zeros(mask.shape).masked_fill_(~mask, -torch.inf)
         later = torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf)[:, None, None]
         net = _Network(self.model)

@@ -17,7 +17,8 @@ from collections.abc import Iterator
 
 from ..utils.child import child
 
-END_SECONDS = 60  # that a process has to end after its last event
+# Seconds that a process has to end after its last event.
+END_SECONDS = 60
 
 
 def isolated(module: str, job: dict) -> Iterator[dict]:
@@ -33,14 +34,17 @@ def isolated(module: str, job: dict) -> Iterator[dict]:
                 try:
                     process.stdin.write(json.dumps(job).encode())
                     process.stdin.close()
-                except BrokenPipeError:  # it died before; its exit status says how
+                except BrokenPipeError:
+                    # The process died before it read the job; its exit status says why.
                     pass
                 for line in lines:
-                    if not line.endswith("\n"):  # it was killed as it wrote
+                    if not line.endswith("\n"):
+                        # The process was killed while it wrote this line.
                         break
                     event = json.loads(line)
                     over = "over" in event
-                    if over:  # processes that it started may hold the pipe open for longer
+                    if over:
+                        # Don't wait for the pipe to close: processes that it started may hold it open.
                         break
                     yield event
             status = process.wait(END_SECONDS)

@@ -102,7 +102,8 @@ def main() -> None:
     torch.set_num_threads(a.threads)
     plan = make_plan(a.numel, a.tensors, getattr(torch, a.dtype))
     base = plan.clone()
-    get_backend(a.backend, plan.device)  # loads the extension: its code is no memory of the operation
+    # Load the extension first, so that its code does not count as memory of the operation.
+    get_backend(a.backend, plan.device)
     seeds, coeffs = population(a.members)
 
     def ours() -> None:

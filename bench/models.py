@@ -18,8 +18,10 @@ class Decoder:
     kv_heads: int
     intermediate: int
     vocab: int
-    tied: bool  # the output layer is the embedding
-    qkv_bias: bool  # Qwen2 has them, Llama has not
+    # whether the output layer is the embedding
+    tied: bool
+    # whether q, k and v have biases: those of Qwen2 do, those of Llama don't
+    qkv_bias: bool
 
 
 MODELS = {
@@ -27,7 +29,7 @@ MODELS = {
     "Qwen2.5-1.5B": Decoder(1536, 28, 12, 2, 8960, 151936, tied=True, qkv_bias=True),
     "Qwen2.5-7B": Decoder(3584, 28, 28, 4, 18944, 152064, tied=False, qkv_bias=True),
     "Llama-3.1-8B": Decoder(4096, 32, 32, 8, 14336, 128256, tied=False, qkv_bias=False),
-    # of no use but to run the benchmark's code where there is no GPU; no tile or vector divides its sizes
+    # Only for running the benchmark's code without a GPU. No tile or vector divides its sizes.
     "tiny": Decoder(36, 1, 6, 2, 77, 61, tied=False, qkv_bias=True),
 }
 

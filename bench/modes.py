@@ -24,7 +24,8 @@ from .noise import milliseconds, note, threads
 from .workload import SIGMA, make_plan, population
 
 OPS = ("member", "restore", "update")
-TOLERANCE = 0.02  # of the stated memory; of the weights where nothing is stated
+# Largest difference from the stated memory, as a fraction of it, or of the weights if the stated memory is 0.
+TOLERANCE = 0.02
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -157,7 +158,8 @@ def main() -> None:
     numel, tensors, members, used = map(int, numbers)
     torch.set_num_threads(used)
     small, plan = (make_plan(n, tensors, getattr(torch, dtype), device) for n in (10_000, numel))
-    _two_generations(mode, small, members)  # threads and code that is loaded are no memory of the mode
+    # A first run on few weights starts threads and loads code, which are no memory of the mode.
+    _two_generations(mode, small, members)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -192,16 +194,16 @@ def _times(dtype: str, extra: dict[str, int | None], args: argparse.Namespace) -
         for _ in range(args.repeats):
             for name, mode in modes.items():
                 mode.restore()
-                mode.perturb(
-                    record.seeds[0], SIGMA
-                )  # members come one after another, and all but the first move from one
+                # Put a first member in place: all others are reached from the one before.
+                mode.perturb(record.seeds[0], SIGMA)
                 times[name]["member"].append(milliseconds(lambda mode=mode: mode.perturb(record.seeds[-1], SIGMA)))
                 times[name]["restore"].append(milliseconds(mode.restore))
                 times[name]["update"].append(milliseconds(lambda mode=mode: mode.update(record)))
         for name, mode in modes.items():
             stated = mode.cost(getattr(torch, dtype))
             ratios = [a / b for a, b in zip(times[name]["update"], times["base"]["update"], strict=True)]
-            elsewhere = 0 if args.device == "cuda" else stated.host  # a CPU has no other memory
+            # On a CPU host memory is the device's, so the measurement includes it.
+            elsewhere = 0 if args.device == "cuda" else stated.host
             wanted = (stated.device + elsewhere) * plan.numel
             found = extra[name] if kind == args.noise[0] else None
             yield {

@@ -155,8 +155,10 @@ class Case:
 
     op: str
     members: int
-    draws: int  # random numbers that ours draws for each weight
-    passes: int  # times that ours reads and writes each weight
+    # random numbers that esfast draws for each weight
+    draws: int
+    # how often esfast reads and writes each weight
+    passes: int
     ours: Callable[[], None]
     todays: Callable[[], None]
     afternoons: Callable[[afternoon.Way], None]
@@ -255,12 +257,14 @@ def _time(case: Case, plan: Plan, base: Plan, ways: dict[str, afternoon.Way], ar
         copy_each(plan.tensors, base.tensors)
 
     copy()
-    today.perturb_(plan.tensors[-1:], 1, SIGMA, "gaussian")  # PyTorch's threads are up
+    # Start PyTorch's threads before anything is timed.
+    today.perturb_(plan.tensors[-1:], 1, SIGMA, "gaussian")
     copied, our, todays = [], [], []
     afternoons: dict[str, list[float]] = {name: [] for name in ways}
     budget = 1000 * args.today_seconds
     for _ in range(args.repeats):
-        copied.append(milliseconds(copy))  # which also undoes the round before
+        # The copy also undoes what the round before did to the weights.
+        copied.append(milliseconds(copy))
         our.append(milliseconds(case.ours))
         if _has_time(todays, budget):
             todays.append(milliseconds(case.todays))

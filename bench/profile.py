@@ -196,7 +196,8 @@ def rows_of(text: str, backend: str, args: argparse.Namespace) -> list[dict]:
         weights = args.numel * max(1, row["members"])
         moved = [row["bytes_read"], row["bytes_written"]]
         row["instructions_per_weight"] = row["instructions"] and row["instructions"] * 32 / weights
-        # cycles of one scheduler, of which there are as many as the GPU has; it issues one warp, 32 weights, in each
+        # Cycles of a scheduler, times the number of schedulers of the GPU. In a cycle each issues one instruction for a
+        # warp, which is 32 weights.
         schedulers = SCHEDULERS_PER_SM * _multiprocessors()
         row["cycles_per_weight"] = row["cycles"] and row["cycles"] * schedulers * 32 / weights
         row["bytes_per_weight"] = None if None in moved else sum(moved) / args.numel
@@ -212,7 +213,8 @@ def _launches(text: str) -> Iterator[dict[str, float | None]]:
     lines = [line for line in text.splitlines() if line.startswith('"')]
     units: dict | None = None
     for line in csv.DictReader(lines):
-        if not line.get("ID"):  # the line of units comes first
+        # The first line has the units.
+        if not line.get("ID"):
             units = line
             continue
         yield {key: _metric(line.get(name), (units or {}).get(name)) for key, name in METRICS.items()}

@@ -18,7 +18,8 @@ from .. import NOISE_VERSION, __version__
 from ..core.ops import instruction_set
 from . import BenchmarkError
 
-# What decides a figure. Results and README are written after measuring, and would make every figure's tree dirty.
+# The files that decide a figure; only changes of these make a commit "changed". Results and README are written after
+# measuring, so they do not count.
 SOURCES = ("esfast", "csrc", "kernels", "bench/*.py", "setup.py", "pyproject.toml")
 
 
@@ -124,7 +125,8 @@ def git_state() -> tuple[str | None, bool | None]:
     here = Path(__file__).resolve()
     try:
         if here.parent.name != "bench" or not _git(here.parent, "ls-files", here.name):
-            return None, None  # an installed copy, possibly inside somebody else's repository
+            # This is an installed copy, possibly inside somebody else's repository.
+            return None, None
         top = _git(here.parent, "rev-parse", "--show-toplevel")
         return _git(top, "rev-parse", "HEAD"), bool(_git(top, "status", "--porcelain", "--", *SOURCES))
     except (OSError, subprocess.SubprocessError):

@@ -96,7 +96,8 @@ def _tile(
     c = _load(src, element + 2 * QUARTER, begin, end, WHOLE, DTYPE)
     d = _load(src, element + 3 * QUARTER, begin, end, WHOLE, DTYPE)
     if KIND == GAUSSIAN:
-        # a zero that keeps the noise in the layout of the loads, as in add_noise.py: nothing goes through shared memory
+        # Adding this zero keeps the noise in the layout of the loads, as in add_noise.py, so that nothing goes through
+        # shared memory.
         offset += (a.to(tl.uint32, bitcast=True) & 1) >> 1
     for j in range(members):
         seed, coeff = tl.load(seeds + j), tl.load(coeffs + j)
@@ -143,7 +144,8 @@ class Randn4x:
 
     def __init__(self, plan: Plan, base: Plan):
         self.plan, self.base = plan, base
-        self.tiles = {  # a model's weights have one dtype, so one launch
+        # A model's weights have one dtype, so there is one launch.
+        self.tiles = {
             source: tiles_of(plan.table(source), TILE, plan.device, extras=False)[0] for source in (base, None)
         }
 

@@ -224,8 +224,10 @@ def row(backend, kernel, noise, dtype, arch, per_weight, per_thread, figures: Fi
 
 @dataclass
 class Figures:
-    path: int  # instructions of a perturbation
-    loop: int  # instructions of one turn of the loop over members
+    # instructions of a perturbation
+    path: int
+    # instructions of one turn of the loop over members
+    loop: int
     spill_bytes: int
     registers: int
     load_bits: int

@@ -26,17 +26,23 @@ from dataclasses import dataclass, replace
 
 from . import BenchmarkError
 
-SCHEDULERS = 4  # of an SM
+# Schedulers of an SM.
+SCHEDULERS = 4
 SMS = 132
-REGISTERS = 65536  # of an SM; a warp gets them in units of 256
+# Registers of an SM. A warp gets them in units of 256.
+REGISTERS = 65536
 MAX_THREADS = 2048
-LATENCY = 700  # cycles of a load from memory
-CACHED = 40  # of a load whose line is near, as of seeds, coefficients and constants
-READ = 20  # until an access has read its operands
+# Cycles of a load from memory.
+LATENCY = 700
+# Cycles of a load whose line is in a cache, as for seeds, coefficients and constants.
+CACHED = 40
+# Cycles until an access has read its operands.
+READ = 20
 CONVERSION = 24
 LAUNCH = 200
 QUEUE = 2000
-LANES_BYTES = 32 * 16  # of a warp's 128-bit access
+# Bytes that a 128-bit access of a whole warp moves.
+LANES_BYTES = 32 * 16
 
 _GUARD = re.compile(r"^@!?U?P\w+\s+")
 _PIPES = {
@@ -64,8 +70,10 @@ class Instruction:
     busy: int
     stall: int
     yields: bool
-    sets: int  # the barrier that its result frees
-    reads: int  # the barrier that frees once its operands are read
+    # the barrier that is freed when its result is there
+    sets: int
+    # the barrier that is freed when its operands are read
+    reads: int
     waits: tuple[int, ...]
     latency: int
     loads: bool
@@ -140,7 +148,8 @@ def simulate(trace: list[Instruction], warps: int, resident: int, bytes_per_cycl
         begun += 1
 
     for i in range(resident):
-        begin(i * 300)  # blocks of a grid do not begin all at once
+        # The blocks of a grid do not begin all at once.
+        begin(i * 300)
     last = None
     while active:
         chosen, soonest = None, None
@@ -193,7 +202,8 @@ def simulate(trace: list[Instruction], warps: int, resident: int, bytes_per_cycl
     transfers = sum(op.transfer for op in trace) * warps / bytes_per_cycle
     spent = {name: (full[name] - idle[name]) / cycles for name in full}
     return {
-        "cycles_per_block": max(per_block, transfers),  # both ends of the window may lie in a burst of transfers
+        # `transfers` is a lower bound: both ends of the measured window may lie in a burst of transfers.
+        "cycles_per_block": max(per_block, transfers),
         "issue": (after - before) / cycles,
         "alu": spent["alu"],
         "fma": (spent["heavy"] + spent["light"]) / 2,

@@ -28,7 +28,8 @@ from .fleet import Costs
 WORKERS = (1, 8, 64, 512, 1000, 4000, 10_000)
 PER_WORKER = (1, 4, 16)
 SHOWN = (1, 8, 64, 1000, 10_000)
-SLOW_SHARE, SLOW = 0.01, 5.0  # workers that take this many times as long
+# The fraction of workers that are slow, and how many times as long they take.
+SLOW_SHARE, SLOW = 0.01, 5.0
 PARAMETERS = {"0.5B": 0.494e9, "7.6B": 7.616e9, "72B": 72.7e9}
 # What all processes together receive in a generation (an optimizer step); W: the weights' bytes.
 WAYS = {
@@ -215,7 +216,7 @@ def wire() -> list[dict]:
     except (OSError, RuntimeError) as error:
         print(f"bytes on the wire were not measured, which takes Linux and root: {error}", file=sys.stderr)
         return []
-    # every process gets 8 bytes a member; the rest is linear in members and in processes
+    # Every process receives 8 bytes for each member. All else grows linearly with members or with processes.
     known = np.array([b - 8 * n * p for (p, n), b in zip(points, bytes_, strict=True)])
     (per_member, per_process), *_ = np.linalg.lstsq(np.array([(n, p) for p, n in points], float), known, rcond=None)
     rows = [

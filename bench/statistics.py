@@ -50,7 +50,8 @@ LAGS = range(1, 9)
 LOW_RANK_NUMBERS = 2**20
 BATCH, SIDE = 64, 64
 RANKS = (1, 4)
-NAME, NEXT = "xvpcgfn", "gditoze"  # the id of the second is that of the first + 1
+# Two names with neighbouring 32-bit ids: that of the second is that of the first + 1.
+NAME, NEXT = "xvpcgfn", "gditoze"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

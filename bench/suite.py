@@ -34,8 +34,10 @@ TESTS = (
     "tests/test_bench_gpu.py",
     "tests/test_bench_gpu_failures.py",
 )
-TEST_SECONDS = 120  # that one test may take
-KILL_AFTER = 5  # seconds that a stage has to end by itself when its time is up
+# Seconds that one test may take.
+TEST_SECONDS = 120
+# Seconds that a stage has to end by itself when its time is up.
+KILL_AFTER = 5
 ESFAST = "import sys; from esfast.cli import main; sys.exit(main(sys.argv[1:]))"
 READY = """
 import sys
@@ -84,8 +86,10 @@ class Site:
 @dataclasses.dataclass(frozen=True)
 class Stage:
     seconds: int
-    commands: Callable[[Site, int], list[list[str]]]  # of the seconds that it has
-    file: str | None = None  # its result
+    # (site, seconds that the stage has) -> its commands
+    commands: Callable[[Site, int], list[list[str]]]
+    # name of the file with its result
+    file: str | None = None
 
 
 def _build(site: Site, seconds: int) -> list[list[str]]:
@@ -108,7 +112,8 @@ def _tests(site: Site, seconds: int) -> list[list[str]]:
 
 
 def _noise(site: Site, seconds: int) -> list[list[str]]:
-    on_gpu = ["--seconds", str(max(10, seconds - 60))]  # what is begun is finished
+    # The benchmark stops early enough to finish the row that it is at.
+    on_gpu = ["--seconds", str(max(10, seconds - 60))]
     # the reference stands in for a second backend
     on_cpu = ["--backends", "cpu", "reference", "--dtypes", "bfloat16", "--members", "3", "--repeats", "1"]
     return [site.bench("gpu", "noise", on_gpu, on_cpu)]
@@ -234,7 +239,8 @@ class Suite:
         reader.start()
         try:
             status = process.wait()
-        finally:  # what it left behind would share the GPU with the next stage
+        finally:
+            # Processes that a stage leaves behind would share the GPU with the next stage.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
         reader.join(KILL_AFTER)

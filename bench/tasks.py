@@ -19,7 +19,8 @@ from ..tasks import MODULES
 from ..utils.child import child
 from .countdown import call, train_command
 
-LIMIT = 300  # seconds
+# Seconds that a task may take in all.
+LIMIT = 300
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -47,7 +47,7 @@ def draw_factors(p: torch.Tensor, generator: torch.Generator) -> tuple[torch.Ten
 
 
 def _draw(p: torch.Tensor, generator: torch.Generator, kind: str) -> torch.Tensor:
-    # vectors get gaussian noise where matrices get low-rank noise
+    # With low-rank noise only matrices have factors; vectors get gaussian noise.
     if kind != "rademacher":
         return torch.randn(p.shape, dtype=p.dtype, device=p.device, generator=generator)
     # three times as fast on a CPU as torch.empty_like(p).bernoulli_()

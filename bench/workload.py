@@ -32,7 +32,8 @@ def model_shapes(numel: int, tensors: int) -> dict[str, tuple[int, ...]]:
         for i in range(tensors - 1)
     ]
     matrices = sum(math.prod(shape) for _, shape in parts if len(shape) == 2)
-    width = math.isqrt(int(0.8 * numel / max(matrices, 1)))  # the embedding gets about a fifth
+    # The embedding gets the rest, about a fifth of the weights.
+    width = math.isqrt(int(0.8 * numel / max(matrices, 1)))
     width = min(max(1, width - width % 64 if width >= 64 else width), 8192)
     shapes = {name: tuple(max(1, round(n * width)) for n in shape) for name, shape in parts}
     rest = numel - sum(math.prod(shape) for shape in shapes.values())
@@ -87,12 +88,14 @@ def _on_odd_sizes(backend: str, dtype: torch.dtype, kind: str, count: int, from_
     base = plan.clone() if from_base else None
     if base is not None:
         for p in plan.tensors:
-            p.fill_(math.nan)  # what is written from a base must not depend on what was there
+            # A result that is written from a base must not depend on the old weights.
+            p.fill_(math.nan)
     add_noise_(plan, *population(count), base=base, noise=kind, backend=backend)
     return plan
 
 
-@functools.cache  # all backends and devices are held to one
+# Cached, since all backends and devices are compared with the same weights.
+@functools.cache
 def _reference_on_odd_sizes(dtype: torch.dtype, kind: str, count: int, from_base: bool) -> Plan:
     return _on_odd_sizes("reference", dtype, kind, count, from_base, "cpu")
 
@@ -104,7 +107,7 @@ def _ends(plan: Plan) -> list[tuple[str, torch.Tensor, Slice]]:
         shape, places = tuple(tensor.shape), (0,) if tensor.numel() <= 122 else (0, 1)
         for last in places:
             part, offset = tensor, [0] * len(shape)
-            # low-rank noise depends on the rows and columns, so a part keeps its tensor's dimensions
+            # Low-rank noise depends on row and column, so a part must have as many dimensions as its tensor.
             for d, n in enumerate(shape if len(places) > 1 else ()):
                 kept = max(1, min(n, 61 // math.prod(shape[d + 1 :])))
                 offset[d] = last * (n - kept)

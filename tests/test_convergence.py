@@ -45,7 +45,7 @@ CHEAP = ("quadratic", "logistic regression")
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    torch.set_num_threads(1)  # two would wait for one another longer than they work
+    torch.set_num_threads(1)  # on a model this small, two threads mostly wait for each other
 
 
 @torch.no_grad()

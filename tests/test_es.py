@@ -274,7 +274,7 @@ def test_es_finds_the_maximum_of_a_quadratic(noise, mirrored):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_es_learns_a_regression(dtype):
     torch.manual_seed(0)
-    torch.set_num_threads(1)  # two would wait for one another longer than they work
+    torch.set_num_threads(1)  # on a model this small, two threads mostly wait for each other
     model = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 1)).to(dtype)
     x = torch.randn(128, 3).to(dtype)
     y = x.float().sum(1, keepdim=True).sin()

@@ -13,7 +13,7 @@ PROMPTS = ["1 2 3=6\n<think>", "a", "12 34 56 78=90\n<think>", "\u00e9", "1 2 3=
 
 @pytest.fixture(autouse=True)
 def one_thread(same_threads):
-    torch.set_num_threads(1)  # at this size more only wait for each other
+    torch.set_num_threads(1)  # for a model of this size more threads only wait for each other
 
 
 @pytest.fixture(scope="module")

@@ -26,14 +26,15 @@ from esfast.core.kinds import KINDS
 from esfast.core.ops import add_noise_, auto_backend, backend_report
 
 DTYPES = ("bfloat16", "float32")
-# A member from a base; the base again; from one member in place to the next; the whole population's update.
+# perturb: write a member from a base. restore: write the base. move: from one member to the next, in place. update: add
+# the noise of the whole population.
 OPERATIONS = ("perturb", "restore", "move", "update")
 DEVICES = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
 ROUNDS = 7
 
 
 def backends(device: str) -> list[str]:
-    """What runs there at full speed, by name; the reference and interpreted kernels are no contenders."""
+    """The contenders on a device, by name. The reference and interpreted kernels are left out, since they are slow."""
     ready = [name for name, state in backend_report(torch.device(device)).items() if state == "ready"]
     slow = {"reference"} if device == "cuda" else {"reference", "triton"}
     return [name for name in ready if name not in slow]
@@ -109,7 +110,7 @@ def test_add_noise(benchmark, request, device, contender, dtype, kind, name):
     if device == "cuda":
         benchmark._timer = EventTimer()
     benchmark.group = f"{name}, {kind}, {dtype}, {device}, {plan.numel:.0e} weights"
-    # today's update takes a hundred times a perturb: fewer rounds tell as much
+    # Today's update takes a hundred times as long as a perturb, so fewer rounds are enough.
     slow = name == "update" and contender == "today"
     benchmark.pedantic(work, rounds=3 if slow else ROUNDS, iterations=1, warmup_rounds=0 if slow else 1)
     if benchmark.stats is None:  # --benchmark-disable

@@ -76,8 +76,8 @@ def _matrices(bits: torch.Tensor, start: int = 0) -> Iterator[tuple[torch.Tensor
     """Yields the tensor as matrices, without a copy, each with the number of its first row."""
     try:
         yield bits.view(-1, bits.shape[-1]), start
-    # The strides do not allow a view with two dimensions.
     except RuntimeError:
+        # The strides do not allow a view with two dimensions.
         for i, part in enumerate(bits):
             yield from _matrices(part, start + i * (part.numel() // part.shape[-1]))
 
