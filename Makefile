@@ -1,13 +1,19 @@
-# `make train` fine-tunes a small language model on this machine; `make test` runs the tests but for the slow ones, some
-# minutes on two cores; `make test-all` runs every one. They set up .venv first.
-# `make test-vllm` runs the tests of a real vLLM engine, in an environment of its own (3.7 GB), as vLLM pins its torch.
+# make train       fine-tunes a small language model on this machine
+# make test        runs the tests without the slow ones, some minutes on two cores; make test-all runs all
+# make lint types  ruff, mypy
+# make docs        builds the docs site into build/site
+# make bench       microbenchmarks, to compare two commits
+# make examples    runs the scripts of examples/, shortened
+# make test-vllm   runs the tests of a real vLLM engine, in an environment of its own (3.7 GB), since vLLM pins its torch
+# Each sets up its environment first. ARGS="..." passes further arguments on.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
 VLLM := .venv-vllm
 FLOOR := .venv-transformers-floor
-# What touches Transformers most. RecurrentGemma and Jamba keep their states elsewhere in 4.56: their tests are of 5's.
+# The tests that depend on Transformers most; with the oldest release, without those that hold only for Transformers 5:
+# RecurrentGemma and Jamba keep their states elsewhere in 4.56.
 OF_TRANSFORMERS := $(addprefix tests/test_,chat.py decoding.py embedded.py encoding.py fixtures.py models.py probe.py prompts.py \
 	rollout.py trainer.py trl.py)
 NOT_OF_THE_FLOOR := not recurrent_gemma and not jamba and not said_once_for_a_model and not state_that_modules_keep
@@ -30,11 +36,12 @@ test-vllm: $(VLLM)/installed
 lint: $(VENV)/installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
-# the oldest Transformers that pyproject.toml promises, with TRL and datasets of its time, over the packages of $(VENV)
+# Tests with the oldest Transformers that pyproject.toml promises, and TRL and datasets of the same time. All other packages
+# are those of $(VENV).
 test-transformers-floor: $(FLOOR)/installed
 	$(FLOOR)/bin/python -m pytest -n auto --dist worksteal $(OF_TRANSFORMERS) -k "$(NOT_OF_THE_FLOOR)" $(ARGS)
 
-# mypy; what it forgives is in pyproject.toml
+# mypy; pyproject.toml says what it lets pass
 types: $(VENV)/installed
 	$(BIN)/python -m mypy $(ARGS)
 

@@ -1,5 +1,5 @@
-"""The rivals of `esfast bench noise` are no straw men: their noise is of the right law, and they do what a member and an
-update do."""
+"""The rivals of `esfast bench noise` are fair: their noise has the right distribution, and they do the same work for a
+member and an update."""
 
 import pytest
 import torch

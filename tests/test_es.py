@@ -1,4 +1,4 @@
-"""ES: members that come and go without a trace, and an update that is the sum it claims to be."""
+"""ES: members leave the weights as they were, and an update is the weighted sum of noise that the formula states."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""However a member's body is left, also by Ctrl-C at any instant, the weights are those of before."""
+"""The weights come back after every member, however its body ends: also by Ctrl-C at any instant."""
 
 import math
 import os

@@ -1,4 +1,4 @@
-"""The journal: a run's record that gives its weights again to the bit, and that refuses what it can't vouch for."""
+"""The journal: a replay gives a run's weights to the bit, and damaged or foreign journals are refused."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Models at the door: whole and finite ones come in; what isn't is refused, with a reason, before anything is written."""
+"""Models that are whole and finite are accepted; any other is refused, with a reason, before anything is written."""
 
 import json
 import shutil

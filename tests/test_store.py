@@ -14,7 +14,7 @@ from esfast.utils.names import WEIGHT_MODES
 
 
 class Remote(WeightStore):
-    """A model "elsewhere": a process-local copy that nobody but this store knows of."""
+    """A model "elsewhere": a copy in this process that only this store refers to."""
 
     mode = "base"
 

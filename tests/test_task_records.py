@@ -1,4 +1,5 @@
-"""Records of data files as people have them: problems of Countdown, golds of mathematics, puzzles, short answers."""
+"""Records of data files in the forms that people have: problems of Countdown, answers of mathematics, puzzles, short
+answers."""
 
 import sys
 import time

@@ -249,7 +249,8 @@ def test_the_first_arguments_are_those_of_grpo_trainer():
 
 
 def test_names_of_older_transformers_are_left_out_too(tmp_path, caplog):
-    """TrainingArguments of 4.56 has them, those of 5 don't; `make test-transformers-floor` goes through all."""
+    """TrainingArguments of Transformers 4.56 has these names, that of 5 does not; `make test-transformers-floor` tries
+    all of them."""
     esfast.ESConfig(
         str(tmp_path), per_gpu_train_batch_size=8, half_precision_backend="auto", push_to_hub_model_id="x", _n_gpu=1
     )

@@ -1,5 +1,5 @@
-"""The pieces of vLLM's tensors, on stand-ins for its layers that fuse, pad and shard as it does. tests/vllm has the
-real ones."""
+"""Which parts of Hugging Face tensors the tensors of vLLM hold, on stand-ins for vLLM's layers that fuse, pad and shard
+as those do. tests/with_vllm tests the real layers."""
 
 from types import SimpleNamespace
 

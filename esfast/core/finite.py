@@ -8,7 +8,8 @@ import torch
 
 from ..utils.errors import BadValue
 
-SHOWN = 3  # names in a message
+# Names that a message shows, at most.
+SHOWN = 3
 
 
 def check_finite(named: Iterable[tuple[str, torch.Tensor]]) -> None:

@@ -137,7 +137,8 @@ def add_noise_(
             members = check_members(seeds, coeffs)
         call = Call(plan, *members, base, noise, rounding == "stochastic", np.float32(decay), anchor, epilogue, rank)
         call.table  # noqa: B018  for its checks, before anything changes
-        if len(plan):  # all the shards on this rank may be empty
+        # If all shards on this rank are empty there is nothing to do.
+        if len(plan):
             run(call)
 
 

@@ -74,12 +74,14 @@ class Plan:
             found = ", ".join(sorted(map(str, devices)))
             raise BadValue(f"Plan: all tensors must be on one device, found {found}. Make one Plan per device.")
         self.device = devices.pop()
-        self.low: torch.Tensor | None = None  # flat buffer of the low halves, in a split plan
+        # In a split plan, the flat buffer with the low halves of all weights.
+        self.low: torch.Tensor | None = None
         self._finish()
         check_overlap(self.entries, self._table)
 
     def _finish(self) -> None:
-        self.entries = [e for e in self._held if e.tensor.numel()]  # a shard may be empty, even all of them here
+        # Without empty shards. Even all shards on this rank may be empty.
+        self.entries = [e for e in self._held if e.tensor.numel()]
         self._tensors = [e.tensor for e in self.entries]
         self._tables: list[
             tuple[weakref.ref[Plan], weakref.ref[Plan] | None, bool, Table]

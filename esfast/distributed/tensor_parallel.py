@@ -133,9 +133,8 @@ def _planned(model, count: int) -> list[tuple[Any, type[ColumnParallel | RowPara
         kind, whole = STYLES[style]
         if uses[id(module.weight)] == 1 and module.weight.shape[kind.dim] % count == 0:
             found.append((module, kind, whole))
-        elif not (
-            kind is ColumnParallel and whole
-        ):  # those have whole inputs and outputs, so nothing else depends on them
+        # A layer with whole inputs and outputs may stay whole: nothing else depends on how it is cut.
+        elif not (kind is ColumnParallel and whole):
             raise BadValue(
                 f"tensor parallelism: {path} of {name}, {tuple(module.weight.shape)}, can't be cut in {count}"
             )

@@ -179,7 +179,8 @@ class _MovingWeights(LocalStore):
         terms = [(s, -c) for s, c in self._applied] + target
         # The weights and the note of what was added to them must stay consistent.
         with defer_sigint():
-            for group, plan in self._parts if terms else ():  # in one pass, rounded once
+            # All terms of a weight are added in one pass, and rounded once.
+            for group, plan in self._parts if terms else ():
                 seeds, coeffs = [s for s, _ in terms], [group.sigma * c for _, c in terms]
                 add_noise_(plan, seeds, coeffs, rounding=rounding, **self._options)
             self._applied = target

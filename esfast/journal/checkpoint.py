@@ -22,7 +22,8 @@ from ..utils.files import TEMPORARY, follow_umask
 
 log = logging.getLogger(__name__)
 
-KEPT = 2  # the newest, and one to fall back on
+# How many checkpoints are kept: the newest, and one to fall back on if that is damaged.
+KEPT = 2
 _NAME = re.compile(r"generation-(\d{8})(|-\d+of\d+)\.safetensors")
 
 

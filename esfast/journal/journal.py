@@ -28,7 +28,8 @@ from ..utils.settings import check_int
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2  # 1 had no optimizer
+# Format of the file. Format 1 had no optimizer.
+FORMAT = 2
 
 
 class Contents(NamedTuple):

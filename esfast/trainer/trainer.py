@@ -133,7 +133,7 @@ class ESTrainer(SavesLikeTRL):
             raise
 
     def _begin(self) -> None:
-        """Takes the run folder, and makes ES: a resumed run's is brought to where its journal ends."""
+        """Claims the run folder and makes the ES. With `resume`, the ES is brought to the end of the run's journal."""
         c, resume = self.args, self.args.resume or self.team.restarted
         weights = self.tuned.weights()
         if self.team.rank == 0:

@@ -1,4 +1,4 @@
-"""How a run begins, ends, is cut off, and what is then made up for."""
+"""How a run begins and ends, and what a resume adds to a run that was cut off."""
 
 import json
 import shutil
