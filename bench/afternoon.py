@@ -159,7 +159,9 @@ def _add_signs(to: torch.Tensor, x: torch.Tensor, start: torch.Tensor, keys: tor
 
 @functools.cache
 def _compiled(function: Callable) -> Callable:
-    return torch.compile(function, dynamic=True, fullgraph=True)
+    # PyTorch's cache of compiled graphs doesn't know ATEN_CPU_CAPABILITY. Code generated for AVX2 steps by 8 floats;
+    # a later process with AVX-512 would find it, compile it with vectors of 16, and write beyond the end of tensors.
+    return torch.compile(function, dynamic=True, fullgraph=True, options={"fx_graph_cache": False})
 
 
 def _pairs_in_place(low, high, start, key, factor) -> None:

@@ -67,6 +67,23 @@ def test_members_and_updates_are_those_of_the_noise(way, dtype):
         torch.testing.assert_close(u.view(-1).double(), start + 1e-3 * z1 - 2e-3 * z2, rtol=1e-6, atol=near)
 
 
+def test_code_compiled_for_other_vectors_is_not_taken_up(monkeypatch):
+    """PyTorch's cache of graphs takes AVX2's code for AVX-512's: half of the numbers were added twice, the last ones
+    beyond the end."""
+    start, key, factor = torch.tensor(3, dtype=torch.int32), torch.tensor([5, 77], dtype=torch.int32), torch.tensor(0.5)
+    wanted = [torch.zeros(2048) for _ in range(2)]
+    afternoon._pairs_in_place(*wanted, start, key, factor)
+    for capability in ("avx2", "avx512"):
+        monkeypatch.setenv("ATEN_CPU_CAPABILITY", capability)
+        torch.compiler.reset()
+        afternoon._compiled.cache_clear()
+        found = [torch.zeros(2048) for _ in range(2)]
+        afternoon._compiled(afternoon._pairs_in_place)(*found, start, key, factor)
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    torch.compiler.reset()
+    afternoon._compiled.cache_clear()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", afternoon.WAYS["low_rank"])
 def test_low_rank_members_are_a_product_of_factors_each(name, dtype):
