@@ -29,6 +29,7 @@ BENCHMARKS = {
     "drift": "what rounding does to weights over thousands of members and updates, by the usual code and by each mode",
     "modes": "time, traffic and memory of the weight modes, side by side, against what they state",
     "training": "the embedded model learns by every weight mode and by the usual code's numerics, over several seeds",
+    "ranks": "what low-rank noise costs in learning: ranks and full-rank noise on two tasks, sigma scanned for each",
     "iteration": "a whole generation of ES: against its text generation alone, and against the loop of today",
     "together": "members in one batch: against one after another, and against frozen weights in the same batch",
     "dropin": "loops of others, before and after esfast: what a generation costs beside its evaluations; MeZO learning",
@@ -60,6 +61,7 @@ EXAMPLES = {
     "drift": ("--json bench/results/drift.json", "--numel 2**16 --generations 10 --dtypes bfloat16"),
     "modes": ("--json bench/results/modes.json", "--numel 1e7 --dtypes bfloat16 --noise gaussian"),
     "training": ("--json bench/results/training.json --keep runs/training", "--repeats 2 --generations 20"),
+    "ranks": ("--json bench/results/ranks.json --keep runs/ranks", "--tasks countdown --ranks 1 --generations 10"),
     "iteration": (
         "--json bench/results/iteration_cpu.json",
         "--device cuda --json bench/results/iteration_gpu.json",
@@ -78,7 +80,11 @@ EXAMPLES = {
     "replay": ("--json bench/results/replay.json", "-- --generations 10   options of `esfast train`"),
     "zoo": ("--json bench/results/zoo.json", "--architectures qwen3 mamba gemma3_text   some of them"),
     "sharing": ("--json bench/results/sharing.json", "--architectures qwen3 mamba gemma3_text   some of them"),
-    "countdown": ("--seeds 0 1 2 --json bench/results/countdown.json", "--seeds 7 -- --generations 10"),
+    "countdown": (
+        "--seeds 0 1 2 --json bench/results/countdown.json",
+        "--seeds 0 1 2 --noise gaussian low_rank --json bench/results/countdown_noise.json",
+        "--seeds 7 -- --generations 10",
+    ),
 }
 
 

@@ -1,7 +1,8 @@
 """`esfast bench countdown`: the embedded model learns Countdown, from nothing to the tuned model, once a seed.
 
 Each seed is one `esfast train`, in a process and a run folder of its own. The embedded model is made afresh first, so
-that its pre-training is timed too, and shared by all seeds.
+that its pre-training is timed too, and shared by all seeds. With `--noise` each kind runs with every seed, and
+`noise_table` compares them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import mean
 
+from ..core.kinds import KINDS
 from ..utils.child import child
 from ..utils.errors import BadValue
 from . import BenchmarkError
@@ -26,6 +29,12 @@ PHASES = ("perturb", "generate", "score", "update", "evaluate")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run each (default: 0 1 2)")
+    parser.add_argument(
+        "--noise",
+        nargs="+",
+        choices=KINDS,
+        help="kinds of noise to compare, low_rank with rank 1 (default: only that of esfast train)",
+    )
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the run folders, as FOLDER/seed0, ...")
     parser.add_argument("train", nargs="*", metavar="-- OPTION", help="options of `esfast train`, after --")
 
@@ -33,13 +42,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict:
     if len(set(args.seeds)) < len(args.seeds):
         raise BadValue(f"--seeds: each once, got {args.seeds}")
+    if args.noise and "--noise" in args.train:
+        raise BadValue("--noise: give it to the benchmark or, after --, to esfast train, not to both")
     with tempfile.TemporaryDirectory(prefix="esfast-countdown-") as scratch:
         runs = args.keep if args.keep is not None else Path(scratch)
         environment = os.environ | {"ESFAST_CACHE": str(Path(scratch) / "cache")}
         began = time.perf_counter()
         call("making the embedded model", child("from esfast.tasks.embedded import cached; cached()"), environment)
         pretraining = time.perf_counter() - began
-        rows = [_one(seed, runs / f"seed{seed}", args.train, environment, pretraining) for seed in args.seeds]
+        rows = []
+        for kind in dict.fromkeys(args.noise or [None]):
+            for seed in args.seeds:
+                folder = runs / (f"seed{seed}" if kind is None else f"{kind}-seed{seed}")
+                options = args.train if kind is None else ["--noise", kind, *args.train]
+                named = {} if kind is None else {"noise": kind}
+                rows.append({**named, **_one(seed, folder, options, environment, pretraining)})
     return {"rows": rows}
 
 
@@ -49,6 +66,9 @@ def train_command(seed: int, folder: Path, options: list[str]) -> list[str]:
 
 
 def table(result: dict) -> tuple[list[str], list[list[str]]]:
+    kinds = dict.fromkeys(r.get("noise") for r in result["rows"])
+    if len(kinds) > 1:
+        return noise_table(result)
     headers = [
         "seed",
         "accuracy before",
@@ -80,9 +100,40 @@ def table(result: dict) -> tuple[list[str], list[list[str]]]:
     if len(rows) > 1:
         keys = ("accuracy_before", "accuracy_after", "seconds_total")
         before, after, seconds = (sum(r[key] for r in rows) / len(rows) for key in keys)
-        mean = ["mean", f"{before:.1%}", f"{after:.1%}", "", "", f"{seconds:.0f}"]
-        lines.append(mean + [""] * (len(headers) - len(mean)))
+        averages = ["mean", f"{before:.1%}", f"{after:.1%}", "", "", f"{seconds:.0f}"]
+        lines.append(averages + [""] * (len(headers) - len(averages)))
     return headers, lines
+
+
+def noise_table(result: dict) -> tuple[list[str], list[list[str]]]:
+    """The kinds of noise side by side, and how far each mean is from the first kind's, in its standard errors."""
+    kinds: dict[str, list[dict]] = {}
+    for row in result["rows"]:
+        kinds.setdefault(row["noise"], []).append(row)
+    first = next(iter(kinds))
+    headers = ["noise", "accuracy before", *(f"after, seed {r['seed']}" for r in kinds[first])]
+    headers += ["mean", f"from {first}, standard errors", "seconds of training, mean"]
+    lines = []
+    for kind, rows in kinds.items():
+        after, error = _mean_after(rows)
+        theirs, their_error = _mean_after(kinds[first])
+        lines.append(
+            [
+                kind,
+                f"{rows[0]['accuracy_before']:.1%}",
+                *(_accuracy(r["accuracy_after"], r["eval_problems"]) for r in rows),
+                f"{after:.1%} ± {error:.1%}",
+                "" if kind == first else f"{(after - theirs) / math.hypot(error, their_error):+.1f}",
+                f"{mean(r['seconds_training'] for r in rows):.0f}",
+            ]
+        )
+    return headers, lines
+
+
+def _mean_after(rows: list[dict]) -> tuple[float, float]:
+    """Mean accuracy of the seeds and its standard error, as if every answer to a held-out problem were independent."""
+    share = mean(r["accuracy_after"] for r in rows)
+    return share, math.sqrt(share * (1 - share) / sum(r["eval_problems"] for r in rows))
 
 
 def _one(seed: int, folder: Path, options: list[str], environment: dict, pretraining: float) -> dict:

@@ -136,6 +136,31 @@ def summary(*results: dict) -> Table:
     return headers, lines
 
 
+def kinds_table(result: dict) -> Table:
+    """The kinds of noise side by side, for bfloat16 weights: a member from a base, and an update."""
+    rows = [r for r in result["rows"] if r["dtype"] == "bfloat16" and r["op"] in ("perturb_base", "update")]
+    found = {(r["op"], r["noise"]): r for r in rows}
+    kinds = [r["noise"] for r in rows if r["op"] == "update"]
+    members = found["update", kinds[0]]["members"]
+    headers = ["noise", "perturb, ms", "of copy's speed", f"update, {members} members, ms"]
+    headers += ["times as fast as gaussian", "times as fast as today", "as the strongest"]
+    lines = []
+    for kind in kinds:
+        perturb, update = (found[op, kind] for op in ("perturb_base", "update"))
+        lines.append(
+            [
+                kind,
+                _ms(perturb["ms_median"]),
+                f"{perturb['share_of_copy']:.1%}",
+                _ms(update["ms_median"]),
+                f"{found['update', 'gaussian']['ms_median'] / update['ms_median']:.1f}",
+                f"{update['ratio_to_today']:.1f}",
+                f"{update['ratio_to_strongest']:.1f}",
+            ]
+        )
+    return headers, lines
+
+
 def _label(row: dict) -> str:
     return LABELS[row["op"]] + (f", {row['members']} members" if row["op"] == "update" else "")
 

@@ -3,26 +3,22 @@
 The weights are bfloat16; one way has float32 weights, for comparison. Ways differ in how weights are perturbed,
 restored and updated, in the kind of noise, or in the number of members. A seed determines the prompts of every
 generation and the members' seeds. A run is one way with one seed, by ESTrainer in one thread. With `--keep` a benchmark
-that was cut short continues where it was.
+that was cut short continues where it was. What low-rank noise costs has a benchmark of its own, ranks.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import multiprocessing
-import sys
 import tempfile
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 
-from ..utils.files import write_whole
-from . import BenchmarkError, count, greedy
-from .provenance import git_state
+from . import count, greedy
+from .kept_runs import run_all
 
 
 @dataclass(frozen=True)
@@ -73,7 +69,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict:
     with tempfile.TemporaryDirectory(prefix="esfast-training-") as scratch:
         runs = args.keep if args.keep is not None else Path(scratch)
-        rows = _all(jobs(args), runs, args.jobs)
+        settings = jobs(args)
+        learn = partial(train, model=_model(args.eval_prompts))
+        rows = run_all(learn, settings, runs, args.jobs, lambda row: f"{row['accuracy'][-1]:.3f}")
     return {"rows": rows}
 
 
@@ -144,27 +142,6 @@ def of(result: dict, name: str) -> list[dict]:
     return [r for r in result["rows"] if r["way"]["name"] == SAME.get(name, name)]
 
 
-def _all(settings: list[dict], runs: Path, workers: int) -> list[dict]:
-    from tqdm import tqdm
-
-    model = _model(settings[0]["eval_prompts"])
-    commit = git_state()[0]
-    rows: dict[int, dict] = {}
-    context = multiprocessing.get_context("spawn")  # torch's threads don't survive a fork
-    with tqdm(total=len(settings), unit="run", file=sys.stderr, dynamic_ncols=True) as bar:
-        with ProcessPoolExecutor(workers, mp_context=context) as pool:
-            waiting = {pool.submit(_kept, s, runs, model, commit): i for i, s in enumerate(settings)}
-            try:
-                for future in as_completed(waiting):
-                    row = rows[waiting[future]] = future.result()
-                    bar.set_postfix_str(f"{row['way']['name']}, seed {row['seed']}: {row['accuracy'][-1]:.3f}")
-                    bar.update()
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-    return [rows[i] for i in range(len(settings))]
-
-
 def _model(prompts: int) -> str:
     """Folder of the embedded model; checks the engine against TransformersEngine first."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -176,21 +153,6 @@ def _model(prompts: int) -> str:
     loaded = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
     greedy.check(*loaded, task.max_new_tokens, [row["prompt"] for row in task.eval_rows(prompts)])
     return path
-
-
-def _kept(settings: dict, runs: Path, model: str, commit: str | None) -> dict:
-    """The row of a run that was finished before, from its folder."""
-    folder = runs / f"{settings['way']['name'].replace(', ', '-').replace(' ', '')}-seed{settings['seed']}"
-    path = folder / "row.json"
-    asked = {**settings, "commit": commit}
-    if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if found["asked"] != asked:
-            raise BenchmarkError(f"{folder} holds a run with other settings or of another commit; move it away")
-        return found["row"]
-    row = train(settings, folder, model)
-    write_whole(path, json.dumps({"asked": asked, "row": row}))
-    return row
 
 
 def train(settings: dict, folder: Path, model: str) -> dict:

@@ -134,6 +134,23 @@ def test_both_instruction_sets_stand_side_by_side(noise_run, tmp_path):
     assert sum(line.startswith("|") for line in lines) == 9 and sum(line.startswith("Measured") for line in lines) == 2
 
 
+def test_kinds_stand_side_by_side(noise_run, tmp_path):
+    result = json.loads(noise_run.read_text())
+    ms = {"gaussian": 80.0, "rademacher": 20.0, "low_rank": 8.0}
+    for r in result["rows"]:
+        if r["op"] == "update" and r["dtype"] == "bfloat16":
+            r["ms_median"] = ms[r["noise"]]
+    headers, lines = noise.kinds_table(result)
+    assert headers[3] == "update, 3 members, ms" and all(len(line) == len(headers) for line in lines)
+    assert [(line[0], line[3], line[4]) for line in lines] == [
+        ("gaussian", "80", "1.0"), ("rademacher", "20", "4.0"), ("low_rank", "8", "10.0"),
+    ]  # fmt: skip
+    (perturb,) = [
+        r for r in result["rows"] if (r["op"], r["noise"], r["dtype"]) == ("perturb_base", "low_rank", "bfloat16")
+    ]
+    assert lines[2][2] == f"{perturb['share_of_copy']:.1%}"
+
+
 @pytest.mark.parametrize(
     "limit, used", [("avx2", "avx2"), ("default", "baseline"), ("avx512", "avx512"), ("", "avx512")]
 )

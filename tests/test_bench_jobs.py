@@ -63,6 +63,34 @@ def test_countdown_says_which_seed_failed(quick_train, capfd):
     assert "each once" in capfd.readouterr().err
 
 
+def test_countdown_compares_kinds_of_noise(quick_train, tmp_path, capfd, monkeypatch):
+    asked, command = [], countdown.train_command
+    monkeypatch.setattr(countdown, "train_command", lambda *given: asked.append(given) or command(*given))
+    runs = tmp_path / "runs"
+    words = ["countdown", "--seeds", "4", "5", "--noise", "gaussian", "low_rank", "--keep", str(runs), "--json", "-"]
+    assert main([*words, "--", "--lr", "0.1"]) == 0
+    result = json.loads(capfd.readouterr().out)
+    assert [(seed, options) for seed, _, options in asked] == [
+        (seed, ["--noise", noise, "--lr", "0.1"]) for noise in ("gaussian", "low_rank") for seed in (4, 5)
+    ]
+    assert [(r["noise"], r["seed"]) for r in result["rows"]] == [
+        (noise, seed) for noise in ("gaussian", "low_rank") for seed in (4, 5)
+    ]
+    assert (runs / "low_rank-seed5" / "summary.json").exists()
+    # 0.6 is 2 errors of 0.05 above 0.5
+    for row in result["rows"][2:]:
+        row["accuracy_after"] = 0.6
+    (tmp_path / "countdown_noise.json").write_text(json.dumps(result))
+    text = tables.generate("countdown-noise", tmp_path)
+    assert "| gaussian | 25.0% | 50.0% ± 5.0% | 50.0% ± 5.0% | 50.0% ± 3.5% |  | 10 |" in text
+    assert "| low_rank | 25.0% | 60.0% ± 4.9% | 60.0% ± 4.9% | 60.0% ± 3.5% | +2.0 | 10 |" in text
+
+
+def test_countdown_is_told_the_noise_once(quick_train, capfd):
+    assert main(["countdown", "--noise", "low_rank", "--", "--noise", "gaussian"]) == 1
+    assert "--noise: give it to the benchmark or, after --, to esfast train, not to both" in capfd.readouterr().err
+
+
 def test_train_command_is_one_that_the_cli_takes(tmp_path):
     from esfast.cli.parser import parser_of_all
 

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from esfast import ES, Plan
 from esfast.bench import BenchmarkError, greedy, main, today, training
+from esfast.bench.kept_runs import kept
 from esfast.bench.usual import UsualWeights
 from esfast.tasks import embedded
 from esfast.update.updater import Generation
@@ -88,17 +89,21 @@ def test_jobs_cover_every_way():
     assert all(training.SAME.get(w.name, w.name) in names for w in (*training.MODES, *training.SWEEP))
 
 
-def test_a_run_is_kept_and_taken_up(model, tmp_path, monkeypatch):
-    real, ran = training.train, []
-    monkeypatch.setattr(training, "train", lambda s, *rest: ran.append(s) or real(s, *rest))
+def test_a_run_is_kept_and_taken_up(model, tmp_path):
+    ran = []
+
+    def learn(s, folder):
+        ran.append(s)
+        return training.train(s, folder, str(model))
+
     asked = settings(training.BASE)
-    row = training._kept(asked, tmp_path, str(model), "abc")
-    assert training._kept(asked, tmp_path, str(model), "abc") == row and len(ran) == 1
+    row = kept(learn, asked, tmp_path, "abc")
+    assert kept(learn, asked, tmp_path, "abc") == row and len(ran) == 1
     for other in (({**asked, "generations": 3}, "abc"), (asked, "def")):
         with pytest.raises(BenchmarkError, match="other settings or of another commit"):
-            training._kept(other[0], tmp_path, str(model), other[1])
+            kept(learn, other[0], tmp_path, other[1])
     (tmp_path / "base-seed0" / "row.json").unlink()  # cut short: the remains are no hindrance
-    assert training._kept(asked, tmp_path, str(model), "abc")["reward"] == row["reward"]
+    assert kept(learn, asked, tmp_path, "abc")["reward"] == row["reward"] and len(ran) == 2
 
 
 def test_the_whole_benchmark(model, tmp_path, monkeypatch):
