@@ -1,4 +1,5 @@
-"""`esfast bench replay`: exports the main job and makes it again from the base model; measures size, time and bits."""
+"""`esfast bench replay`: trains the embedded model on Countdown, exports the run, and replays it from the base model.
+Measures size and time, and checks the bits."""
 
 from __future__ import annotations
 

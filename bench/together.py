@@ -28,7 +28,7 @@ from ..tasks import countdown, embedded
 from . import BenchmarkError, count
 from .noise import note
 
-# model: members, prompts, most new tokens; the first is the main job
+# For each model (members, prompts, most new tokens). The first is the run of `esfast bench countdown`.
 CASES = [("embedded", 30, 64, 16), ("embedded", 30, 16, 16), ("embedded", 8, 64, 16)]
 SIGMA = 0.01
 now = time.perf_counter

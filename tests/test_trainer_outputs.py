@@ -1,5 +1,5 @@
-"""What a run leaves beside its model: the best one, samples, a model card, metrics elsewhere; and which weights it
-tunes."""
+"""What a run writes beside its last model: the best model, samples, a model card, metrics for other loggers. Also which
+weights it tunes."""
 
 import json
 import sys

@@ -136,7 +136,7 @@ def _tools(row: Mapping[str, Any]) -> list | None:
     tools = _column(row, "tools")
     if tools and not isinstance(tools, (list, tuple)):
         raise BadValue(f"tools: expected a list of JSON schemas, got {tools!r:.60}")
-    # For an empty list templates would write headings.
+    # For an empty list templates would write the heading of a list of tools.
     return [_without_none(_from_json("tools", tool)) for tool in tools] if tools else None
 
 
