@@ -144,7 +144,14 @@ def test_presets_are_the_papers_settings_and_options_override_them(capsys, tmp_p
             if "math" in name
             else (config_of(["--preset", name], capsys))
         )
-        assert settings["sigma"] == 1e-3 and settings["lr"] == 5e-4 and settings["population_size"] in (30, 32)
+        arc = "arc-agi" in name
+        assert settings["sigma"] == 1e-3 and settings["lr"] == (3e-4 if arc else 5e-4)
+        assert settings["population_size"] in ((50,) if arc else (30, 32))
+        assert not arc or (settings["generations"], settings["train_prompts"], settings["eval_prompts"]) == (
+            1500,
+            200,
+            200,
+        )
     assert not list(tmp_path.iterdir())
 
 

@@ -71,6 +71,21 @@ PRESETS: dict[str, dict[str, Any]] = {
         "generations": 2500,
         **_METHOD,
     },
+    # The riddles as they are: without reasoning-gym's rotations, mirrors and permutations.
+    "paper/arc-agi-qwen2.5-14b": {
+        "model": "Qwen/Qwen2.5-14B",
+        "task": "gym:arc_agi?rotations=&mirrors=&use_color_permutation=false&shuffle_example_order=false",
+        "train_prompts": 200,
+        "prompts_per_generation": 200,
+        "eval_prompts": 200,
+        "population_size": 50,
+        "sigma": 1e-3,
+        "lr": 3e-4,
+        "generations": 1500,
+        # The largest grid takes 1800 tokens; the paper doesn't say how many it allows.
+        "max_completion_length": 4096,
+        **_METHOD,
+    },
 }
 
 

@@ -31,11 +31,14 @@ class RunOptions:
     model: str | None = option(None, "Hugging Face name or folder (default: the embedded small model)")
     task: str | None = option(
         None,
-        "countdown, conciseness, math or sudoku; file:PATH or dataset:NAME, with --reward; or your own, "
-        "MODULE:FUNCTION (default: what the model was made for, else countdown)",
+        "countdown, conciseness, math or sudoku; gym:NAME, one of reasoning-gym's 105; file:PATH or dataset:NAME, with "
+        "--reward; or your own, MODULE:FUNCTION (default: what the model was made for, else countdown)",
     )
     style: str | None = option(
-        None, "style of the prompts (default: the style that the model was made with, else paper)", ("paper", "compact")
+        None,
+        "style of the prompts; chat: messages in the model's template, of gym tasks (default: the style that the model "
+        "was made with, else paper)",
+        ("paper", "compact", "chat"),
     )
     data: str | None = option(
         None, "file of problems (.jsonl, .json, .csv, .parquet, ...) or dataset:NAME, instead of the task's generator"

@@ -6,6 +6,7 @@ functions from any other source.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 from types import ModuleType
@@ -13,7 +14,7 @@ from typing import Any
 
 from ..utils.errors import BadType, BadValue
 from ..utils.suggest import unknown
-from . import conciseness, countdown, file, math, sudoku
+from . import conciseness, countdown, file, gym, math, sudoku
 from .base import Recipe, Task
 from .data import DATASETS
 
@@ -36,10 +37,11 @@ def get(
 ) -> Task:
     """The task of that name.
 
-    name           a key of MODULES; `file:PATH` (see records.read) or `dataset:NAME` for prompts of your own; or a task
-                   of your own: `module:function`, or the name of an entry point in the group "esfast.tasks" of an
-                   installed package. It is called as function(style=, data=, train_prompts=) and returns a Task
-    style          style of the prompts: "paper", or "compact" for the embedded model
+    name           a key of MODULES; `gym:NAME` for reasoning-gym's (see the module gym); `file:PATH` (see records.read)
+                   or `dataset:NAME` for prompts of your own; or a task of your own: `module:function`, or the name of
+                   an entry point in the group "esfast.tasks" of an installed package. It is called as
+                   function(style=, data=, train_prompts=) and returns a Task
+    style          style of the prompts: "paper", or "compact" for the embedded model; gym tasks have "chat", too
     data           a file of problems to use instead of the task's generator
     train_prompts  train on this many fixed problems; None: on fresh ones in every generation (from a file: on all)
     reward         names `module:function` of reward functions; they replace the task's own. Prompts of your own need
@@ -60,9 +62,11 @@ def _maker(name: str) -> Callable[..., Task]:
     """The function that makes the task of this name."""
     if name in MODULES:
         return MODULES[name].task
+    if name.startswith(gym.PREFIX):
+        return functools.partial(gym.task, name.removeprefix(gym.PREFIX))
     for point in entry_points(group="esfast.tasks"):
         if point.name == name:
             return point.load()
     if ":" in name:
         return file.imported(name, "task")
-    raise BadValue(unknown("task", name, [*MODULES, "file:PATH", "MODULE:FUNCTION"]))
+    raise BadValue(unknown("task", name, [*MODULES, "gym:NAME", "file:PATH", "MODULE:FUNCTION"]))

@@ -55,6 +55,7 @@ class Task:
     accuracy        of the reward functions' form: 1.0 for a right response, 0.0 for a wrong one; None if unknown
     max_new_tokens  room that a response needs, in tokens
     settings        of ESConfig that the task asks for, whatever the model
+    source          what makes up the rows, if its version matters: a resumed run must have the same
     """
 
     name: str
@@ -64,13 +65,29 @@ class Task:
     accuracy: Callable[..., list[float]] | None
     max_new_tokens: int
     settings: dict[str, Any] = field(default_factory=dict)
+    source: str = ""
 
     def train_dataset(self, seed: int) -> Rows | Callable[[int, int], Rows]:
         """What ESTrainer takes: all rows where they are fixed, which it can look at before it begins, and otherwise a
         function (generation, count) of fresh ones. With the same seed it draws what train_rows gives."""
         if isinstance(self.train_rows, FixedRows):
             return self.train_rows.all(seed)
-        return lambda generation, count: self.train_rows(generation, count, seed)
+        return FreshRows(self, seed)
+
+
+@dataclass(frozen=True)
+class FreshRows:
+    """A task's rows of every generation, (generation, count), under one seed."""
+
+    task: Task
+    seed: int
+
+    @property
+    def source(self) -> str:
+        return self.task.source
+
+    def __call__(self, generation: int, count: int) -> Rows:
+        return self.task.train_rows(generation, count, self.seed)
 
 
 def split_of(identity) -> str:
