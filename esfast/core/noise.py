@@ -64,7 +64,7 @@ def noise(seed: int, name: str, shape: int | tuple[int, ...], kind: str = "gauss
 
     Returns:
         A float32 CPU tensor of that shape. Low-rank noise is summed in float32 from factors scaled by 1 / sqrt(rank):
-        what `add_noise_` adds to zeros with the coefficient 1.
+            what `add_noise_` adds to zeros with the coefficient 1.
 
     Raises:
         TypeError, ValueError: a seed, name, shape, kind or rank outside the above.

@@ -56,7 +56,8 @@ class Team:
             es = ES(model, team=team)
 
     Attributes:
-        rank, size: this process's number, and the number of processes.
+        rank: this process's number, from 0.
+        size: the number of processes.
         shards: how many processes, of consecutive ranks, hold one model in shards and score its members together.
         restarted: whether torchrun started these processes after others died (--max-restarts); they then resume.
         at_work: whether this process is inside work that needs the others.

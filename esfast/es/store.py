@@ -28,7 +28,9 @@ class WeightStore(abc.ABC):
     Attributes:
         mode: how updates are rounded, one of esfast.utils.names.WEIGHT_MODES. The journal records it.
         source: name or folder of the model that the weights came from; "" if unknown.
-        whole_names, whole_numel, layout: of all tensors, the same as of a Plan of the Hugging Face model.
+        whole_names: names of all tensors, as in a Plan of the Hugging Face model.
+        whole_numel: number of weights of all tensors.
+        layout: `Plan.layout` of the Hugging Face model.
         device: the device that does the work; clocks wait for it.
         plan: the weights in this process; None if there are none.
         updater: what a checkpoint saves; None if the run resumes from its journal alone.

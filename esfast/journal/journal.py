@@ -187,7 +187,7 @@ def read(path: str | Path) -> Contents:
 
     Returns:
         A named tuple: `header` (dict), `records` (a list of UpdateRecord, one a generation, in order) and `checks`
-        (fingerprints by the number of generations done).
+            (fingerprints by the number of generations done).
 
     Raises:
         ValueError: a line is damaged, missing or of another format; the message names it.
