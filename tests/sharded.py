@@ -81,10 +81,15 @@ class Twin:
         for plan, base in zip(self.plans, bases, strict=True):
             add_noise_(plan, [], [], base=base)
         self.compare("restore")
-        for rounding in ("nearest", "stochastic"):
+        for rounding, kind, rank in (
+            ("nearest", "gaussian", 1),
+            ("stochastic", "gaussian", 1),
+            ("stochastic", "low_rank", 2),
+        ):
+            how = dict(rounding=rounding, noise=kind, rank=rank, decay=0.1)
             for plan, base in zip(self.plans, bases, strict=True):
-                add_noise_(plan, [3, 4, 5], [0.01, -0.02, 0.03], rounding=rounding, decay=0.1, anchor=base)
-            self.compare(f"update, {rounding}")
+                add_noise_(plan, [3, 4, 5], [0.01, -0.02, 0.03], anchor=base, **how)
+            self.compare(f"update, {how}")
 
 
 def along(dim):
@@ -107,6 +112,14 @@ def columns(world):
 @check((2, 4))
 def third_dimension(world):
     Twin(world, along(2)).run()
+
+
+@check((2, 4))
+def convolutions(world):
+    """Low-rank noise takes the last dimensions of four for one, and any of them may be cut."""
+    for dim in range(4):
+        whole = {"conv": noise(1, "w", (5, 4, 3, 6)).bfloat16(), "patch": noise(2, "w", (4, 2, 7, 4))}
+        Twin(world, along(dim), whole).run()
 
 
 @check((2, 4))
@@ -185,6 +198,13 @@ def every_weight_mode(world):
 def every_optimizer(world):
     evolve(world, optimizer="momentum", decay_to="initial")
     evolve(world, optimizer="adam", weights="master")
+
+
+@check((2, 4))
+def low_rank_noise(world):
+    for mode in ("base", "master", "host", "inplace"):
+        evolve(world, noise="low_rank", rank=3, weights=mode, rounding="stochastic")
+    evolve(world, noise="low_rank", optimizer="adam", weights="master", groups=["*e*:sigma=2,lr=0.5"])
 
 
 @check((2, 4))
@@ -304,15 +324,26 @@ def a_mesh_of_two_dimensions(world):
 
 @check((4,))
 def groups_of_ranks(world):
+    run_of_groups("gaussian")
+
+
+@check((4,))
+def groups_of_ranks_with_low_rank_noise(world):
+    run_of_groups("low_rank", rank=2)
+
+
+def run_of_groups(kind, **options):
     """A mesh of replicas x shards: the two ranks of a group hold a model together and get the same members; the groups
     get different ones."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))
     store = dist.distributed_c10d._get_default_store()
-    team, other = (Team(dist.PrefixStore(n, store), dist.get_rank(), 4, shards=2) for n in ("team", "other"))
+    team, other = (
+        Team(dist.PrefixStore(n, store), dist.get_rank(), 4, shards=2) for n in (f"{kind} team", f"{kind} other")
+    )
     twin = Twin(mesh["shards"], along(0))
-    options = dict(sigma=0.02, lr=0.1, population_size=6, mirrored=True)
+    options |= dict(sigma=0.02, lr=0.1, population_size=6, mirrored=True, noise=kind)
     folder = Path(sys.argv[3])
-    mine, alone = folder / "groups.jsonl", folder / f"alone{dist.get_rank()}.jsonl"
+    mine, alone = folder / f"groups-{kind}.jsonl", folder / f"alone-{kind}{dist.get_rank()}.jsonl"
     es = ES(twin.plans[0], team=team, journal=mine, **options)
     reference = ES(twin.plans[1], journal=alone, **options)
     for generation in range(3):

@@ -71,23 +71,27 @@ def test_the_same_bits_and_journal_for_any_number_of_processes(processes, single
     assert sum(members) == 6 * 7 and len(members) == processes  # each member once
 
 
+LOW_RANK = {"noise": "low_rank", "rank": 2, "rounding": "stochastic", "dtype": "bfloat16"}
+
+
 @pytest.mark.parametrize(
-    "settings",
+    ("processes", "settings"),
     [
-        {"weights": "master", "dtype": "bfloat16", "groups": ["*norm*:sigma=2,lr=0.5"]},
-        {"optimizer": "momentum", "momentum_window": 2, "rounding": "stochastic", "dtype": "float16"},
-        {"optimizer": "adam", "weight_decay": 0.5, "decay_to": "initial", "noise": "rademacher"},
-        {"noise": "low_rank", "rank": 2, "rounding": "stochastic", "dtype": "bfloat16"},
+        (2, {"weights": "master", "dtype": "bfloat16", "groups": ["*norm*:sigma=2,lr=0.5"]}),
+        (2, {"optimizer": "momentum", "momentum_window": 2, "rounding": "stochastic", "dtype": "float16"}),
+        (2, {"optimizer": "adam", "weight_decay": 0.5, "decay_to": "initial", "noise": "rademacher"}),
+        (2, LOW_RANK),
+        (4, LOW_RANK),
     ],
-    ids=["master", "momentum", "adam", "low rank"],
+    ids=["master", "momentum", "adam", "low rank", "low rank on four"],
 )
-def test_modes_and_optimizers(settings, tmp_path):
+def test_modes_and_optimizers(processes, settings, tmp_path):
     """Both ways of updating are tried: every process updates all (generations 0 and 2), and each updates a share (1 and
     3). Then the faster one is kept."""
-    one, two = tmp_path / "one", tmp_path / "two"
-    for done in (alone(one, **settings), torchrun(2, two, **settings)):
+    one, several = tmp_path / "one", tmp_path / "several"
+    for done in (alone(one, **settings), torchrun(processes, several, **settings)):
         assert done.returncode == 0, done.stderr[-3000:]
-    assert outcome(one) == outcome(two)
+    assert outcome(one) == outcome(several)
     assert ("updates: " in done.stderr) == (settings.get("optimizer") != "adam")
 
 
