@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--generations", type=count, default=40, help="of a run (default: 40)")
     parser.add_argument("--members", type=count, default=30, help="of a generation, an even number (default: 30)")
-    parser.add_argument("--prompts", type=count, default=32, help="of a generation (default: 32)")
+    parser.add_argument("--prompts", type=count, default=16, help="of a generation (default: 16)")
     parser.add_argument("--eval-prompts", type=count, default=500, help="held-out problems (default: 500)")
     parser.add_argument("--jobs", type=count, default=2, help="runs at a time, a thread each (default: 2)")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep finished runs there, and take those up")
