@@ -33,6 +33,17 @@ def task_of(run: RunOptions):
     return tasks.get(run.task, run.style, run.data, run.train_prompts, run.reward or ())
 
 
+def probes_of(run: RunOptions) -> dict:
+    """The tasks of --probe, by their names in metrics. ValueError for two of one name."""
+    from .. import tasks
+    from ..trainer.probes import name_of
+
+    found = {name_of(name): tasks.get(name, run.style) for name in run.probe or ()}
+    if len(found) < len(run.probe or ()):
+        raise BadValue(f"probe: expected different tasks, got {', '.join(run.probe or ())}")
+    return found
+
+
 def device_of(args: argparse.Namespace | RunOptions) -> str:
     import torch
 

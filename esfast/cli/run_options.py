@@ -47,6 +47,9 @@ class RunOptions:
         None, "train on this many fixed problems (default: fresh ones in every generation)"
     )
     reward: list[str] | None = option(None, "reward functions MODULE:FUNCTION instead of the task's")
+    probe: list[str] | None = option(
+        None, "other tasks whose held-out problems are evaluated alongside, to see what the model forgets"
+    )
     dtype: str = option(
         "auto", "dtype of the weights; auto: the checkpoint's", ("auto", "float32", "bfloat16", "float16")
     )

@@ -7,19 +7,21 @@ import dataclasses
 import logging
 import secrets
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from ..distributed.team import Team
 from ..tasks import embedded
 from ..trainer.door import open_rewards
 from ..trainer.loggers import require
+from ..trainer.probes import Probe
 from ..trainer.run_folder import RunFolder
 from ..trainer.trainer import ESTrainer
 from ..utils.errors import BadValue
 from ..utils.files import check_writable
 from ..utils.interrupts import stoppable
 from .earlier_run import resumed
-from .models import device_of, load, task_of
+from .models import device_of, load, probes_of, task_of
 from .run_options import TRAIN_DEFAULTS, RunOptions, dump, es_config, given, run_options
 
 log = logging.getLogger(__name__)
@@ -34,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
     if options.engine != "vllm" and options.num_engines != 1:
         raise BadValue("--num-engines is of --engine vllm; without it, use torchrun")
     if args.print_config:
-        print(dump(options, es_config(_defaults(options, task_of(options)) | settings)), end="")
+        print(dump(options, es_config(_defaults(options, task_of(options), probes_of(options)) | settings)), end="")
         return
     team = Team.join(device_of(options), 1 if options.engine == "vllm" else options.tensor_parallel_size)
     if options.engine == "vllm" and team.size > 1:
@@ -47,8 +49,8 @@ def run(args: argparse.Namespace) -> None:
             check_writable("--out", settings.get("output_dir", "runs"), folder=True)
             if "output_dir" in settings:
                 RunFolder.claim(settings["output_dir"], settings.get("resume", False) or team.restarted)
-    task = task_of(options)
-    config = es_config(_defaults(options, task) | settings)
+    task, probes = task_of(options), probes_of(options)
+    config = es_config(_defaults(options, task, probes) | settings)
     # Refuse now what the trainer would refuse after minutes of loading.
     open_rewards(list(task.reward_funcs), {}, config.reward_weights)
     require(config.report_to)
@@ -63,6 +65,7 @@ def run(args: argparse.Namespace) -> None:
         "train_dataset": task.train_dataset(config.seed),
         "eval_dataset": eval_rows or None,
         "metrics": {} if task.accuracy is None else {"accuracy": task.accuracy},
+        "probes": {name: Probe.of_task(probe, config.eval_prompts) for name, probe in probes.items()},
     }
     if options.engine == "vllm":
         from ..integrations.fleet import FleetTrainer
@@ -94,14 +97,14 @@ def run(args: argparse.Namespace) -> None:
             print(_summary(trainer, pretraining))
 
 
-def _defaults(options: RunOptions, task) -> dict:
+def _defaults(options: RunOptions, task, probes: Mapping[str, Any] | None = None) -> dict:
     """Defaults that the command, the task and the embedded model set in place of ESConfig's."""
     return TRAIN_DEFAULTS | {
         # The random digits keep apart two runs that start in the same second.
         "output_dir": f"runs/{task.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}",
-        "max_completion_length": task.max_new_tokens,
+        "max_completion_length": max(t.max_new_tokens for t in (task, *(probes or {}).values())),
         **task.settings,
-        **(embedded.settings(task.name) if options.model is None else {}),
+        **(embedded.settings(options.task or task.name) if options.model is None else {}),
     }
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from .charts import COLOURS, Line, histograms, lines, shares
+from .probes import forgotten
 from .runs import Run, is_number
 from .text import escaped, response
 
@@ -43,7 +44,8 @@ def page(runs: Sequence[Run], samples: int = 5) -> str:
     for run in runs:
         groups.setdefault(run.experiment, []).append(run)
     experiments = list(groups.values())
-    others = [n for n in dict.fromkeys(name for run in runs for name in run.evaluated) if n not in _OWN_CHARTS]
+    evaluated = dict.fromkeys(name for run in runs for name in run.evaluated)
+    others = [name for name in evaluated if name not in _OWN_CHARTS and not name.endswith("_se")]
     charts = [
         _chart("Training reward, mean of the population", experiments, "reward_mean", _population_band),
         _chart("Reward on held-out prompts", experiments, "eval_reward", _error_band),
@@ -64,6 +66,7 @@ def page(runs: Sequence[Run], samples: int = 5) -> str:
     body = [
         f"<h1>{escaped(', '.join(map(_label, experiments)))}</h1>",
         f'<div class="table">{_overview(runs)}</div>',
+        forgotten(runs),
         *_findings(runs),
         f'<h2>Curves</h2><div class="grid-of-charts">{drawn}</div>' if drawn else "<p>Nothing was measured yet.</p>",
         "<h2>Responses before and after</h2>",

@@ -255,8 +255,8 @@ def _literal(value: Any) -> Any:
     if isinstance(value, dict):
         return {_literal(k): _literal(v) for k, v in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
-        kind = next(k for k in (list, tuple, set, frozenset) if isinstance(value, k))
-        return (set if kind is frozenset else kind)(map(_literal, value))
+        made: Any = list if isinstance(value, list) else tuple if isinstance(value, tuple) else set
+        return made(map(_literal, value))
     plain = value.item() if hasattr(value, "item") else value
     for kind in (bool, int, float, str):
         if isinstance(plain, kind):

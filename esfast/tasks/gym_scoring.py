@@ -33,14 +33,14 @@ _FUNCTIONS = frozenset(
     "sinh sqrt tan tanh".split()
 )
 _CONSTANTS = {"pi": "pi", "E": "E", "I": "I"}
-_BINARY = {
+_BINARY: dict[type, Callable] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
     ast.Div: operator.truediv,
     ast.Pow: operator.pow,
 }
-_UNARY = {ast.UAdd: operator.pos, ast.USub: operator.neg}
+_UNARY: dict[type, Callable] = {ast.UAdd: operator.pos, ast.USub: operator.neg}
 
 
 def score(problem: str, entry: str, answer: str) -> float:

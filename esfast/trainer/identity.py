@@ -39,8 +39,8 @@ def identity(
     }
     if not callable(train_dataset):
         found["train_dataset"] = digest(train_dataset)
-    elif getattr(train_dataset, "source", ""):
-        found["train_dataset"] = train_dataset.source
+    elif source := getattr(train_dataset, "source", ""):
+        found["train_dataset"] = source
     elif not name_of(train_dataset).startswith("esfast."):
         # The command line's tasks are compared by name.
         found["train_dataset"] = f"the function {name_of(train_dataset)}"

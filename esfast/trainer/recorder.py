@@ -207,7 +207,9 @@ class RunRecorder:
     def progress(self, row: Mapping[str, Any]) -> dict[str, str]:
         """Values for the progress bar: the generation's rewards and the metrics of the last evaluation."""
         hidden = ("eval_reward", "eval_reward_se", "eval_length")
-        self._evaluation |= {k.removeprefix("eval_"): v for k, v in _evaluated(row).items() if k not in hidden}
+        # A metric with a slash is a probe's.
+        found = {k: v for k, v in _evaluated(row).items() if k not in hidden and "/" not in k}
+        self._evaluation |= {k.removeprefix("eval_"): v for k, v in found.items()}
         shown = {"reward": row["reward_mean"], "best": row["reward_max"], **self._evaluation}
         return {name: f"{value:.3f}" for name, value in shown.items()}
 

@@ -172,8 +172,8 @@ class RunFolder:
         left.plot(x, [r["reward_max"] for r in trained], lw=0.8, label="best member")
         left.set(title="Training reward (fresh prompts)", xlabel="generation", ylabel="reward")
         # Left out of the chart, since their units are not those of rewards.
-        others = ("eval_reward_se", "eval_length", "eval_kl_to_base")
-        for name in sorted({k for r in rows for k in r if k.startswith("eval_") and k not in others}):
+        others = ("_se", "eval_length", "eval_kl_to_base")
+        for name in sorted({k for r in rows for k in r if k.startswith("eval_") and not k.endswith(others)}):
             points = [(r["generation"], r[name]) for r in rows if name in r]
             right.plot(*zip(*points, strict=True), marker="o", ms=3, label=name.removeprefix("eval_"))
         right.set(title="Held-out prompts", xlabel="generation")

@@ -27,7 +27,7 @@ class Scoring:
     """Asks the members of a population, and sets their rewards. Reward functions of one member may run while the next
     one generates.
 
-    scorer   calls `reward_funcs` and `metrics`, in this process or in workers
+    scorer   calls `reward_funcs`, `metrics` and `further` functions, in this process or in workers
     weights  factors of the reward functions
     responses  of this process's members so far
     """
@@ -40,11 +40,12 @@ class Scoring:
         metrics: Mapping[str, RewardFunc],
         config: ESConfig,
         team: Team,
+        further: Sequence[RewardFunc] = (),
     ):
         # Of the processes that hold a model together only the first scores.
         self._scores = team.is_group_leader
         workers = config.reward_workers if self._scores else 0
-        self.scorer = Scorer([*reward_funcs, *metrics.values()], workers, config.reward_timeout)
+        self.scorer = Scorer([*reward_funcs, *metrics.values(), *further], workers, config.reward_timeout)
         self._evaluator, self._reward_funcs, self._weights, self._metrics = evaluator, reward_funcs, weights, metrics
         self.skips = config.on_reward_error == "skip"
         self.responses = 0

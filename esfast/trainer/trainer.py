@@ -39,6 +39,7 @@ from .identity import identity as identity_of
 from .loggers import require
 from .model_card import model_card
 from .movement import Movement
+from .probes import Probe, Probes, check_probes, open_probes
 from .recorder import RunRecorder, of_rewards
 from .run_folder import RunFolder
 from .scoring import Scoring
@@ -72,6 +73,8 @@ class ESTrainer(SavesLikeTRL):
         engine: generates the completions: a function from prompts to completions or an esfast.rollout.Engine. Default:
             TransformersEngine. It is asked member after member.
         evaluator: asks the members instead: an esfast.rollout.MemberEvaluator, which has an engine of its own.
+        probes: other tasks that are evaluated alongside, to see what is forgotten: an esfast.trainer.probes.Probe each,
+            by name.
         team: the processes that train together (Team.join()), each with a model of its own or a part of one (see
             esfast.distributed.tensor_parallel). Default: this process alone.
 
@@ -95,6 +98,7 @@ class ESTrainer(SavesLikeTRL):
         peft_config=None,
         team: Team | None = None,
         evaluator: MemberEvaluator | None = None,
+        probes: Mapping[str, Probe] | None = None,
     ):
         self.args = args if args is not None else ESConfig()
         if not isinstance(self.args, ESConfig):
@@ -107,6 +111,7 @@ class ESTrainer(SavesLikeTRL):
             train_dataset = check_rows("train_dataset", train_dataset)
         eval_dataset = check_rows("eval_dataset", eval_dataset, required=False)
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
+        self.probes = open_probes(probes, eval_dataset)
         self.team = team if team is not None else Team()
         c = self.args
         self.tuned = open_tuned(model, peft_config, c, self.team)
@@ -116,9 +121,13 @@ class ESTrainer(SavesLikeTRL):
         self.engine = self.evaluator.engine
         self.batches = Batches(train_dataset, c, processing_class)
         self.batches.check(self.engine, eval_dataset, c.progress and self.team.rank == 0)
+        check_probes(self.probes, self.batches.texts, self.engine, c.progress and self.team.rank == 0)
         # Process 0 evaluates, together with the processes that hold other shards of its model.
         self._evaluates = self.team.rank < self.team.shards
-        self.scoring = Scoring(self.evaluator, self.reward_funcs, self.reward_weights, self.metrics, c, self.team)
+        further = [f for probe in self.probes.values() for f in probe.functions]
+        self.scoring = Scoring(
+            self.evaluator, self.reward_funcs, self.reward_weights, self.metrics, c, self.team, further
+        )
         self.scorer = self.scoring.scorer
         self.identity = identity_of(self.tuned.identity(), self.reward_funcs, self.train_dataset)
         # Further entries of config.yaml, from the command line.
@@ -145,6 +154,7 @@ class ESTrainer(SavesLikeTRL):
         self.tuned.begin(self.folder.adapter, resume and self.folder.begun(), self.team.rank == 0)
         kl = self.tuned.kl(self.processing_class) if self._evaluates else None
         self.held_out = HeldOut(self.batches.texts, self.engine, self.scoring.judge, kl, self.folder, c.samples)
+        self._probe = Probes(self.probes, self.batches.texts, self.engine, self.scorer, self.folder, self.scoring.skips)
         self.movement = Movement(weights if isinstance(weights, Plan) else weights.plan)
         self.es = ES(
             weights,
@@ -310,6 +320,8 @@ class ESTrainer(SavesLikeTRL):
         began = self.clock.seconds.get("evaluate", 0.0)
         with self.team.working():
             found = self.held_out(self.eval_dataset, self.es.generation, self._from_process_0)
+            base = self.recorder.rows[0] if self.recorder.rows else {}
+            found |= self._probe(self.es.generation, base, self._from_process_0)
         self._stops.check()
         self.clock.record("evaluate")
         return found | {"evaluate_seconds": self.clock.seconds["evaluate"] - began}
