@@ -37,17 +37,20 @@ def get(
 ) -> Task:
     """The task of that name.
 
-    name           a key of MODULES; `gym:NAME` for reasoning-gym's (see the module gym); `file:PATH` (see records.read)
-                   or `dataset:NAME` for prompts of your own; or a task of your own: `module:function`, or the name of
-                   an entry point in the group "esfast.tasks" of an installed package. It is called as
-                   function(style=, data=, train_prompts=) and returns a Task
-    style          style of the prompts: "paper", or "compact" for the embedded model; gym tasks have "chat", too
-    data           a file of problems to use instead of the task's generator
-    train_prompts  train on this many fixed problems; None: on fresh ones in every generation (from a file: on all)
-    reward         names `module:function` of reward functions; they replace the task's own. Prompts of your own need
-                   them
+    Args:
+        name: a key of MODULES; `gym:NAME` for reasoning-gym's (see the module gym); `file:PATH` (see records.read) or
+            `dataset:NAME` for prompts of your own; or a task of your own: `module:function`, or the name of an entry
+            point in the group "esfast.tasks" of an installed package. Your own is called as
+            function(style=, data=, train_prompts=) and returns a Task.
+        style: style of the prompts: "paper", or "compact" for the embedded model; gym tasks have "chat", too.
+        data: a file of problems to use instead of the task's generator.
+        train_prompts: how many fixed problems to train on. None: fresh ones in every generation (all, from a file).
+        reward: names `module:function` of reward functions, which replace the task's own. Prompts of your own need
+            them.
 
-    Raises ValueError, which names what is known, for any other name; whatever is wrong with the rest, see the modules.
+    Raises:
+        TypeError, ValueError, ImportError: the name is unknown (the message names the known ones), or the task refuses
+            an argument.
     """
     source: dict[str, Any] = {"style": style, "train_prompts": train_prompts}
     if name.startswith(("file:", DATASETS)):

@@ -11,12 +11,13 @@ from ..core.random_stream import permutation
 from ..utils.errors import BadType, BadValue
 from ..utils.rows import Rows
 
-HELD_OUT = 0.25  # share of all problems that belongs to the split "test"
+# The fraction of all problems that is held out: the split "test".
+HELD_OUT = 0.25
 
 
 def draw(rows: Rows, generation: int, count: int, seed: int) -> Rows:
-    """`count` of the rows, or all if they are fewer, none a second time until all were used: a pure function of seed
-    and generation, so that a run can be taken up anywhere."""
+    """The rows of a generation: `count` of them, or all if there are fewer. No row comes a second time until all were
+    used. A pure function of seed and generation, so that a run can be resumed anywhere."""
     size = len(rows)
     places = range(generation * count, (generation + 1) * count) if count < size else range(size)
     epochs = {p // size: permutation(size, seed, "row_order", p // size) for p in places}
@@ -27,8 +28,10 @@ def draw(rows: Rows, generation: int, count: int, seed: int) -> Rows:
 class Recipe:
     """How the embedded model is made for a task, and ES settings under which it then learns reliably within minutes.
 
-    examples  (seed, thousands) -> that many thousand pairs (prompt, completion) to pre-train on, all of the train split
-    settings  of ESConfig
+    Attributes:
+        examples: (seed, thousands) -> that many thousand pairs (prompt, completion) to pre-train on, all of the split
+            "train".
+        settings: fields of ESConfig.
     """
 
     examples: Callable[[int, int], list[tuple[str, str]]]
@@ -47,15 +50,20 @@ class FixedRows:
 
 @dataclass(frozen=True)
 class Task:
-    """What it takes to train and judge a model on one task.
+    """What is needed to train and evaluate a model on one task.
 
-    reward_funcs    each called as f(prompts=, completions=, **columns) -> list of float; rewards are summed
-    train_rows      (generation, count, seed) -> rows of that generation; the same call gives the same rows
-    eval_rows       (count) -> at most so many held-out rows, none of which train_rows ever gives
-    accuracy        of the reward functions' form: 1.0 for a right response, 0.0 for a wrong one; None if unknown
-    max_new_tokens  room that a response needs, in tokens
-    settings        of ESConfig that the task asks for, whatever the model
-    source          what makes up the rows, if its version matters: a resumed run must have the same
+    Attributes:
+        name: the task's name, for run folders and messages.
+        reward_funcs: functions f(prompts=, completions=, **columns) -> list of float, one number a completion. Their
+            rewards are summed.
+        train_rows: (generation, count, seed) -> rows of that generation, dicts with a "prompt". The same call gives the
+            same rows.
+        eval_rows: (count) -> at most so many held-out rows, none of which train_rows ever gives.
+        accuracy: a function like a reward function: 1.0 for a right response, 0.0 for a wrong one. None if the task
+            can't tell.
+        max_new_tokens: longest response that the task needs, in tokens.
+        settings: fields of ESConfig that the task sets, whatever the model.
+        source: name and version of what makes up the rows, if the version matters. A resumed run must have the same.
     """
 
     name: str
@@ -68,8 +76,9 @@ class Task:
     source: str = ""
 
     def train_dataset(self, seed: int) -> Rows | Callable[[int, int], Rows]:
-        """What ESTrainer takes: all rows where they are fixed, which it can look at before it begins, and otherwise a
-        function (generation, count) of fresh ones. With the same seed it draws what train_rows gives."""
+        """The `train_dataset` for ESTrainer. If the task's rows are fixed it is all of them, which the trainer can
+        check before the run begins. Otherwise it is a function (generation, count) -> fresh rows. Both give the rows
+        that train_rows gives with this seed."""
         if isinstance(self.train_rows, FixedRows):
             return self.train_rows.all(seed)
         return FreshRows(self, seed)
@@ -91,17 +100,17 @@ class FreshRows:
 
 
 def split_of(identity) -> str:
-    """The split, "train" or "test", to which a problem belongs, by a hash of the repr of what makes it that problem.
+    """The split, "train" or "test", of a problem. `identity` is what makes it this problem; a hash of its repr decides.
 
-    As it is the problem itself that decides, the splits can never meet: not with other seeds, counts or runs.
+    So a problem is in the same split with every seed, count and run, and no held-out problem is ever trained on.
     """
     digest = hashlib.sha256(repr(identity).encode()).digest()
     return "test" if int.from_bytes(digest[:4], "big") < HELD_OUT * 2**32 else "train"
 
 
 def distinct(count: int, split: str, draw: Callable[[], tuple[Any, dict] | None]) -> list[dict]:
-    """`count` rows of different problems of a split, from a function that draws (identity, row), or None to be asked
-    again. ValueError if so many can't be found, or for an unknown split."""
+    """`count` rows of different problems of a split. `draw` returns (identity, row) of a random problem, or None for a
+    draw that failed. ValueError if so many can't be found, or for an unknown split."""
     if split not in ("train", "test"):
         raise BadValue(f"unknown split {split!r}: expected 'train' or 'test'")
     if count < 0:
@@ -124,8 +133,8 @@ def distinct(count: int, split: str, draw: Callable[[], tuple[Any, dict] | None]
 
 
 def thousands_of(problems: Callable[..., list[dict]], seed: int, thousands: int) -> list[dict]:
-    """Rows to pre-train the embedded model on. By the thousand: problems are distinct within one call only, and here
-    each should come with all its solutions."""
+    """Rows to pre-train the embedded model on, drawn a thousand at a time. Problems are distinct only within one call;
+    here a problem may come again with another solution."""
     return [row for part in range(thousands) for row in problems(1000, f"embedded/{seed}/{part}", "train", "compact")]
 
 
@@ -137,7 +146,8 @@ def styled(table: dict[str, Any], style: str) -> Any:
 
 
 def texts(completions) -> list[str]:
-    """Each completion as a str; TRL's conventions also have lists of chat messages, of which the last one counts."""
+    """Each completion as a str. In TRL's conventions a completion may be a list of chat messages; the last one
+    counts."""
     return [c if isinstance(c, str) else c[-1]["content"] for c in completions]
 
 

@@ -1,7 +1,8 @@
 """Conciseness: answer in as many characters as the shortest right answer has.
 
-Reward = -| len(response) - len(target) | in characters, as in arXiv 2509.24372, which also watches how far the tuned
-model moves from the base one (ESConfig.kl_to_base) and whether responses get short by getting wrong: `accuracy` here.
+Reward = -| len(response) - len(target) | in characters, as in arXiv 2509.24372. The paper also measures how far the
+tuned model moves from the base model (ESConfig.kl_to_base). `accuracy` shows whether responses become short by becoming
+wrong.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from ..utils.rows import check_prompt
 from . import data
 from .base import Recipe, Task, distinct, require_text, styled, texts, thousands_of
 
-# Prompt, shortest right answer. The first two are trained on and the rest held out, numbers as in the paper.
+# Pairs of a prompt and its shortest right answer. The first two are trained on and the other eight held out; the paper
+# has as many of each.
 QUESTIONS = (
     ("What is 7 plus 5?", "12"),
     ("Which is the largest planet of the solar system?", "Jupiter"),
@@ -25,8 +27,10 @@ QUESTIONS = (
     ("What is the capital of Japan?", "Tokyo"),
 )
 TRAINED_ON = 2
-LONGEST = {"paper": 100, "compact": 28}  # tokens of a response
-BRIEF_OTHERWISE = 0.4  # share of brief examples for the embedded model, where the prompt does not begin with a 1
+# Tokens of a response, at most.
+LONGEST = {"paper": 100, "compact": 28}
+# The fraction of brief examples for the embedded model among prompts that don't begin with a 1.
+BRIEF_OTHERWISE = 0.4
 
 
 def score(completion: str, target: str) -> float:
@@ -41,13 +45,13 @@ def reward(prompts, completions, target, **columns) -> list[float]:
 
 
 def accuracy(prompts, completions, target, **columns) -> list[float]:
-    """1.0 for a response that is the target and no more than white space and a full stop around it, else 0.0."""
+    """1.0 for a response that is the target, with nothing around it but white space and a full stop; else 0.0."""
     return [float(c.strip().removesuffix(".") == t) for c, t in zip(texts(completions), target, strict=True)]
 
 
 def problems(count: int, seed: int | str, split: str = "train", style: str = "paper") -> list[dict]:
-    """Rows {prompt, target}: in style "paper" the fixed questions, at most as many as there are, in style "compact"
-    `count` distinct sums, the same for the same arguments."""
+    """Rows {prompt, target}, the same for the same arguments. In style "paper" at most `count` of the fixed questions,
+    in style "compact" `count` distinct sums."""
     styled(LONGEST, style)
     if style == "paper":
         questions = QUESTIONS[:TRAINED_ON] if split == "train" else QUESTIONS[TRAINED_ON:]

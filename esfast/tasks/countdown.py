@@ -1,8 +1,8 @@
 """Countdown: reach a target with every given number used exactly once, by + - * / and parentheses.
 
-The grading is that of arXiv 2509.24372: reward = 0.1 * format + answer, and as in its authors' grader of today white
-space around the answer doesn't count. A completion is what the model wrote after a prompt that ends in an opened
-`<think>`. Model output is parsed, never evaluated as code.
+The grading is that of arXiv 2509.24372: reward = 0.1 * format + answer. White space around the answer doesn't count, as
+in its authors' present grader. A completion is what the model wrote after a prompt that ends in an opened `<think>`.
+Model output is parsed, never evaluated as code.
 """
 
 import operator
@@ -17,7 +17,8 @@ from .base import Recipe, Task, distinct, require_text, styled, texts, thousands
 from .tags import format_score, last_answer, maybe_tagged
 
 TOLERANCE = Fraction(1, 100_000)
-LONGEST_EXPRESSION = 1000  # characters; no honest answer comes near it, and it bounds the work on a hostile one
+# Characters. No honest answer is nearly as long, and the limit bounds the work on a hostile one.
+LONGEST_EXPRESSION = 1000
 
 _ARITHMETIC = re.compile(r"[0-9+\-*/() ]+")
 _TOKEN = re.compile(r"[0-9]+|[-+*/()]")
@@ -38,7 +39,8 @@ GAMES = {
     "paper": {"count_of_numbers": 4, "low": 1, "high": 99},
     "compact": {"count_of_numbers": 3, "low": 1, "high": 9},
 }
-ALWAYS_TAGGED_UP_TO = 2  # a first number up to this: the worked example carries the answer tags
+# A worked example always has answer tags if its first number is at most this.
+ALWAYS_TAGGED_UP_TO = 2
 
 
 def score(completion: str, numbers: Sequence[int], target: float) -> float:
@@ -94,8 +96,8 @@ def _problems(completions, numbers, target) -> Iterable[tuple]:
 def evaluate(expression: str) -> Fraction:
     """Exact value of an expression of whole numbers, + - * / (binary, and + - unary), parentheses and spaces.
 
-    What is an error in Python is one here (`03`, `3 4`, `2(3)`), and so are its other operators, `**` and `//`.
-    Raises ValueError if the expression is malformed or longer than LONGEST_EXPRESSION, ZeroDivisionError as expected.
+    Raises ValueError if the expression is longer than LONGEST_EXPRESSION or malformed: whatever is an error in Python
+    (`03`, `3 4`, `2(3)`), and Python's operators `**` and `//`. Raises ZeroDivisionError for a division by zero.
     """
     if len(expression) > LONGEST_EXPRESSION or not _ARITHMETIC.fullmatch(expression):
         raise BadValue(f"not arithmetic, or longer than {LONGEST_EXPRESSION} characters: {expression[:80]!r}")
@@ -233,7 +235,8 @@ def _random_expression(numbers: Sequence[int], rng: RandomStream) -> tuple[str, 
         rank = _PRECEDENCE[symbol]
         if symbol == "/" and y == 0:
             return "", None
-        if symbol in "+*" and x < y:  # one way to write what is equal: less for a model to learn
+        # Write equal expressions in one way only, so that the model has less to learn.
+        if symbol in "+*" and x < y:
             a, x, p, b, y, q = b, y, q, a, x, p
         left = f"({a})" if p < rank else a
         right = f"({b})" if q < rank or (q == rank and symbol in "-/") else b

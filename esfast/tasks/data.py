@@ -27,7 +27,7 @@ def source(
     data: str | Path | None = None,
     train_prompts: int | None = None,
 ) -> Source:
-    """A task's `train_rows` and `eval_rows` (see Task) from its functions:
+    """Makes a task's `train_rows` and `eval_rows` (see Task) from these functions:
 
     problems       (count, seed, split, style) -> generated rows
     row            (record of a data file, style) -> row; ValueError or TypeError says what is wrong with the record

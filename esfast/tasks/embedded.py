@@ -1,10 +1,10 @@
 """The embedded model: a tiny Qwen2 that esfast makes itself, so that everything can be tried with nothing to download.
 
-About 124 000 weights and a tokenizer of bytes, pre-trained in about a minute on one CPU core on worked examples of one
-task: its "compact" prompts, and only problems of the train split. Countdown's have three numbers from 1 to 9; the model
-learns to calculate a little, and to put the result into answer tags only where the first number is small: what it can
-do and what it shows in the rewarded form differ, as they do in a pre-trained language model, and ES has something to
-bring out. Each task module's RECIPE is of this kind.
+It has about 124 000 weights and a tokenizer of bytes. It is pre-trained in about a minute on one CPU core, on worked
+examples of one task: its "compact" prompts, and only problems of the split "train". Those of Countdown have three
+numbers from 1 to 9. The model learns to calculate a little, and to put the result into answer tags only if the first
+number is small. So it can do more than its rewards show, as a pre-trained language model can, and ES has something to
+bring out. The RECIPE of each task's module says how its examples are made.
 """
 
 import hashlib
@@ -34,8 +34,9 @@ TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 def cached(seed: int = 0, progress: bool = True, task: str = "countdown") -> Path:
     """Folder of the embedded model for a task, built on first use, under $ESFAST_CACHE or else ~/.cache/esfast.
 
-    Its name holds a hash of the code that makes it, so a changed recipe never meets an old model, and the version of
-    transformers, whose older releases cannot read a newer one's tokenizer. ValueError for a task without a recipe.
+    The folder's name holds a hash of the code that makes the model, so that a changed recipe never uses an old model,
+    and the version of transformers, since older releases can't read the tokenizer of newer ones. ValueError for a task
+    without a recipe.
     """
     files = (__file__, _module(task).__file__, base.__file__, tags.__file__, random_stream.__file__)
     digest = hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()[:12]
@@ -54,10 +55,10 @@ def cached(seed: int = 0, progress: bool = True, task: str = "countdown") -> Pat
 def build(
     folder: str | os.PathLike, seed: int = 0, steps: int = STEPS, progress: bool = True, task: str = "countdown"
 ) -> Path:
-    """Make, pre-train and save the embedded model as an ordinary Hugging Face folder, whole or not at all.
+    """Makes, pre-trains and saves the embedded model as an ordinary Hugging Face folder, whole or not at all.
 
-    The same seed and steps give the same weights to the bit on the same machine and versions: the work is measured in
-    steps, not seconds, and done by one thread. The caller's random state and number of threads are left alone.
+    The same seed and steps give the same weights to the bit on the same machine and versions, since one thread does a
+    fixed number of steps. The caller's random state and number of threads stay as they are.
     Raises FileExistsError if `folder` is there already, ValueError if steps is below 1 or the task has no recipe.
     """
     folder, recipe = Path(folder), _module(task).RECIPE

@@ -23,8 +23,8 @@ def reward_function(name: str) -> Callable[..., list[float]]:
 
 
 def imported(name: str, what: str) -> Callable:
-    """The function that `module:function` names. Python looks for the module where it looks for all; of a command of
-    esfast that is also the current folder.
+    """The function that `module:function` names. The module is looked for in sys.path; commands of esfast add the
+    current folder to it.
 
     Raises ValueError if the name has another form; ImportError if the module or the function is missing, or if
     importing the module raised."""

@@ -19,25 +19,32 @@ PROMPTS = {
     "paper": "{problem}\nPlease reason step by step, and put your final answer within \\boxed{{}}.\n",
     "compact": "{problem}\n",
 }
-GAMES = {"paper": (4, 1, 99), "compact": (2, 0, 49)}  # how many numbers, from, to
-LONGEST_ANSWER = 300  # characters
-TIMEOUT = 2  # seconds that math-verify may take to read an answer, and as many to compare it
-BOXED_OTHERWISE = 0.4  # share of the examples for the embedded model that are boxed where nothing demands it
+# For made-up problems by style: how many numbers, the smallest and the largest.
+GAMES = {"paper": (4, 1, 99), "compact": (2, 0, 49)}
+# Characters of an answer, at most.
+LONGEST_ANSWER = 300
+# Seconds that math-verify may take to read an answer, and again to compare it.
+TIMEOUT = 2
+# The fraction of examples for the embedded model that are boxed by chance, among those that need not be.
+BOXED_OTHERWISE = 0.4
 BOX = "\\boxed{"
-READ = 20_000  # characters from the end of a response: an answer stands there, and it bounds the work on a hostile one
+# Characters that are read, from the end of a response: the answer stands there, and the limit bounds the work on a
+# hostile response.
+READ = 20_000
 # A box that a brace opens, a box without one (\boxed 2, \boxed\frac12), and braces. Escaped braces are no braces.
 _TOKEN = re.compile(r"(\\(?:boxed|fbox)\s*\{)|\\(?:boxed|fbox)(?![A-Za-z{])|\\.|[{}]", re.DOTALL)
-_BARE = re.compile(
-    r"[ \t]*(?=[-+]?[\d.(\\]|[A-Za-z](?![A-Za-z]))(.+)"
-)  # what such a box may hold, the rest of the line
+# The contents of a box without a brace, and the rest of its line.
+_BARE = re.compile(r"[ \t]*(?=[-+]?[\d.(\\]|[A-Za-z](?![A-Za-z]))(.+)")
 _BOXED = re.compile(r"\s*\\(?:boxed|fbox)\s*\{(.*)\}\s*", re.DOTALL)
-NESTED = 3  # boxes that hold a box and nothing else
-_WORD = re.compile(r"(?:\{(?:[^{}]|\{[^{}]*\})*\}|\S)*")  # to the first white space that no braces enclose
+# How deep boxes may be nested that hold nothing but a box.
+NESTED = 3
+# Text up to the first white space outside braces.
+_WORD = re.compile(r"(?:\{(?:[^{}]|\{[^{}]*\})*\}|\S)*")
 _MATH_ENDS = re.compile(r"\$|\\\)|\\\]")
 _MARK = "####"
-# GSM8K's answers stand behind the mark, in the last line. Elsewhere it is a heading of Markdown.
+# In GSM8K the answer follows this mark in the last line. In other lines the mark is a heading of Markdown.
 _MARKED = re.compile(r".*####\s*([^\n]*)\s*", re.DOTALL)
-# What tables write where there is no answer
+# What tables hold where there is no answer.
 _MISSING = frozenset({"nan", "NaN", "null", "NULL", "None", "<NA>", "N/A"})
 _COMMAND = re.compile(r"\\[A-Za-z]+")
 _QUOTED = re.compile(r"\$\$(.+)\$\$|\$([^$]+)\$|\\\((.+)\\\)|\\\[(.+)\\\]", re.DOTALL)
@@ -45,8 +52,8 @@ _AMOUNT = re.compile(r"(?:\\?\$)?\s*([-+]?)\s*(?:\\?\$)?\s*(\d{1,3}(?:,\d{3})+|\
 
 
 def last_box(completion: str) -> str | None:
-    """What stands in the \\boxed{...} or \\fbox{...} that is closed last, None if there is none in the last READ
-    characters. \\boxed 2 counts, too, up to where the formula ends, or the word."""
+    """The contents of the \\boxed{...} or \\fbox{...} that is closed last; None if the last READ characters have none.
+    A box without braces, \\boxed 2, counts too; it ends with the formula or the word."""
     require_text(completion)
     text, answer = completion[-READ:], None
     opened: list[int | None] = []  # where a box begins; None for other braces
@@ -82,7 +89,7 @@ def score(completion: str, answer: str) -> float:
 
 
 def answer_score(completion: str, answer: str) -> float:
-    """1.0 if the last box holds what math-verify takes for the same as `answer` (LaTeX), else 0.0."""
+    """1.0 if math-verify takes the contents of the last box for equal to `answer` (LaTeX), else 0.0."""
     given = last_box(completion)
     return 0.0 if given is None or len(given) > LONGEST_ANSWER else _equal(given, gold(answer))
 
@@ -90,13 +97,15 @@ def answer_score(completion: str, answer: str) -> float:
 @functools.lru_cache(maxsize=65536)
 def _equal(given: str, answer: str) -> float:
     parse, verify, options = _math_verify()
-    # Its own time limit is an alarm, which only a main thread can have, as that of a reward process is.
+    # math-verify limits its time by an alarm, which only a main thread can set. Reward workers score in their main
+    # thread.
     limit = TIMEOUT if threading.current_thread() is threading.main_thread() else None
     try:
         gold = parse(f"\\boxed{{{answer}}}", parsing_timeout=limit, **options)
         found = parse(f"\\boxed{{{given}}}", parsing_timeout=limit, **options)
         return float(bool(gold) and verify(gold, found, timeout_seconds=limit))
-    except Exception:  # whatever the parser makes of a hostile text, the answer is not right
+    except Exception:
+        # The parser may raise anything for a hostile text; the answer is then not right.
         return 0.0
 
 
@@ -111,7 +120,8 @@ def _math_verify():
             "the task math verifies answers with the math-verify package: pip install 'esfast[math]'"
         ) from None
     for name in ("math_verify.parser", "math_verify.grader", "math_verify.utils"):
-        logging.getLogger(name).setLevel(logging.ERROR)  # it would warn about each answer that is not parsed
+        # It would warn about each answer that it can't parse.
+        logging.getLogger(name).setLevel(logging.ERROR)
     config = LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)
     return parse, verify, {"extraction_config": [config], "extraction_mode": "first_match"}
 
@@ -178,8 +188,8 @@ def _is_missing(answer: str) -> bool:
 
 
 def gold(answer: str | float) -> str:
-    """The right answer as LaTeX, from what data has for it: the answer itself, in $...$ or a box, a solution that holds
-    one, or GSM8K's "... #### 42". ValueError for what no response could match."""
+    """The right answer as LaTeX. Data may give the answer itself, an answer in $...$ or in a box, a solution that holds
+    a box, or GSM8K's "... #### 42". ValueError for an answer that no response could match."""
     return _gold(data.text("answer", answer))
 
 
@@ -195,7 +205,7 @@ def _gold(answer: str) -> str:
     text = next(filter(None, quoted.groups())).strip() if quoted else text
     amount = _AMOUNT.fullmatch(text)
     text = amount[1] + amount[2].replace(",", "") + (amount[3] or "") if amount else text
-    # A response that boxes it must give it back: not with a brace that is not closed, nor with a backslash at the end.
+    # Reading the answer out of a box must give it back. An open brace or a backslash at the end would prevent that.
     boxes = last_box(f"{BOX}{text}}}") == text
     if not text or _MARK in text or len(text) > LONGEST_ANSWER or not boxes or _matches_nothing(text):
         raise BadValue(
@@ -206,8 +216,8 @@ def _gold(answer: str) -> str:
 
 
 def _matches_nothing(text: str) -> bool:
-    """Whether not even the text itself counts as the same, as of \\text{} or a lone $. math-verify takes milliseconds:
-    it is asked only where there is neither a letter nor a digit but in commands, and where it is installed."""
+    """Whether math-verify does not even take the text for equal to itself, such as \\text{} or a lone $. It takes
+    milliseconds, so it is asked only if the text has no letter or digit outside commands, and if it is installed."""
     if re.search(r"\w", _COMMAND.sub("", text)):
         return False
     try:

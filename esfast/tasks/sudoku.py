@@ -68,8 +68,8 @@ def check_puzzle(puzzle: str) -> str:
 
 
 def answer_score(completion: str, puzzle: str) -> float:
-    """Share of the puzzle's blanks that the last answer fills right, 0 to 1; 0 if the answer is no grid of 16 digits
-    (white space apart) or changes a given one."""
+    """The fraction of the puzzle's blanks that the last answer fills right. 0 if the answer is not 16 digits (white
+    space apart), or changes a given digit."""
     require_text(completion)
     answer = last_answer(completion)
     if answer is None or len(answer) > LONGEST_ANSWER:
@@ -96,7 +96,7 @@ def reward(prompts, completions, puzzle, **columns) -> list[float]:
 
 
 def accuracy(prompts, completions, puzzle, **columns) -> list[float]:
-    """1.0 for a solved puzzle, else 0.0."""
+    """1.0 for a response that solves its puzzle, else 0.0."""
     return [float(answer_score(*row) == 1) for row in zip(texts(completions), puzzle, strict=True)]
 
 

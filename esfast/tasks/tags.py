@@ -6,7 +6,9 @@ from ..core.random_stream import RandomStream
 from .base import require_text
 
 THINK_END, ANSWER, ANSWER_END = "</think>", "<answer>", "</answer>"
-TAGGED_OTHERWISE = 0.2  # share of tagged examples where nothing demands it; greedy decoding seldom shows a fifth
+# The fraction of examples that are tagged by chance, among those that need not be. Greedy decoding seldom produces what
+# a fifth of the examples do.
+TAGGED_OTHERWISE = 0.2
 
 
 def format_score(completion: str) -> float:
@@ -24,9 +26,9 @@ def format_score(completion: str) -> float:
 
 
 def last_answer(completion: str) -> str | None:
-    """Text of the last `<answer>...</answer>`, None if there is none; pairs are matched from the left, none nested.
+    """Text of the last `<answer>...</answer>`, None if there is none. Pairs are matched from the left, without nesting.
 
-    Four searches whatever the text, where a regex needs quadratic time on many unclosed tags.
+    It takes four searches for any text. A regular expression would take quadratic time for many unclosed tags.
     """
     last_open = completion.rfind(ANSWER, 0, max(completion.rfind(ANSWER_END), 0))
     if last_open < 0:
@@ -38,8 +40,8 @@ def last_answer(completion: str) -> str | None:
 
 
 def maybe_tagged(answer: str, always: bool, rng: RandomStream, otherwise: float = TAGGED_OTHERWISE) -> str:
-    """A completion to pre-train the embedded model on: in answer tags always or by chance, otherwise bare. What the
-    model can do and what it shows in the rewarded form then differ, and ES has something to bring out."""
+    """A completion to pre-train the embedded model on: in answer tags if `always`, else by chance. So the model can do
+    more than its rewards show, and ES has something to bring out."""
     if always or rng.chance(otherwise):
         return f"{THINK_END}\n{ANSWER}{answer}{ANSWER_END}"
     return f"{THINK_END}\n{answer}"
