@@ -69,7 +69,8 @@ def test_leaves_the_number_of_threads_alone(tmp_path):
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        with torch.no_grad():  # nor does the caller's grad mode matter
+        # The caller may have switched gradients off.
+        with torch.no_grad():
             embedded.build(tmp_path / "model", steps=1, progress=False)
         assert torch.get_num_threads() == 2
     finally:

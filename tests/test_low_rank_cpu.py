@@ -208,7 +208,8 @@ def test_all_that_an_update_can_do(dtype, mode, same_bits):
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_one_call_with_k_members_is_k_calls(backend, same_bits):
-    """On float32 weights; across the rounds in which the C++ kernel takes its members."""
+    """The weights are float32, so nothing is rounded between calls. There are more members than the C++ kernel takes in
+    one round."""
     start = torch.linspace(-0.1, 0.1, 9 * 70).reshape(9, 70)
     together, apart = (Plan([("w", start.clone()), ("v", start[0].clone())]) for _ in range(2))
     seeds, coeffs = list(range(70)), [0.1 * (-1) ** j for j in range(70)]

@@ -54,9 +54,11 @@ ANSWERS = {
 
 
 def make(spec: str, count: int, seed: str, split: str) -> list[dict[str, Any]]:
-    """At most `count` different problems, as dicts of `problem` (the task and its options), `question`, `answer` (None
-    if reasoning-gym gives none), and `entry` (the literal of what it gives, for its grader): the same for the same
-    arguments. Those of "train" and "test" never meet. Fewer, with a warning, if no more are found.
+    """At most `count` different problems, the same for the same arguments. No problem is in both "train" and "test". If
+    fewer are found, a warning says so.
+
+    Each is a dict of `problem` (the task and its options), `question`, `answer` (None if reasoning-gym gives none), and
+    `entry` (what the task's grader needs, as a Python literal).
 
     Raises ValueError or TypeError for a wrong spec and if there is no problem; ImportError without reasoning-gym.
     """
