@@ -1,4 +1,4 @@
-"""Runs of a benchmark that trains: several at a time, each kept in a folder of its own and taken up again."""
+"""Runs of a benchmark that trains: several run at a time, each in a folder of its own, from which it can be resumed."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def trainer(folder, reward=value, rows=ROWS, model=None, metrics=None, at=None, 
 
 
 def fails_at(generation, error=None):
-    """Stops a run amidst this generation (numbered from 0), in training."""
+    """Stops a run inside this generation (numbered from 0) of the training."""
 
     def at(made):
         if made.es.generation == generation and made.es._inside is not None:

@@ -1,4 +1,5 @@
-"""`esfast bench training`: every way trains as it says, in the usual code's numerics too, and is taken up again."""
+"""`esfast bench training`: every way of training does what its name says, also those with the usual code's numerics,
+and a benchmark that was cut short continues."""
 
 import json
 

@@ -161,7 +161,7 @@ def test_real_signals_at_random_instants_restore(form, same_bits):
     assert seen == 30
 
 
-# ---- populations of the past ----------------------------------------------------------------------------------------
+# ---- earlier populations --------------------------------------------------------------------------------------------
 
 
 def test_an_abandoned_iterator_can_not_disturb_a_later_loop(same_bits):

@@ -16,7 +16,8 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def as_in_a_run(poisoned_memory):
-    """Deterministic mode, by which the other tests find memory that nobody wrote, changes what inductor compiles."""
+    """Switches PyTorch's deterministic mode off. The other tests use it to fill new memory with NaN; it changes what
+    inductor compiles."""
     torch.use_deterministic_algorithms(False)
 
 

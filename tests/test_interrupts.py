@@ -1,4 +1,4 @@
-"""Ctrl-C in the midst of a step or of a move between members: all of it or nothing."""
+"""Ctrl-C during a step, or during a move between members: the step or move is done wholly or not at all."""
 
 import os
 import signal

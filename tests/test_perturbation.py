@@ -1,4 +1,4 @@
-"""esfast.perturbed: the bits of add_noise_ inside the block, those of before outside it."""
+"""esfast.perturbed: inside the block the weights have the bits that add_noise_ gives, after it those that they had."""
 
 import pytest
 import torch

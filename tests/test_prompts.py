@@ -1,4 +1,5 @@
-"""Prompts that no model can take are told with their rows before anything is generated, and what to change."""
+"""Prompts that no model can take are refused before anything is generated; the error names their rows and says what to
+change."""
 
 import json
 import logging

@@ -23,7 +23,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def entries(dtype):
-    """Whole tiles, tails, odd starts, rows that are aligned and not, a scalar, and gaps that are nobody's."""
+    """Whole tiles, tails, odd starts, rows that are aligned and not, a scalar, and gaps that belong to no tensor."""
     generator = torch.Generator().manual_seed(1)
     matrix, flat = any_bits(dtype, 4 * 8400, generator).view(4, 8400), any_bits(dtype, 26_000, generator)
     return [

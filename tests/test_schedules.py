@@ -1,4 +1,4 @@
-"""Schedules of sigma and lr: their values, and runs that follow them and can be replayed and taken up anywhere."""
+"""Schedules of sigma and lr: their values, and runs that follow them and can be replayed and resumed anywhere."""
 
 import dataclasses
 import json

@@ -54,7 +54,7 @@ def bytes_of(tensor: torch.Tensor) -> tuple[int, int]:
 
 
 def _rows(call: Call, side: str) -> Iterator[tuple[int, int]]:
-    """Each row of each segment: the elements between the rows belong to somebody else."""
+    """The memory of each row of each segment. What lies between the rows belongs to other tensors."""
     sizes = np.array([4, 2, 2, 2])
     formats = call.table.column("dst_format" if side == "anchor" else f"{side}_format")
     columns = (call.table.column(name) for name in (side, "rows", "cols", f"{side}_stride"))

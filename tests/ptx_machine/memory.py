@@ -41,7 +41,8 @@ class GlobalMemory:
     def __init__(self, readable: Iterable[tuple[int, int]], writable: Iterable[tuple[int, int]]):
         writable = list(writable)
         self.readable, self.writable = Extents([*readable, *writable]), Extents(writable)
-        # One array from the lowest address to the highest. Most of it is not there; `_index` lets nobody touch that.
+        # One array from the lowest address to the highest. Most of it is not mapped; `_index` keeps accesses out of
+        # that.
         self.base = int(self.readable.begins[0]) & ~15
         size = (int(self.readable.ends[-1]) - self.base + 15) // 16 * 16
         flat = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(self.base))
