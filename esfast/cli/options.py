@@ -69,4 +69,17 @@ def add_options(
             settings |= {"nargs": "+", "metavar": name.upper()}
         elif not choices:
             settings |= {"metavar": written}
-        group.add_argument(*flags, type=read, choices=choices, **settings)
+        group.add_argument(*flags, type=_or_word(read, kind.words), choices=choices, **settings)
+
+
+def _or_word(read: Callable[[str], Any], words: Collection[str]) -> Callable[[str], Any]:
+    """Reads a value, or one of the words that may stand in its place."""
+    if not words:
+        return read
+
+    def either(text: str) -> Any:
+        return word if (word := text.strip().lower()) in words else read(text)
+
+    # argparse's errors name it
+    either.__name__ = " or ".join([read.__name__, *words])
+    return either

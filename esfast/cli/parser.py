@@ -47,6 +47,21 @@ def parser_of_all() -> argparse.ArgumentParser:
     _add_train_arguments(train)
     train.set_defaults(run=_command("train"))
 
+    tune = commands.add_parser(
+        "tune",
+        help="find sigma and lr for a model and a task",
+        **help_options(
+            "Asks members at a ladder of sigmas, finds sigma and lr, and prints the evidence and the command to train "
+            "with them. It trains nothing and leaves no files; at most 5 % of the run's responses are generated. "
+            "`esfast train --sigma auto --lr auto` does the same, and then trains.",
+            "esfast tune                                   the embedded small model",
+            "esfast tune --model FOLDER --task countdown --population-size 30 --generations 300",
+        ),
+    )
+    _add_train_arguments(tune)
+    tune.add_argument("--json", action="store_true", help="print the result as JSON")
+    tune.set_defaults(run=_command("tune"))
+
     evaluate = commands.add_parser(
         "eval",
         help="accuracy of models on a task's held-out problems",

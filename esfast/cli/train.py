@@ -49,6 +49,21 @@ def run(args: argparse.Namespace) -> None:
             check_writable("--out", settings.get("output_dir", "runs"), folder=True)
             if "output_dir" in settings:
                 RunFolder.claim(settings["output_dir"], settings.get("resume", False) or team.restarted)
+    trainer, pretraining = trainer_of(options, settings, team)
+    if team.rank:
+        trainer.train()
+        return
+    model, folder = options.model or "embedded model", trainer.folder.path
+    log.info("%r, %s on %s -> %s", trainer.es.store, model, options.task, folder)
+    try:
+        trainer.train()
+    finally:
+        if trainer.summary:
+            print(_summary(trainer, pretraining))
+
+
+def trainer_of(options: RunOptions, settings: dict[str, Any], team: Team) -> tuple[ESTrainer, float]:
+    """The trainer of a run, and the seconds that making the embedded model took."""
     task, probes = task_of(options), probes_of(options)
     config = es_config(_defaults(options, task, probes) | settings)
     # Refuse now what the trainer would refuse after minutes of loading.
@@ -86,15 +101,7 @@ def run(args: argparse.Namespace) -> None:
         pretraining = time.perf_counter() - began if options.model is None else 0.0
         trainer = ESTrainer(model, list(task.reward_funcs), config, processing_class=tokenizer, team=team, **data)
     trainer.described = dataclasses.asdict(options)
-    if team.rank:
-        trainer.train()
-        return
-    log.info("%r, %s on %s -> %s", trainer.es.store, options.model or "embedded model", task.name, config.output_dir)
-    try:
-        trainer.train()
-    finally:
-        if trainer.summary:
-            print(_summary(trainer, pretraining))
+    return trainer, pretraining
 
 
 def _defaults(options: RunOptions, task, probes: Mapping[str, Any] | None = None) -> dict:

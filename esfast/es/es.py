@@ -6,8 +6,9 @@ the shaped rewards of N members theta + sigma eps_n, and 1/sigma is absorbed int
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import overload
 
@@ -187,14 +188,47 @@ class ES:
         """
         if at_once is not None:
             check_int("at_once", at_once, 1, 2**32)
+        population = self._new_population("population()", [self._member(i) for i in range(self.population_size)])
+        return population if at_once is None else Packets(population, at_once)
+
+    @contextlib.contextmanager
+    def trial(self, members: Sequence[Member], sigma: float) -> Iterator[Population]:
+        """A block with members of the caller's choice, to look at what they answer. No step follows: afterwards there
+        is no population, and sigma is as before. A member of sign 0 is the unperturbed model."""
+        before = self.sigma
+        try:
+            self.sigma = _check_positive("sigma", sigma)
+            with self._new_population("trial()", list(members)) as population:
+                yield population
+        finally:
+            self.sigma, self.members = before, []
+            self.team.at_work = False
+
+    @contextlib.contextmanager
+    def stepped(self, terms: Mapping[int, float]) -> Iterator[None]:
+        """A block in which the weights have moved by the sum of coefficient * noise(seed), as an update by plain
+        addition moves them; afterwards they have their bits again. For stores with `tries_steps`."""
+        self._check_own("stepped()")
+        self._buffers.note()
+        try:
+            self.store.try_step(terms)
+            yield
+        finally:
+            self._leave()
+
+    def collect(self, mine: Mapping[int, float | None], count: int) -> list[float | None]:
+        """Collects `count` numbers that belong to the present members, from `mine` of each process of the team, by
+        index. In each process the result is the same."""
+        return self.team.exchange(f"{self._turn}/numbers", mine if self.team.is_group_leader else {}, count)
+
+    def _new_population(self, what: str, members: list[Member]) -> Population:
         if self._inside is not None:
-            raise BadState(f"population(): member {self._inside.index} is still in place; leave its loop first")
-        self._check_own("population()")
-        self.members, self._mine = [self._member(i) for i in range(self.population_size)], []
+            raise BadState(f"{what}: member {self._inside.index} is still in place; leave its loop first")
+        self._check_own(what)
+        self.members, self._mine = members, []
         self._asked += 1
         self.team.at_work = True
-        population = Population(self, self.members)
-        return population if at_once is None else Packets(population, at_once)
+        return Population(self, self.members)
 
     def _member(self, index: int) -> Member:
         pair, sign = (index // 2, 1 - 2 * (index % 2)) if self.mirrored else (index, 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ class WeightStore(abc.ABC):
         device: the device that does the work; clocks wait for it.
         plan: the weights in this process; None if there are none.
         updater: what a checkpoint saves; None if the run resumes from its journal alone.
+        tries_steps: whether `try_step` works.
     """
 
     mode: str
@@ -44,6 +45,7 @@ class WeightStore(abc.ABC):
     device: torch.device = torch.device("cpu")
     plan: Plan | None = None
     updater: Any = None
+    tries_steps: bool = False
 
     @abc.abstractmethod
     def begin(self, rule: Rule) -> None:
@@ -58,6 +60,11 @@ class WeightStore(abc.ABC):
     @abc.abstractmethod
     def restore(self) -> None:
         """Takes the member away. It may be called without a member in place, and again after an interruption."""
+
+    def try_step(self, terms: Mapping[int, float]) -> None:
+        """Makes the weights what an update by plain addition would: base + the sum of coefficient * noise(seed).
+        `restore` takes it away. RuntimeError if the store can't."""
+        raise BadState(f"{type(self).__name__} makes members of one seed alone")
 
     @abc.abstractmethod
     def update(self, record: UpdateRecord) -> None:

@@ -84,6 +84,7 @@ class BaseWeights(_Stored):
     """
 
     mode = "base"
+    tries_steps = True
 
     def __init__(self, plan: Plan, rule: Rule, backend: str = "auto"):
         super().__init__(plan, rule)
@@ -115,6 +116,10 @@ class BaseWeights(_Stored):
         for group, plan, base in self._parts:
             coeffs = [group.sigma * c for c in terms.values()]
             add_noise_(plan, list(terms), coeffs, base=base, rounding=rounding, **self._options)
+
+    def try_step(self, terms: Mapping[int, float]) -> None:
+        for group, plan, base in self._parts:
+            add_noise_(plan, list(terms), [group.lr * c for c in terms.values()], base=base, **self._options)
 
     def restore(self) -> None:
         add_noise_(self.plan, [], [], base=self.base, **self._options)
@@ -242,6 +247,7 @@ class HostWeights(_Stored, _MovingWeights):
     may depend, in its last bits, on which process scored which members. The update depends on the rewards alone."""
 
     mode = "host"
+    tries_steps = True
 
     def __init__(self, plan: Plan, rule: Rule, backend: str = "auto"):
         super().__init__(plan, rule, backend)
@@ -257,6 +263,10 @@ class HostWeights(_Stored, _MovingWeights):
 
     def perturb(self, seed: int, coeff: float, rounding: str = "nearest") -> None:
         self._move([(seed, coeff)], rounding)
+
+    def try_step(self, terms: Mapping[int, float]) -> None:
+        for group, plan in self._parts:
+            add_noise_(plan, list(terms), [group.lr * c for c in terms.values()], **self._options)
 
     def restore(self) -> None:
         with defer_sigint():

@@ -244,6 +244,12 @@ def combine(scores: Sequence[Sequence[float | None]], weights: Sequence[float]) 
     return rewards
 
 
+def each(scores: Sequence[Sequence[float | None]], weights: Sequence[float]) -> list[float]:
+    """As `combine`, but with a number for each completion: NaN for one that all functions abstain from."""
+    rows = list(zip(*scores, strict=True))
+    return [math.nan if all(v is None for v in row) else combine([[v] for v in row], weights)[0] for row in rows]
+
+
 def check_rewards(function: RewardFunc, values: list, count: int) -> list[float | None]:
     """Raises RewardError unless there are `count` rewards, each a finite number or None (the function abstains)."""
     if len(values) != count:

@@ -105,7 +105,8 @@ class PopulationEvaluator:
         """Chooses K for the first population, and says so."""
         es, engine = members.es, self.engine
         processes = max(1, es.team.size // es.team.shards)
-        most = -(-len(members) // processes)
+        # A trial has other members than a generation, which K is for.
+        most = -(-max(len(members), es.population_size) // processes)
         asked = int(self.members_at_once) if self.members_at_once != "auto" else most
         try:
             self._check(es)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -13,6 +14,9 @@ from ..rollout.sampling import response_seeds
 from ..tasks.base import draw
 from ..utils.rows import Rows, check_rows
 from .config import ESConfig
+
+# Batches of a function that are kept.
+KEPT = 8
 
 
 class Batch(NamedTuple):
@@ -32,9 +36,9 @@ class Batches:
 
     def __init__(self, dataset: Rows | Callable[[int, int], Rows], config: ESConfig, tokenizer):
         self._dataset, self._config, self._tokenizer = dataset, config, tokenizer
-        # Cached: the batch that was checked is the batch that is trained on.
+        # Cached: the batch that was checked, or searched with, is the batch that is trained on.
         if callable(dataset):
-            self._fresh_rows = functools.lru_cache(1)(dataset)
+            self._fresh_rows = functools.lru_cache(KEPT)(dataset)
 
     def __call__(self, generation: int) -> Batch:
         c = self._config
@@ -44,6 +48,17 @@ class Batches:
         if c.temperature > 0:
             seeds = response_seeds(c.seed, generation, len(rows) // c.num_generations, c.num_generations)
         return Batch(rows, self.texts(rows), seeds)
+
+    def first(self, count: int) -> Batch:
+        """The first prompts of the run, so many responses or all that there are, those of its first generations."""
+        c, parts = self._config, [self(0)]
+        fixed = math.inf if callable(self._dataset) else len(self._dataset) * c.num_generations
+        while sum(len(part.texts) for part in parts) < min(count, fixed) and len(parts) < KEPT:
+            parts.append(self(len(parts)))
+        rows = [row for part in parts for row in part.rows][:count]
+        texts = [text for part in parts for text in part.texts][:count]
+        seeds = None if parts[0].seeds is None else [s for part in parts for s in part.seeds or ()][:count]
+        return Batch(rows, texts, seeds)
 
     def rows(self, generation: int) -> Rows:
         count = self._config.prompts_per_generation

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final, Literal
 
 from ..core.kinds import KINDS, check_rank
 from ..es.shaping import SHAPINGS
@@ -42,6 +42,8 @@ _LEAST = {
     "eval_prompts": 1,
     "samples": 0,
 }
+# Of a setting that the run finds: sigma, lr, groups
+AUTO: Final = "auto"
 # Largest number of seconds, about three years: every timer of the system accepts it.
 _LONGEST = 1e8
 # For each optimizer: the settings that hold its numbers, and what the optimizer calls them.
@@ -66,8 +68,12 @@ class ESConfig:
     seed: int = option(0, "seed of the run: it determines the noise and the order of the prompts")
     generations: int = option(500, "number of updates")
     population_size: int = option(30, "members (perturbed models) in a generation")
-    sigma: float = option(1e-3, "standard deviation of the perturbation, in units of the weights")
-    lr: float = option(5e-4, "step size of the update (the paper's alpha)")
+    sigma: float | Literal["auto"] = option(
+        1e-3, "standard deviation of the perturbation, in units of the weights; auto: found before the run"
+    )
+    lr: float | Literal["auto"] = option(
+        5e-4, "step size of the update (the paper's alpha); auto: found before the run"
+    )
     sigma_schedule: str = option("constant", "how sigma changes over the generations", tuple(SCHEDULES))
     lr_schedule: str = option("constant", "how lr changes over the generations", tuple(SCHEDULES))
     sigma_final_fraction: float = option(0.1, "final sigma of a schedule, as a fraction of sigma")
@@ -102,7 +108,7 @@ class ESConfig:
     groups: list[str] | None = option(
         None,
         "give weights their own sigma and lr, as factors of the run's: PATTERN:sigma=X,lr=Y, such as "
-        "*embed*:lr=0.1; the first pattern that matches a name counts",
+        "*embed*:lr=0.1; the first pattern that matches a name counts; auto: in proportion to each tensor's RMS",
     )
     prompts_per_generation: int = option(200, "prompts that every member of a generation answers")
     max_completion_length: int = option(1024, "longest response, in tokens")
@@ -182,15 +188,16 @@ class ESConfig:
                 "leave it at 1, or set a temperature (GRPO's is 1.0)"
             )
         try:
-            check_groups(self.groups or ())
+            check_groups(() if self.groups == [AUTO] else self.groups or ())
         except EsfastError as error:
             raise BadValue(f"ESConfig.groups: {error}") from None
         for name in _NUMBERS:
             self._optimizer(name)
         for name in ("sigma", "lr"):
-            check_positive(f"ESConfig.{name}", getattr(self, name))
-            check_schedule(f"ESConfig.{name}", *(getattr(self, name + s) for s in ("", "_schedule", "_final_fraction")))
-        if self.lr * self.weight_decay > 1:
+            given, *schedule = (getattr(self, name + s) for s in ("", "_schedule", "_final_fraction"))
+            number = 1.0 if given == AUTO else check_positive(f"ESConfig.{name}", given)
+            check_schedule(f"ESConfig.{name}", number, *schedule)
+        if self.lr != AUTO and self.lr * self.weight_decay > 1:
             raise BadValue(
                 f"ESConfig.weight_decay: {self.weight_decay} times lr {self.lr} is more than all of the weights"
             )
@@ -218,15 +225,21 @@ class ESConfig:
         may_change = set(_MAY_CHANGE)
         if self.lr_schedule == self.sigma_schedule == "constant" and not self.warmup_generations:
             may_change.add("generations")
+        # What a run has found is what "auto" means when it goes on.
+        may_change |= set(self.open_questions())
         fixed = {name: value for name, value in found.items() if name not in may_change}
         for name, theirs in convert_given(type(self), fixed).items():
             mine = getattr(self, name)
             if theirs != mine:
                 raise BadValue(f"resume: the run has {name} {theirs!r}, asked for is {mine!r}")
 
+    def open_questions(self) -> list[str]:
+        """The settings that are "auto" and that the run must find: of sigma, lr and groups."""
+        return [name for name in ("sigma", "lr", "groups") if getattr(self, name) in (AUTO, [AUTO])]
+
     def es_settings(self) -> dict[str, Any]:
-        """Arguments of `esfast.ES`."""
-        same = {name: getattr(self, name) for name in _OF_ES}
+        """Arguments of `esfast.ES`. sigma and lr are left out as long as they are "auto"."""
+        same = {name: value for name in _OF_ES if (value := getattr(self, name)) != AUTO or name == "weights"}
         return same | {"optimizer": self.make_optimizer(), "groups": self.groups or ()}
 
     def make_optimizer(self) -> Optimizer:
@@ -244,6 +257,7 @@ class ESConfig:
 
     def rates(self, generation: int) -> tuple[float, float]:
         """sigma and lr of a generation (0, 1, ...). They depend on its number alone, so a run can resume anywhere."""
+        assert self.sigma != AUTO and self.lr != AUTO
         sigma = SCHEDULES[self.sigma_schedule](self.sigma, generation, self.generations, self.sigma_final_fraction)
         lr = SCHEDULES[self.lr_schedule](
             self.lr, generation, self.generations, self.lr_final_fraction, self.warmup_generations

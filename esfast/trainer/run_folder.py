@@ -32,7 +32,7 @@ class RunFolder:
         self.config, self.checkpoints = path / "config.yaml", path / "checkpoints"
         self.identity, self.summary, self.curves = path / "identity.json", path / "summary.json", path / "curves.png"
         self._lock: Lock | None = None
-        self.adapter = path / "adapter"
+        self.adapter, self.tuning = path / "adapter", path / "tuning.json"
 
     @classmethod
     def claim(cls, path: str | Path, resume: bool = False) -> RunFolder:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 
 from ..distributed.team import Team
 from ..es.es import ES
-from ..es.population import Member
-from ..rewards.scorer import RewardError, RewardFunc, Scorer, Scores, combine, judge
+from ..es.population import Member, Population
+from ..rewards.scorer import RewardError, RewardFunc, Scorer, Scores, combine, each, judge
 from ..rollout import chat
 from ..rollout.evaluator import MemberEvaluator
 from ..utils.interrupts import Stops
@@ -54,25 +55,62 @@ class Scoring:
         """Sets the rewards of this process's members of a new population. With on_reward_error="skip" a member that
         gives no text, or whose reward functions fail, has none; otherwise that is the error. Afterwards the weights
         are as before."""
-        scored = []
         with es.population() as members:
-            members.on_placed = functools.partial(clock.record, "perturb")
-            with contextlib.closing(self._evaluator.evaluate(members, batch.texts, batch.seeds)) as answers:
-                for member, completions in answers:
-                    clock.record("generate")
-                    self.responses += 0 if isinstance(completions, Exception) else len(completions)
-                    if isinstance(completions, Exception):
-                        whose = f"member {member.index} of generation {es.generation} (sigma {es.sigma:g})"
-                        self._set_aside(es, member, nonsense(whose))
-                    elif self._scores:
-                        answered = chat.answered(batch.rows, completions)
-                        scored.append((member, self.scorer.submit(self._reward_funcs, *answered)))
-                    stops.check()
-                    clock.record("score")
+            scored = self._ask(es, members, batch, clock, stops, self._set_aside)
         clock.record("perturb")
         for member, scores in scored:
             member.reward = self._reward(es, member, scores)
         clock.record("wait")
+
+    def by_prompt(self, es: ES, members: Population, batch: Batch, stops: Stops) -> dict[int, list[float]]:
+        """The reward of each prompt, by the index of the member, of this process's members: NaN for a prompt that no
+        function judges, and everywhere for a member that gives no text. Nothing else is set aside without "skip"."""
+        missing = [math.nan] * len(batch.texts)
+        found: dict[int, list[float]] = {}
+
+        def no_text(es: ES, member: Member, error: Exception) -> None:
+            found[member.index] = missing
+
+        for member, scores in self._ask(es, members, batch, PhaseTimer(es.store.device), stops, no_text):
+            try:
+                found[member.index] = each(scores.result(), self._weights)
+            except RewardError as error:
+                self._set_aside(es, member, error)
+                found[member.index] = missing
+        return found
+
+    def of(self, batch: Batch, completions: Sequence[str] | None) -> list[float]:
+        """The reward of each completion as in `by_prompt`; of None, which is no text, NaN."""
+        if completions is None:
+            return [math.nan] * len(batch.texts)
+        scores = self.scorer.submit(self._reward_funcs, *chat.answered(batch.rows, completions))
+        return each(scores.result(), self._weights)
+
+    def _ask(
+        self,
+        es: ES,
+        members: Population,
+        batch: Batch,
+        clock: PhaseTimer,
+        stops: Stops,
+        no_text: Callable[[ES, Member, Exception], None],
+    ) -> list[tuple[Member, Scores]]:
+        """The scores of the members that gave text; `no_text` is told of the others."""
+        scored = []
+        members.on_placed = functools.partial(clock.record, "perturb")
+        with contextlib.closing(self._evaluator.evaluate(members, batch.texts, batch.seeds)) as answers:
+            for member, completions in answers:
+                clock.record("generate")
+                self.responses += 0 if isinstance(completions, Exception) else len(completions)
+                if isinstance(completions, Exception):
+                    whose = f"member {member.index} of generation {es.generation} (sigma {es.sigma:g})"
+                    no_text(es, member, nonsense(whose))
+                elif self._scores:
+                    answered = chat.answered(batch.rows, completions)
+                    scored.append((member, self.scorer.submit(self._reward_funcs, *answered)))
+                stops.check()
+                clock.record("score")
+        return scored
 
     def _reward(self, es: ES, member: Member, scores: Scores) -> float | None:
         try:

@@ -6,6 +6,7 @@ prompts, completions and the rows' other columns as keyword lists.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import json
@@ -26,7 +27,7 @@ from ..rollout.engine import Engine
 from ..rollout.evaluator import MemberEvaluator
 from ..update.updater import UpdateRecord
 from ..utils.errors import BadType
-from ..utils.files import check_writable
+from ..utils.files import check_writable, write_whole
 from ..utils.interrupts import Stops, stoppable
 from ..utils.rows import Rows, check_rows
 from .batches import Batches
@@ -45,6 +46,7 @@ from .run_folder import RunFolder
 from .scoring import Scoring
 from .trl_trainer import SavesLikeTRL, check_not_resumed_here
 from .tuned import open_tuned
+from .tuning import Tuner, Tuning, adopt
 
 log = logging.getLogger(__name__)
 
@@ -104,6 +106,9 @@ class ESTrainer(SavesLikeTRL):
         if not isinstance(self.args, ESConfig):
             raise BadType(f"args: expected an esfast.ESConfig, got {type(args).__name__}")
         self.args.check()
+        if self.args.open_questions():
+            # What is found is this run's alone.
+            self.args = copy.copy(self.args)
         require(self.args.report_to)
         self.metrics = check_metrics(metrics)
         self.reward_funcs, self.reward_weights = open_rewards(reward_funcs, self.metrics, self.args.reward_weights)
@@ -151,6 +156,7 @@ class ESTrainer(SavesLikeTRL):
                 c.check_resumes(self.folder.read_config())
                 check_identity(self.folder.read_identity(), self.identity)
             self.folder.prepare()
+        adopt(c, self.folder, self.team, weights)
         self.tuned.begin(self.folder.adapter, resume and self.folder.begun(), self.team.rank == 0)
         kl = self.tuned.kl(self.processing_class) if self._evaluates else None
         self.held_out = HeldOut(self.batches.texts, self.engine, self.scoring.judge, kl, self.folder, c.samples)
@@ -196,11 +202,14 @@ class ESTrainer(SavesLikeTRL):
             self.team.fail(error)
             raise
         finally:
-            self.recorder.close()
-            self.scorer.close()
-            self.evaluator.close()
-            self.folder.release()
+            self._close()
         return self.summary
+
+    def _close(self) -> None:
+        self.recorder.close()
+        self.scorer.close()
+        self.evaluator.close()
+        self.folder.release()
 
     def _train(self) -> None:
         try:
@@ -235,6 +244,8 @@ class ESTrainer(SavesLikeTRL):
         self.clock = recorder.clock = PhaseTimer(self.es.store.device)
         if self.es.generation < c.generations:
             self.batches.check_fresh(self.engine, self.es.generation, c.progress)
+        if c.open_questions():
+            self._find()
         if self._evaluates:
             self._open()
         with tqdm(
@@ -259,6 +270,29 @@ class ESTrainer(SavesLikeTRL):
         self.es.record_fingerprint()
         if self._evaluates:
             self.summary = recorder.finish(self.es.generation, len(self.eval_dataset or ()))
+
+    def tune(self) -> Tuning:
+        """Only finds the settings that are "auto" (ESConfig(sigma="auto", lr="auto")), and ends. The weights keep their
+        bits; the run folder gets tuning.json."""
+        try:
+            with stoppable() as self._stops:
+                return self._find()
+        finally:
+            self._close()
+
+    def _find(self) -> Tuning:
+        """Finds sigma and lr, and takes them: from here on they are numbers."""
+        c = self.args
+        found = Tuner(self.es, self.scoring, self.batches, c, self.engine, self._stops)()
+        for name, value in found.settings.items():
+            setattr(c, name, value)
+        c.check()
+        if self.team.rank == 0:
+            write_whole(self.folder.tuning, json.dumps(found.to_json(), indent=1) + "\n")
+            for line in found.lines():
+                log.info("%s", line)
+        self.clock.record("tune")
+        return found
 
     def _open(self) -> None:
         """Opens the run folder, and makes up for a missing evaluation: of the base model, or of the last generation if

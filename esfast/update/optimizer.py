@@ -97,6 +97,12 @@ class Optimizer(abc.ABC):
         """
 
     @property
+    def travel(self) -> float:
+        """How far a generation's noise moves the weights in the end, in units of the step without an optimizer (of lr,
+        if lr is no factor of the coefficients). What sigma="auto" and lr="auto" go by."""
+        return 1.0
+
+    @property
     def text(self) -> str:
         """The optimizer as a text, NAME:field=value,... or NAME, from which `check_optimizer` makes it again."""
         fields = {name: value for name, value in self.to_json().items() if name != "name"}

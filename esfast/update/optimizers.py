@@ -57,6 +57,10 @@ class Momentum(Optimizer, name="momentum"):
         _check_fraction("Momentum.beta", self.beta)
         check_int("Momentum.window", self.window, 2, 2**20)
 
+    @property
+    def travel(self) -> float:
+        return (1 - self.beta**self.window) / (1 - self.beta)
+
     def allocate_state(self, plan: Plan) -> State:
         return State(past=deque(maxlen=self.window - 1))
 

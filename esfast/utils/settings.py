@@ -28,11 +28,13 @@ FLOAT32_MAX = (2 - 2.0**-23) * 2.0**127
 
 
 class Kind(NamedTuple):
-    """What a setting may be: an int, float, bool, str or dict, or a list of them, or also None."""
+    """What a setting may be: an int, float, bool, str or dict, or a list of them, or also None, or also one of some
+    words (a Literal), such as "auto" in the place of a number."""
 
     item: type
     is_list: bool
     is_optional: bool
+    words: tuple[str, ...] = ()
 
 
 def option(default, text: str, choices: Sequence[str] | None = None):
@@ -54,10 +56,12 @@ def options_of(owner: type) -> dict[str, tuple[dataclasses.Field, Kind]]:
 
 
 def _kind(hint: Any) -> Kind:
-    alternatives = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    (inner,) = (a for a in alternatives if a is not types.NoneType)
+    union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+    alternatives = typing.get_args(hint) if union else (hint,)
+    words = tuple(word for a in alternatives if typing.get_origin(a) is typing.Literal for word in typing.get_args(a))
+    (inner,) = (a for a in alternatives if a is not types.NoneType and typing.get_origin(a) is not typing.Literal)
     is_list = typing.get_origin(inner) is list
-    return Kind(typing.get_args(inner)[0] if is_list else inner, is_list, types.NoneType in alternatives)
+    return Kind(typing.get_args(inner)[0] if is_list else inner, is_list, types.NoneType in alternatives, words)
 
 
 def convert_fields(settings: Any) -> None:
@@ -107,6 +111,8 @@ def _convert(what: str, value: Any, kind: Kind) -> Any:
     value = plain(value)
     if kind.is_optional and (value is None or isinstance(value, str) and value.strip().lower() in _NOTHING):
         return None
+    if isinstance(value, str) and value.strip().lower() in kind.words:
+        return value.strip().lower()
     item = _CONVERTERS[kind.item]
     if not kind.is_list:
         return item(what, value)

@@ -1,0 +1,212 @@
+"""Finds sigma, and how far the weights may wander, from how members answer: pure functions of rewards.
+
+For each sigma of a ladder a few mirrored pairs answer the same prompts. Their rewards R[pair, sign, prompt] say:
+
+loss     how much the population's mean has lost against the unperturbed model, as a share of what there is to lose:
+         what the model gets above members whose weights are mostly noise. 0: nothing, 1: all
+signal   d = (R+ - R-) / 2 is the derivative along a pair's noise, times sigma. Signal is the variance of d over the
+         pairs that prompts agree on: the mean of d(a) d(b) over all pairs of different prompts
+noise    the variance of d that another choice of prompts would change
+gain     signal / sqrt(signal + noise): what the reward gains by a step of a given length along the estimated gradient,
+         up to a factor that does not depend on sigma. (The estimate from n pairs has a cosine to the gradient of
+         sqrt(n / dimension * signal / (signal + noise)), and the slope along the gradient is sqrt(signal) / sigma.)
+
+Members of every sigma have the same seeds, so that sigmas are compared on the same directions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+# Of what there is to lose: members that have lost more are broken; the updates' noise together may cost so much.
+BROKEN, TOLERATED = 0.5, 0.1
+# Standard errors by which the model must be better than noise, for a share of the difference to mean something.
+SURE = 2.0
+# Steps of the first, coarse ladder; pairs of a sigma there, and in the second, fine one at most and at least.
+FACTOR, STEPS = 4.0, 6
+COARSE_PAIRS, MOST_PAIRS, LEAST_PAIRS = 1, 12, 2
+# The fine ladder, in units of the largest sigma of the coarse one that does not break members.
+FINE = (2.0, 1.0, 0.5, 0.25)
+# Pairs from which on signal is worth a comparison; share of the largest gain that a larger sigma must have.
+ENOUGH_PAIRS, NEARLY = 6, 0.7
+
+
+@dataclass(frozen=True, eq=False)
+class Look:
+    """The rewards of some pairs at one sigma: `rewards` has the shape (pairs, 2, prompts), `base` (prompts)."""
+
+    sigma: float
+    base: np.ndarray
+    rewards: np.ndarray
+
+    @property
+    def pairs(self) -> int:
+        return len(self.rewards)
+
+    @property
+    def dead(self) -> bool:
+        """Whether a member gave no text."""
+        return bool(np.isnan(self.rewards).all(2).any())
+
+    def _told(self) -> tuple[np.ndarray, np.ndarray]:
+        """The rewards of the prompts that all were judged by."""
+        both = ~np.isnan(self.base) & ~np.isnan(self.rewards).any((0, 1))
+        return self.base[both], self.rewards[:, :, both]
+
+    @property
+    def mean(self) -> float:
+        return float(self._told()[1].mean()) if not self.dead else math.nan
+
+    @property
+    def lost(self) -> tuple[float, float]:
+        """How much lower the mean is than the model's, prompt by prompt, and the standard error."""
+        base, rewards = self._told()
+        apart = base - rewards.mean((0, 1))
+        if self.dead or not len(apart):
+            return math.inf, 0.0
+        return float(apart.mean()), float(apart.std(ddof=1) / math.sqrt(len(apart))) if len(apart) > 1 else 0.0
+
+    def _d(self) -> tuple[np.ndarray, np.ndarray]:
+        """Each pair's mean of d over the prompts, and the variance of that mean."""
+        rewards = self._told()[1]
+        d = (rewards[:, 0] - rewards[:, 1]) / 2
+        if d.shape[1] < 2:
+            return d.sum(1), np.zeros(len(d))
+        return d.mean(1), d.var(1, ddof=1) / d.shape[1]
+
+    @property
+    def noise(self) -> float:
+        return float(self._d()[1].mean()) if not self.dead else 0.0
+
+    @property
+    def signal(self) -> float:
+        if self.dead:
+            return 0.0
+        mean, variance = self._d()
+        return float((mean**2 - variance).mean())
+
+    @property
+    def gain(self) -> float:
+        return self.signal / math.sqrt(self.signal + self.noise) if self.signal > 0 else 0.0
+
+    @property
+    def alike(self) -> bool:
+        """Whether all members, and the model, got the same for each prompt."""
+        base, rewards = self._told()
+        return not self.dead and bool((rewards == base).all())
+
+
+@dataclass(frozen=True)
+class Found:
+    """The result of a search.
+
+    sigma      of the members
+    tolerated  how far the weights may be moved by noise, as a sigma
+    looks      everything that was asked, by sigma
+    losses     share that each of them has lost
+    why        in words
+    learns     whether there is something to learn from
+    """
+
+    sigma: float
+    tolerated: float
+    looks: tuple[Look, ...]
+    losses: tuple[float, ...]
+    why: str
+    learns: bool = True
+
+
+def search(ask: Callable[[float, int], Look], scale: float, members: int) -> Found:
+    """Searches with at most so many members. `ask(sigma, pairs)` asks two a pair, and once the unperturbed model, which
+    counts as one; `scale` is the weights' root mean square, from which on members are mostly noise."""
+    guess = scale / 10
+    if members < 1 + 2 * COARSE_PAIRS * 3 + 2 * LEAST_PAIRS * len(FINE):
+        return Found(guess, guess, (), (), f"{max(members, 0)} members are too few to search with: {_GUESSED}", False)
+    left = members - 1
+
+    def look(sigma: float, pairs: int) -> Look:
+        nonlocal left
+        left -= 2 * pairs
+        looks.append(ask(sigma, pairs))
+        return looks[-1]
+
+    looks: list[Look] = []
+    near, floor = look(scale / 8, COARSE_PAIRS), look(scale, COARSE_PAIRS)
+    if near.alike and floor.alike and len(set(floor.base[~np.isnan(floor.base)])) <= 1:
+        return _found(looks, floor, guess, guess, f"all members get the same reward for all prompts: {_GUESSED}", False)
+    if _is_floor(floor):
+        sigma = scale / FACTOR
+        for _ in range(STEPS):
+            tried = look(sigma, COARSE_PAIRS)
+            if share(tried, floor) < BROKEN or left < 2 * COARSE_PAIRS + 2 * LEAST_PAIRS * len(FINE):
+                break
+            sigma /= FACTOR
+    else:
+        # The model is no better than noise, so that nothing can be lost.
+        sigma = scale / FACTOR
+    pairs = min(MOST_PAIRS, left // (2 * len(FINE)))
+    fine = [look(sigma * factor, pairs) for factor in FINE]
+    tolerated = _tolerated(looks, floor)
+    whole = [each for each in fine if share(each, floor) <= BROKEN] or [min(fine, key=lambda each: each.sigma)]
+    best = max(each.gain for each in whole)
+    if best <= 0 or pairs < ENOUGH_PAIRS:
+        # The steps of the updates are noise then, and so may be the members.
+        sigma = min(max(each.sigma for each in whole), 2 * tolerated)
+        why = (
+            "too few pairs to compare signals" if pairs < ENOUGH_PAIRS else "no signal beside the noise of the prompts"
+        )
+        return _found(looks, floor, sigma, tolerated, f"{why}: the largest sigma that does not break members")
+    sigma = max(each.sigma for each in whole if each.gain >= NEARLY * best)
+    return _found(looks, floor, sigma, tolerated, "the largest sigma with most of the gain that does not break members")
+
+
+_GUESSED = "sigma is a guess, a tenth of the weights' root mean square"
+
+
+def share(look: Look, floor: Look) -> float:
+    """Of what the model gets above noise, the share that members have lost; 0 if it gets nothing above noise."""
+    if look.dead:
+        return 1.0
+    if not _is_floor(floor):
+        return 0.0
+    # Members at the floor may have given no text at all: then rewards themselves are the scale.
+    most = floor.lost[0] if math.isfinite(floor.lost[0]) else float(np.nanmean(look.base) - np.nanmin(look.base))
+    return look.lost[0] / most if most > 0 else float(look.lost[0] > 0)
+
+
+def _is_floor(floor: Look) -> bool:
+    lost, error = floor.lost
+    return lost > SURE * error and lost > 0
+
+
+def _tolerated(looks: Sequence[Look], floor: Look) -> float:
+    """The sigma at which the share that is lost becomes TOLERATED: between looks, by the logarithm of sigma. Losses are
+    first made to rise with sigma (by the pool of adjacent violators), weighted by their pairs."""
+    ordered = sorted(looks, key=lambda each: each.sigma)
+    blocks: list[list[float]] = []
+    for each in ordered:
+        blocks.append([share(each, floor), each.pairs, 1])
+        while len(blocks) > 1 and blocks[-2][0] >= blocks[-1][0]:
+            loss, weight, count = blocks.pop()
+            other = blocks[-1]
+            total = other[1] + weight
+            blocks[-1] = [(other[0] * other[1] + loss * weight) / total, total, other[2] + count]
+    rising = [loss for loss, _, count in blocks for _ in range(int(count))]
+    below = [i for i, loss in enumerate(rising) if loss <= TOLERATED]
+    if not below:
+        # In proportion to sigma squared, as the loss of a small displacement is.
+        return ordered[0].sigma * math.sqrt(TOLERATED / rising[0])
+    i = below[-1]
+    if i + 1 == len(ordered):
+        return ordered[-1].sigma / 10
+    part = (TOLERATED - rising[i]) / (rising[i + 1] - rising[i])
+    return ordered[i].sigma * (ordered[i + 1].sigma / ordered[i].sigma) ** part
+
+
+def _found(looks: Sequence[Look], floor: Look, sigma: float, tolerated: float, why: str, learns: bool = True) -> Found:
+    ordered = sorted(looks, key=lambda each: (each.sigma, each.pairs))
+    return Found(sigma, tolerated, tuple(ordered), tuple(share(each, floor) for each in ordered), why, learns)
