@@ -122,7 +122,7 @@ def test_help_shows_defaults_and_ends_with_examples_that_parse(command):
 
 
 def test_helps_are_all_there(capsys):
-    assert len(HELPS) == 1 + 6 + 1 + len(BENCHMARKS)
+    assert len(HELPS) == 1 + 7 + 1 + len(BENCHMARKS)
     with pytest.raises(SystemExit):
         cli.main(["bench", "noise", "--help"])
     assert capsys.readouterr().out == HELPS["esfast bench noise"].format_help()

@@ -63,7 +63,9 @@ def test_the_replay_runs(tmp_path, monkeypatch):
 def test_a_first_sigma_is_a_tenth_of_the_weights(tiny):
     from transformers import AutoModelForCausalLM
 
-    (code,) = blocks("choosing.md")
+    auto, code = blocks("choosing.md")
+    exec(auto, scope := {"esfast": esfast})
+    assert scope["config"].open_questions() == ["sigma", "lr"]
     model = AutoModelForCausalLM.from_pretrained(tiny)
     exec(code, scope := {"model": model})
     matrices = torch.cat([p.detach().flatten() for p in model.parameters() if p.dim() > 1])

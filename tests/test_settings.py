@@ -198,6 +198,25 @@ def test_a_number_on_the_command_line_as_people_write_it(capsys):
     assert settings["generations"] == 100 and settings["sigma"] == 0.01 and settings["report_to"] is None
 
 
+@pytest.mark.parametrize("given", ["auto", " Auto ", "AUTO"])
+def test_a_word_in_the_place_of_a_number(given, capsys):
+    config = ESConfig(sigma=given, lr=given)
+    assert config.sigma == config.lr == "auto" and config.open_questions() == ["sigma", "lr"]
+    assert cli.main(["train", "--sigma", given, "--lr", "1e-3", "--print-config"]) == 0
+    settings = yaml.safe_load(capsys.readouterr().out)
+    assert (settings["sigma"], settings["lr"]) == ("auto", 0.001)
+
+
+def test_another_word_is_refused(capsys):
+    with pytest.raises(TypeError, match="ESConfig.sigma: expected a number, got str 'large', or 'auto'"):
+        ESConfig(sigma="large")
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--lr", "large"])
+    assert "invalid float or auto value: 'large'" in capsys.readouterr().err
+    with pytest.raises(TypeError):
+        ESConfig(weight_decay="auto")
+
+
 def test_run_options_are_converted_too():
     options = RunOptions(model=Path("a/b"), train_prompts=np.int64(3), reward="m:f", num_engines=2.0)
     assert (options.model, options.train_prompts, options.reward, options.num_engines) == ("a/b", 3, ["m:f"], 2)
@@ -209,7 +228,12 @@ def test_run_options_are_converted_too():
 
 def test_every_setting_is_of_a_type_that_is_converted():
     for name, field in FIELDS.items():
-        inner = field.type.removesuffix(" | None").removeprefix("list[").removesuffix("]")
+        inner = (
+            field.type.removesuffix(" | None")
+            .removesuffix(" | Literal['auto']")
+            .removeprefix("list[")
+            .removesuffix("]")
+        )
         assert inner in ("int", "float", "bool", "str", "dict") and "choices" in field.metadata, name
 
 

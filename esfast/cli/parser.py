@@ -58,7 +58,7 @@ def parser_of_all() -> argparse.ArgumentParser:
             "esfast tune --model FOLDER --task countdown --population-size 30 --generations 300",
         ),
     )
-    _add_train_arguments(tune)
+    _add_train_arguments(tune, prints_config=False)
     tune.add_argument("--json", action="store_true", help="print the result as JSON")
     tune.set_defaults(run=_command("tune"))
 
@@ -146,7 +146,7 @@ def parser_of_all() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_train_arguments(parser: argparse.ArgumentParser, prints_config: bool = True) -> None:
     parser.add_argument("--preset", metavar="NAME", help=f"settings of an experiment: {', '.join(PRESETS)}")
     parser.add_argument(
         "--config",
@@ -154,7 +154,8 @@ def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
         help="settings from a YAML file, such as a run's config.yaml; "
         "they replace the preset's, and options replace them",
     )
-    parser.add_argument("--print-config", action="store_true", help="print all settings as YAML, and train nothing")
+    if prints_config:
+        parser.add_argument("--print-config", action="store_true", help="print all settings as YAML, and train nothing")
     add_options(parser, SETTINGS, GROUPS, TRAIN_DEFAULTS)
 
 

@@ -115,7 +115,10 @@ def _convert(what: str, value: Any, kind: Kind) -> Any:
         return value.strip().lower()
     item = _CONVERTERS[kind.item]
     if not kind.is_list:
-        return item(what, value)
+        try:
+            return item(what, value)
+        except BadType as error:
+            raise BadType(", or ".join([str(error), *map(repr, kind.words)])) from None
     if isinstance(value, Mapping):
         raise BadType(f"{what}: expected a list, got {value!r:.80}")
     return [item(what, v) for v in (value if isinstance(value, list) else [value])]
