@@ -28,8 +28,11 @@ def run(args: argparse.Namespace) -> None:
             raise BadValue(f"{as_flag(name)}: `esfast tune` leaves no run; `esfast train --sigma auto --lr auto` does")
     with tempfile.TemporaryDirectory(prefix="esfast-tune-") as scratch:
         settings |= {"sigma": AUTO, "lr": AUTO, "output_dir": scratch}
-        trainer, _ = trainer_of(options, settings, Team.join(device_of(options)))
+        team = Team.join(device_of(options), 1 if options.engine == "vllm" else options.tensor_parallel_size)
+        trainer, _ = trainer_of(options, settings, team)
         found = trainer.tune()
+    if team.rank:
+        return
     groups = trainer.args.groups
     if args.json:
         print(json.dumps({**found.to_json(), "groups": groups}))
