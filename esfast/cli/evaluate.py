@@ -41,7 +41,9 @@ def run(args: argparse.Namespace) -> None:
             raise BadValue(f"no problems of {options.data or options.task} are held out")
         model, tokenizer = load(options)
         length = args.max_completion_length
-        if length is None:
+        if length is None and task.environment is not None:
+            length = settings.get("max_completion_length") or task.max_new_tokens
+        elif length is None:
             prompts = PromptEncoder(tokenizer)(chat.render(rows, tokenizer, settings.get("chat_template_kwargs")))
             length = _that_fits(
                 settings.get("max_completion_length") or task.max_new_tokens,

@@ -34,6 +34,11 @@ class RunOptions:
         "countdown, conciseness, math or sudoku; gym:NAME, one of reasoning-gym's 105; file:PATH or dataset:NAME, with "
         "--reward; or your own, MODULE:FUNCTION (default: what the model was made for, else countdown)",
     )
+    environment: str | None = option(
+        None,
+        "MODULE:CLASS in the place of a task: code of yours that talks with the model and returns the reward of each "
+        "episode",
+    )
     style: str | None = option(
         None,
         "style of the prompts; chat: messages in the model's template, of gym tasks (default: the style that the model "
@@ -71,10 +76,14 @@ class RunOptions:
 
     def __post_init__(self):
         convert_fields(self)
-        for name in ("model", "task", "data", "device"):
+        for name in ("model", "task", "environment", "data", "device"):
             # An empty text comes from a shell variable that is not set.
             if getattr(self, name) == "":
                 raise BadValue(f"RunOptions.{name}: expected a name, got an empty text")
+        if self.environment is not None:
+            if self.task not in (None, f"environment:{self.environment}"):
+                raise BadValue(f"environment: it takes the place of a task; leave --task {self.task} out")
+            self.task = f"environment:{self.environment}"
         for name in ("train_prompts", "num_engines", "tensor_parallel_size"):
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name), 1, 2**31)

@@ -67,7 +67,8 @@ def trainer_of(options: RunOptions, settings: dict[str, Any], team: Team) -> tup
     task, probes = task_of(options), probes_of(options)
     config = es_config(_defaults(options, task, probes) | settings)
     # Refuse now what the trainer would refuse after minutes of loading.
-    open_rewards(list(task.reward_funcs), {}, config.reward_weights)
+    if task.environment is None:
+        open_rewards(list(task.reward_funcs), {}, config.reward_weights)
     require(config.report_to)
     eval_rows = task.eval_rows(config.eval_prompts)
     if not eval_rows:
@@ -81,7 +82,9 @@ def trainer_of(options: RunOptions, settings: dict[str, Any], team: Team) -> tup
         "eval_dataset": eval_rows or None,
         "metrics": {} if task.accuracy is None else {"accuracy": task.accuracy},
         "probes": {name: Probe.of_task(probe, config.eval_prompts) for name, probe in probes.items()},
+        "environment": task.environment,
     }
+    reward_funcs = list(task.reward_funcs) or None
     if options.engine == "vllm":
         from ..integrations.fleet import FleetTrainer
 
@@ -89,7 +92,7 @@ def trainer_of(options: RunOptions, settings: dict[str, Any], team: Team) -> tup
         path = options.model if options.model is not None else str(embedded.cached(task=options.task))
         trainer: ESTrainer = FleetTrainer(
             path,
-            list(task.reward_funcs),
+            reward_funcs,
             config,
             options.num_engines,
             options.tensor_parallel_size,
@@ -99,7 +102,7 @@ def trainer_of(options: RunOptions, settings: dict[str, Any], team: Team) -> tup
     else:
         model, tokenizer = load(options, team)
         pretraining = time.perf_counter() - began if options.model is None else 0.0
-        trainer = ESTrainer(model, list(task.reward_funcs), config, processing_class=tokenizer, team=team, **data)
+        trainer = ESTrainer(model, reward_funcs, config, processing_class=tokenizer, team=team, **data)
     trainer.described = dataclasses.asdict(options)
     return trainer, pretraining
 

@@ -105,7 +105,7 @@ class FleetTrainer(ESTrainer):
     def __init__(
         self,
         model: str | Path,
-        reward_funcs: RewardFunc | Sequence[RewardFunc],
+        reward_funcs: RewardFunc | Sequence[RewardFunc] | None = None,
         args: ESConfig | None = None,
         num_engines: int = 1,
         tensor_parallel_size: int = 1,
@@ -131,14 +131,16 @@ class FleetTrainer(ESTrainer):
         )
         fleet.prompts.length_setting = "max_completion_length"
         self._fleet = fleet
-        evaluator: Any = FleetEvaluator(fleet)
+        # Episodes ask many times of one member: all engines make the same one, and share its prompts.
+        alone = others.get("environment") is None
+        asked: dict[str, Any] = {"evaluator": FleetEvaluator(fleet)} if alone else {"engine": fleet}
         try:
             super().__init__(
                 FleetStore(fleet, args.weights),
                 reward_funcs,
                 args,
                 processing_class=fleet.prompts.tokenizer,
-                evaluator=evaluator,
+                **asked,
                 **others,
             )
         except BaseException:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .charts import COLOURS, Line, histograms, lines, shares
@@ -30,6 +31,7 @@ pre{margin:0;white-space:pre-wrap;font:13px/1.4 ui-monospace,monospace}.blank{co
 .findings{background:#fff4d6;border:1px solid #e8d9a8;border-radius:8px;padding:.5rem .8rem .5rem 1.8rem}
 .sample{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,300px),1fr));gap:.8rem;background:#fff;
 border:1px solid #dde1e6;border-radius:8px;padding:.8rem;margin-bottom:.7rem}.sample b{font-size:.85rem;color:#4a5563}
+.turn{border-left:3px solid #dde1e6;padding-left:.5rem;margin:.35rem 0}.turn i{font-size:.75rem;color:#4a5563}
 """
 
 
@@ -172,13 +174,27 @@ def _samples(experiments: Sequence[Sequence[Run]], count: int) -> list[str]:
             evaluations.setdefault(sample.get("generation"), []).append(sample)
         first, *_, last = [*evaluations.values()] * 2
         for before, after in zip(first[:count], last[:count], strict=False):
-            cells = [("prompt", before.get("prompt", ""))]
+            cells = [] if _turns(before) else [("prompt", f"<pre>{response(before.get('prompt', ''))}</pre>")]
             for s in (before, after):
                 title = f"generation {s.get('generation')}, rewards {_numbers(s.get('rewards') or ())}"
-                cells.append((title, s.get("completion", "")))
-            columns = (f"<div><b>{escaped(title)}</b><pre>{response(text)}</pre></div>" for title, text in cells)
+                cells.append((title, _turns(s) or f"<pre>{response(s.get('completion', ''))}</pre>"))
+            columns = (f"<div><b>{escaped(title)}</b>{said}</div>" for title, said in cells)
             parts.append(f'<div class="sample">{"".join(columns)}</div>')
     return parts or ["<p>No samples were kept.</p>"]
+
+
+def _turns(sample: Mapping[str, Any]) -> str:
+    """The messages of an episode, each with its role; empty for a single response."""
+    messages = sample.get("messages")
+    shown = []
+    for message in messages if isinstance(messages, list) else ():
+        if isinstance(message, dict):
+            text, calls = message.get("content"), message.get("tool_calls")
+            said = "\n".join([*([] if text is None else [str(text)]), *([json.dumps(calls)] if calls else [])])
+            shown.append(f'<div class="turn"><i>{escaped(message.get("role"))}</i><pre>{response(said)}</pre></div>')
+    if shown and sample.get("error") is not None:
+        shown.append(f'<pre class="blank">{escaped(sample["error"])}</pre>')
+    return "".join(shown)
 
 
 def _numbers(values: Sequence[Any]) -> str:

@@ -153,6 +153,9 @@ class Scorer:
             raise RewardError(f"reward function {name_of(function)} gave no rewards in {self._timeout:g} s") from None
         except NotRewards as error:
             raise RewardError(f"reward function {name_of(function)} {error}") from None
+        except RewardError:
+            # Its message says it all: an episode of an environment failed.
+            raise
         except FAILURES as error:
             if isinstance(error, KeyboardInterrupt) and came_by_signal(error):
                 raise

@@ -44,13 +44,13 @@ def answered(rows: Rows, responses: Sequence[str]) -> tuple[Rows, list]:
     """Rows and completions as reward functions get them: for a chat the completion is a list of one message.
 
     As in TRL, a message that the model continued is whole in the completion and removed from the prompt, so that prompt
-    + completion is the conversation.
+    + completion is the conversation. What is no text, such as an environment's episode, stays as it is.
     """
     asked, completions = [], []
     response: Any
     for row, response in zip(rows, responses, strict=True):
         prompt = row["prompt"]
-        if is_chat(prompt):
+        if is_chat(prompt) and isinstance(response, str):
             if prompt[-1]["role"] == "assistant":
                 row = {**row, "prompt": list(prompt[:-1])}
                 response = _joined(prompt[-1]["content"]) + response

@@ -109,6 +109,13 @@ class PromptReader:
             self._kept = self._read(prompts)
         return [self._kept[prompt] for prompt in prompts]
 
+    def set_longest(self, max_new_tokens: int) -> None:
+        """Changes how many tokens a completion may have."""
+        if max_new_tokens > self.max_new_tokens:
+            # Prompts that left room for a shorter completion may leave none for a longer one.
+            self._kept = {}
+        self.max_new_tokens = max_new_tokens
+
     def check(self, prompts: Sequence[str]) -> None:
         """Raises ValueError for the first prompt that can't be read; keeps nothing."""
         self._read(prompts)

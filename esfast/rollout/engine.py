@@ -22,6 +22,7 @@ from transformers import GenerationConfig
 from ..core.dtensors import in_shards
 from ..utils.errors import BadType, BadValue
 from ..utils.names import DECODINGS
+from .completion import OWN, Asked, Completion
 from .decoding import WAYS, choose_ways
 from .encoding import PromptReader, context_limit, embedded_tokens
 from .models import check_generates
@@ -128,6 +129,7 @@ class TransformersEngine:
         self.model, self.tokenizer = model, tokenizer
         self.max_new_tokens, self.batch_size, self.temperature = max_new_tokens, batch_size, temperature
         self.decoding = decoding
+        self.top_p = 1.0
         self.tokens = 0
         ends = _end_tokens(model, tokenizer)
         vocabulary = embedded_tokens(model)
@@ -168,12 +170,25 @@ class TransformersEngine:
             LogitsError: (esfast.rollout.sampling, a ValueError) the model's logits are NaN or infinite.
             torch.OutOfMemoryError: not even a single prompt fits in memory.
         """
+        return [completion.text for completion in self.complete_texts(prompts, seeds)]
+
+    def complete_texts(
+        self, prompts: Sequence[str], seeds: Sequence[int] | None = None, asked: Asked = OWN
+    ) -> list[Completion]:
+        """As `generate`, with settings of this call: a Completion for each prompt, in order.
+
+        Raises ValueError also for settings that are out of range or exceed max_new_tokens.
+        """
+        with self._as_asked(asked):
+            return self._complete(prompts, None if asked.temperature == 0 else seeds)
+
+    def _complete(self, prompts: Sequence[str], seeds: Sequence[int] | None) -> list[Completion]:
         encoded = self.prompts(prompts)
         if seeds is not None and len(seeds) != len(prompts):
             raise BadValue(f"seeds: expected one for each of {len(prompts)} prompts, got {len(seeds)}")
         # Longest first: if memory is short it shows in the first mini-batch, before work is done that would be lost.
         order = sorted(range(len(prompts)), key=lambda i: -len(encoded[i]))
-        completions = [""] * len(prompts)
+        completions = [Completion("", 0, True)] * len(prompts)
         self._traits = self._traits or self._measure()
         longest = max(map(len, encoded), default=0) + self.max_new_tokens
         fitting = self._traits.batch_that_fits(longest, self.model.device)
@@ -183,13 +198,13 @@ class TransformersEngine:
                 most = min(self.batch_size or fitting, len(order))
                 batch = order[done : done + most]
                 batch = batch[: self._traits.batchable([len(encoded[i]) for i in batch])]
-                texts = self._try_batch([encoded[i] for i in batch], most, seeds and [seeds[i] for i in batch])
-                if texts is None:
+                found = self._try_batch([encoded[i] for i in batch], most, seeds and [seeds[i] for i in batch])
+                if found is None:
                     self.batch_size = len(batch) // 2
                     log.warning("out of memory with %d prompts at once: going on with %d", len(batch), self.batch_size)
                     continue
-                for i, text in zip(batch, texts, strict=True):
-                    completions[i] = text
+                for i, completion in zip(batch, found, strict=True):
+                    completions[i] = completion
                 done += len(batch)
         return completions
 
@@ -209,10 +224,32 @@ class TransformersEngine:
             self._traits.carried.forget()
         if seeds is None:
             return None
-        return SeededSampling(list(seeds), self.temperature, self.max_new_tokens, self.model.device)
+        return SeededSampling(list(seeds), self.temperature, self.max_new_tokens, self.model.device, self.top_p)
 
-    def _try_batch(self, rows: list[list[int]], most: int, seeds: Sequence[int] | None) -> list[str] | None:
-        """Completions of one mini-batch; None if it doesn't fit in memory and fewer rows might."""
+    @contextlib.contextmanager
+    def _as_asked(self, asked: Asked) -> Iterator[None]:
+        """In the block the settings are those of one call. Decodings read them from the generation config."""
+        most = self.max_new_tokens if asked.max_tokens is None else asked.max_tokens
+        if not 1 <= most <= self.max_new_tokens:
+            raise BadValue(
+                f"max_tokens: expected 1 to {self.max_new_tokens} ({self.prompts.length_setting}), got {most}"
+            )
+        if not 0 < asked.top_p <= 1:
+            raise BadValue(f"top_p: expected more than 0 and at most 1, got {asked.top_p}")
+        own = self.max_new_tokens, self.temperature, self.top_p
+        try:
+            self._set(most, asked.temperature or self.temperature, asked.top_p)
+            yield
+        finally:
+            self._set(*own)
+
+    def _set(self, max_new_tokens: int, temperature: float, top_p: float) -> None:
+        self.max_new_tokens, self.temperature, self.top_p = max_new_tokens, temperature, top_p
+        self.generation_config.max_new_tokens = max_new_tokens
+        self.prompts.set_longest(max_new_tokens)
+
+    def _try_batch(self, rows: list[list[int]], most: int, seeds: Sequence[int] | None) -> list[Completion] | None:
+        """The completions of one mini-batch; None if it doesn't fit in memory and fewer rows might."""
         sampling = self.begin_batch(seeds)
         try:
             new = self._decode(rows, most, sampling)
@@ -222,7 +259,12 @@ class TransformersEngine:
                 raise
         else:
             self.tokens += sum(map(len, new))
-            return self.tokenizer.batch_decode(new, skip_special_tokens=True)
+            texts = self.tokenizer.batch_decode(new, skip_special_tokens=True)
+            ends = self.generation_config.eos_token_id or ()
+            return [
+                Completion(text, len(ids), ids[-1:] != [] and ids[-1] in ends)
+                for text, ids in zip(texts, new, strict=True)
+            ]
         # Outside the except block, whose traceback keeps the failed batch's tensors alive.
         self.close()
         if torch.cuda.is_available():

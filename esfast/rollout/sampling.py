@@ -60,10 +60,18 @@ class SeededSampling(LogitsProcessor):
     seeds        one a row
     temperature  divides the scores, > 0
     steps        most tokens of a response
+    top_p        keeps the fewest tokens whose probabilities sum to at least this; 1: all
     """
 
-    def __init__(self, seeds: list[int], temperature: float, steps: int, device: torch.device | str = "cpu"):
-        self.temperature = temperature
+    def __init__(
+        self,
+        seeds: list[int],
+        temperature: float,
+        steps: int,
+        device: torch.device | str = "cpu",
+        top_p: float = 1.0,
+    ):
+        self.temperature, self.top_p = temperature, top_p
         self._numbers = torch.tensor(np.stack([uniforms(seed, steps) for seed in seeds])).to(device)
         self._width = 0
 
@@ -82,7 +90,12 @@ class SeededSampling(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         step = input_ids.shape[1] - self._width
-        sums = torch.softmax(scores.float() / self.temperature, -1).cumsum(-1)
+        probabilities = torch.softmax(scores.float() / self.temperature, -1)
+        if self.top_p < 1:
+            ordered, places = probabilities.sort(dim=-1, descending=True, stable=True)
+            beyond = ordered.cumsum(-1) - ordered >= self.top_p
+            probabilities = probabilities.masked_fill(beyond.scatter(-1, places, beyond), 0)
+        sums = probabilities.cumsum(-1)
         total = sums[:, -1:]
         point = torch.minimum(
             self._numbers[:, step : step + 1] * total, torch.nextafter(total, torch.zeros_like(total))

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..utils.errors import BadType, BadValue
 from ..utils.suggest import unknown
-from . import conciseness, countdown, file, gym, math, sudoku
+from . import conciseness, countdown, environment, file, guess, gym, math, sudoku
 from .base import Recipe, Task
 from .data import DATASETS
 
@@ -26,6 +26,8 @@ MODULES: dict[str, ModuleType] = {
     "math": math,
     "sudoku": sudoku,
 }
+# Tasks of several turns: each has an environment in the place of reward functions.
+GAMES: dict[str, ModuleType] = {"guess": guess}
 
 
 def get(
@@ -38,10 +40,10 @@ def get(
     """The task of that name.
 
     Args:
-        name: a key of MODULES; `gym:NAME` for reasoning-gym's (see the module gym); `file:PATH` (see records.read) or
-            `dataset:NAME` for prompts of your own; or a task of your own: `module:function`, or the name of an entry
-            point in the group "esfast.tasks" of an installed package. Your own is called as
-            function(style=, data=, train_prompts=) and returns a Task.
+        name: a key of MODULES or GAMES; `gym:NAME` for reasoning-gym's (see the module gym); `environment:MODULE:CLASS`
+            (see environment.task); `file:PATH` (see records.read) or `dataset:NAME` for prompts of your own; or a task
+            of your own: `module:function`, or the name of an entry point in the group "esfast.tasks" of an installed
+            package. Your own is called as function(style=, data=, train_prompts=) and returns a Task.
         style: style of the prompts: "paper", or "compact" for the embedded model; gym tasks have "chat", too.
         data: a file of problems to use instead of the task's generator.
         train_prompts: how many fixed problems to train on. None: fresh ones in every generation (all, from a file).
@@ -55,6 +57,10 @@ def get(
     source: dict[str, Any] = {"style": style, "train_prompts": train_prompts}
     if name.startswith(("file:", DATASETS)):
         return file.task(name.removeprefix("file:"), reward, **source)
+    if name.startswith(environment.PREFIX):
+        if reward:
+            raise BadValue("reward: an environment's episodes return their rewards; leave --reward out")
+        return environment.task(name.removeprefix(environment.PREFIX), style, data, train_prompts)
     task = _maker(name)(data=data, **source)
     if not isinstance(task, Task):
         raise BadType(f"task: expected an esfast.tasks.Task from {name}, got {task!r:.80}")
@@ -63,8 +69,8 @@ def get(
 
 def _maker(name: str) -> Callable[..., Task]:
     """The function that makes the task of this name."""
-    if name in MODULES:
-        return MODULES[name].task
+    if name in MODULES or name in GAMES:
+        return (MODULES | GAMES)[name].task
     if name.startswith(gym.PREFIX):
         return functools.partial(gym.task, name.removeprefix(gym.PREFIX))
     for point in entry_points(group="esfast.tasks"):
@@ -72,4 +78,4 @@ def _maker(name: str) -> Callable[..., Task]:
             return point.load()
     if ":" in name:
         return file.imported(name, "task")
-    raise BadValue(unknown("task", name, [*MODULES, "gym:NAME", "file:PATH", "MODULE:FUNCTION"]))
+    raise BadValue(unknown("task", name, [*MODULES, *GAMES, "gym:NAME", "file:PATH", "MODULE:FUNCTION"]))

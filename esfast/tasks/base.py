@@ -32,10 +32,12 @@ class Recipe:
         examples: (seed, thousands) -> that many thousand pairs (prompt, completion) to pre-train on, all of the split
             "train".
         settings: fields of ESConfig.
+        chat_template: for the model's tokenizer, if the task is a conversation.
     """
 
     examples: Callable[[int, int], list[tuple[str, str]]]
     settings: dict[str, Any]
+    chat_template: str | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ class Task:
         max_new_tokens: longest response that the task needs, in tokens.
         settings: fields of ESConfig that the task sets, whatever the model.
         source: name and version of what makes up the rows, if the version matters. A resumed run must have the same.
+        environment: an object with `async episode(client, row) -> reward` (see ESTrainer), in the place of reward
+            functions. None for a task of one response.
     """
 
     name: str
@@ -74,6 +78,7 @@ class Task:
     max_new_tokens: int
     settings: dict[str, Any] = field(default_factory=dict)
     source: str = ""
+    environment: Any = None
 
     def train_dataset(self, seed: int) -> Rows | Callable[[int, int], Rows]:
         """The `train_dataset` for ESTrainer. If the task's rows are fixed it is all of them, which the trainer can

@@ -21,7 +21,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config,
 from ..core import random_stream
 from ..utils.errors import BadValue, FileTaken
 from ..utils.files import check_writable, whole_folder
-from . import MODULES, base, tags
+from . import GAMES, MODULES, base, environment, tags
 
 STEPS = 1600
 BATCH = 64
@@ -72,6 +72,7 @@ def build(
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             torch.default_generator.manual_seed(seed)  # of the CPU only: fork_rng forks no other
             tokenizer = make_tokenizer()
+            tokenizer.chat_template = recipe.chat_template
             model = make_model(tokenizer)
             _pretrain(model, _corpus(tokenizer, seed, recipe), steps, progress)
         # saved with the model, so that `esfast eval` of a tuned one asks as it was taught
@@ -168,6 +169,10 @@ def settings(task: str) -> dict:
 
 
 def _module(task: str):
-    if task not in MODULES:
-        raise BadValue(f"the embedded model knows only {', '.join(MODULES)}, not {task!r}: give a --model")
-    return MODULES[task]
+    known = MODULES | GAMES
+    if task.startswith(environment.PREFIX):
+        # The model that knows conversations
+        task = "guess"
+    if task not in known:
+        raise BadValue(f"the embedded model knows only {', '.join(known)}, not {task!r}: give a --model")
+    return known[task]

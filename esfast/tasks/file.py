@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from ..utils.errors import BadImport, BadValue
 from ..utils.rows import check_prompt
@@ -22,15 +23,15 @@ def reward_function(name: str) -> Callable[..., list[float]]:
     return imported(name, "reward")
 
 
-def imported(name: str, what: str) -> Callable:
-    """The function that `module:function` names. The module is looked for in sys.path; commands of esfast add the
-    current folder to it.
+def imported(name: str, what: str, form: str = "MODULE:FUNCTION") -> Any:
+    """What `module:function` names, a function or a class. The module is looked for in sys.path; commands of esfast add
+    the current folder to it.
 
     Raises ValueError if the name has another form; ImportError if the module or the function is missing, or if
     importing the module raised."""
     module, _, function = name.partition(":")
     if not module or not function.isidentifier():
-        raise BadValue(f"{what}: expected MODULE:FUNCTION, for example {what}s:mine, got {name!r}")
+        raise BadValue(f"{what}: expected {form}, for example {what}s:mine, got {name!r}")
     try:
         found = importlib.import_module(module)
     except ModuleNotFoundError as error:

@@ -20,10 +20,11 @@ KEPT = 8
 
 
 class Batch(NamedTuple):
-    """The prompts of every member of a generation: row i has text i, and seed i if responses are sampled."""
+    """The prompts of every member of a generation: row i has text i, and seed i if responses are sampled. Episodes of
+    an environment begin with their rows, which are their texts, and always have seeds."""
 
     rows: Rows
-    texts: list[str]
+    texts: list
     seeds: Sequence[int] | None
 
 
@@ -32,10 +33,11 @@ class Batches:
 
     dataset    rows, drawn without repetition until all were used; or a function (generation, count) -> rows
     tokenizer  whose template turns chats into texts
+    episodes   whether each row is an episode's
     """
 
-    def __init__(self, dataset: Rows | Callable[[int, int], Rows], config: ESConfig, tokenizer):
-        self._dataset, self._config, self._tokenizer = dataset, config, tokenizer
+    def __init__(self, dataset: Rows | Callable[[int, int], Rows], config: ESConfig, tokenizer, episodes: bool = False):
+        self._dataset, self._config, self._tokenizer, self._episodes = dataset, config, tokenizer, episodes
         # Cached: the batch that was checked, or searched with, is the batch that is trained on.
         if callable(dataset):
             self._fresh_rows = functools.lru_cache(KEPT)(dataset)
@@ -45,7 +47,7 @@ class Batches:
         rows = [row for row in self.rows(generation) for _ in range(c.num_generations)]
         seeds = None
         # The same for every member, so that members differ by their weights alone.
-        if c.temperature > 0:
+        if c.temperature > 0 or self._episodes:
             seeds = response_seeds(c.seed, generation, len(rows) // c.num_generations, c.num_generations)
         return Batch(rows, self.texts(rows), seeds)
 
@@ -66,16 +68,19 @@ class Batches:
             return check_rows(f"train_dataset({generation}, {count})", self._fresh_rows(generation, count))
         return draw(self._dataset, generation, count, self._config.seed)
 
-    def texts(self, rows: Rows) -> list[str]:
+    def texts(self, rows: Rows) -> list:
+        return list(rows) if self._episodes else self.rendered(rows)
+
+    def rendered(self, rows: Rows) -> list[str]:
         return chat.render(rows, self._tokenizer, self._config.chat_template_kwargs)
 
     def check(self, engine: Engine, eval_dataset: Rows | None, progress: bool) -> None:
         """Checks all prompts of fixed data before the run begins; ValueError names the row."""
         for what, rows in (("train_dataset", self._dataset), ("eval_dataset", eval_dataset)):
-            if rows is not None and not callable(rows):
+            if rows is not None and not callable(rows) and not self._episodes:
                 check_prompts(what, rows, self.texts, engine, progress)
 
     def check_fresh(self, engine: Engine, generation: int, progress: bool) -> None:
         """Checks the next batch of rows from a function."""
-        if callable(self._dataset):
+        if callable(self._dataset) and not self._episodes:
             check_prompts("train_dataset", self.rows(generation), self.texts, engine, progress)

@@ -20,7 +20,7 @@ from .trl_names import accepts_trl_names
 # Settings that may differ when a run is resumed. All others must be the same.
 _MAY_CHANGE = """
     output_dir reward_workers reward_timeout eval_every eval_prompts on_reward_error checkpoint_every resume progress
-    samples save_best report_to kl_to_base members_at_once
+    samples save_best report_to kl_to_base members_at_once episode_timeout episodes_at_once endpoint_port
 """.split()
 
 # What ES takes under the same name
@@ -41,6 +41,10 @@ _LEAST = {
     "checkpoint_every": 0,
     "eval_prompts": 1,
     "samples": 0,
+    "max_episode_turns": 1,
+    "max_episode_tokens": 1,
+    "episodes_at_once": 1,
+    "endpoint_port": 0,
 }
 # Of a setting that the run finds: sigma, lr, groups
 AUTO: Final = "auto"
@@ -131,6 +135,17 @@ class ESConfig:
     reward_weights: list[float] | None = option(None, "a factor for each reward function (default: 1)")
     reward_workers: int = option(0, "processes that score while the next member generates; 0: this process scores")
     reward_timeout: float = option(300.0, "seconds that a reward function may take for one member's completions")
+    max_episode_turns: int = option(64, "answers of the model that an environment's episode may ask for")
+    max_episode_tokens: int | None = option(
+        None, "tokens that the model may generate in an episode (default: any number)"
+    )
+    episode_timeout: float = option(300.0, "seconds that an episode may take, without those in which the model answers")
+    episodes_at_once: int = option(256, "episodes that run at the same time")
+    endpoint_port: int | None = option(
+        None,
+        "also serve the members on this port of 127.0.0.1, 0 for any, for agents that are programs of their own "
+        "(default: only in memory)",
+    )
     eval_every: int = option(10, "generations between evaluations; 0: evaluate only before and after the run")
     eval_prompts: int = option(500, "held-out prompts of an evaluation")
     kl_to_base: bool = option(
@@ -177,11 +192,14 @@ class ESConfig:
             check_number(f"ESConfig.{name}", getattr(self, name), 0)
         for weight in self.reward_weights or ():
             check_number("ESConfig.reward_weights", weight, -1e300, 1e300)
-        if not 0 < self.reward_timeout <= _LONGEST:
-            raise BadValue(
-                f"ESConfig.reward_timeout: expected seconds, more than 0 and at most {_LONGEST:g}, "
-                f"got {self.reward_timeout!r}"
-            )
+        for name in ("reward_timeout", "episode_timeout"):
+            if not 0 < getattr(self, name) <= _LONGEST:
+                raise BadValue(
+                    f"ESConfig.{name}: expected seconds, more than 0 and at most {_LONGEST:g}, "
+                    f"got {getattr(self, name)!r}"
+                )
+        if self.endpoint_port is not None:
+            check_int("ESConfig.endpoint_port", self.endpoint_port, 0, 2**16)
         if self.num_generations > 1 and self.temperature == 0:
             raise BadValue(
                 f"ESConfig.num_generations: {self.num_generations} equal responses to a prompt at temperature 0; "

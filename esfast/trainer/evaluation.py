@@ -10,9 +10,11 @@ from tqdm import tqdm
 from ..rewards.scorer import Scorer, combine
 from ..rollout import chat
 from ..rollout.engine import TransformersEngine
+from ..rollout.episodes.engine import Episodes, Settings
 from ..tasks import Task
 from ..utils.rows import Rows
 from ..utils.stats import mean, standard_error
+from .environment import episode_reward
 
 CHUNK = 64  # prompts between two steps of the progress bar
 
@@ -31,6 +33,8 @@ def respond(
     weights = reward_weights or [1.0] * len(task.reward_funcs)
     engine = TransformersEngine(model, tokenizer, max_new_tokens, batch_size)
     engine.prompts.length_setting = "max_completion_length"
+    if task.environment is not None:
+        return _episodes(Episodes(task.environment, engine, tokenizer, Settings(template=chat_template_kwargs)), rows)
     prompts, completions, chunk = chat.render(rows, tokenizer, chat_template_kwargs), [], batch_size or CHUNK
     engine.check(prompts)
     for start in tqdm(range(0, len(prompts), chunk), unit="batch", dynamic_ncols=True, leave=False):
@@ -50,6 +54,14 @@ def respond(
         for response, correct in zip(responses, values[-1], strict=True):
             response["correct"] = correct
     return responses
+
+
+def _episodes(engine: Episodes, rows: Rows) -> list[dict]:
+    """The same for an environment: `prompt` and `completion` are the first message and all that the model said. Raises
+    RewardError for an episode that failed."""
+    episodes = engine.generate(rows)
+    rewards = episode_reward(None, episodes)
+    return [{**episode.sample(), "reward": reward} for episode, reward in zip(episodes, rewards, strict=True)]
 
 
 def summarize(model: str, task: Task, responses: Sequence[dict]) -> dict[str, Any]:

@@ -57,10 +57,9 @@ class HeldOut:
     ) -> dict[str, Any]:
         scores, figures = self._judge(*chat.answered(rows, completions))
         for text, completion, *rewards in list(zip(texts, completions, *scores, strict=True))[: self._samples]:
-            self._folder.append_samples(
-                {"generation": generation, "prompt": text, "completion": completion, "rewards": rewards}
-            )
-        lengths = mean(list(map(len, completions)))
+            said = {"prompt": text, "completion": completion} if isinstance(completion, str) else completion.sample()
+            self._folder.append_samples({"generation": generation, **said, "rewards": rewards})
+        lengths = mean([len(c if isinstance(c, str) else c.text) for c in completions])
         return figures | {f"eval_{name}": mean(values) for name, values in kl.items()} | {"eval_length": lengths}
 
 

@@ -36,7 +36,9 @@ class Probe:
 
     @classmethod
     def of_task(cls, task: Task, count: int) -> Probe:
-        """At most `count` of the task's held-out problems."""
+        """At most `count` of the task's held-out problems. ValueError for a task of several turns."""
+        if task.environment is not None:
+            raise BadValue(f"probe: {task.name} has an environment; only tasks of single responses can be probed")
         return cls(
             task.eval_rows(count), task.reward_funcs, {} if task.accuracy is None else {"accuracy": task.accuracy}
         )

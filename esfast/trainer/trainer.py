@@ -34,6 +34,7 @@ from .batches import Batches
 from .clock import PhaseTimer, account
 from .config import ESConfig
 from .door import open_evaluator, open_rewards, open_tokenizer
+from .environment import Given, of_environment, playing
 from .held_out import HeldOut
 from .identity import check as check_identity
 from .identity import identity as identity_of
@@ -77,6 +78,9 @@ class ESTrainer(SavesLikeTRL):
         evaluator: asks the members instead: an esfast.rollout.MemberEvaluator, which has an engine of its own.
         probes: other tasks that are evaluated alongside, to see what is forgotten: an esfast.trainer.probes.Probe each,
             by name.
+        environment: in the place of reward functions: an object with `async episode(client, row) -> reward`, or such a
+            function. `client` is an openai.AsyncOpenAI that a member answers, `client.model` the name to ask for. Its
+            methods `rows(generation, count, seed)` and `held_out(count)` give the rows, if train_dataset is left out.
         team: the processes that train together (Team.join()), each with a model of its own or a part of one (see
             esfast.distributed.tensor_parallel). Default: this process alone.
 
@@ -90,7 +94,7 @@ class ESTrainer(SavesLikeTRL):
     def __init__(
         self,
         model: torch.nn.Module | str | os.PathLike | WeightStore,
-        reward_funcs: RewardFunc | Sequence[RewardFunc],
+        reward_funcs: RewardFunc | Sequence[RewardFunc] | None = None,
         args: ESConfig | None = None,
         train_dataset: Rows | Callable[[int, int], Rows] | None = None,
         eval_dataset: Rows | None = None,
@@ -101,6 +105,7 @@ class ESTrainer(SavesLikeTRL):
         team: Team | None = None,
         evaluator: MemberEvaluator | None = None,
         probes: Mapping[str, Probe] | None = None,
+        environment: Any = None,
     ):
         self.args = args if args is not None else ESConfig()
         if not isinstance(self.args, ESConfig):
@@ -110,7 +115,9 @@ class ESTrainer(SavesLikeTRL):
             # What is found is this run's alone.
             self.args = copy.copy(self.args)
         require(self.args.report_to)
-        self.metrics = check_metrics(metrics)
+        given = of_environment(environment, Given(reward_funcs, metrics, train_dataset, eval_dataset), self.args)
+        reward_funcs, metrics, train_dataset, eval_dataset = given
+        self.metrics, self.environment = check_metrics(metrics), environment
         self.reward_funcs, self.reward_weights = open_rewards(reward_funcs, self.metrics, self.args.reward_weights)
         if not callable(train_dataset):
             train_dataset = check_rows("train_dataset", train_dataset)
@@ -123,10 +130,13 @@ class ESTrainer(SavesLikeTRL):
         self.model = self.tuned.model
         self.processing_class = processing_class = open_tokenizer(processing_class, self.tuned.name)
         self.evaluator = open_evaluator(evaluator, engine, self.model, processing_class, c)
+        # Answers prompts. With an environment `engine` plays episodes, which it answers.
+        self._speaks = self.evaluator.engine
+        self.evaluator = playing(environment, self.evaluator, processing_class, c)
         self.engine = self.evaluator.engine
-        self.batches = Batches(train_dataset, c, processing_class)
+        self.batches = Batches(train_dataset, c, processing_class, environment is not None)
         self.batches.check(self.engine, eval_dataset, c.progress and self.team.rank == 0)
-        check_probes(self.probes, self.batches.texts, self.engine, c.progress and self.team.rank == 0)
+        check_probes(self.probes, self.batches.rendered, self._speaks, c.progress and self.team.rank == 0)
         # Process 0 evaluates, together with the processes that hold other shards of its model.
         self._evaluates = self.team.rank < self.team.shards
         further = [f for probe in self.probes.values() for f in probe.functions]
@@ -134,7 +144,8 @@ class ESTrainer(SavesLikeTRL):
             self.evaluator, self.reward_funcs, self.reward_weights, self.metrics, c, self.team, further
         )
         self.scorer = self.scoring.scorer
-        self.identity = identity_of(self.tuned.identity(), self.reward_funcs, self.train_dataset)
+        scored_by = self.reward_funcs if environment is None else [environment]
+        self.identity = identity_of(self.tuned.identity(), scored_by, self.train_dataset)
         # Further entries of config.yaml, from the command line.
         self.described: dict[str, Any] = {}
         self.summary: dict[str, Any] = {}
@@ -160,7 +171,7 @@ class ESTrainer(SavesLikeTRL):
         self.tuned.begin(self.folder.adapter, resume and self.folder.begun(), self.team.rank == 0)
         kl = self.tuned.kl(self.processing_class) if self._evaluates else None
         self.held_out = HeldOut(self.batches.texts, self.engine, self.scoring.judge, kl, self.folder, c.samples)
-        self._probe = Probes(self.probes, self.batches.texts, self.engine, self.scorer, self.folder, self.scoring.skips)
+        self._probe = Probes(self.probes, self.batches.rendered, self._speaks, self.scorer, self.folder, self.scoring.skips)
         self.movement = Movement(weights if isinstance(weights, Plan) else weights.plan)
         self.es = ES(
             weights,
@@ -335,6 +346,8 @@ class ESTrainer(SavesLikeTRL):
         seconds, tokens = clock.since(before), self.evaluator.tokens - tokens
         times = {"seconds": sum(seconds.values()), **{f"seconds_{phase}": s for phase, s in seconds.items()}}
         further = {} if drift is None else {"drift": drift}
+        # Of the episodes of this process's members.
+        further |= getattr(self.engine, "take_figures", dict)()
         if tokens and (responses := self.scoring.responses - responses):
             further["response_tokens"] = tokens / responses
         return (

@@ -25,7 +25,7 @@ def check_rows(what: str, rows, required: bool = True) -> Rows | None:
     rows can't be trained or evaluated on."""
     if rows is None and not required:
         return None
-    rows = _by_row(what, rows)
+    rows = by_row(what, rows)
     if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__") or isinstance(rows, str):
         shown = " ".join(f"{rows!r:.60}".split())
         raise BadType(
@@ -57,8 +57,8 @@ def check_rows(what: str, rows, required: bool = True) -> Rows | None:
     return rows
 
 
-def _by_row(what: str, rows):
-    """Tables as lists of dicts; everything else unchanged."""
+def by_row(what: str, rows, prompt: bool = True):
+    """Tables as lists of dicts; everything else unchanged. With `prompt` a table needs a column of this name."""
     if hasattr(rows, "columns") and hasattr(rows, "to_dict"):  # pandas
         return rows.to_dict("records")
     if hasattr(rows, "columns") and hasattr(rows, "to_dicts"):  # polars
@@ -71,13 +71,13 @@ def _by_row(what: str, rows):
         return [{"prompt": prompt} for prompt in rows]
     if not isinstance(rows, Mapping):
         return rows
-    if "prompt" not in rows:
+    if prompt and "prompt" not in rows:
         shown = ", ".join(map(str, rows))
         raise BadType(
             f'{what}: expected rows with a "prompt" column; of a dict of splits ({shown}) name one, as dataset["train"]'
         )
     sizes = {name: len(column) for name, column in rows.items() if hasattr(column, "__len__")}
-    if len(sizes) < len(rows) or len(set(sizes.values())) > 1 or isinstance(rows["prompt"], str):
+    if len(sizes) < len(rows) or len(set(sizes.values())) > 1 or isinstance(rows.get("prompt"), str):
         raise BadValue(f"{what}: expected columns, lists of equal length, or a list of dicts, got {rows!r:.120}")
     return [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
 

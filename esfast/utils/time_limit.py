@@ -55,13 +55,50 @@ def limited(seconds: float, call: Callable[[], Result]) -> Result:
     return result
 
 
+@contextlib.contextmanager
+def interrupting(late: Callable[[], bool], every: float) -> Iterator[None]:
+    """In the block, raises TooSlow in this thread while `late()` is true. It is asked every so many seconds, wherever
+    the code is; see `limited` for what can't be interrupted."""
+    if _takes_signals():
+
+        def look(*received) -> None:
+            if late():
+                raise TooSlow
+
+        before = signal.signal(INTERRUPT, look)
+        thread = threading.get_ident()
+        cancel = _kernel_timer(every, every) or _timer_thread(
+            every, lambda: signal.pthread_kill(thread, INTERRUPT), every
+        )
+        try:
+            yield
+        finally:
+            cancel()
+            signal.signal(INTERRUPT, before)
+        return
+    here = ctypes.c_ulong(threading.get_ident())
+
+    def strike() -> None:
+        if late():
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(here, ctypes.py_object(TooSlow))
+
+    cancel = _timer_thread(every, strike, every)
+    try:
+        yield
+    finally:
+        cancel()
+
+
+def _takes_signals() -> bool:
+    """Whether a signal can interrupt this thread."""
+    main = threading.current_thread() is threading.main_thread()
+    return main and hasattr(signal, "pthread_kill") and signal.getsignal(INTERRUPT) is not None
+
+
 def _interrupt_after(seconds: float) -> Callable[[], bool]:
     """Schedules TooSlow in this thread. Returns a function that cancels it and says whether it was raised; that
     function may be called twice."""
-    main = threading.current_thread() is threading.main_thread()
-    if main and hasattr(signal, "pthread_kill") and signal.getsignal(INTERRUPT) is not None:
-        return _by_signal(seconds)
-    return _by_exception(seconds)
+    return _by_signal(seconds) if _takes_signals() else _by_exception(seconds)
 
 
 def _by_signal(seconds: float) -> Callable[[], bool]:
@@ -108,8 +145,9 @@ def _by_exception(seconds: float) -> Callable[[], bool]:
     return stop
 
 
-def _timer_thread(seconds: float, strike: Callable[[], object]) -> Callable[[], None]:
-    """Calls `strike` from a thread, again and again, until the returned function is called; never after that."""
+def _timer_thread(seconds: float, strike: Callable[[], object], again: float = AGAIN) -> Callable[[], None]:
+    """Calls `strike` from a thread, after `seconds` and then every `again` seconds, until the returned function is
+    called; never after that."""
     over, lock = threading.Event(), threading.RLock()
 
     def watch() -> None:
@@ -118,7 +156,7 @@ def _timer_thread(seconds: float, strike: Callable[[], object]) -> Callable[[], 
             with lock:
                 if not over.is_set():
                     strike()
-            wait = AGAIN
+            wait = again
 
     def cancel() -> None:
         with lock:
@@ -142,7 +180,7 @@ class _Timerspec(ctypes.Structure):
     _fields_ = [(name, ctypes.c_long) for name in ("again", "again_ns", "first", "first_ns")]
 
 
-def _kernel_timer(seconds: float) -> Callable[[], None] | None:
+def _kernel_timer(seconds: float, again: float = AGAIN) -> Callable[[], None] | None:
     """The same with a timer of the Linux kernel; None on other systems. A regular expression holds the interpreter's
     lock as long as it runs; a thread would have to wait for the lock, a kernel timer need not."""
     libc = _libc()
@@ -153,8 +191,8 @@ def _kernel_timer(seconds: float) -> Callable[[], None] | None:
     if libc.timer_create(monotonic, ctypes.byref(event), ctypes.byref(timer)):
         return None
     # 0 would switch the timer off.
-    first = max(1, int(seconds * 1e9))
-    spec = _Timerspec(int(AGAIN), 0, *divmod(first, 10**9))
+    first, then = (max(1, int(s * 1e9)) for s in (seconds, again))
+    spec = _Timerspec(*divmod(then, 10**9), *divmod(first, 10**9))
     libc.timer_settime(timer, 0, ctypes.byref(spec), None)
     left = [timer]
 

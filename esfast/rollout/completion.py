@@ -1,0 +1,55 @@
+"""What one call of an engine may ask for besides its prompts, and what comes back besides texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..utils.errors import BadValue
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How the prompts of one call are to be continued. None stands for the engine's own setting.
+
+    max_tokens   longest completion, in tokens
+    temperature  of sampled completions; 0: greedy
+    top_p        tokens are sampled from the fewest whose probabilities sum to at least this, more than 0, at most 1
+    """
+
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float = 1.0
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A completion: its text without special tokens, how many tokens were generated, and whether a token ended it
+    (rather than the limit on its length)."""
+
+    text: str
+    tokens: int
+    ended: bool
+
+
+OWN = Asked()
+
+
+def complete(
+    engine: Any, prompts: Sequence[str], seeds: Sequence[int] | None = None, asked: Asked = OWN
+) -> list[Completion]:
+    """Completions of any engine. An engine without a method `complete` has fixed settings: ValueError for others. It
+    tells no numbers of tokens for single texts; they are counted anew if it has a tokenizer, and otherwise 0."""
+    if callable(getattr(engine, "complete_texts", None)):
+        return engine.complete_texts(prompts, seeds, asked)
+    own = getattr(engine, "max_new_tokens", None), getattr(engine, "temperature", None)
+    for name, value, mine in (("max_tokens", asked.max_tokens, own[0]), ("temperature", asked.temperature, own[1])):
+        if value not in (None, mine) and not (name == "temperature" and value == 0 and seeds is None):
+            raise BadValue(f"{name}: {type(engine).__name__} answers all prompts alike; leave {name} out, got {value}")
+    if asked.top_p < 1:
+        raise BadValue(f"top_p: {type(engine).__name__} answers all prompts alike; leave top_p out, got {asked.top_p}")
+    texts = engine.generate(prompts, *([] if seeds is None else [seeds]))
+    encode = getattr(getattr(engine, "prompts", None), "encode", None)
+    lengths = [0] * len(texts) if encode is None else [len(ids) for ids in encode(texts)]
+    return [Completion(t, n, own[0] is None or n < own[0]) for t, n in zip(texts, lengths, strict=True)]

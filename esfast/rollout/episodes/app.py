@@ -1,0 +1,142 @@
+"""The endpoint of the members: an ASGI application with /v1/chat/completions, /v1/completions and /v1/models."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from typing import Any, Protocol
+
+from .protocol import ApiError, Request, chat_answer, chat_request, text_answer, text_request
+
+Scope = MutableMapping[str, Any]
+Send = Callable[[Scope], Awaitable[None]]
+Receive = Callable[[], Awaitable[Scope]]
+
+CHAT_PATH, TEXT_PATH = "/v1/chat/completions", "/v1/completions"
+ROUTES = {CHAT_PATH: (chat_request, chat_answer), TEXT_PATH: (text_request, text_answer)}
+MODELS = "/v1/models"
+LARGEST = 64 * 2**20  # bytes of a request
+
+
+class Speaker(Protocol):
+    """Whom a key belongs to: an episode. `models` are the names of those that may answer it."""
+
+    models: tuple[str, ...]
+
+    async def answer(self, request: Request) -> tuple[Any, int, Mapping[str, Any]]:
+        """The Completion, the number of tokens of the prompt, and id, time and model of the answer."""
+
+
+class Endpoint:
+    """The application. `speakers` has a Speaker for each key; a request's key (Authorization: Bearer KEY) says which
+    episode asks, and so which member answers."""
+
+    def __init__(self):
+        self.speakers: dict[str, Speaker] = {}
+
+    async def respond(self, path: str, body: Any, key: str) -> dict[str, Any]:
+        """The JSON object that answers a request. Raises ApiError."""
+        speaker = self.speakers.get(key)
+        if speaker is None:
+            raise ApiError(401, "invalid_api_key", "the key belongs to no episode that is running")
+        read, write = ROUTES[path]
+        request = read(body, speaker.models)
+        completion, prompt_tokens, head = await speaker.answer(request)
+        return write(request, completion, head, prompt_tokens)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await _lifespan(receive, send)
+            return
+        if scope["type"] != "http":
+            # a WebSocket, which is refused before it is open
+            await send({"type": "websocket.close"})
+            return
+        try:
+            status, answer = 200, await self._serve(scope, receive)
+        except ApiError as error:
+            status, answer = error.status, error.body
+        except Disconnected:
+            return
+        body = json.dumps(answer).encode()
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+    async def _serve(self, scope: Scope, receive: Receive) -> dict[str, Any]:
+        path, key = scope["path"].rstrip("/"), _key(scope)
+        if path not in ROUTES and path != MODELS and not path.startswith(f"{MODELS}/"):
+            known = ", ".join([*ROUTES, MODELS])
+            raise ApiError(404, "not_found", f"{path}: esfast's endpoint has {known}")
+        method = "POST" if path in ROUTES else "GET"
+        if scope["method"] != method:
+            raise ApiError(405, "method_not_allowed", f"{path}: expected {method}, got {scope['method']}")
+        if path not in ROUTES:
+            return self._models(path, key)
+        try:
+            body = json.loads(await _body(receive))
+        except (ValueError, RecursionError):
+            raise ApiError(400, "invalid_json", "the body of the request is no JSON") from None
+        return await _unless_gone(self.respond(path, body, key), receive)
+
+    def _models(self, path: str, key: str) -> dict[str, Any]:
+        if key not in self.speakers:
+            raise ApiError(401, "invalid_api_key", "the key belongs to no episode that is running")
+        models = self.speakers[key].models
+        found = [{"id": name, "object": "model", "created": 0, "owned_by": "esfast"} for name in models]
+        if path == MODELS:
+            return {"object": "list", "data": found}
+        name = path.removeprefix(f"{MODELS}/")
+        if name not in models:
+            raise ApiError(404, "model_not_found", f"model: expected {', '.join(map(repr, models))}, got {name!r:.80}")
+        return found[models.index(name)]
+
+
+class Disconnected(Exception):
+    """The client went away."""
+
+
+async def _unless_gone(answer: Awaitable[dict[str, Any]], receive: Receive) -> dict[str, Any]:
+    """The answer; if the client disconnects before it is there, withdraws the request and raises Disconnected."""
+
+    async def gone() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    asked, left = asyncio.ensure_future(answer), asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait({asked, left}, return_when=asyncio.FIRST_COMPLETED)
+        if not asked.done():
+            raise Disconnected
+        return asked.result()
+    finally:
+        asked.cancel()
+        left.cancel()
+
+
+async def _body(receive: Receive) -> bytes:
+    body = bytearray()
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise Disconnected
+        body += message.get("body", b"")
+        if len(body) > LARGEST:
+            raise ApiError(413, "too_large", f"body: a request may have {LARGEST} bytes")
+        if not message.get("more_body"):
+            return bytes(body)
+
+
+async def _lifespan(receive: Receive, send: Send) -> None:
+    while True:
+        kind = (await receive())["type"]
+        await send({"type": f"{kind}.complete"})
+        if kind == "lifespan.shutdown":
+            return
+
+
+def _key(scope: Scope) -> str:
+    headers = dict(scope["headers"])
+    scheme, _, key = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
+    return key.strip() if scheme.lower() == "bearer" else ""

@@ -1,0 +1,168 @@
+"""Episodes as an engine: rows go in and episodes come out, from the weights as they are."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ...utils.errors import BadType
+from .. import chat
+from ..completion import Asked, Completion, complete
+from ..engine import Engine
+from ..sampling import response_seeds
+from .app import Endpoint
+from .client import clients
+from .episode import FIGURES, Episode, Limits
+from .port import Port
+from .protocol import ApiError
+from .runner import Play, Runner
+from .session import Question
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How episodes run.
+
+    limits       of each episode
+    temperature  of requests that name none, in training; 0: greedy. Evaluations are greedy where a request names none
+    port         None: requests stay in memory. A number: also a server on 127.0.0.1 with this port, 0 for any
+    template     variables of the tokenizer's chat template
+    """
+
+    limits: Limits = Limits()
+    temperature: float = 0.0
+    port: int | None = None
+    template: Mapping[str, Any] | None = None
+
+
+class Episodes:
+    """An esfast.rollout.Engine whose prompts are rows, and whose completions are episodes (Episode).
+
+        engine = Episodes(environment, TransformersEngine(model, tokenizer, max_new_tokens=256), tokenizer)
+        for episode in engine.generate(rows):
+            print(episode.reward, episode.turns, episode.messages)
+
+    An episode that fails has an `error` and no reward; nothing is raised for it.
+
+    Args:
+        environment: an object with `async episode(client, row) -> float`, or such a function. `client` is an
+            openai.AsyncOpenAI, `client.model` the name to ask for.
+        engine: generates the answers. One that has fixed settings (vLLM's, a function) refuses others.
+        tokenizer: whose chat template turns messages into texts.
+        settings: limits, temperature, port.
+
+    Raises:
+        TypeError: the environment is neither.
+        ImportError: openai is not installed.
+    """
+
+    def __init__(self, environment: Any, engine: Engine, tokenizer: Any, settings: Settings | None = None):
+        self.environment, self.engine, self.tokenizer = environment, engine, tokenizer
+        self.settings = settings or Settings()
+        self._play = check_environment(environment)
+        self._endpoint = Endpoint()
+        self._port = None if self.settings.port is None else Port(self._endpoint, self.settings.port)
+        self._client_of = clients(self._endpoint, None if self._port is None else self._port.url)
+        self._done: list[Episode] = []
+
+    @property
+    def tokens(self) -> int:
+        return getattr(self.engine, "tokens", 0)
+
+    def generate(self, rows: Sequence[Mapping[str, Any]], seeds: Sequence[int] | None = None) -> list[Episode]:
+        """The episode of each row, in order. `seeds` has one for each row; None, in evaluations: answers are greedy
+        where a request names no temperature.
+
+        Raises what the engine raises, for example LogitsError."""
+        default = 0.0 if seeds is None else self.settings.temperature
+        runner = Runner(
+            self._endpoint,
+            self.settings.limits,
+            self._play,
+            self._client_of,
+            functools.partial(chat.render, tokenizer=self.tokenizer, options=self.settings.template),
+            self._prepare,
+            functools.partial(self._answer, default),
+            None if self._port is None else self._port.serve,
+        )
+        episodes = runner(rows, response_seeds(0, 0, len(rows), 1) if seeds is None else seeds)
+        if seeds is not None:
+            self._done += episodes
+        return episodes
+
+    def take_figures(self) -> dict[str, float]:
+        """Means over the episodes with seeds since the last call, those of training; {} if there were none."""
+        done, self._done = self._done, []
+        means = {name: figure([], done) for name, figure in FIGURES.items()}
+        return {name: sum(values) / len(values) for name, values in means.items() if values}
+
+    def close(self) -> None:
+        if self._port is not None:
+            self._port.close()
+        self.engine.close()
+
+    def _prepare(self, text: str, asked: int | None, left: int) -> tuple[int, int]:
+        """Tokens of the prompt, and of the longest completion; an ApiError if there is no room for the prompt."""
+        reader, longest = getattr(self.engine, "prompts", None), getattr(self.engine, "max_new_tokens", None)
+        longest = left if longest is None else longest
+        if asked is not None and asked > longest:
+            raise ApiError(
+                400,
+                "invalid_value",
+                f"max_tokens: expected at most {longest} (max_completion_length), got {asked}; without it, the most",
+                "max_tokens",
+            )
+        most = min(left, longest if asked is None else asked)
+        if reader is None:
+            return 0, most
+        try:
+            (ids,) = reader.encode([text])
+        except Exception as error:
+            # A tokenizer may refuse a text with any exception.
+            raise ApiError(400, "invalid_value", f"prompt: {error}", "messages") from None
+        room = most if reader.limit is None else reader.limit - len(ids)
+        if not ids or room < (1 if asked is None else most):
+            raise ApiError(
+                400,
+                "context_length_exceeded",
+                f"the prompt has {len(ids)} tokens and the model's context {reader.limit}, which leaves no room for "
+                f"{'a completion' if asked is None else f'{most} tokens'}",
+                "messages",
+            )
+        return len(ids), min(most, room)
+
+    def _answer(
+        self, default: float, questions: Sequence[Question], texts: Sequence[str], asked: Sequence[Asked]
+    ) -> list[Completion]:
+        """Completions of all; those that are asked alike go to the engine together."""
+        found: list[Completion | None] = [None] * len(texts)
+        groups: dict[Asked, list[int]] = {}
+        for i, how in enumerate(asked):
+            temperature = default if how.temperature is None else how.temperature
+            groups.setdefault(Asked(how.max_tokens, temperature, how.top_p), []).append(i)
+        for how, places in groups.items():
+            seeds = [questions[i].seed for i in places] if how.temperature else None
+            for i, completion in zip(
+                places, complete(self.engine, [texts[i] for i in places], seeds, how), strict=True
+            ):
+                found[i] = completion
+        return [completion for completion in found if completion is not None]
+
+
+def check_environment(environment: Any) -> Play:
+    """Its coroutine function (client, row) -> reward. TypeError if it has none."""
+    play = getattr(environment, "episode", environment)
+    is_coroutine = any(map(inspect.iscoroutinefunction, (play, getattr(type(play), "__call__", None))))  # noqa: B004
+    if not callable(play) or isinstance(environment, type) or not is_coroutine:
+        raise BadType(
+            "environment: expected an object with `async def episode(self, client, row)`, or such a function, which "
+            f"returns the reward, got {environment!r:.80}"
+        )
+    try:
+        inspect.signature(play).bind(None, None)
+    except TypeError as error:
+        raise BadType(f"environment: episode(client, row) can't be called like this: {error}") from None
+    return play

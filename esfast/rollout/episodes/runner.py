@@ -1,0 +1,218 @@
+"""Runs the episodes of some rows together, and answers their requests in batches."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import itertools
+import secrets
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from typing import Any
+
+from ...utils.errors import BadState, EsfastError
+from ...utils.time_limit import TooSlow, now
+from ..completion import Asked, Completion
+from .app import Endpoint
+from .episode import Episode, Limits, check_reward
+from .protocol import ApiError
+from .session import Question, Session
+from .watch import event_loop, stdout_is_stderr
+
+# Seconds that a request waits for those of other episodes while these wait for something outside, and while code of
+# episodes runs without an end.
+PATIENCE, LONGEST_PATIENCE = 0.01, 1.0
+# Seconds that an episode has to end once it was cancelled.
+GRACE = 1.0
+
+Play = Callable[[Any, Mapping[str, Any]], Awaitable[Any]]
+Answers = Callable[[Sequence[Question], Sequence[str], Sequence[Asked]], Sequence[Completion]]
+
+
+class Runner:
+    """Plays one episode a row.
+
+        episodes = Runner(endpoint, limits, play, client_of, render, answer)(rows, seeds)
+
+    The loop runs in this thread. Requests wait until every episode that runs waits for an answer. Then the engine
+    answers all of them, in the order of their rows, and the loop goes on. So the batches are the same in every run.
+    Only if an episode waits for something outside (a tool, a sandbox) are the others' requests answered without it.
+
+    play       (client, row) -> reward, a coroutine function
+    client_of  key -> the client of the episode with this key
+    render     rows as in `chat.render` -> texts
+    prepare    (text, max_tokens of its request or None, tokens that the episode has left) -> (tokens of the prompt,
+               most tokens of the completion); ApiError if there is no room
+    answer     (questions, their texts, how each is asked) -> Completions; may raise, which ends the run
+    serve      a coroutine that serves the endpoint on a port until it is cancelled, or None
+    """
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        limits: Limits,
+        play: Play,
+        client_of: Callable[[str], Any],
+        render: Callable[[Sequence[Mapping[str, Any]]], list[str]],
+        prepare: Callable[[str, int | None, int], tuple[int, int]],
+        answer: Answers,
+        serve: Callable[[], Coroutine[Any, Any, None]] | None = None,
+    ):
+        self._endpoint, self._limits, self._play, self._client_of = endpoint, limits, play, client_of
+        self._render, self._prepare, self._answer, self._serve = render, prepare, answer, serve
+        self._running: dict[int, Session] = {}
+        self._questions: list[Question] = []
+        self._looked = 0.0
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> list[Episode]:
+        """The rows' episodes, in order. Raises what the engine raises."""
+        if not rows:
+            return []
+        self._episodes: list[Episode | None] = [None] * len(rows)
+        self._left = deque(enumerate(zip(rows, seeds, strict=True)))
+        loop_of_ours = event_loop(self._before_select, self._limits.seconds, self._charge)
+        with stdout_is_stderr(), loop_of_ours as loop:
+            self._loop, self._done = loop, loop.create_future()
+            try:
+                server = None if self._serve is None else loop.create_task(self._serve())
+                loop.call_soon(self._start)
+                loop.run_until_complete(self._done)
+                if server is not None:
+                    server.cancel()
+            except TooSlow:
+                # Raised beside the steps of an episode, whose callback blocked the loop.
+                raise BadState(
+                    f"environment: a callback of an episode blocked the event loop for {self._limits.seconds:g} s"
+                ) from None
+            finally:
+                self._running, self._questions, self._left = {}, [], deque()
+                self._endpoint.speakers.clear()
+        return [episode for episode in self._episodes if episode is not None]
+
+    # ---- episodes ----------------------------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        while self._left and len(self._running) < self._limits.at_once:
+            index, (row, seed) = self._left.popleft()
+            session, key = Session(index, row, seed, self._limits, self._ask), secrets.token_urlsafe(16)
+            self._endpoint.speakers[key] = session
+            self._running[index] = session
+            session.task = self._loop.create_task(self._episode(session, key))
+            session.task.add_done_callback(functools.partial(self._ended, session, key))
+
+    async def _episode(self, session: Session, key: str) -> float:
+        return check_reward(await self._play(self._client_of(key), session.row))
+
+    def _ended(self, session: Session, key: str, task: asyncio.Task) -> None:
+        self._endpoint.speakers.pop(key, None)
+        error = asyncio.CancelledError() if task.cancelled() else task.exception()
+        if session.index not in self._running:
+            return
+        if error is None and session.ended_at is None:
+            self._note(session, session.episode(task.result(), None))
+        elif session.ended_at is not None or isinstance(error, TooSlow):
+            self._note(session, session.episode(None, self._too_long, error))
+        else:
+            self._note(session, session.episode(None, _words(error), error))
+
+    def _note(self, session: Session, episode: Episode) -> None:
+        self._episodes[session.index] = episode
+        del self._running[session.index]
+        if self._left:
+            self._start()
+        elif not self._running and not self._done.done():
+            self._done.set_result(None)
+
+    def _charge(self, task: asyncio.Task | None, seconds: float) -> None:
+        """A long step of one episode is not held against the others."""
+        for session in self._running.values():
+            if session.task is not task:
+                session.not_charged(seconds)
+
+    @property
+    def _too_long(self) -> str:
+        return f"took more than {self._limits.seconds:g} s (episode_timeout)"
+
+    # ---- the loop ----------------------------------------------------------------------------------------------------
+
+    async def _ask(self, question: Question) -> tuple[Completion, int]:
+        self._questions.append(question)
+        return await question.answer
+
+    def _before_select(self, timeout: float | None) -> float | None:
+        """Called when the loop looks for events: answers the requests if it is time to. Returns the new timeout."""
+        if not self._running:
+            return timeout
+        moment, idle = now(), timeout is None or timeout > 0
+        self._end_late(moment)
+        self._questions = [q for q in self._questions if not q.answer.done()]
+        if self._questions:
+            waited = moment - min(q.since for q in self._questions)
+            all_wait = idle and all(session.waiting for session in self._running.values())
+            if all_wait or waited > (PATIENCE if idle else LONGEST_PATIENCE):
+                self._answer_questions()
+                return 0
+        wake = PATIENCE if self._questions else min(0.25, self._limits.seconds / 4)
+        return wake if timeout is None else min(timeout, wake)
+
+    def _end_late(self, moment: float) -> None:
+        if moment - self._looked < min(0.1, self._limits.seconds / 4):
+            return
+        self._looked = moment
+        for session in list(self._running.values()):
+            if session.ended_at is None and session.seconds > self._limits.seconds:
+                session.ended_at = moment
+                session.task.cancel()
+            elif session.ended_at is not None and moment - session.ended_at > GRACE:
+                # It goes on in spite of it: it is left behind, and no request of it is answered.
+                self._note(session, session.episode(None, self._too_long))
+
+    # ---- answers -----------------------------------------------------------------------------------------------------
+
+    def _answer_questions(self) -> None:
+        began = now()
+        questions, self._questions = sorted(self._questions, key=lambda q: (q.session.index, q.turn)), []
+        outer = asyncio._get_running_loop()
+        asyncio._set_running_loop(None)
+        try:
+            ready: list[tuple[Question, str, int, Asked]] = []
+            for question, text in zip(questions, self._texts(questions), strict=True):
+                try:
+                    if isinstance(text, ApiError):
+                        raise text
+                    asked, left = question.request.asked, self._limits.tokens - question.session.tokens
+                    length, most = self._prepare(text, asked.max_tokens, left)
+                except ApiError as error:
+                    question.answer.set_exception(error)
+                    continue
+                ready.append((question, text, length, Asked(most, asked.temperature, asked.top_p)))
+            if ready:
+                found = self._answer([q for q, *_ in ready], [t for _, t, *_ in ready], [a for *_, a in ready])
+                for (question, _, length, _), completion in zip(ready, found, strict=True):
+                    question.answer.set_result((completion, length))
+        finally:
+            asyncio._set_running_loop(outer)
+        for session in self._running.values():
+            session.not_charged(now() - began)
+
+    def _texts(self, questions: Sequence[Question]) -> list[str | ApiError]:
+        """The texts that the model continues; for a request that has none, why."""
+        rows = [question.request.row for question in questions]
+        try:
+            return list(self._render(rows))
+        except EsfastError:
+            return list(itertools.chain.from_iterable(self._text(row) for row in rows))
+
+    def _text(self, row: Mapping[str, Any]) -> list[str | ApiError]:
+        try:
+            return list(self._render([row]))
+        except EsfastError as error:
+            return [ApiError(400, "invalid_value", str(error), "messages")]
+
+
+def _words(error: BaseException | None) -> str:
+    try:
+        text = str(error)
+    except Exception:
+        text = "(its message can't be made)"
+    return f"raised {type(error).__name__}: {text:.1000}"

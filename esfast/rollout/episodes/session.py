@@ -1,0 +1,118 @@
+"""The model's side of one running episode: what it asked, what it was told, and what it may still use."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+from ...utils.time_limit import now
+from ..completion import Completion
+from ..sampling import response_seeds
+from .episode import Episode, Limits, Transcript
+from .protocol import ApiError, Request, chat_answer
+
+# Any client may use this name for the member that plays its episode.
+MEMBER = "member"
+
+
+class Question:
+    """A request that waits for the engine."""
+
+    def __init__(self, session: Session, request: Request, turn: int):
+        self.session, self.request, self.turn = session, request, turn
+        self.answer: asyncio.Future[tuple[Completion, int]] = asyncio.get_running_loop().create_future()
+        self.since = now()
+
+    @property
+    def seed(self) -> int:
+        """Decided by the row and the turn, the same for all members, and by the request's seed if it has one."""
+        return response_seeds((self.session.seed + self.request.seed) % 2**64, self.turn, 1, 1)[0]
+
+
+class Session:
+    """A Speaker of the endpoint.
+
+    index, row  the row's number, and the row
+    seed        of the row's episode
+    ask         hands a Question in; its future gets the answer
+    """
+
+    models: tuple[str, ...] = (MEMBER,)
+
+    def __init__(
+        self,
+        index: int,
+        row: Mapping[str, Any],
+        seed: int,
+        limits: Limits,
+        ask: Callable[[Question], Awaitable[tuple[Completion, int]]],
+    ):
+        self.index, self.row, self.seed, self.limits = index, row, seed, limits
+        self._ask = ask
+        self.turns = self.tokens = self.waiting = 0
+        self.task: asyncio.Task | None = None
+        self.over = False
+        # Seconds outside the model until `since`, and the time when the last cancellation came.
+        self.spent, self.since = 0.0, now()
+        self.ended_at: float | None = None
+        self._transcript = Transcript()
+
+    async def answer(self, request: Request) -> tuple[Completion, int, Mapping[str, Any]]:
+        """See Speaker. Raises ApiError if the episode is over or has used up its limits."""
+        self._check()
+        turn, self.turns = self.turns, self.turns + 1
+        self._pause()
+        try:
+            completion, prompt_tokens = await self._ask(Question(self, request, turn))
+        finally:
+            self._resume()
+        self.tokens += completion.tokens
+        head = {"id": f"esfast-{self.index}-{turn}", "created": 0, "model": self.models[0]}
+        said = chat_answer(request, completion, head, 0)["choices"][0]["message"]
+        self._transcript.add(request.messages, {k: v for k, v in said.items() if v is not None})
+        return completion, prompt_tokens, head
+
+    @property
+    def seconds(self) -> float:
+        """Time outside the model so far."""
+        return self.spent + (0.0 if self.waiting else now() - self.since)
+
+    def not_charged(self, seconds: float) -> None:
+        """Takes time off that the model took for others."""
+        if not self.waiting:
+            self.since += seconds
+
+    def episode(self, reward: float | None, error: str | None, cause: BaseException | None = None) -> Episode:
+        """What came out; no request is answered any more."""
+        self.spent, self.over = self.seconds, True
+        self.since = now()
+        error = None if error is None else f"row {self.index} ({_shown(self.row)}): its episode {error}"
+        return Episode(reward, error, self.turns, self.tokens, self.spent, self._transcript.messages, cause)
+
+    def _check(self) -> None:
+        if self.over:
+            raise ApiError(400, "episode_over", f"row {self.index}: the episode is over")
+        used = {"turns": (self.turns, self.limits.turns), "tokens": (self.tokens, self.limits.tokens)}
+        for name, (have, most) in used.items():
+            if have >= most:
+                raise ApiError(
+                    400,
+                    f"{name}_limit",
+                    f"row {self.index}: the episode has used its {most} {name} (max_episode_{name})",
+                )
+
+    def _pause(self) -> None:
+        if not self.waiting:
+            self.spent += now() - self.since
+        self.waiting += 1
+
+    def _resume(self) -> None:
+        self.waiting -= 1
+        if not self.waiting:
+            self.since = now()
+
+
+def _shown(row: Mapping[str, Any]) -> str:
+    text = " ".join(repr(dict(row)).split())
+    return text if len(text) <= 100 else f"{text[:97]}..."
