@@ -16,10 +16,11 @@ from esfast.cli import main
 from esfast.report import load, page
 from esfast.rollout import TransformersEngine
 from esfast.rollout.completion import Asked, complete
-from esfast.rollout.episodes import Episodes, Limits, Settings, StepEnvironment, TextArena
+from esfast.rollout.episodes import Episodes, Limits, Settings
 from esfast.rollout.episodes.engine import check_environment
 from esfast.rollout.episodes.protocol import tool_calls
 from esfast.tasks import embedded, guess
+from esfast.tasks.steps import StepEnvironment, TextArena
 from esfast.utils.errors import BadType
 from esfast.utils.interrupts import stoppable
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ..rollout.episodes.steps import TextArena
 from ..utils.errors import BadImport, BadType, BadValue
 from ..utils.rows import Rows
 from . import data, file
 from .base import Task
+from .steps import TextArena
 
 PREFIX = "environment:"
 # Environments of these libraries go by their names there: textarena:GuessTheNumber-v0.

@@ -9,7 +9,5 @@ __getattr__, __dir__ = lazily(
         "Limits": "episode",
         "Episodes": "engine",
         "Settings": "engine",
-        "StepEnvironment": "steps",
-        "TextArena": "steps",
     },
 )

@@ -9,8 +9,8 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from ...utils.errors import BadImport, BadType, BadValue
-from ..sampling import response_seeds
+from ..core.random_stream import RandomStream
+from ..utils.errors import BadImport, BadType, BadValue
 
 
 class StepEnvironment:
@@ -83,7 +83,8 @@ class TextArena:
             raise BadValue(f"environment: textarena has no game {name!r}, or can't make it: {error}") from None
 
     def rows(self, generation: int, count: int, seed: int) -> list[dict]:
-        return [{"seed": 2 * (s % 2**30)} for s in response_seeds(seed, generation, count, 1)]
+        stream = RandomStream(f"textarena/{seed}/{generation}", "problems")
+        return [{"seed": 2 * stream.below(2**30)} for _ in range(count)]
 
     def held_out(self, count: int) -> list[dict]:
         """Of odd seeds, which `rows` never gives."""
