@@ -171,7 +171,8 @@ class ESTrainer(SavesLikeTRL):
         self.tuned.begin(self.folder.adapter, resume and self.folder.begun(), self.team.rank == 0)
         kl = self.tuned.kl(self.processing_class) if self._evaluates else None
         self.held_out = HeldOut(self.batches.texts, self.engine, self.scoring.judge, kl, self.folder, c.samples)
-        self._probe = Probes(self.probes, self.batches.rendered, self._speaks, self.scorer, self.folder, self.scoring.skips)
+        prompts = self.batches.rendered
+        self._probe = Probes(self.probes, prompts, self._speaks, self.scorer, self.folder, self.scoring.skips)
         self.movement = Movement(weights if isinstance(weights, Plan) else weights.plan)
         self.es = ES(
             weights,
