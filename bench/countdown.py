@@ -112,7 +112,7 @@ def noise_table(result: dict) -> tuple[list[str], list[list[str]]]:
         kinds.setdefault(row["noise"], []).append(row)
     first = next(iter(kinds))
     headers = ["noise", "accuracy before", *(f"after, seed {r['seed']}" for r in kinds[first])]
-    headers += ["mean", f"from {first}, standard errors", "seconds of training, mean"]
+    headers += ["mean", f"from {first}, standard errors"]
     lines = []
     for kind, rows in kinds.items():
         after, error = _mean_after(rows)
@@ -124,7 +124,6 @@ def noise_table(result: dict) -> tuple[list[str], list[list[str]]]:
                 *(_accuracy(r["accuracy_after"], r["eval_problems"]) for r in rows),
                 f"{after:.1%} ± {error:.1%}",
                 "" if kind == first else f"{(after - theirs) / math.hypot(error, their_error):+.1f}",
-                f"{mean(r['seconds_training'] for r in rows):.0f}",
             ]
         )
     return headers, lines
