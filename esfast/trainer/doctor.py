@@ -18,17 +18,19 @@ from ..utils.stats import mean
 WINDOW = 5
 # Standard errors that count as a change.
 SURE = 3.0
-# Share of members with one and the same reward from which on they are said to answer alike.
+# Members "answer alike" if at least this fraction of them has one and the same reward.
 ALIKE = 0.8
-# Share of the length limit that the mean response takes when nearly all are cut off.
+# Responses count as cut off if their mean length is at least this fraction of the limit.
 CUT = 0.95
-# Share of members without a reward that is worth a word.
+# The fraction of members without a reward from which on the doctor speaks.
 FAILED = 0.1
-# How near one member's z-score comes to the largest possible one, sqrt(N - 1), when all others are equal.
+# One member "dominates" if its z-score is at least this fraction of sqrt(N - 1), the largest possible one, which it has
+# if all others are equal.
 ALONE = 0.9
-# Share of an update's length that is left when rounding has lost most of it.
+# Updates are "rounded away" if at most this fraction of their length is left after rounding.
 LOST = 0.3
-# Nats a token: a model that gives its own words e times the probability that the base model gives them.
+# Nats a token. At 1.0 the model gives the tokens that it writes on average e times the probability that the base model
+# gives them.
 FAR = 1.0
 
 
@@ -56,7 +58,7 @@ class Doctor:
         self._named: set[str] = set()
 
     def __call__(self, row: Mapping[str, Any]) -> list[Finding]:
-        """What this row shows for the first time."""
+        """The illnesses that this row shows for the first time."""
         self.seen.note(row)
         generation = int(_numbers(row).get("generation", 0))
         found = [Finding(generation, name, text) for name, rule in RULES.items() if (text := rule(self.seen))]
@@ -72,9 +74,9 @@ def diagnose(rows: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> li
 
 
 class Seen:
-    """What rules look at.
+    """The metrics that rules look at.
 
-    recent   the last WINDOW generations; `early` the first
+    early, recent       rows of the first and of the last WINDOW generations
     first, best, last   evaluations: of the base model, the one with the best reward, the newest; {} if there is none
     """
 
@@ -97,16 +99,18 @@ class Seen:
             self.last = numbers
 
     def all(self, *names: str) -> list[tuple[float, ...]]:
-        """These metrics of the recent generations; [] if they are too few, or one of them lacks one."""
+        """The values of these metrics in the recent generations. [] before WINDOW generations are done, or if a row
+        lacks a metric."""
         rows = [tuple(row[name] for name in names) for row in self.recent if row.keys() >= set(names)]
         return rows if len(rows) == WINDOW else []
 
     def mean(self, name: str) -> float:
-        """The metric's mean over the recent generations; NaN as long as it is not known, so that comparing is False."""
+        """The metric's mean over the recent generations. NaN as long as it is unknown, so that any comparison is
+        False."""
         return mean([value for (value,) in self.all(name)])
 
     def number(self, name: str) -> float:
-        """A setting; NaN if it is none or no number."""
+        """A setting that is a number; NaN if it is not set or something else."""
         return _numbers(self.config).get(name, math.nan)
 
     @property
@@ -231,7 +235,7 @@ def _fails(seen: Seen) -> str:
 def _dominated(seen: Seen) -> str:
     rows = seen.all("reward_mean", "reward_max", "reward_min", "reward_std")
     most = math.sqrt(max(seen.number("population_size") - 1, 0.0))
-    # Of few members one is always far from the others.
+    # Among few members one is always far from the others.
     if not rows or not most > 2.5:
         return ""
     if not all(std > 0 and max(top - m, m - low) >= ALONE * most * std for m, top, low, std in rows):
@@ -251,7 +255,7 @@ def _silent(seen: Seen) -> str:
     )
 
 
-# The order is that in which illnesses are named.
+# The rules by name, in the order in which illnesses of one generation are reported.
 RULES: dict[str, Callable[[Seen], str]] = {
     "nothing to learn from": _nothing,
     "members answer alike": _alike,

@@ -8,9 +8,9 @@ import re
 from ..core.plan import Plan
 from ..update.groups import Group
 
-# Factors of groups stay between 1 / MOST and MOST; of a tensor that is all zeros nothing is known.
+# Factors of groups stay between 1 / MOST and MOST. A group whose weights are all zero gets the factor 1.
 MOST = 32.0
-# Weights that are taken to float64 at once.
+# Weights that are converted to float64 at a time.
 CHUNK = 2**22
 
 
@@ -22,8 +22,8 @@ def rms(plan: Plan) -> float:
 
 
 def groups(plan: Plan) -> list[str]:
-    """A group for each kind of tensor, whose sigma and lr are in proportion to the tensors' RMS. Tensors whose names
-    differ only in numbers, those of the layers, are of one kind."""
+    """A group for each kind of tensor, with a sigma and lr in proportion to the RMS of its tensors. Tensors whose names
+    differ only in numbers, such as the same matrix of all layers, are of one kind."""
     whole = rms(plan)
     kinds: dict[str, list[tuple[float, int]]] = {}
     for name, (square, count, _) in _squares(plan).items():
@@ -38,8 +38,8 @@ def groups(plan: Plan) -> list[str]:
 
 
 def _squares(plan: Plan) -> dict[str, tuple[float, int, bool]]:
-    """For each tensor the sum of squares, the number of weights, and whether it is a matrix; of a sharded one, of the
-    part that lies here."""
+    """For each tensor the sum of squares, the number of weights, and whether it is a matrix. For a sharded tensor,
+    those of the part on this rank."""
     return {
         e.name: (
             math.fsum(float(part.double().square().sum()) for part in e.tensor.detach().reshape(-1).split(CHUNK)),

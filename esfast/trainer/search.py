@@ -2,11 +2,12 @@
 
 For each sigma of a ladder a few mirrored pairs answer the same prompts. Their rewards R[pair, sign, prompt] say:
 
-loss     how much the population's mean has lost against the unperturbed model, as a share of what there is to lose:
-         what the model gets above members whose weights are mostly noise. 0: nothing, 1: all
-signal   d = (R+ - R-) / 2 is the derivative along a pair's noise, times sigma. Signal is the variance of d over the
-         pairs that prompts agree on: the mean of d(a) d(b) over all pairs of different prompts
-noise    the variance of d that another choice of prompts would change
+loss     by how much the mean reward of members is below the unperturbed model's, as a fraction of what can be lost.
+What
+         can be lost is the model's reward minus that of members whose weights are mostly noise. 0: nothing, 1: all
+signal   d = (R+ - R-) / 2 is the derivative along a pair's noise, times sigma. Signal is the part of the variance of d
+         over the pairs on which prompts agree: the mean of d(a) d(b) over all pairs of different prompts a, b
+noise    the part of the variance of d that would change with other prompts
 gain     signal / sqrt(signal + noise): what the reward gains by a step of a given length along the estimated gradient,
          up to a factor that does not depend on sigma. (The estimate from n pairs has a cosine to the gradient of
          sqrt(n / dimension * signal / (signal + noise)), and the slope along the gradient is sqrt(signal) / sigma.)
@@ -22,16 +23,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Of what there is to lose: members that have lost more are broken; the updates' noise together may cost so much.
+# Two values of `loss`: members that lose more than BROKEN are broken; the noise of all updates together may cost
+# TOLERATED.
 BROKEN, TOLERATED = 0.5, 0.1
-# Standard errors by which the model must be better than noise, for a share of the difference to mean something.
+# Standard errors by which the model must be better than noise. With less, a fraction of the difference means nothing.
 SURE = 2.0
-# Steps of the first, coarse ladder; pairs of a sigma there, and in the second, fine one at most and at least.
+# The first, coarse ladder of sigmas: the factor between two, and how many at most.
 FACTOR, STEPS = 4.0, 6
+# Pairs at each sigma: of the coarse ladder, and at most and at least of the fine one.
 COARSE_PAIRS, MOST_PAIRS, LEAST_PAIRS = 1, 12, 2
-# The fine ladder, in units of the largest sigma of the coarse one that does not break members.
+# Sigmas of the fine ladder, in units of the largest sigma of the coarse one that does not break members.
 FINE = (2.0, 1.0, 0.5, 0.25)
-# Pairs from which on signal is worth a comparison; share of the largest gain that a larger sigma must have.
+# With fewer pairs than ENOUGH_PAIRS signals are not compared. A larger sigma must have at least the fraction NEARLY of
+# the largest gain.
 ENOUGH_PAIRS, NEARLY = 6, 0.7
 
 
@@ -53,7 +57,7 @@ class Look:
         return bool(np.isnan(self.rewards).all(2).any())
 
     def _told(self) -> tuple[np.ndarray, np.ndarray]:
-        """The rewards of the prompts that all were judged by."""
+        """The rewards (of the model, of the pairs) for the prompts for which the model and all members got a reward."""
         both = ~np.isnan(self.base) & ~np.isnan(self.rewards).any((0, 1))
         return self.base[both], self.rewards[:, :, both]
 
@@ -63,7 +67,8 @@ class Look:
 
     @property
     def lost(self) -> tuple[float, float]:
-        """How much lower the mean is than the model's, prompt by prompt, and the standard error."""
+        """By how much the members' mean reward is below the model's, compared prompt by prompt, and the standard
+        error."""
         base, rewards = self._told()
         apart = base - rewards.mean((0, 1))
         if self.dead or not len(apart):
@@ -95,7 +100,7 @@ class Look:
 
     @property
     def alike(self) -> bool:
-        """Whether all members, and the model, got the same for each prompt."""
+        """Whether all members and the model got the same rewards."""
         base, rewards = self._told()
         return not self.dead and bool((rewards == base).all())
 
@@ -104,12 +109,12 @@ class Look:
 class Found:
     """The result of a search.
 
-    sigma      of the members
-    tolerated  how far the weights may be moved by noise, as a sigma
-    looks      everything that was asked, by sigma
-    losses     share that each of them has lost
-    why        in words
-    learns     whether there is something to learn from
+    sigma      the sigma for members
+    tolerated  how far noise may move the weights without harm, as a sigma
+    looks      all measurements, in the order of sigma
+    losses     the `loss` at each of them
+    why        the reason for this sigma, in words
+    learns     whether rewards differed, so that there is something to learn from
     """
 
     sigma: float
@@ -121,8 +126,13 @@ class Found:
 
 
 def search(ask: Callable[[float, int], Look], scale: float, members: int) -> Found:
-    """Searches with at most so many members. `ask(sigma, pairs)` asks two a pair, and once the unperturbed model, which
-    counts as one; `scale` is the weights' root mean square, from which on members are mostly noise."""
+    """Searches for sigma with at most `members` members.
+
+    ask      (sigma, pairs) -> Look: asks two members for each pair, and in the first call also the unperturbed model,
+    which
+             counts as a member
+    scale    root mean square of the weights; members of this sigma are mostly noise
+    """
     guess = scale / 10
     if members < 1 + 2 * COARSE_PAIRS * 3 + 2 * LEAST_PAIRS * len(FINE):
         return Found(guess, guess, (), (), f"{max(members, 0)} members are too few to search with: {_GUESSED}", False)
@@ -146,7 +156,7 @@ def search(ask: Callable[[float, int], Look], scale: float, members: int) -> Fou
                 break
             sigma /= FACTOR
     else:
-        # The model is no better than noise, so that nothing can be lost.
+        # The model is no better than noise, so members can lose nothing.
         sigma = scale / FACTOR
     pairs = min(MOST_PAIRS, left // (2 * len(FINE)))
     fine = [look(sigma * factor, pairs) for factor in FINE]
@@ -154,7 +164,7 @@ def search(ask: Callable[[float, int], Look], scale: float, members: int) -> Fou
     whole = [each for each in fine if share(each, floor) <= BROKEN] or [min(fine, key=lambda each: each.sigma)]
     best = max(each.gain for each in whole)
     if best <= 0 or pairs < ENOUGH_PAIRS:
-        # The steps of the updates are noise then, and so may be the members.
+        # Without signal the updates' steps are noise. Members may then be as far from the model as these may lead.
         sigma = min(max(each.sigma for each in whole), 2 * tolerated)
         why = (
             "too few pairs to compare signals" if pairs < ENOUGH_PAIRS else "no signal beside the noise of the prompts"
@@ -168,12 +178,12 @@ _GUESSED = "sigma is a guess, a tenth of the weights' root mean square"
 
 
 def share(look: Look, floor: Look) -> float:
-    """Of what the model gets above noise, the share that members have lost; 0 if it gets nothing above noise."""
+    """The `loss` of members: the fraction that they lose of what the model gets above noise. 0 if that is nothing."""
     if look.dead:
         return 1.0
     if not _is_floor(floor):
         return 0.0
-    # Members at the floor may have given no text at all: then rewards themselves are the scale.
+    # Members at the floor may have given no text at all. What can be lost is then measured from the lowest reward.
     most = floor.lost[0] if math.isfinite(floor.lost[0]) else float(np.nanmean(look.base) - np.nanmin(look.base))
     return look.lost[0] / most if most > 0 else float(look.lost[0] > 0)
 
@@ -184,8 +194,8 @@ def _is_floor(floor: Look) -> bool:
 
 
 def _tolerated(looks: Sequence[Look], floor: Look) -> float:
-    """The sigma at which the share that is lost becomes TOLERATED: between looks, by the logarithm of sigma. Losses are
-    first made to rise with sigma (by the pool of adjacent violators), weighted by their pairs."""
+    """The sigma at which the loss becomes TOLERATED, interpolated between measurements over the logarithm of sigma.
+    First the losses are made to rise with sigma (pool adjacent violators), weighted by their numbers of pairs."""
     ordered = sorted(looks, key=lambda each: each.sigma)
     blocks: list[list[float]] = []
     for each in ordered:
@@ -198,7 +208,7 @@ def _tolerated(looks: Sequence[Look], floor: Look) -> float:
     rising = [loss for loss, _, count in blocks for _ in range(int(count))]
     below = [i for i, loss in enumerate(rising) if loss <= TOLERATED]
     if not below:
-        # In proportion to sigma squared, as the loss of a small displacement is.
+        # For small displacements the loss is proportional to sigma squared.
         return ordered[0].sigma * math.sqrt(TOLERATED / rising[0])
     i = below[-1]
     if i + 1 == len(ordered):

@@ -41,13 +41,13 @@ from .search import BROKEN, Found, Look, search, share
 
 log = logging.getLogger(__name__)
 
-# Share of the run's responses that the search may take, and the responses to which a member's number is limited.
+# The fraction of the run's responses that the search may take, and the most responses of one member.
 BUDGET, PROMPTS = 0.05, 64
-# The number of the generation whose seeds the search takes; no run has so many.
+# The search uses the seeds of the generation with this number, which no run reaches.
 GENERATION = 2**32 - 1
-# The weights' scale where none are in this process: a large one, from which the search goes down.
+# The assumed scale of weights that are not in this process. It is large, since the search goes down from it.
 UNKNOWN_SCALE = 0.1
-# Generations of a schedule that are added up one by one.
+# A schedule of more generations than this is sampled, not added up generation by generation.
 MOST_STEPS = 10_000
 # The longest step of one generation, in units of the distance of its members.
 LONGEST = 0.25
@@ -131,7 +131,7 @@ class Tuner:
     # ---- asking ------------------------------------------------------------------------------------------------------
 
     def _ask(self, sigma: float, pairs: int) -> Look:
-        """Asks so many mirrored pairs; and once, as a member without noise, the model."""
+        """Asks `pairs` mirrored pairs. The first call also asks the model itself, as a member without noise."""
         es, width = self.es, len(self.batch.texts)
         first = [] if self._base is not None else [Member(0, self._seed(0), 0)]
         members = first + [Member(len(first) + i, self._seed(i // 2), 1 - 2 * (i % 2)) for i in range(2 * pairs)]
@@ -161,7 +161,8 @@ class Tuner:
         return optimizer.travel * self._shaped(found) / math.sqrt(self.es.population_size)
 
     def _walk(self, found: Found) -> float:
-        """The same for all generations together: their noise is independent, so squares add up."""
+        """How far the noise of all updates together carries the weights. The noise of generations is independent, so
+        squares add up."""
         c = self.config
         every = max(1, c.generations // MOST_STEPS)
         shares = [
@@ -228,7 +229,7 @@ def _rows(found: Found, scale: float) -> list[dict[str, float]]:
 
 
 def _short(value: float) -> float:
-    """Two digits: the search knows no more, and they are easily typed again."""
+    """Rounds to two digits: the search is no more precise than that, and two digits are easy to type."""
     return float(f"{value:.2g}")
 
 
