@@ -29,6 +29,7 @@ BENCHMARKS = {
     "drift": "what rounding does to weights over thousands of members and updates, by the usual code and by each mode",
     "modes": "time, traffic and memory of the weight modes, side by side, against what they state",
     "training": "the embedded model learns by every weight mode and by the usual code's numerics, over several seeds",
+    "tune": "sigma and lr found by the run, against hand-tuned and wrong ones, on the tasks of the embedded model",
     "ranks": "what low-rank noise costs in learning: ranks and full-rank noise on two tasks, sigma scanned for each",
     "iteration": "a whole generation of ES: against its text generation alone, and against the loop of today",
     "together": "members in one batch: against one after another, and against frozen weights in the same batch",
@@ -61,6 +62,7 @@ EXAMPLES = {
     "drift": ("--json bench/results/drift.json", "--numel 2**16 --generations 10 --dtypes bfloat16"),
     "modes": ("--json bench/results/modes.json", "--numel 1e7 --dtypes bfloat16 --noise gaussian"),
     "training": ("--json bench/results/training.json --keep runs/training", "--repeats 2 --generations 20"),
+    "tune": ("--json bench/results/tune.json --keep runs/tune", "--tasks sudoku --seeds 0 --share 0.5   a first look"),
     "ranks": ("--json bench/results/ranks.json --keep runs/ranks", "--tasks countdown --ranks 1 --generations 10"),
     "iteration": (
         "--json bench/results/iteration_cpu.json",

@@ -36,6 +36,7 @@ from . import (
     tasks,
     together,
     training,
+    tune,
     zoo,
 )
 from .provenance import caption
@@ -62,6 +63,7 @@ TABLES: dict[str, tuple[str, Callable[..., Table]]] = {
     "replay": ("replay.json", replay.table),
     "countdown": ("countdown.json", countdown.table),
     "countdown-noise": ("countdown_noise.json", countdown.noise_table),
+    "tune": ("tune.json", tune.table),
     "ranks": ("ranks.json", ranks.table),
     "tasks": ("tasks.json", tasks.table),
     "simulate": ("simulate.json", simulate.table),
