@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import logging
 from typing import Any
@@ -14,6 +15,7 @@ from ..utils.errors import BadValue
 from ..utils.files import check_writable, write_whole
 from ..utils.settings import check_int
 from .earlier_run import asked_of, model_in, run_of
+from .members import ask_members
 from .models import load, task_of
 from .options import as_flag
 from .parser import EVAL_SETTINGS
@@ -29,6 +31,11 @@ def run(args: argparse.Namespace) -> None:
             check_int(as_flag(name), value, 1, 2**31)
     if args.save:
         check_writable("--save", args.save)
+    args.models = [*args.runs, *(args.models or ())]
+    if args.members is not None:
+        check_int("--members", args.members, 1, 2**31)
+        if len(args.models) != 1 or run_of(args.models[0]) is None:
+            raise BadValue("--members: name one run folder, whose members are asked")
     settings = _settings(args)
     results, everything, first = [], [], None
     for path in args.models or [None]:
@@ -59,6 +66,11 @@ def run(args: argparse.Namespace) -> None:
             results[-1] |= against(first, responses)
         everything += [{"model": results[-1]["model"], **response} for response in responses]
         del model
+        if args.members is not None:
+            ask = functools.partial(respond, **further)
+            for name, responses in ask_members(run_of(path), args, task, rows, length, ask, settings):
+                results.append(summarize(name, task, responses) | against(first, responses))
+                everything += [{"model": name, **response} for response in responses]
     if args.save:
         write_whole(args.save, "".join(json.dumps(line) + "\n" for line in everything))
     if args.json:

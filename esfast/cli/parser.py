@@ -72,6 +72,7 @@ def parser_of_all() -> argparse.ArgumentParser:
             "esfast eval                                   the embedded small model",
             "esfast eval --model runs/qwen --samples 2000 --save responses.jsonl",
             "esfast eval --model Qwen/Qwen2.5-0.5B-Instruct runs/qwen/best --task countdown",
+            "esfast eval --members 5 runs/qwen             the best 5 members of the last generation vote",
         ),
     )
     _add_eval_arguments(evaluate)
@@ -163,6 +164,14 @@ def _add_eval_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("evaluation")
     names = "Hugging Face names or folders, or run folders (default: the embedded small model)"
     group.add_argument("--model", nargs="+", dest="models", metavar="MODEL", help=names)
+    group.add_argument("runs", nargs="*", metavar="RUN", help="the same as --model")
+    group.add_argument(
+        "--members",
+        type=integer,
+        metavar="K",
+        help="of one run: also the best K members of its last generation, each alone the best one and all of them by "
+        "majority vote",
+    )
     group.add_argument("--samples", type=integer, default=500, metavar="N", help="held-out problems")
     longest = "longest response, in tokens (default: the run's or the task's, as far as the model's context goes)"
     group.add_argument("--max-completion-length", type=integer, metavar="N", help=longest)

@@ -30,7 +30,6 @@ def respond(
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[dict]:
     """A dict for each row: its prompt, the completion, `reward` and, if the task can tell, `correct` (0.0 or 1.0)."""
-    weights = reward_weights or [1.0] * len(task.reward_funcs)
     engine = TransformersEngine(model, tokenizer, max_new_tokens, batch_size)
     engine.prompts.length_setting = "max_completion_length"
     if task.environment is not None:
@@ -39,6 +38,18 @@ def respond(
     engine.check(prompts)
     for start in tqdm(range(0, len(prompts), chunk), unit="batch", dynamic_ncols=True, leave=False):
         completions += engine.generate(prompts[start : start + chunk])
+    return judged(task, rows, prompts, completions, reward_weights)
+
+
+def judged(
+    task: Task,
+    rows: Rows,
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    reward_weights: Sequence[float] | None = None,
+) -> list[dict]:
+    """What `respond` returns, for completions that are there."""
+    weights = reward_weights or [1.0] * len(task.reward_funcs)
     functions = [*task.reward_funcs, *([] if task.accuracy is None else [task.accuracy])]
     values = Scorer(functions).submit(functions, *chat.answered(rows, completions)).result()
     scores = values[: len(task.reward_funcs)]
