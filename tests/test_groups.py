@@ -59,6 +59,47 @@ def test_without_groups_it_is_one_pass_over_the_plan_itself():
     ]
 
 
+@pytest.mark.parametrize("weights", ["base", "master", "host", "inplace"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_frozen_weights_stay_as_they_are(name, weights, same_bits, tmp_path):
+    """No member and no update changes them, not even the sign of a zero; the others are those of a run without them.
+    The journal says so: its replay needs no option."""
+    options = {"seed": 3, "population_size": 4, "weights": weights, **OPTIONS[name]}
+    together, alone = model(torch.bfloat16), model(torch.bfloat16)
+    for tensors in (together, alone):
+        for t in tensors.values():
+            t.view(-1)[::7] = -0.0
+    frozen = {n: t.clone() for n, t in together.items() if "norm" in n}
+    start = {n: t.clone() for n, t in together.items()}
+    tuned = [(n, t) for n, t in alone.items() if "norm" not in n]
+    es = ES(together.items(), 1e-3, 5e-3, groups=["norm*:sigma=0,lr=0"], journal=tmp_path / "j", **options)
+    other = ES(tuned, 1e-3, 5e-3, **options)
+    for _ in range(3):
+        for members in zip(es.population(), other.population(), strict=True):
+            assert same_bits([together[n] for n in frozen], frozen.values())
+            assert same_bits([together[n] for n, _ in tuned], [t for _, t in tuned])
+            for member in members:
+                member.reward = float(member.seed % 1000)
+        es.step(), other.step()
+    assert same_bits([together[n] for n in frozen], frozen.values())
+    assert same_bits([together[n] for n, _ in tuned], [t for _, t in tuned])
+    if weights != "inplace":
+        esfast.journal.replay(Plan(start.items()), tmp_path / "j")
+        assert same_bits(start.values(), together.values())
+
+
+def test_frozen_weights_of_stacked_members(same_bits):
+    module = torch.nn.Linear(3, 2)
+    with torch.no_grad():
+        module.bias.fill_(-0.0)
+    x = torch.randn(4, 3)
+    with esfast.stacked(module, [(1, 0.5), (2, 0.5)], groups=["bias:sigma=0,lr=0"]) as both:
+        found = both(x.repeat(2, 1))
+    for k, seed in enumerate((1, 2)):
+        with esfast.perturbed([("weight", module.weight)], seed, 0.5):
+            assert torch.allclose(found[4 * k : 4 * k + 4], module(x))
+
+
 def test_a_group_may_have_no_weights_on_this_rank():
     held = [("a", torch.ones(4)), ("bias", torch.empty(0), esfast.Slice((2,), (0,)))]
     es = ES(held, population_size=2, groups=["bias:lr=2"])
@@ -87,6 +128,9 @@ def test_memory_that_moved_is_seen_through_a_part():
         ("norm*:lr=fast", "expected PATTERN:sigma=X,lr=Y"),
         ("norm*:sigm=1", "unknown factor 'sigm'. Did you mean 'sigma'?"),
         ("norm*:lr=0", "Group.lr of 'norm*': expected a positive factor"),
+        ("norm*:sigma=0", "leaves weights as they are"),
+        ("norm*:sigma=0,lr=2", "Group.sigma of 'norm*': expected a positive factor, got 0.0; sigma=0,lr=0 (both)"),
+        ("*:sigma=0,lr=0", "groups: they freeze every tensor (sigma=0,lr=0), such as 'a'"),
         ("norm*:sigma=inf", "Group.sigma of 'norm*': expected a positive factor"),
         (":lr=1", "Group.pattern: expected a pattern"),
         ("bias:lr=1", "groups: the pattern 'bias' matches no tensor; a name here is 'a'"),

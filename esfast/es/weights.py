@@ -114,12 +114,13 @@ class BaseWeights(_Stored):
     def place(self, terms: Mapping[int, float], rounding: str = "nearest") -> None:
         """Writes the base plus the noise of any number of seeds, each times its coefficient, into the live weights."""
         for group, plan, base in self._parts:
-            coeffs = [group.sigma * c for c in terms.values()]
-            add_noise_(plan, list(terms), coeffs, base=base, rounding=rounding, **self._options)
+            seeds, coeffs = group.noise_of(terms.items())
+            add_noise_(plan, seeds, coeffs, base=base, rounding=rounding, **self._options)
 
     def try_step(self, terms: Mapping[int, float]) -> None:
         for group, plan, base in self._parts:
-            add_noise_(plan, list(terms), [group.lr * c for c in terms.values()], base=base, **self._options)
+            seeds, coeffs = group.noise_of(terms.items(), group.lr)
+            add_noise_(plan, seeds, coeffs, base=base, **self._options)
 
     def restore(self) -> None:
         add_noise_(self.plan, [], [], base=self.base, **self._options)
@@ -186,7 +187,7 @@ class _MovingWeights(LocalStore):
         with defer_sigint():
             # All terms of a weight are added in one pass, and rounded once.
             for group, plan in self._parts if terms else ():
-                seeds, coeffs = [s for s, _ in terms], [group.sigma * c for _, c in terms]
+                seeds, coeffs = group.noise_of(terms)
                 add_noise_(plan, seeds, coeffs, rounding=rounding, **self._options)
             self._applied = target
 

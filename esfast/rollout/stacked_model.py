@@ -124,7 +124,7 @@ class StackedModel:
             raise BadValue(f"stacked: expected 1 to {self.at_once} members, got {len(seeds)}")
         for k, (seed, coeff) in enumerate(zip(seeds.tolist(), coeffs.tolist(), strict=True)):
             for group, mine, base in self._parts[k]:
-                add_noise_(mine, [seed], [group.sigma * coeff], base=base, **self._options)
+                add_noise_(mine, *group.noise_of([(seed, coeff)]), base=base, **self._options)
             for i, written in self._turned.items():
                 self._stacks[i][k].copy_(written)
         self._count = len(seeds)

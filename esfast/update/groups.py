@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ..utils.errors import BadType, BadValue
@@ -14,8 +14,9 @@ from ..utils.suggest import unknown
 class Group:
     """Gives the weights whose names match a glob pattern their own sigma and lr.
 
-    sigma, lr: factors of the run's sigma and lr, > 0. To leave weights unchanged, keep them out of the plan
-    (`exclude`).
+    sigma, lr: factors of the run's sigma and lr, > 0. With both 0 the weights are frozen: no member and no update
+    changes them. Unlike `exclude`, which keeps them out of the plan, the journal then says so, and a replay needs no
+    options.
     """
 
     pattern: str
@@ -27,8 +28,26 @@ class Group:
             raise BadType(f"Group.pattern: expected a pattern of names, got {self.pattern!r}")
         for name in ("sigma", "lr"):
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
-                raise BadValue(f"Group.{name} of {self.pattern!r}: expected a positive factor, got {value!r}")
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not (0 < value < math.inf or self.frozen):
+                raise BadValue(
+                    f"Group.{name} of {self.pattern!r}: expected a positive factor, got {value!r}; sigma=0,lr=0 (both) "
+                    "leaves weights as they are"
+                )
+
+    @property
+    def frozen(self) -> bool:
+        """Whether these weights stay as they are, in members and in updates."""
+        return self.sigma == 0 and self.lr == 0
+
+    def noise_of(
+        self, terms: Iterable[tuple[int, float]], factor: float | None = None
+    ) -> tuple[list[int], list[float]]:
+        """Seeds and coefficients of this group's noise, for (seed, coefficient) of the run's. `factor` is the group's
+        sigma unless it is given. Nothing if the group is frozen: noise times 0 would still turn a weight of -0.0 into
+        0.0."""
+        kept, factor = [] if self.frozen else list(terms), self.sigma if factor is None else factor
+        return [seed for seed, _ in kept], [factor * coeff for _, coeff in kept]
 
     def __str__(self) -> str:
         """The text that `parse` turns back into this group."""

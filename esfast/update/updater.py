@@ -53,6 +53,9 @@ class UpdateRecord:
 # The earlier name of UpdateRecord, which still works.
 Generation = UpdateRecord
 
+# The group of weights that no pattern matches.
+REST = Group("*")
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -92,17 +95,23 @@ class Rule:
     def by_group(self, *plans: Plan | None) -> list[tuple]:
         """Divides plans of the same tensors by group: for each group (group, *parts), a part of each plan. Without
         groups there is one part, the whole plans. Noise is a function of names, so the division does not change it."""
-        rest = Group("*")
         if not self.groups:
-            return [(rest, *plans)]
+            return [(REST, *plans)]
         numbers: dict[Group, list[int]] = {}
         for i, name in enumerate(plans[0].names):
-            group = next((g for g in self.groups if fnmatch.fnmatchcase(name, g.pattern)), rest)
-            numbers.setdefault(group, []).append(i)
+            numbers.setdefault(self.group_of(name), []).append(i)
         return [(g, *(p.subset(which) if p is not None else None for p in plans)) for g, which in numbers.items()]
 
+    def group_of(self, name: str) -> Group:
+        """The first group whose pattern matches a tensor's name; without one, factors of 1."""
+        return next((g for g in self.groups if fnmatch.fnmatchcase(name, g.pattern)), REST)
+
     def check_names(self, names: Sequence[str]) -> None:
-        """ValueError if the pattern of a group matches none of the names."""
+        """ValueError if the pattern of a group matches none of the names, or the groups freeze all of them."""
+        if self.groups and all(self.group_of(name).frozen for name in names):
+            raise BadValue(
+                f"groups: they freeze every tensor (sigma=0,lr=0), such as {names[0]!r}: nothing is to be tuned"
+            )
         for group in self.groups:
             if not any(fnmatch.fnmatchcase(name, group.pattern) for name in names):
                 raise BadValue(f"groups: the pattern {group.pattern!r} matches no tensor; a name here is {names[0]!r}")
@@ -153,6 +162,8 @@ class Updater:
     def __call__(self, record: UpdateRecord) -> None:
         rule = self.rule
         for group, plan, anchor in self._parts:
+            if group.frozen:
+                continue
             seeds, coeffs, epilogue = rule.optimizer.step(self.state, record, group.lr)
             add_noise_(
                 plan,
