@@ -77,6 +77,7 @@ def trainer(
     engine_options=None,
     processing_class=None,
     functions=letters,
+    engine_timeout=None,
     **changes,
 ):
     settings = {
@@ -96,6 +97,7 @@ def trainer(
         config,
         engines,
         engine_options=engine_options,
+        engine_timeout=engine_timeout,
         train_dataset=train,
         eval_dataset=evaluated,
         processing_class=processing_class,
@@ -242,11 +244,11 @@ def test_a_fleet_trains_as_one_model_does(folder, tmp_path, same_bits, monkeypat
         if name == "dying":
             original = fleet._ray.wait
 
-            def wait(references, num_returns, original=original, fleet=fleet, answers=answers):
-                answers.append(references)
-                if len(answers) == 3:
+            def wait(references, num_returns, timeout=None, original=original, fleet=fleet, answers=answers):
+                answers.extend([references] if len(references) > 1 else [])
+                if len(answers) == 3 and len(references) > 1:
                     vllm_stand_in.kill(fleet._engines[0])  # which has a member in the works
-                return original(references, num_returns)
+                return original(references, num_returns, timeout)
 
             monkeypatch.setattr(fleet._ray, "wait", wait)
         made.train()

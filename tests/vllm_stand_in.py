@@ -3,22 +3,68 @@ weights esfast's own WorkerExtension finds, perturbs and updates. What real ones
 
 import dataclasses
 import sys
+import time
 from types import ModuleType, SimpleNamespace
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from esfast.integrations import vllm_plugin
+from esfast.integrations import vllm_patches, vllm_plugin
 from esfast.integrations.vllm import WorkerExtension
 
 
 class Worker(WorkerExtension):
-    def __init__(self, path, model):
+    def __init__(self, path, model, lora):
         self._model = model
-        self.vllm_config = SimpleNamespace(model_config=SimpleNamespace(hf_config=model.config, model=path))
+        self.vllm_config = SimpleNamespace(
+            model_config=SimpleNamespace(hf_config=model.config, model=path), lora_config=lora
+        )
+        self.model_runner = SimpleNamespace()
+        if lora is not None:
+            self.model_runner.lora_manager = LoRAManager(model, lora)
 
     def get_model(self):
         return self._model
+
+
+class BaseLinearLayerWithLoRA:
+    def __init__(self, base, lora):
+        (rows, cols), (slots, rank) = base.weight.shape, (lora.max_loras, lora.max_lora_rank)
+        self.base_layer, self.tp_rank = base, 0
+        self.lora_a_stacked = (torch.zeros(slots, 1, rank, cols),)
+        self.lora_b_stacked = (torch.zeros(slots, 1, rows, rank),)
+
+
+class LoRAManager:
+    """Of adapters of linear layers, one in a slot at a time: `drawn` of it is added to the model's weights."""
+
+    def __init__(self, model, lora):
+        linear = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"}
+        modules = {name: BaseLinearLayerWithLoRA(base, lora) for name, base in linear.items()}
+        self._adapter_manager = SimpleNamespace(modules=modules)
+        self.members, self.write, self.removed = {}, None, []
+
+    def remove_adapter(self, number):
+        self.removed.append(number)
+
+    @torch.no_grad()
+    def weights(self, request):
+        """[(weight, its bits)] of the base, after the adapter of a request was added to the weights."""
+        assert self.members[request.lora_int_id].name == request.lora_name == request.lora_path
+        self.write(0, request.lora_int_id)
+        before = []
+        for lora in self._adapter_manager.modules.values():
+            weight = lora.base_layer.weight
+            before.append((weight, weight.clone()))
+            weight += lora.lora_b_stacked[0][0, 0] @ lora.lora_a_stacked[0][0, 0]
+        return before
+
+
+class LoRARequest(SimpleNamespace): ...
+
+
+def draw_adapters(manager, members, write):
+    manager.members, manager.write = members, write
 
 
 @dataclasses.dataclass
@@ -29,7 +75,8 @@ class SamplingParams:
 
 
 class LLM:
-    """Attributes: `asked`, the prompts of each call of `generate` as token ids; of the class, `made`, all there are."""
+    """Attributes: `asked`, the prompts of each call of `generate` as token ids; `adapters`, how many members each call
+    had; of the class, `made`, all there are."""
 
     made: list = []
 
@@ -42,16 +89,23 @@ class LLM:
         disable_log_stats,
         tokenizer=None,
         max_model_len=None,
+        enable_lora=False,
+        max_loras=1,
+        max_lora_rank=16,
     ):
         self._model = AutoModelForCausalLM.from_pretrained(model).eval()
         self._tokenizer = AutoTokenizer.from_pretrained(tokenizer or model)
-        self._worker, self.asked, self.running = Worker(model, self._model), [], True
+        lora = SimpleNamespace(max_loras=max_loras, max_lora_rank=max_lora_rank) if enable_lora else None
+        self._worker, self.asked, self.running = Worker(model, self._model, lora), [], True
+        self.adapters = []
         config = self._model.config
         stated = SimpleNamespace(
             max_model_len=max_model_len or config.max_position_embeddings, get_vocab_size=lambda: config.vocab_size
         )
         core = SimpleNamespace(shutdown=lambda: setattr(self, "running", False))
-        self.llm_engine = SimpleNamespace(vllm_config=SimpleNamespace(model_config=stated), engine_core=core)
+        device = SimpleNamespace(device_type="cpu")
+        stated = SimpleNamespace(model_config=stated, lora_config=lora, device_config=device)
+        self.llm_engine = SimpleNamespace(vllm_config=stated, engine_core=core)
         LLM.made.append(self)
 
     def get_tokenizer(self):
@@ -60,11 +114,22 @@ class LLM:
     def collective_rpc(self, method, args=(), kwargs=None):
         return [getattr(self._worker, method)(*args, **(kwargs or {}))]
 
-    def generate(self, prompts, settings, use_tqdm):
+    def generate(self, prompts, settings, use_tqdm, lora_request=None):
         rows = [prompt["prompt_token_ids"] for prompt in prompts]
         self.asked.append(rows)
+        self.adapters.append(len({request.lora_name for request in lora_request or ()}))
         settings = settings if isinstance(settings, list) else [settings] * len(rows)
-        return [self._done(row, params) for row, params in zip(rows, settings, strict=True)]
+        requests = [None] * len(rows) if lora_request is None else lora_request
+        return [self._asked(*each) for each in zip(rows, settings, requests, strict=True)]
+
+    def _asked(self, row, params, request):
+        before = [] if request is None else self._worker.model_runner.lora_manager.weights(request)
+        try:
+            return self._done(row, params)
+        finally:
+            with torch.no_grad():
+                for weight, bits in before:
+                    weight.copy_(bits)
 
     @torch.no_grad()
     def _done(self, row, params):
@@ -88,15 +153,18 @@ class RayActorError(RayError): ...
 
 
 class Reference:
-    """What was put into Ray's store, or an actor answers; an error if that has died."""
+    """What was put into Ray's store, or an actor answers; an error if that has died. `hung`: it never answers."""
 
-    def __init__(self, value, actor=None):
-        self.value, self.actor = value, actor
+    def __init__(self, value, actor=None, hung=False):
+        self.value, self.actor, self.hung = value, actor, hung
 
 
 class Actor:
+    """`trouble`, if it is set, is called with each method's name and arguments: it raises what the actor then raises,
+    or returns whether it hangs."""
+
     def __init__(self, kind, args, options):
-        self.alive, self.made, self.error = True, None, None
+        self.alive, self.made, self.error, self.trouble = True, None, None, None
         try:
             self.made = kind(*args, **options)
         except Exception as error:
@@ -108,6 +176,8 @@ class Actor:
                 return Reference(None, self)
             args = [a.value if isinstance(a, Reference) else a for a in args]
             try:
+                if self.trouble is not None and self.trouble(method, *args):
+                    return Reference(None, self, hung=True)
                 return Reference(getattr(self.made, method)(*args), self)
             except Exception as error:
                 return Reference(error, self)
@@ -123,6 +193,14 @@ def get(reference):
     if isinstance(reference.value, Exception):
         raise reference.value
     return reference.value
+
+
+def wait(references, num_returns, timeout=None):
+    ready = [reference for reference in references if not reference.hung][:num_returns]
+    if not ready:
+        assert timeout is not None, "it would wait forever"
+        time.sleep(timeout)
+    return ready, [reference for reference in references if reference not in ready]
 
 
 def remote(**resources):
@@ -147,10 +225,13 @@ def install(monkeypatch):
     ray.exceptions = SimpleNamespace(RayError=RayError, RayActorError=RayActorError)
     ray.is_initialized, ray.cluster_resources = lambda: True, dict
     ray.remote, ray.get, ray.put, ray.kill = remote, get, Reference, kill
-    ray.wait = lambda references, num_returns: (references[:num_returns], references[num_returns:])
-    for module in (vllm, distributed, ray):
+    ray.wait = wait
+    lora, request = ModuleType("vllm.lora"), ModuleType("vllm.lora.request")
+    request.LoRARequest = LoRARequest
+    for module in (vllm, distributed, ray, lora, request):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(vllm_plugin, "registered", True)
+    monkeypatch.setattr(vllm_patches, "draw_adapters", draw_adapters)
     monkeypatch.setattr(LLM, "made", [])
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     return LLM, kill

@@ -73,6 +73,11 @@ class RunOptions:
         "processes of torchrun that hold one model together, each a part of it; with --engine vllm: GPUs of "
         "each engine",
     )
+    engine_timeout: float | None = option(
+        None,
+        "seconds after which a vLLM engine that does not answer is given up, and others do its members (default: ten "
+        "times the longest so far, at least five minutes)",
+    )
 
     def __post_init__(self):
         convert_fields(self)

@@ -97,6 +97,7 @@ def trainer_of(options: RunOptions, settings: dict[str, Any], team: Team) -> tup
             options.num_engines,
             options.tensor_parallel_size,
             options.dtype,
+            engine_timeout=options.engine_timeout,
             **data,
         )
     else:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import fnmatch
+import logging
 import shutil
+import time
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +18,16 @@ from ..rollout.engine import Engine
 from ..trainer.config import ESConfig
 from ..trainer.trainer import ESTrainer
 from ..trainer.tuned import check_store_settings
-from ..update.updater import Rule, UpdateRecord
+from ..update.updater import Group, Rule, UpdateRecord, check_groups
 from ..utils.errors import BadState, BadValue
 from ..utils.files import whole_folder
 from .ray import Fleet
+from .vllm_members import lora_options
+
+log = logging.getLogger(__name__)
+
+# What vLLM runs at the same time on most devices, and adapters that it is asked to hold.
+REQUESTS_AT_ONCE, MOST_SLOTS = 256, 64
 
 
 class FleetStore(WeightStore):
@@ -64,12 +74,28 @@ class FleetStore(WeightStore):
 
 
 class FleetEvaluator:
-    """A MemberEvaluator over a Fleet: each engine makes a member, and the next one when it is free."""
+    """A MemberEvaluator over a Fleet: each engine takes members when it is free.
+
+    Args:
+        fleet: the engines.
+        at_once: how many members an engine takes at a time, to answer in one batch as LoRA adapters. 1: one after
+            another, each written into the engine's weights.
+        measure: try both ways in the first four generations, and keep the one that takes less time a token. The first
+            two are not counted, since the first call of either loads code.
+
+    `way` is "at once" or "one by one", None while it is measured.
+    """
 
     engine: Engine
+    TRIED = ("at once", "one by one") * 2
 
-    def __init__(self, fleet: Fleet):
+    def __init__(self, fleet: Fleet, at_once: int = 1, measure: bool = False):
         self.engine = self._fleet = fleet
+        self.at_once = at_once
+        self._seconds: list[float] = []
+        self.way: str | None = "at once" if at_once > 1 else "one by one"
+        if measure and at_once > 1:
+            self.way = None
 
     @property
     def tokens(self) -> int:
@@ -78,7 +104,28 @@ class FleetEvaluator:
     def evaluate(
         self, members: Population, prompts: Sequence[str], seeds: Sequence[int] | None
     ) -> Generator[tuple[Member, list[str]], None, None]:
-        yield from self._fleet.members(members.handed_out(), members.sigma, prompts, seeds)
+        way = self.way or self.TRIED[len(self._seconds)]
+        began, tokens = time.perf_counter(), self.tokens
+        if way == "at once":
+            yield from self._fleet.packets(members.packets(self.at_once), members.sigma, prompts, seeds)
+        else:
+            yield from self._fleet.members(members.handed_out(), members.sigma, prompts, seeds)
+        if self.way is None:
+            self._seconds.append((time.perf_counter() - began) / max(1, self.tokens - tokens))
+            self._choose()
+
+    def _choose(self) -> None:
+        if len(self._seconds) < len(self.TRIED):
+            return
+        together, apart = self._seconds[-2:]
+        self.way = "at once" if together <= apart else "one by one"
+        log.info(
+            "members_at_once: %s (%d members in one batch: %.3g ms a token, one after another: %.3g ms)",
+            self.way,
+            self.at_once,
+            together * 1e3,
+            apart * 1e3,
+        )
 
     def close(self) -> None:
         self.engine.close()
@@ -95,11 +142,17 @@ class FleetTrainer(ESTrainer):
         model: Hugging Face folder or name.
         num_engines, tensor_parallel_size, dtype: as for Fleet.
         engine_options: further arguments of vllm.LLM.
+        engine_timeout: as for Fleet.
         all others: as for ESTrainer.
+
+    With noise="low_rank" and members_at_once="auto" or a number above 1, several members answer in one batch of an
+    engine, as LoRA adapters (docs/how-to/vllm.md). What vLLM's LoRA slots do not carry (norms, biases, some embeddings)
+    is then frozen, by groups that are added to the config's.
 
     Raises:
         ValueError: a setting needs the weights in this process (kl_to_base, perturb_rounding, include, exclude,
-            weights="inplace" or "auto"). No engine was started.
+            weights="inplace" or "auto"), or members_at_once a kind of noise that slots do not hold. No engine was
+            started.
     """
 
     def __init__(
@@ -112,6 +165,7 @@ class FleetTrainer(ESTrainer):
         dtype: str = "auto",
         engine_options: Mapping[str, Any] | None = None,
         processing_class=None,
+        engine_timeout: float | None = None,
         **others,
     ):
         args = args if args is not None else ESConfig()
@@ -119,6 +173,12 @@ class FleetTrainer(ESTrainer):
         if args.weights not in MODES:
             known = ", ".join(map(repr, MODES))
             raise BadValue(f"weights: with vLLM engines expected one of {known}, got {args.weights!r}")
+        # Episodes ask many times of one member: all engines make the same one, and share its prompts.
+        alone = others.get("environment") is None
+        at_once = members_of_an_engine(args, num_engines) if alone else 1
+        options = dict(engine_options or {})
+        if at_once > 1:
+            options = slot_options(args, at_once, options) | options
         fleet = Fleet(
             model,
             args.max_completion_length,
@@ -127,16 +187,19 @@ class FleetTrainer(ESTrainer):
             args.temperature or 1.0,
             dtype,
             processing_class,
-            **(engine_options or {}),
+            engine_timeout,
+            **options,
         )
         fleet.prompts.length_setting = "max_completion_length"
         self._fleet = fleet
-        # Episodes ask many times of one member: all engines make the same one, and share its prompts.
-        alone = others.get("environment") is None
-        asked: dict[str, Any] = {"evaluator": FleetEvaluator(fleet)} if alone else {"engine": fleet}
+        evaluator = FleetEvaluator(fleet, at_once, args.members_at_once == "auto")
+        asked: dict[str, Any] = {"evaluator": evaluator} if alone else {"engine": fleet}
         try:
+            store = FleetStore(fleet, args.weights)
+            if at_once > 1:
+                args = dataclasses.replace(args, groups=with_frozen(args, fleet, store.whole_names))
             super().__init__(
-                FleetStore(fleet, args.weights),
+                store,
                 reward_funcs,
                 args,
                 processing_class=fleet.prompts.tokenizer,
@@ -161,3 +224,46 @@ class FleetTrainer(ESTrainer):
         if path.resolve() != saved.resolve():
             with whole_folder(path) as unfinished:
                 shutil.copytree(saved, unfinished, dirs_exist_ok=True)
+
+
+def members_of_an_engine(args: ESConfig, engines: int) -> int:
+    """How many members an engine takes at a time, for ESConfig.members_at_once: 1 for noise that LoRA slots do not
+    hold. ValueError for a number above 1 with such noise."""
+    given = args.members_at_once
+    if args.noise != "low_rank":
+        if given not in ("auto", "1"):
+            raise BadValue(
+                "members_at_once: several members in one vLLM engine are LoRA adapters, which hold noise='low_rank' "
+                f"alone, got noise={args.noise!r}; or leave it at 'auto'"
+            )
+        return 1
+    share = -(-args.population_size // engines)
+    return min(args.population_size, int(given)) if given != "auto" else share
+
+
+def slot_options(args: ESConfig, at_once: int, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of vllm.LLM for so many members at once. vLLM keeps requests back whose member has no slot."""
+    responses = args.prompts_per_generation * args.num_generations
+    # As many as may run at the same time, since all requests of a member come before those of the next.
+    running = 1 + -(-int(given.get("max_num_seqs", REQUESTS_AT_ONCE)) // responses)
+    return lora_options(args.rank, min(at_once, running, MOST_SLOTS))
+
+
+def with_frozen(args: ESConfig, fleet: Fleet, names: Sequence[str]) -> list[str]:
+    """The config's groups, after those that freeze what LoRA slots do not carry. ValueError for a group of the config
+    that would then have no weights."""
+    mine = check_groups(args.groups or ())
+    frozen = [Group.parse(text) for text in fleet.adapters()["frozen"]]
+    rule, before = Rule(groups=tuple(frozen)), Rule(groups=mine)
+    left = [name for name in names if not rule.group_of(name).frozen]
+    for group in mine:
+        if not group.frozen and not any(fnmatch.fnmatchcase(name, group.pattern) for name in left):
+            raise BadValue(
+                f"groups: {group.pattern!r} has weights that members in LoRA slots leave as they are, or none: leave "
+                "it out, or set members_at_once to 1"
+            )
+    # A resumed run's groups have them already.
+    added = [str(g) for g in frozen if not all(before.group_of(n).frozen for n in names if rule.group_of(n) == g)]
+    if added:
+        log.info("members_at_once: vLLM's LoRA slots do not carry %s: frozen", ", ".join(g.pattern for g in frozen))
+    return [*added, *map(str, mine)]

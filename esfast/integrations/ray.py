@@ -2,15 +2,13 @@
 
 Only seeds, coefficients and prompts go to the engines, and only text comes back. Every engine applies every update, so
 all engines hold the same weights to the bit, and so does the Hugging Face model that `replay` makes from the journal.
-If an engine dies, another engine does its member.
+If an engine dies, hangs or runs out of memory, another engine does its members.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import logging
 import os
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +19,7 @@ from ..trainer.door import open_tokenizer
 from ..update.updater import Rule, UpdateRecord
 from ..utils.errors import BadImport, BadState, BadValue
 from ..utils.interrupts import kept_handlers
-
-log = logging.getLogger(__name__)
+from .actors import Actors, Job, TimeLimits
 
 # Prompts of an evaluation that one engine gets at a time, for any number of engines.
 CHUNK = 256
@@ -37,6 +34,8 @@ class Fleet:
         num_engines: number of engines.
         tensor_parallel_size: GPUs of each engine (processes, on a machine without GPUs).
         processing_class: the tokenizer that reads prompts, as in ESTrainer. Default: the engines' tokenizer.
+        engine_timeout: seconds that a call of an engine may take before the engine is given up. Default: ten times the
+            longest that such a call took before, at least five minutes; two hours for the first.
 
     Prompts are tokenized here, once for all engines, which get token ids.
 
@@ -54,8 +53,10 @@ class Fleet:
         temperature: float = 1.0,
         dtype: str = "auto",
         processing_class=None,
+        engine_timeout: float | None = None,
         **options,
     ):
+        limits = TimeLimits(engine_timeout)
         if num_engines < 1 or tensor_parallel_size < 1:
             raise BadValue(
                 f"num_engines and tensor_parallel_size must be at least 1, got {num_engines} and {tensor_parallel_size}"
@@ -80,11 +81,10 @@ class Fleet:
         arguments = (str(model), max_new_tokens, temperature, tensor_parallel_size, dtype)
         self.model, self.tokens, self._ray = str(model), 0, ray
         start = actor.options(runtime_env={"env_vars": environment}).remote
-        self._engines = {number: start(*arguments, **options) for number in range(num_engines)}
-        for number, engine in list(
-            self._engines.items()
-            # An engine that can't start is an error: it would fail every time.
-        ):
+        engines = {number: start(*arguments, **options) for number in range(num_engines)}
+        self._actors = Actors(ray, engines, limits)
+        # An engine that can't start is an error: it would fail every time.
+        for number, engine in list(engines.items()):
             try:
                 ray.get(engine.__ray_ready__.remote())
             except ray.exceptions.RayError as error:
@@ -95,7 +95,11 @@ class Fleet:
     @property
     def alive(self) -> list[int]:
         """Numbers of the engines that answer."""
-        return sorted(self._engines)
+        return self._actors.alive
+
+    @property
+    def _engines(self) -> dict[int, Any]:
+        return self._actors.running
 
     def describe(self) -> dict:
         """numel, layout and number of tensors of the Hugging Face model. All weights are compared with it first."""
@@ -123,9 +127,14 @@ class Fleet:
         """The fingerprint of the weights; RuntimeError if it differs between engines."""
         return self._all("call", "esfast_fingerprint")
 
+    def adapters(self) -> dict[str, Any]:
+        """What the engines' LoRA slots hold (WorkerExtension.esfast_adapters). `frozen` has the groups that a run with
+        `packets` must have. RuntimeError if the engines were started without enable_lora."""
+        return self._all("call", "esfast_adapters")
+
     def save(self, folder: str | Path) -> None:
         """Writes a Hugging Face folder; one engine does it."""
-        list(self._hand_out("call", [(folder, ("save_self_weights_to_disk", str(folder)))]))
+        list(self._actors.hand_out("call", [Job(folder, ("save_self_weights_to_disk", str(folder)))]))
 
     def members(
         self, members: Iterable[Member], sigma: float, prompts: Sequence[str], seeds: Sequence[int] | None = None
@@ -134,18 +143,44 @@ class Fleet:
         Errors of prompts as in `generate`."""
         # Sent to each engine once.
         rows = self._ray.put(self.prompts(prompts))
-        jobs = ((m, (m.seed, m.sign * sigma, rows, seeds)) for m in members)
-        for member, (completions, tokens) in self._hand_out("member", jobs):
+        jobs = (Job(m, (m.seed, m.sign * sigma, rows, seeds)) for m in members)
+        for member, (completions, tokens) in self._actors.hand_out("member", jobs):
             self.tokens += tokens
             yield member, completions
+
+    def packets(
+        self,
+        packets: Iterable[Sequence[Member]],
+        sigma: float,
+        prompts: Sequence[str],
+        seeds: Sequence[int] | None = None,
+    ) -> Iterator[tuple[Member, list[str]]]:
+        """Like `members`, but an engine takes a packet of members, which answer in one batch, as LoRA adapters. If an
+        engine runs out of memory, its packet is done in halves.
+
+        The engines need enable_lora=True, and ES noise="low_rank" with the groups of `adapters()["frozen"]`.
+        """
+        rows = self._ray.put(self.prompts(prompts))
+
+        def job(packet: Sequence[Member]) -> Job:
+            return Job(packet, ([(m.seed, m.sign * sigma) for m in packet], rows, seeds), len(packet))
+
+        def halves(whole: Job) -> list[Job]:
+            middle = (len(whole.key) + 1) // 2
+            return [job(part) for part in (whole.key[:middle], whole.key[middle:]) if part]
+
+        for packet, answers in self._actors.hand_out("members", map(job, packets), halves):
+            for member, (completions, tokens) in zip(packet, answers, strict=True):
+                self.tokens += tokens
+                yield member, completions
 
     def generate(self, prompts: Sequence[str], seeds: Sequence[int] | None = None) -> list[str]:
         """Completions from the present weights; all engines share the prompts. Raises TypeError or ValueError for
         prompts, as PromptReader does."""
         rows = self.prompts(prompts)
         starts = range(0, len(rows), CHUNK)
-        jobs = [(i, (rows[i : i + CHUNK], seeds and seeds[i : i + CHUNK])) for i in starts]
-        parts = dict(self._hand_out("complete", jobs))
+        jobs = [Job(i, (rows[i : i + CHUNK], seeds and seeds[i : i + CHUNK])) for i in starts]
+        parts = dict(self._actors.hand_out("complete", jobs))
         return [text for i in starts for text in parts[i]]
 
     def check(self, prompts: Sequence[str]) -> None:
@@ -153,59 +188,11 @@ class Fleet:
         self.prompts.check(prompts)
 
     def close(self) -> None:
-        for engine in self._engines.values():
-            self._ray.kill(engine)
-        self._engines = {}
-
-    def _hand_out(self, method: str, jobs: Iterable[tuple]) -> Iterator[tuple]:
-        """Yields (key, answer) for each (key, arguments), which it takes when an engine is free. Work of an engine that
-        dies is done again."""
-        self._check_open()
-        waiting, again, idle = iter(jobs), deque[tuple](), deque(self.alive)
-        busy: dict[Any, tuple] = {}
-        while True:
-            while idle and (job := again.popleft() if again else next(waiting, None)) is not None:
-                number = idle.popleft()
-                busy[getattr(self._engines[number], method).remote(*job[1])] = number, job
-            if not busy:
-                return
-            (done,), _ = self._ray.wait(list(busy), num_returns=1)
-            number, job = busy.pop(done)
-            try:
-                answer = self._ray.get(done)
-            except self._ray.exceptions.RayActorError as error:
-                self._lose(number, error)
-                again.append(job)
-                continue
-            idle.append(number)
-            yield job[0], answer
+        self._actors.close()
 
     def _all(self, method: str, *args):
         """The answer of all engines; it must be the same from each."""
-        self._check_open()
-        asked = {n: getattr(e, method).remote(*args) for n, e in self._engines.items()}
-        answers = {}
-        for number, reference in asked.items():
-            try:
-                answers[number] = self._ray.get(reference)
-            except self._ray.exceptions.RayActorError as error:
-                self._lose(number, error)
-        first = answers[self.alive[0]]
-        for number, answer in answers.items():
-            if answer != first:
-                what = args[0] if args else method
-                raise RuntimeError(f"{what}: engine {self.alive[0]} says {first}, engine {number} says {answer}")
-        return first
-
-    def _check_open(self) -> None:
-        if not self._engines:
-            raise BadState("the fleet is closed, and its engines are gone with the weights: make another one")
-
-    def _lose(self, number: int, error: Exception) -> None:
-        del self._engines[number]
-        if not self._engines:
-            raise BadState(f"no engine is left; the last to go, {number}, said: {error}")
-        log.warning("engine %d is gone, %d are left: %s", number, len(self._engines), str(error).splitlines()[0])
+        return self._actors.all(method, *args)
 
 
 def _on_cpu(engines: int, ranks: int) -> dict[str, str]:

@@ -9,6 +9,7 @@ the bit. Arguments are plain ints, floats, lists, dicts and strings.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable
 from datetime import timedelta
@@ -22,6 +23,20 @@ from ..utils.errors import BadState
 GROUP_TIMEOUT = timedelta(minutes=10)  # the longest that engines wait for each other
 
 
+def _changes_weights(method):
+    """A method after which vLLM's cached keys and values, and the members in LoRA slots, belong to other weights."""
+
+    @functools.wraps(method)
+    def call(self, *args, **kwargs):
+        if hasattr(self, "_esfast_adapters"):
+            self._esfast_adapters.forget()
+        return method(self, *args, **kwargs)
+
+    marked: Any = call
+    marked.changes_weights = True
+    return marked
+
+
 class WorkerExtension:
     """Methods of a vLLM worker, called through collective_rpc. An error is raised there, and no weight has changed.
 
@@ -33,35 +48,25 @@ class WorkerExtension:
     # What it finds in the worker.
     vllm_config: Any
     get_model: Callable[[], Any]
+    model_runner: Any
     _esfast_weights: Any
-
-    # After these calls vLLM's cached keys and values belong to other weights.
-    CHANGES_WEIGHTS = frozenset(
-        {
-            "perturb_self_weights",
-            "restore_self_weights",
-            "update_weights_from_seeds",
-            "broadcast_all_weights",
-            "load_weights_from_disk",
-            "restore_self_initial_weights",
-            "esfast_begin",
-            "esfast_restore",
-            "esfast_update",
-        }
-    )
+    _esfast_adapters: Any
 
     # ---- es-at-scale's methods --------------------------------------------------------------------------------------
 
+    @_changes_weights
     def perturb_self_weights(self, seed: int, noise_scale: float, negate: bool = False) -> bool:
         """Adds noise_scale * noise(seed); with `negate` subtracts it."""
         self._esfast.offsets.add(int(seed), -float(noise_scale) if negate else float(noise_scale))
         return True
 
+    @_changes_weights
     def restore_self_weights(self, seed: int, sigma: float) -> bool:
         """Takes sigma * noise(seed) away. If no other noise is in place, the weights have their original bits."""
         self._esfast.offsets.add(int(seed), -float(sigma))
         return True
 
+    @_changes_weights
     def update_weights_from_seeds(
         self, seeds: list[int], coeffs: list[float], alpha: float, population_size: int
     ) -> bool:
@@ -82,6 +87,7 @@ class WorkerExtension:
         self._esfast_engine, self._esfast_rounds = int(engine_idx), 0
         return True
 
+    @_changes_weights
     def broadcast_all_weights(self, src_rank: int) -> bool:
         """Makes this engine's weights those of engine `src_rank`, on every engine at once.
 
@@ -116,6 +122,7 @@ class WorkerExtension:
         self._esfast.save(path)
         return True
 
+    @_changes_weights
     def load_weights_from_disk(self, path: str) -> bool:
         """Loads weights from a Hugging Face folder. ValueError if it holds another model; no weight has then
         changed."""
@@ -127,6 +134,7 @@ class WorkerExtension:
         self._esfast_initial = [t.detach().to("cpu", copy=True) for t in self._esfast.all.tensors]
         return True
 
+    @_changes_weights
     def restore_self_initial_weights(self) -> bool:
         """Restores the weights of `save_self_initial_weights`; updates then start from these. Noise in place is
         removed."""
@@ -147,6 +155,7 @@ class WorkerExtension:
             weights.verify()
         return weights.layout()
 
+    @_changes_weights
     def esfast_begin(self, rule: dict | None = None, weights: str = "base", include=None, exclude=None) -> bool:
         """Chooses how weights are changed, instead of the defaults of the first call. Updates start from the present
         weights; noise in place is taken away.
@@ -160,10 +169,12 @@ class WorkerExtension:
         self._esfast_looked_at.begin(changed_by, weights, include, exclude)
         return True
 
+    @_changes_weights
     def esfast_restore(self) -> None:
         """Takes away all noise that is in place."""
         self._esfast.offsets.clear()
 
+    @_changes_weights
     def esfast_update(self, record: dict) -> None:
         """Applies a generation, which must be the next one: the record of `ES.step` as a dict."""
         self._esfast.update(UpdateRecord(**record))
@@ -172,14 +183,50 @@ class WorkerExtension:
         """Fingerprint of the whole model, for every sharding. It equals `esfast.Plan(hf_model).fingerprint()`."""
         return self._esfast.fingerprint()
 
+    # ---- members as LoRA adapters -----------------------------------------------------------------------------------
+
+    def esfast_adapters(self) -> dict:
+        """What the engine's LoRA slots hold: `slots` and `rank`, its max_loras and max_lora_rank, and `frozen`, groups
+        as texts that freeze the tensors which slots do not carry. RuntimeError if it was started without enable_lora.
+        """
+        return self._esfast_members_of.describe()
+
+    def esfast_members(self, seeds: list[int], sigmas: list[float], rank: int | None = None) -> list[dict]:
+        """Members as LoRA adapters: the j-th is weights + sigmas[j] * noise(seeds[j]), with noise="low_rank". A sigma
+        of 0 gives the weights as they are.
+
+        Returns for each the fields of its vllm.lora.request.LoRARequest. The adapters are drawn on each worker when
+        requests need them, and end when weights change. There may be more of them than slots (max_loras).
+
+        The first call chooses the rule of updates, if esfast_begin was not called: low-rank noise of this rank, default
+        1, with what slots do not carry (norms, biases, some embeddings) frozen.
+
+        Raises:
+            RuntimeError: no enable_lora, or the noise of perturb_self_weights is in place.
+            ValueError: the rank exceeds max_lora_rank, or the rule has other noise, or moves tensors that slots do not
+                carry.
+        """
+        return self._esfast_members_of.add(seeds, sigmas, rank)
+
     # ---- not called from outside ------------------------------------------------------------------------------------
 
     @property
     def _esfast(self):
         weights = self._esfast_looked_at
         if weights.mode is None:
-            self.esfast_begin()
+            weights.begin(Rule())
+            # Until the first update, esfast_members may choose another rule.
+            weights.by_default = True
         return weights
+
+    @property
+    def _esfast_members_of(self):
+        if not hasattr(self, "_esfast_adapters"):
+            from .vllm_members import Members
+
+            manager = getattr(self.model_runner, "lora_manager", None)
+            self._esfast_adapters = Members(manager, self.get_model(), self._esfast_looked_at, self.vllm_config)
+        return self._esfast_adapters
 
     @property
     def _esfast_looked_at(self):
@@ -198,3 +245,6 @@ class WorkerExtension:
         model = self.vllm_config.model_config
         self._esfast_weights = WorkerWeights(self.get_model(), model.hf_config, model.model, get_tp_group())
         return self._esfast_weights
+
+    # The plugin resets the prefix cache after these calls.
+    CHANGES_WEIGHTS = frozenset(name for name, value in vars().items() if hasattr(value, "changes_weights"))

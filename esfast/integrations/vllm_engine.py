@@ -20,7 +20,7 @@ class VLLMEngine:
         max_new_tokens: longest completion, in tokens.
         temperature: of completions that are asked for with seeds; without seeds they are greedy.
         tensor_parallel_size, dtype: as vLLM's.
-        options: further arguments of vllm.LLM.
+        options: further arguments of vllm.LLM. For `members`: enable_lora=True, max_loras and max_lora_rank.
 
     vLLM gets token ids. Prompts are tokenized as by TransformersEngine, and a completion always has room for
     max_new_tokens; vLLM itself would cut it off at max_model_len.
@@ -45,6 +45,9 @@ class VLLMEngine:
         options = {"worker_extension_cls": EXTENSION, "disable_log_stats": True} | options
         self.llm = LLM(str(model), tensor_parallel_size=tensor_parallel_size, dtype=dtype, **options)
         self.max_new_tokens, self.temperature, self.tokens = max_new_tokens, temperature, 0
+        config = self.llm.llm_engine.vllm_config
+        # On a CPU vLLM gives a request without an adapter what is in the last slot. An empty adapter is the base.
+        self._base_needs_adapter = config.lora_config is not None and config.device_config.device_type == "cpu"
 
     @functools.cached_property
     def prompts(self) -> PromptReader:
@@ -69,18 +72,8 @@ class VLLMEngine:
 
     def complete(self, rows: Sequence[Sequence[int]], seeds: Sequence[int] | None = None) -> list[str]:
         """Like `generate`, for prompts given as token ids."""
-        from vllm import SamplingParams
-
-        if seeds is None:
-            settings = SamplingParams(temperature=0.0, max_tokens=self.max_new_tokens)
-        else:
-            settings = [
-                SamplingParams(temperature=self.temperature, max_tokens=self.max_new_tokens, seed=s % 2**63)
-                for s in seeds
-            ]
-        done = self.llm.generate([{"prompt_token_ids": list(row)} for row in rows], settings, use_tqdm=False)
-        self.tokens += sum(len(d.outputs[0].token_ids) for d in done)
-        return [d.outputs[0].text for d in done]
+        adapters = self._adapters([(0, 0.0)]) * len(rows) if self._base_needs_adapter else None
+        return [text for text, _ in self._complete(rows, seeds, adapters)]
 
     def member(
         self, seed: int, coeff: float, rows: Sequence[Sequence[int]], seeds: Sequence[int] | None = None
@@ -93,6 +86,47 @@ class VLLMEngine:
             return self.complete(rows, seeds), self.tokens - before
         finally:
             self.call("esfast_restore")
+
+    def members(
+        self,
+        members: Sequence[tuple[int, float]],
+        rows: Sequence[Sequence[int]],
+        seeds: Sequence[int] | None = None,
+    ) -> list[tuple[list[str], int]]:
+        """Several members at once, each (seed, coeff), as LoRA adapters in one batch: all answer all prompts. Returns
+        for each what `member` returns. No weight changes.
+
+        Raises ValueError or RuntimeError as WorkerExtension.esfast_members does."""
+        adapters = [adapter for adapter in self._adapters(members) for _ in rows]
+        again = len(members)
+        done = self._complete(list(rows) * again, None if seeds is None else list(seeds) * again, adapters)
+        parts = [done[i * len(rows) : (i + 1) * len(rows)] for i in range(again)]
+        return [([text for text, _ in part], sum(tokens for _, tokens in part)) for part in parts]
+
+    def _adapters(self, members: Sequence[tuple[int, float]]) -> list:
+        from vllm.lora.request import LoRARequest
+
+        given = self.call("esfast_members", [seed for seed, _ in members], [coeff for _, coeff in members])
+        return [LoRARequest(**fields) for fields in given]
+
+    def _complete(
+        self, rows: Sequence[Sequence[int]], seeds: Sequence[int] | None, adapters: list | None
+    ) -> list[tuple[str, int]]:
+        """The text of each prompt and its number of tokens."""
+        from vllm import SamplingParams
+
+        if seeds is None:
+            settings = SamplingParams(temperature=0.0, max_tokens=self.max_new_tokens)
+        else:
+            settings = [
+                SamplingParams(temperature=self.temperature, max_tokens=self.max_new_tokens, seed=s % 2**63)
+                for s in seeds
+            ]
+        asked = [{"prompt_token_ids": list(row)} for row in rows]
+        done = self.llm.generate(asked, settings, use_tqdm=False, lora_request=adapters)
+        found = [(d.outputs[0].text, len(d.outputs[0].token_ids)) for d in done]
+        self.tokens += sum(tokens for _, tokens in found)
+        return found
 
     def call(self, method: str, *args, **kwargs):
         """Calls WorkerExtension.`method` on all ranks; returns the first rank's answer."""

@@ -1,8 +1,9 @@
 """Where the weights of a vLLM model lie in the tensors of the Hugging Face model that it was loaded from.
 
 vLLM fuses q, k and v into one matrix, and gate and up into another, pads embeddings, and gives each tensor-parallel
-rank a shard. Noise belongs to the Hugging Face tensors. So each vLLM tensor is described by pieces: views of it, each a
-Slice of a whole Hugging Face tensor.
+rank a shard. With enable_lora it wraps layers, whose weights are then called `...base_layer.weight`. Noise belongs to
+the Hugging Face tensors. So each vLLM tensor is described by pieces: views of it, each a Slice of a whole Hugging Face
+tensor.
 
 | vLLM layer                       | pieces on rank r of R                                                             |
 |----------------------------------|-----------------------------------------------------------------------------------|
@@ -27,6 +28,8 @@ import torch
 from ..core.segments import Slice
 from ..utils.errors import BadValue
 
+# The end of the name of a layer that vLLM has wrapped for LoRA.
+WRAPPED = ".base_layer"
 Shape = tuple[int, ...]
 Piece = tuple[str, torch.Tensor, Slice]
 
@@ -68,7 +71,7 @@ def pieces(model: torch.nn.Module, wholes: Mapping[str, Shape]) -> list[Piece]:
     names: dict[int, str] = {}
     for prefix, module in model.named_modules():
         for leaf, p in module.named_parameters(recurse=False):
-            name = f"{prefix}.{leaf}"
+            name = f"{prefix.removesuffix(WRAPPED)}.{leaf}"
             if p.numel() == 0:
                 raise BadValue(
                     f"vLLM: {name!r} has no elements (shape {tuple(p.shape)}): its values were repacked elsewhere, "
@@ -82,7 +85,7 @@ def pieces(model: torch.nn.Module, wholes: Mapping[str, Shape]) -> list[Piece]:
                     )
                 continue
             names[id(p)] = name
-            found += _pieces(prefix, leaf, module, p, packed, wholes)
+            found += pieces_of(prefix, leaf, module, p, packed, wholes)
     return sorted(found, key=lambda piece: (order[piece[0]], piece[2].offset))
 
 
@@ -115,7 +118,7 @@ def _meet(windows: list[tuple[Shape, Shape]]) -> bool:
     )
 
 
-def _pieces(
+def pieces_of(
     prefix: str,
     leaf: str,
     module: Any,
@@ -123,12 +126,15 @@ def _pieces(
     packed: Mapping[str, Sequence[str]],
     wholes: Mapping[str, Shape],
 ) -> Iterator[Piece]:
+    """The pieces of one parameter `p`, called `leaf`, of the layer at `prefix`, in the order of its rows. `packed` is
+    the model's packed_modules_mapping. ValueError as in `pieces`."""
+    prefix = prefix.removesuffix(WRAPPED)
     parent, _, layer = prefix.rpartition(".")
     column = 0
     rows = _rows(layer, module, packed)
     if rows is None:
         rows = [RowRange(layer, p.shape[0], 0)]
-        if _is(module, "RowParallelLinear") and p.dim() == 2:
+        if is_a(module, "RowParallelLinear") and p.dim() == 2:
             column = module.tp_rank * p.shape[1]
     start = 0
     for part in rows:
@@ -150,23 +156,23 @@ def _pieces(
         if part.count:
             yield name, view, Slice(whole, offset)
         start += part.count
-    if start != p.shape[0] and not _is(module, "VocabParallelEmbedding"):
+    if start != p.shape[0] and not is_a(module, "VocabParallelEmbedding"):
         raise BadValue(f"vLLM: {prefix}.{leaf} has {p.shape[0]} rows, of which only {start} are known")
 
 
 def _rows(layer: str, module: Any, packed: Mapping[str, Sequence[str]]) -> list[RowRange] | None:
     """The Hugging Face rows that a layer's tensor holds; None for tensors that are not sharded by rows."""
-    if _is(module, "VocabParallelEmbedding"):
+    if is_a(module, "VocabParallelEmbedding"):
         held = module.shard_indices
         if module.num_added_embeddings:
             raise BadValue(f"vLLM: {layer} has {module.num_added_embeddings} rows for LoRA, which is not supported")
         return [RowRange(layer, held.org_vocab_end_index - held.org_vocab_start_index, held.org_vocab_start_index)]
-    if not _is(module, "ColumnParallelLinear"):
+    if not is_a(module, "ColumnParallelLinear"):
         return None
     counts = list(module.output_partition_sizes)
     ranks = [module.tp_rank] * len(counts)
     sizes = [module.tp_size * count for count in counts]
-    if _is(module, "QKVParallelLinear"):
+    if is_a(module, "QKVParallelLinear"):
         ranks[1:] = [module.tp_rank // module.num_kv_head_replicas] * 2
         sizes[1:] = [size // module.num_kv_head_replicas for size in sizes[1:]]
     leaves, starts = list(packed.get(layer, [layer])), [0] * len(counts)
@@ -179,7 +185,7 @@ def _rows(layer: str, module: Any, packed: Mapping[str, Sequence[str]]) -> list[
     ]
 
 
-def _is(module: torch.nn.Module, name: str) -> bool:
+def is_a(module: torch.nn.Module, name: str) -> bool:
     """Whether it is an instance of vLLM's class `name`, without importing vLLM."""
     return any(c.__name__ == name for c in type(module).__mro__)
 
@@ -193,7 +199,8 @@ def check_live(model: torch.nn.Module) -> None:
     """
     for name, module in model.named_modules():
         apply, weight = getattr(getattr(module, "quant_method", None), "apply", None), getattr(module, "weight", None)
-        if apply is None or not isinstance(weight, torch.Tensor) or weight.dim() != 2:
+        # A LoRA wrapper forwards both to the layer inside, which comes by itself.
+        if apply is None or not isinstance(weight, torch.Tensor) or weight.dim() != 2 or hasattr(module, "base_layer"):
             continue
         x = torch.ones(1, weight.shape[1], dtype=weight.dtype, device=weight.device)
         before = apply(module, x, None).clone()

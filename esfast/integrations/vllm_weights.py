@@ -44,6 +44,7 @@ class WorkerWeights:
         kept = {(name, offset) for (name, _, offset), first in mine if first}
         self._owned = [e for e in self.all.entries if (e.name, tuple(e.window.offset)) in kept]
         self.mode: Any = None  # of esfast.es.weights, once `begin` was called
+        self.by_default = False  # whether nobody has chosen the rule of updates
 
     def begin(self, rule: Rule, mode: str = "base", include=None, exclude=None) -> None:
         """Starts updates from the present weights. Arguments as for `esfast.ES`."""
@@ -52,7 +53,7 @@ class WorkerWeights:
         if self.mode is not None:
             self.offsets.clear()
         self.plan = Plan(self.found, include, exclude) if include or exclude else self.all
-        self.rule, self.mode_name = rule, mode
+        self.rule, self.mode_name, self.by_default = rule, mode, False
         self.anew()
 
     def anew(self) -> None:

@@ -78,10 +78,14 @@ class Engine:
 
         import esfast
 
-        options = {"worker_extension_cls": "esfast.integrations.vllm.WorkerExtension"} | options
+        options = {
+            "worker_extension_cls": "esfast.integrations.vllm.WorkerExtension",
+            "max_num_seqs": 8,
+            "dtype": "bfloat16",
+        } | options
         self.path = path
-        self.llm = LLM(str(path), enforce_eager=True, max_model_len=LENGTH, max_num_seqs=8, **options)
-        self.hf = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+        self.llm = LLM(str(path), enforce_eager=True, max_model_len=LENGTH, **options)
+        self.hf = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, options["dtype"]))
         self.plan = esfast.Plan(self.hf)
 
     def rpc(self, method, *args, **kwargs):
@@ -97,6 +101,38 @@ class Engine:
 
         done = self.llm.generate(list(prompts), SamplingParams(temperature=0, max_tokens=length), use_tqdm=False)
         return [list(d.outputs[0].token_ids) for d in done]
+
+    def members(self, seeds, sigmas, rank):
+        """Members of low-rank noise as LoRA adapters, the same from all ranks."""
+        from vllm.lora.request import LoRARequest
+
+        given = self.rpc("esfast_members", seeds, sigmas, rank)
+        assert all(adapters == given[0] for adapters in given)
+        return [LoRARequest(**fields) for fields in given[0]]
+
+    def ask(self, adapters, rows, length=8):
+        """The tokens of each adapter for each prompt, in one batch."""
+        from vllm import SamplingParams
+
+        done = self.llm.generate(
+            [{"prompt_token_ids": row} for _ in adapters for row in rows],
+            SamplingParams(temperature=0, max_tokens=length, ignore_eos=True),
+            use_tqdm=False,
+            lora_request=[adapter for adapter in adapters for _ in rows],
+        )
+        found = [list(d.outputs[0].token_ids) for d in done]
+        return [found[i : i + len(rows)] for i in range(0, len(found), len(rows))]
+
+    def assert_greedy(self, rows, answers):
+        """The answers are those of the Hugging Face model as it is now, greedy; where two tokens are equally likely to
+        4 digits, either."""
+        import torch
+
+        for row, answer in zip(rows, answers, strict=True):
+            with torch.no_grad():
+                logits = self.hf(input_ids=torch.tensor([row + answer])).logits[0, len(row) - 1 : -1]
+            short = logits.max(-1).values - logits.gather(-1, torch.tensor(answer)[:, None])[:, 0]
+            assert short.max() < 1e-4 * logits.abs().max(), (row, answer, short)
 
     def assert_forgets_other_weights(self):
         """The prompt is the same at every call, so keys of the weights before would be taken for it. Returns each seed's

@@ -3,10 +3,20 @@
 import pytest
 import torch
 from safetensors.torch import load_file
+from vllm_population import assert_members, lora
 
 import esfast
+from esfast.update.updater import Group, Rule
 
 pytest.importorskip("vllm", reason="vLLM is not installed here; `make test-vllm` runs these tests where it is")
+
+
+# Two of the engines have LoRA slots as well: rank of the members, and options.
+RANKS = {"llama-tied": 8, "qwen2-untied": 1}
+SLOTS = {
+    "llama-tied": lora(8, 4, fully_sharded_loras=True),
+    "qwen2-untied": lora(1, 8),
+}
 
 
 @pytest.fixture(scope="module", params=("qwen2-tied", "qwen2-untied", "llama-tied", "llama-untied"))
@@ -15,7 +25,7 @@ def engine(request, start):
         patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
         if request.param == "qwen2-tied":
             patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")  # the engine in a process too: vLLM's default
-        engine = start(request.param, tensor_parallel_size=2)
+        engine = start(request.param, tensor_parallel_size=2, **SLOTS.get(request.param, {}))
         yield engine
         engine.close()
 
@@ -77,3 +87,16 @@ def test_updates_from_a_master_save_and_load(engine, tmp_path):
     assert engine.fingerprint() == start
     with torch.no_grad():
         engine.hf.load_state_dict(AutoModelForCausalLM.from_pretrained(engine.path).state_dict())
+
+
+def test_members_in_lora_slots(engine):
+    """Of layers that are divided by rows, by columns, fused, and fully sharded."""
+    rank = RANKS.get(engine.path.name)
+    if rank is None:
+        with pytest.raises(Exception, match="enable_lora=True, max_loras="):
+            engine.rpc("esfast_members", [1], [0.1], 1)
+        return
+    groups = engine.rpc("esfast_adapters")[0]["frozen"]
+    rule = Rule(noise="low_rank", rank=rank, groups=tuple(map(Group.parse, groups)))
+    engine.rpc("esfast_begin", rule.to_json())
+    assert_members(engine, rank, 6)
