@@ -57,8 +57,19 @@ def test_members_in_slots_train_as_the_model_does(folder, tmp_path, same_bits):
         assert torch.equal(tuned, before) != carried, name
     saved = Qwen2ForCausalLM.from_pretrained(tmp_path / "fleet" / "model")
     assert same_bits(list(saved.parameters()), list(model.parameters()))
-    assert cli.main(["replay", str(tmp_path / "fleet" / "journal.jsonl"), "--base", str(folder()),
-                     "--out", str(tmp_path / "replayed")]) == 0  # fmt: skip
+    assert (
+        cli.main(
+            [
+                "replay",
+                str(tmp_path / "fleet" / "journal.jsonl"),
+                "--base",
+                str(folder()),
+                "--out",
+                str(tmp_path / "replayed"),
+            ]
+        )
+        == 0
+    )
     replayed = Qwen2ForCausalLM.from_pretrained(tmp_path / "replayed")
     assert same_bits(list(replayed.parameters()), list(model.parameters()))
 
@@ -72,7 +83,7 @@ def test_both_ways_are_measured_and_the_faster_one_is_kept(folder, tmp_path, cap
     monkeypatch.setattr(Fleet, "members", lambda *a: [time.sleep(slow["one by one"]), *original[1](*a)][1:])
     records = []
     for way in slow:
-        slow.update(dict.fromkeys(slow, 0.6), **{way: 0.0})
+        slow.update(dict.fromkeys(slow, 0.3), **{way: 0.0})
         vllm_stand_in.LLM.made.clear()
         made = trainer(tmp_path / way, folder(), generations=6, members_at_once="auto", **LOW_RANK)
         made.train()

@@ -267,7 +267,8 @@ class HostWeights(_Stored, _MovingWeights):
 
     def try_step(self, terms: Mapping[int, float]) -> None:
         for group, plan in self._parts:
-            add_noise_(plan, list(terms), [group.lr * c for c in terms.values()], **self._options)
+            seeds, coeffs = group.noise_of(terms.items(), group.lr)
+            add_noise_(plan, seeds, coeffs, **self._options)
 
     def restore(self) -> None:
         with defer_sigint():
