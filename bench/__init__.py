@@ -69,7 +69,11 @@ EXAMPLES = {
         "--device cuda --json bench/results/iteration_gpu.json",
         "--models tiny --repeats 1   a first look",
     ),
-    "together": ("--json bench/results/together.json", "--members 4 --prompts 8 --repeats 2   a first look"),
+    "together": (
+        "--json bench/results/together.json",
+        "--members 4 --prompts 8 --repeats 2   a first look",
+        "--device cuda --models Qwen2.5-0.5B --dtype bfloat16 --noise gaussian low_rank --members 1 4 16 30 --rates",
+    ),
     "dropin": (
         "--json bench/results/dropin.json",
         "--device cuda --numel 1e8 --seeds --json bench/results/dropin_gpu.json   without MeZO's runs",

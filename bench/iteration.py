@@ -181,7 +181,7 @@ class Work:
         self.prompt_tokens, self.new_tokens, self.members = prompt_tokens, new_tokens, members
         self.tokenizer = embedded.make_tokenizer()
         self.tokenizer.eos_token = None  # no token ends a text
-        self.model = _model(name, getattr(torch, dtype), device)
+        self.model = model_of(name, getattr(torch, dtype), device)
         self._threads = torch.get_num_threads()
         if is_small(self.model):  # as `esfast train` does
             torch.set_num_threads(1)
@@ -309,7 +309,7 @@ class Work:
         return now()
 
 
-def _model(name: str, dtype: torch.dtype, device: str):
+def model_of(name: str, dtype: torch.dtype, device: str):
     if name == "embedded":
         model = AutoModelForCausalLM.from_pretrained(embedded.cached(progress=False))
     else:

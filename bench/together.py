@@ -1,11 +1,12 @@
 """`esfast bench together`: members of a population in one batch, beside one after another and beside frozen weights.
 
     one by one   SequentialEvaluator: each member is perturbed, generates, and is restored
-    together     PopulationEvaluator: the weights of all members are written, and all generate in the same batches
+    together     PopulationEvaluator: the weights of all members are written, or with low-rank noise their factors, and
+                 all generate in the same batches
     batch        the same rows in the same batches, generated with weights that nobody changes
 
-In the first two the texts end as the model ends them, and must be the same. For the comparison with frozen weights no
-token ends a text, so that both generate equally many tokens.
+In the first two the texts end as the model ends them, and must be the same; with low-rank noise nearly all of them. For
+the comparison with frozen weights no token ends a text, so that both generate equally many tokens.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import gc
 import time
 from collections.abc import Callable, Iterator
 from statistics import median
+from typing import NamedTuple
 
 import torch
 
@@ -26,14 +29,46 @@ from ..rollout.models import load_model, load_tokenizer
 from ..rollout.population import PopulationEvaluator
 from ..tasks import countdown, embedded
 from . import BenchmarkError, count
+from .iteration import model_of
+from .models import MODELS
 from .noise import note
 
-# For each model (members, prompts, most new tokens). The first is the run of `esfast bench countdown`.
-CASES = [("embedded", 30, 64, 16), ("embedded", 30, 16, 16), ("embedded", 8, 64, 16)]
+
+class Case(NamedTuple):
+    """What a row is about. `members` answer at once, `one_by_one` says whether they do so one after another, too."""
+
+    model: str
+    noise: str
+    members: int
+    prompts: int
+    new_tokens: int
+    dtype: str = "float32"
+    device: str = "cpu"
+    one_by_one: bool = True
+    rank: int = 1
+
+
+# The first is the run of `esfast bench countdown`.
+CASES = [
+    Case("embedded", "gaussian", 30, 64, 16),
+    Case("embedded", "gaussian", 30, 16, 16),
+    Case("embedded", "gaussian", 8, 64, 16),
+    Case("embedded", "low_rank", 30, 64, 16),
+    Case("embedded", "low_rank", 30, 16, 16),
+    Case("Qwen2.5-0.5B", "low_rank", 8, 2, 8),
+]
 SIGMA = 0.01
+# of a model of random weights, whose texts change at once
+SIGMA_OF_SHAPES = 1e-4
+# Share of texts that must be equal with low-rank noise
+SAME_LOW_RANK = 0.97
 now = time.perf_counter
-# The least that the gain and the most that the overhead may be, by model, members and prompts, for a row to pass.
-LIMITS = {("embedded", 30, 64): (3.0, 1.15), ("embedded", 30, 16): (5.0, 1.15)}
+# By model, noise, members and prompts: the least that the gain and the most that the overhead may be for a row to pass
+LIMITS = {
+    ("embedded", "gaussian", 30, 64): (3.0, 1.15),
+    ("embedded", "gaussian", 30, 16): (5.0, 1.15),
+    ("Qwen2.5-0.5B", "low_rank", 8, 2): (1.0, 1.2),
+}
 
 Table = tuple[list[str], list[list[str]]]
 
@@ -48,113 +83,186 @@ class Frozen:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", metavar="FOLDER", help="a model's name or folder (default: the embedded model)")
-    for name in ("members", "prompts", "new-tokens"):
-        parser.add_argument(f"--{name}", type=count, help="of the only row then (default: three rows)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where the model is (default: cpu)")
-    parser.add_argument("--repeats", type=count, default=9, help="rounds of each row (default: 9)")
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        metavar="MODEL",
+        help=f"embedded, a shape of {', '.join(MODELS)}, or a folder (default: what the page Rollouts shows)",
+    )
+    parser.add_argument("--noise", nargs="+", choices=["gaussian", "rademacher", "low_rank"], default=["gaussian"])
+    parser.add_argument("--members", nargs="+", type=count, help="that answer at once (default: 30)")
+    parser.add_argument("--prompts", type=count, help="of each member (default: 64)")
+    parser.add_argument("--new-tokens", type=count, help="of each text, at most (default: 16)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the weights")
+    parser.add_argument("--rank", type=count, default=1, help="of low_rank noise (default: 1)")
+    parser.add_argument("--rates", action="store_true", help="only the rates of tokens: nothing one after another")
+    parser.add_argument("--repeats", type=count, default=9, help="rounds of each row, at most (default: 9)")
+    parser.add_argument("--seconds", type=float, default=1800.0, help="for all rows, about (default: 1800)")
 
 
 def run(args: argparse.Namespace) -> dict:
-    given = (args.members, args.prompts, args.new_tokens)
-    cases = CASES
-    if args.model or any(given):
-        sizes = (n if n is not None else usual for n, usual in zip(given, CASES[0][1:], strict=True))
-        cases = [(args.model or "embedded", *sizes)]
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise BenchmarkError("--device cuda: PyTorch finds no CUDA device here")
+    cases = _cases(args)
     rows: list[dict] = []
-    for case in cases:
-        note("{}, {} members, {} prompts, {} new tokens".format(*case))
-        rows.append(measure(*case, args.repeats, args.device))
-        args.save({"rows": rows})
-    return {"rows": rows}
+    left_out: list[dict] = []
+    deadline = now() + args.seconds
+    for i, case in enumerate(cases):
+        note("{}, {} noise, {} members, {} prompts, {} new tokens".format(*case))
+        left = (deadline - now()) / (len(cases) - i)
+        try:
+            if left < 0:
+                raise BenchmarkError(f"no time was left of {args.seconds:g} s")
+            rows.append(measure(case, args.repeats, left))
+        except (torch.OutOfMemoryError, BenchmarkError) as error:
+            if not args.rates:
+                raise
+            reason = "out of memory" if isinstance(error, torch.OutOfMemoryError) else str(error)
+            left_out.append({"model": case.model, "noise": case.noise, "members": case.members, "reason": reason})
+            note(f"left out: {reason}")
+        gc.collect()
+        args.save({"rows": rows, "left_out": left_out})
+    return {"rows": rows, "left_out": left_out}
 
 
-def measure(name: str, members: int, prompts: int, new_tokens: int, repeats: int, device: str = "cpu") -> dict:
-    """A row of figures."""
-    folder = embedded.cached(progress=False) if name == "embedded" else name
-    model, tokenizer = load_model(folder).to(device).eval(), load_tokenizer(folder)
-    texts = [row["prompt"] for row in countdown.problems(prompts, 0, "train", "compact")]
-    engine = TransformersEngine(model, tokenizer, new_tokens)
-    endless = TransformersEngine(model, tokenizer, new_tokens)
+def _cases(args: argparse.Namespace) -> list[Case]:
+    if not (args.models or args.members or args.prompts or args.new_tokens):
+        return [case._replace(device=args.device) for case in CASES]
+    usual = CASES[0]
+    return [
+        Case(
+            model, noise, members, args.prompts or usual.prompts, args.new_tokens or usual.new_tokens, args.dtype,
+            args.device, not args.rates, args.rank if noise == "low_rank" else 1,
+        )
+        for model in args.models or [usual.model]
+        for noise in args.noise
+        for members in args.members or [usual.members]
+    ]  # fmt: skip
+
+
+def measure(case: Case, repeats: int, seconds: float = float("inf")) -> dict:
+    """A row of figures, of `repeats` rounds or as many as fit in about `seconds`, at least one."""
+    if case.model in ("embedded", *MODELS):
+        folder = None
+        model = model_of(case.model, getattr(torch, case.dtype), case.device)
+        tokenizer = embedded.make_tokenizer()
+    else:
+        folder = case.model
+        model = load_model(folder).to(case.device, getattr(torch, case.dtype)).eval()
+        tokenizer = load_tokenizer(folder)
+    texts = [row["prompt"] for row in countdown.problems(case.prompts, 0, "train", "compact")]
+    engine = TransformersEngine(model, tokenizer, case.new_tokens)
+    endless = TransformersEngine(model, tokenizer, case.new_tokens)
     endless.generation_config = copy.copy(engine.generation_config)
     endless.generation_config.eos_token_id = None
-    es = ES(model, sigma=SIGMA, population_size=members)
-    one_by_one, together = SequentialEvaluator(engine), PopulationEvaluator(engine, members)
-    forced = PopulationEvaluator(endless, members)
-    figures, rounds = _seconds(es, texts, one_by_one, together, forced, repeats)
-    gain = figures["one by one"] / figures["together"]
+    sigma = SIGMA_OF_SHAPES if case.model in MODELS else SIGMA
+    # A population has two members at least; then one answers after the other.
+    members = max(2, case.members)
+    es = ES(model, sigma=sigma, population_size=members, noise=case.noise, rank=case.rank)
+    together, forced = (PopulationEvaluator(each, case.members) for each in (engine, endless))
+    one_by_one = SequentialEvaluator(engine) if case.one_by_one else None
+    same, rounds = _rounds(es, texts, one_by_one, together, forced, repeats, now() + seconds)
+    figures = {contender: median(values) for contender, values in rounds.items()}
+    tokens = members * case.prompts * case.new_tokens
     overhead = figures["together, all tokens"] / figures["batch, all tokens"]
-    least, most = LIMITS.get((name, members, prompts), (0.0, float("inf")))
+    gain = figures["one by one"] / figures["together"] if case.one_by_one else None
+    least, most = LIMITS.get((case.model, case.noise, case.members, case.prompts), (0.0, float("inf")))
     return {
-        "model": name,
-        "device": device,
-        "members": members,
-        "prompts": prompts,
-        "new_tokens": new_tokens,
-        "at_once": together.at_once,
-        "bytes": together.need,
-        "drops": together._way.drops,
+        **case._asdict(),
+        "at_once": forced.at_once,
+        "bytes": forced.need,
+        "drops": forced._way.drops,
+        "same_texts": same,
         "seconds": figures,
         "all_seconds": rounds,
+        "tokens_per_second": {name: tokens / figures[name] for name in figures if name.endswith("all tokens")},
         "times_as_fast": gain,
         "overhead_ratio": overhead,
-        "pass": gain >= least and overhead <= most,
+        "pass": (gain is None or gain >= least) and overhead <= most,
     }
 
 
-def _seconds(
+def _rounds(
     es: ES,
     prompts: list[str],
-    one_by_one: SequentialEvaluator,
+    one_by_one: SequentialEvaluator | None,
     together: PopulationEvaluator,
     forced: PopulationEvaluator,
     repeats: int,
-) -> tuple[dict[str, float], dict[str, list[float]]]:
-    """Medians, and those of all rounds. BenchmarkError if texts of float32 weights differ."""
+    deadline: float,
+) -> tuple[float | None, dict[str, list[float]]]:
+    """The share of equal texts, and seconds of all rounds. BenchmarkError if texts of float32 weights differ."""
+    same = None
 
     def ask(evaluator) -> list:
         return [texts for _, texts in evaluator.evaluate(es.population(), prompts, None)]
 
+    def batches() -> None:
+        for _ in range(0, es.population_size, forced.at_once):
+            forced._answers(Frozen(), [prompts] * forced.at_once, None)
+
     contenders: dict[str, Callable[[], object]] = {
-        "one by one": lambda: ask(one_by_one),
-        "together": lambda: ask(together),
         "together, all tokens": lambda: ask(forced),
-        "batch, all tokens": lambda: forced._answers(Frozen(), es.population_size, prompts, None),
+        "batch, all tokens": batches,
     }
+    if one_by_one is not None:
+        contenders = {"one by one": lambda: ask(one_by_one), "together": lambda: ask(together), **contenders}
     # what is tried out and imported once
     found = {contender: work() for contender, work in contenders.items()}
-    if es.plan.tensors[0].dtype is torch.float32 and found["one by one"] != found["together"]:
-        raise BenchmarkError("members together give other texts than one after another. No figures are given")
+    if forced.at_once != int(forced.members_at_once):
+        raise BenchmarkError(f"out of memory with {forced.members_at_once} members at once")
+    if one_by_one is not None:
+        pairs = [
+            a == b
+            for own, shared in zip(found["one by one"], found["together"], strict=True)
+            for a, b in zip(own, shared, strict=True)
+        ]
+        same = sum(pairs) / len(pairs)
+        least = SAME_LOW_RANK if es.rule.noise == "low_rank" else 1.0
+        if es.plan.tensors[0].dtype is torch.float32 and same < least:
+            raise BenchmarkError(
+                f"{same:.1%} of the texts of members together are those of one after another. No figures are given"
+            )
     rounds: dict[str, list[float]] = {contender: [] for contender in contenders}
-    for _ in range(repeats):
+    for done in range(repeats):
         for contender, work in contenders.items():
-            began = now()
+            began = _now(es)
             work()
-            rounds[contender].append(now() - began)
-    return {contender: median(values) for contender, values in rounds.items()}, rounds
+            rounds[contender].append(_now(es) - began)
+        if now() > deadline and done:
+            break
+    return same, rounds
+
+
+def _now(es: ES) -> float:
+    if es.plan.device.type == "cuda":
+        torch.cuda.synchronize()
+    return now()
 
 
 def table(result: dict) -> Table:
     headers = [
-        "model",
+        "model, noise",
         "members, prompts, most new tokens",
         "one after another, s",
         "together, s",
         "times as fast",
         "overhead over frozen weights in the same batch",
+        "tokens/s together, of frozen weights",
         "weights and texts, MB",
     ]
     lines = []
     for r in result["rows"]:
-        s = r["seconds"]
+        s, rates = r["seconds"], r["tokens_per_second"]
         lines.append(
             [
-                r["model"],
+                f"{r['model']}, {r['noise']}",
                 f"{r['members']}, {r['prompts']}, {r['new_tokens']}",
-                f"{s['one by one']:.3g}",
-                f"{s['together']:.3g}",
-                f"{r['times_as_fast']:.2f}",
+                *(f"{s[name]:.3g}" if name in s else "" for name in ("one by one", "together")),
+                f"{r['times_as_fast']:.2f}" if r["times_as_fast"] else "",
                 f"{r['overhead_ratio']:.3f}",
+                ", ".join(f"{rates[name]:,.0f}" for name in ("together, all tokens", "batch, all tokens")),
                 f"{r['bytes'] / 1e6:.0f}",
             ]
         )

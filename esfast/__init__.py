@@ -21,6 +21,7 @@ _HOMES = {
     "Group": "update.optimizers",
     "ESConfig": "trainer.config",
     "ESTrainer": "trainer.trainer",
+    "low_rank": "rollout.low_rank_model",
     "perturbed": "es.perturbation",
     "stacked": "rollout.stacked_model",
     "zscore": "es.shaping",

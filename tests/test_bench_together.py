@@ -9,6 +9,8 @@ from esfast.bench import BenchmarkError, main, together
 from esfast.rollout.population import PopulationEvaluator
 from esfast.tasks import embedded
 
+CASE = together.Case("embedded", "gaussian", 3, 2, 3)
+
 
 @pytest.fixture(autouse=True)
 def embedded_model(tmp_path, monkeypatch):
@@ -24,10 +26,11 @@ OPTIONS = ["together", "--members", "3", "--prompts", "2", "--new-tokens", "3", 
 
 
 def test_rows_add_up(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(together, "LIMITS", {("embedded", 3, 2): (1e9, 1e9)})
+    monkeypatch.setattr(together, "LIMITS", {("embedded", "gaussian", 3, 2): (1e9, 1e9)})
     assert main([*OPTIONS, "--json", str(tmp_path / "together.json")]) == 1, "a row that misses its limit fails"
     (row,) = json.loads((tmp_path / "together.json").read_text())["rows"]
     s = row["seconds"]
+    assert row["same_texts"] == 1 and row["tokens_per_second"]["batch, all tokens"] == 18 / s["batch, all tokens"]
     assert row["at_once"] == 3 and not row["pass"] and row["drops"]
     assert row["times_as_fast"] == s["one by one"] / s["together"]
     assert row["overhead_ratio"] == s["together, all tokens"] / s["batch, all tokens"]
@@ -39,5 +42,28 @@ def test_rows_add_up(tmp_path, capsys, monkeypatch):
 def test_other_texts_give_no_figures(monkeypatch):
     answers = PopulationEvaluator._answers
     monkeypatch.setattr(PopulationEvaluator, "_answers", lambda *a: [[t + "!" for t in ts] for ts in answers(*a)])
-    with pytest.raises(BenchmarkError, match="other texts"):
-        together.measure("embedded", 3, 2, 3, repeats=1)
+    with pytest.raises(BenchmarkError, match=r"0\.0% of the texts"):
+        together.measure(CASE, repeats=1)
+
+
+def test_rates_of_several_noises_and_numbers_at_once(tmp_path, monkeypatch):
+    """As on a GPU: what doesn't fit is left out and the rest is measured."""
+    files = ["--json", str(tmp_path / "together.json")]
+    options = "--models tiny --prompts 2 --new-tokens 2 --rates --repeats 1"
+    generate = PopulationEvaluator._generate
+
+    def short_of_memory(self, rows, count, seeds):
+        if count == 3:
+            raise torch.OutOfMemoryError
+        return generate(self, rows, count, seeds)
+
+    assert main(["together", *options.split(), "--noise", "gaussian", "low_rank", "--members", "3", *files]) == 0
+    rows = json.loads((tmp_path / "together.json").read_text())["rows"]
+    assert [(r["noise"], r["at_once"]) for r in rows] == [("gaussian", 3), ("low_rank", 3)]
+    assert all(r["times_as_fast"] is r["same_texts"] is None and len(r["seconds"]) == 2 for r in rows)
+    assert rows[1]["bytes"] < rows[0]["bytes"]
+    monkeypatch.setattr(PopulationEvaluator, "_generate", short_of_memory)
+    main(["together", *options.split(), "--members", "1", "3", *files])
+    found = json.loads((tmp_path / "together.json").read_text())
+    assert [r["at_once"] for r in found["rows"]] == [1]
+    assert [r["reason"] for r in found["left_out"]] == ["out of memory with 3 members at once"]

@@ -99,7 +99,7 @@ def test_mini_batches_are_cut_over_members_and_prompts(monkeypatch):
     )
     assert answers(evaluator, es) == expected
     lengths = sorted((len(ids) for ids in engine.prompts(PROMPTS)), reverse=True)
-    packet = [(3, lengths[i : i + 2]) for i in (0, 2, 4)]
+    packet = [(3, lengths[i : i + 2] * 3) for i in (0, 2, 4)]
     assert rows == packet * 2 + [(1, lengths)]
 
 

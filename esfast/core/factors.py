@@ -109,6 +109,5 @@ class FactorBuffers:
         _, coeffs = check_members([seed], [coeff])
         get_backend(backend, self.a.device)
         for plan, factors in ((self.a, coeffs * low_rank_scale(self.rank)), (self.b, [1.0])):
-            for tensor in plan.tensors:
-                tensor.detach().zero_()
+            torch._foreach_zero_([tensor.detach() for tensor in plan.tensors])
             add_noise_(plan, [seed], list(factors), backend=backend)

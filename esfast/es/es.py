@@ -28,7 +28,7 @@ from ..utils.settings import check_positive as _check_positive
 from .buffers import Buffers
 from .history import History
 from .population import Member, Packets, Population, member_seed
-from .shaping import SHAPINGS, centered_rank, zscore  # noqa: F401
+from .shaping import SHAPINGS, centered_rank, centred, zscore  # noqa: F401
 from .store import WeightStore
 from .weights import MODES, open_store
 
@@ -234,11 +234,14 @@ class ES:
         pair, sign = (index // 2, 1 - 2 * (index % 2)) if self.mirrored else (index, 1)
         return Member(index, member_seed(self.seed, self.generation, pair), sign)
 
-    def step(self, set_aside: bool = False) -> UpdateRecord:
+    def step(self, set_aside: bool = False, families: Sequence[int] | None = None) -> UpdateRecord:
         """Moves the weights along the reward-weighted noise of the population, in one fused pass.
 
         Args:
             set_aside: leave out members whose reward is None. The update is that of the others, at least two.
+            families: a number for each member, for members that were asked different things: rewards are compared
+                within a family alone, so each counts as its difference from the mean of those with the same number.
+                The record holds the rewards as they were set. None: all are compared with all.
 
         Raises:
             RuntimeError: no population was evaluated, `step` is called from inside a member's body, or something else
@@ -256,7 +259,14 @@ class ES:
         rewards = {m.index: _check_reward(m) for m in scored}
         if len(scored) < 2:
             raise BadValue(f"step(): only {len(scored)} of {len(self.members)} members have a reward; two are needed")
-        shaped = self._shape(list(rewards.values()))
+        compared = list(rewards.values())
+        if families is not None:
+            if len(families) != len(self.members):
+                raise BadValue(
+                    f"families: expected a number for each of {len(self.members)} members, got {families!r:.80}"
+                )
+            compared = centred(compared, [families[index] for index in rewards])
+        shaped = self._shape(compared)
         sigma, lr = _check_positive("sigma", self.sigma), _check_positive("lr", self.lr)
         seeds, coeffs = coefficients(scored, shaped, self.rule.gradient_lr(lr))
         # Check the group with the largest lr before any group moves.

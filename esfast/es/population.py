@@ -47,12 +47,14 @@ class Population:
     iterator. The `with` form restores at once on any interpreter.
 
     Attributes: `members`, all members of the generation; `es`, the ES that they belong to; `sigma`; `on_placed`, a
-    function that is called whenever a member is in place, so that a caller can measure time.
+    function that is called whenever a member is in place, so that a caller can measure time; `prompts_of`, a function
+    that gives the slice of a generation's prompts that a member answers: all of them, unless the trainer sets another.
     """
 
     def __init__(self, es: ES, members: list[Member]):
         self.es, self.members = es, members
         self.on_placed: Callable[[], None] = _nothing
+        self.prompts_of: Callable[[Member], slice] = _all
 
     @property
     def sigma(self) -> float:
@@ -141,3 +143,7 @@ class Packets:
 
 
 def _nothing() -> None: ...
+
+
+def _all(member: Member) -> slice:
+    return slice(None)

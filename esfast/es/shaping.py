@@ -28,4 +28,14 @@ def centered_rank(rewards: Sequence[float]) -> list[float]:
     return [(first[r] + last[r]) / 2 / (len(rewards) - 1) - 0.5 for r in rewards]
 
 
+def centred(rewards: Sequence[float], families: Sequence[int]) -> list[float]:
+    """Each reward minus the mean of those with the same number in `families`. A family of one gets 0: nothing tells how
+    hard its prompts are."""
+    by_family: dict[int, list[float]] = {}
+    for reward, family in zip(rewards, families, strict=True):
+        by_family.setdefault(family, []).append(reward)
+    means = {family: math.fsum(r / len(own) for r in own) for family, own in by_family.items()}
+    return [reward - means[family] for reward, family in zip(rewards, families, strict=True)]
+
+
 SHAPINGS: dict[str, Callable[[Sequence[float]], list[float]]] = {"zscore": zscore, "centered_rank": centered_rank}

@@ -19,6 +19,8 @@ class MemberEvaluator(Protocol):
     Attributes:
         engine: generates from the weights between populations, for evaluations on held-out prompts.
         tokens: number of tokens generated so far, by members and by `engine`; 0 if they are not counted.
+        own_prompts: optional. True says that it reads `members.prompts_of(member)`, the slice of prompts and seeds that
+            a member answers. Otherwise a run with prompts_per_member="own" is refused.
     """
 
     engine: Engine
@@ -33,8 +35,9 @@ class MemberEvaluator(Protocol):
         Args:
             members: the population. Perturbing is the evaluator's work: iterating over `members` writes one member
                 after another into the model of this process.
-            prompts: strings, the same for all members.
-            seeds: for sampled responses an int for each prompt, the same for all members; None: greedy decoding.
+            prompts: strings. All members answer all of them, unless `members.prompts_of` says otherwise; then each
+                member answers equally many.
+            seeds: for sampled responses an int for each prompt; None: greedy decoding.
 
         `members.handed_out()` leaves the model alone; use it to make members elsewhere, from their `seed` and `sign`
         and from `members.sigma`. A member's completions must depend only on its weights, the prompts and the seeds, not
@@ -62,6 +65,8 @@ class MemberEvaluator(Protocol):
 class SequentialEvaluator:
     """Writes one member after another into the model that `engine` generates from."""
 
+    own_prompts = True
+
     def __init__(self, engine: Engine):
         self.engine = engine
 
@@ -74,8 +79,9 @@ class SequentialEvaluator:
     ) -> Generator[tuple[Member, list[str] | LogitsError], None, None]:
         for member in members:
             completions: list[str] | LogitsError
+            own = members.prompts_of(member)
             try:
-                completions = self.engine.generate(prompts, *([] if seeds is None else [seeds]))
+                completions = self.engine.generate(prompts[own], *([] if seeds is None else [seeds[own]]))
             except LogitsError as error:
                 completions = error
             yield member, completions

@@ -7,7 +7,7 @@ with the fault is called for one member after another from then on, and the chec
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,7 +18,6 @@ from ..es.perturbation import unchanged_buffers
 from ..utils.errors import BadValue
 from .encoding import embedded_tokens
 from .member_modules import first_difference, modules_on_the_way, recorded, rows_of_one
-from .member_ops import SHORT
 from .member_tensor import Operations, Unsupported, label_of
 from .probe import TOLERANCE, Carried, first_logits, same_but_for_rounding
 
@@ -41,8 +40,8 @@ class Learned:
     refusal     why it can't be done, once that is known
     """
 
-    def __init__(self):
-        self.operations = Operations(SHORT)
+    def __init__(self, short: Mapping[Callable, Callable]):
+        self.operations = Operations(short)
         self.one_by_one: set[str] = set()
         self.modules: dict[tuple, tuple] = {}
         self.calls: set = set()
@@ -145,7 +144,7 @@ def _learn(stack: StackedModel, learned: Learned, run: Callable, prime: int, sam
     if learned.refusal is not None:
         raise Unsupported(learned.refusal)
     carried, operations, reason = Carried(stack.module), learned.operations, ""
-    known, modules = dict(operations.known), dict(learned.modules)
+    known, modules, whole = dict(operations.known), dict(learned.modules), dict(operations.whole)
 
     def answers(rows: int, members: int) -> list[torch.Tensor]:
         carried.forget()
@@ -156,7 +155,7 @@ def _learn(stack: StackedModel, learned: Learned, run: Callable, prime: int, sam
 
     def together() -> list[torch.Tensor]:
         operations.prime = prime
-        operations.known, learned.modules = dict(known), dict(modules)
+        operations.known, learned.modules, operations.whole = dict(known), dict(modules), dict(whole)
         try:
             with stack.first_two():
                 return answers(prime, 2)

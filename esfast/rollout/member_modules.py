@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..core.plan import Plan
 from ..utils.errors import BadValue
+from .member_factors import Factors
 from .member_tensor import Operations, Unsupported, divisible, label_of
 
 PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
@@ -49,7 +50,7 @@ class Places:
 
     def put(self, values: Sequence[torch.Tensor]) -> None:
         """Puts values[i] in the places of tensor i of the plan."""
-        fill((place for _, place in self._found), values)
+        fill((place for _, place in self._found), values.__getitem__)
 
     def restore(self) -> None:
         for (_, (container, key, _)), tensor in zip(self._found, self._before, strict=True):
@@ -79,15 +80,15 @@ def _place(tensor: torch.Tensor) -> tuple:
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
-def fill(places: Iterable[tuple], values: Sequence[torch.Tensor]) -> None:
+def fill(places: Iterable[tuple], value_of: Callable[[int], torch.Tensor]) -> None:
     for container, key, number in places:
-        container[key] = values[number]
+        container[key] = value_of(number)
 
 
 class OneByOne:
     """The `forward` of a module that is called for each member with its own weights and rows.
 
-    stacks   for each weight of the plan (K, *shape)
+    stacks   for each weight of the plan (K, *shape), or Factors
     tensors  the MemberTensors in the weights' places between calls
     known    by label and arguments: the dimensions of rows in the arguments and in the results
     """
@@ -97,7 +98,7 @@ class OneByOne:
         module: torch.nn.Module,
         path: str,
         places: Places,
-        stacks: Sequence[torch.Tensor],
+        stacks: Sequence[torch.Tensor | Factors],
         tensors: Sequence[torch.Tensor],
         operations: Operations,
         known: dict,
@@ -115,11 +116,11 @@ class OneByOne:
         members, results = len(self._stacks[0]), []
         try:
             for k in range(members):
-                fill(self._places, [stack[k] for stack in self._stacks])
+                fill(self._places, lambda number, k=k: self._stacks[number][k])
                 own_args, own_kwargs = tree_unflatten(self._own(leaves, dims, k, members), spec)
                 results.append(tree_flatten(self._forward(*own_args, **own_kwargs)))
         finally:
-            fill(self._places, self._tensors)
+            fill(self._places, self._tensors.__getitem__)
         lists = [found for found, _ in results]
         if out_dims is None:
             prime = self._operations.prime

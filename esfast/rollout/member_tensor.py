@@ -16,11 +16,15 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..utils.errors import EsfastError
+
+if TYPE_CHECKING:
+    from .member_factors import Factors
 
 
 class Unsupported(EsfastError, NotImplementedError):
@@ -33,38 +37,51 @@ class Operations:
     short  by function: looks for an implementation shorter than vmap, from the arguments; see `member_ops`
     prime  rows of each member while operations are learned, otherwise None
     known  by `_signature`: how to do the operation
+    whole  bytes of a member's matrix, by weight, where operations need it and it has to be made of factors
     """
 
     def __init__(self, short: Mapping[Callable, Callable]):
         self.short = short
         self.prime: int | None = None
         self.known: dict[tuple, Callable] = {}
+        self.whole: dict[str, int] = {}
 
 
 class MemberTensor(torch.Tensor):
     """The values for K members of one weight, or of something computed from weights alone.
 
-    stack       (K, *shape)
+    held        a tensor (K, *shape), or the Factors from which it can be made
+    stack       (K, *shape), made if need be
     weight      the weight's name without numbers, or several names
     label       the same, and what was done to it
     operations  what is known of the model's operations
     """
 
-    stack: torch.Tensor
+    held: torch.Tensor | Factors
     weight: str
     label: str
     operations: Operations
 
     @staticmethod
-    def of(stack: torch.Tensor, weight: str, operations: Operations, done: str = "") -> MemberTensor:
-        made = torch.Tensor._make_wrapper_subclass(
-            MemberTensor, stack.shape[1:], dtype=stack.dtype, device=stack.device
-        )
-        made.stack, made.weight, made.label, made.operations = stack, weight, weight + done, operations
+    def of(held: torch.Tensor | Factors, weight: str, operations: Operations, done: str = "") -> MemberTensor:
+        made = torch.Tensor._make_wrapper_subclass(MemberTensor, held.shape[1:], dtype=held.dtype, device=held.device)
+        made.held, made.weight, made.label, made.operations = held, weight, weight + done, operations
         return made
 
+    @property
+    def stack(self) -> torch.Tensor:
+        return self.held if isinstance(self.held, torch.Tensor) else self.held.whole()
+
+    @property
+    def members(self) -> int:
+        return len(self.held)
+
+    @property
+    def done(self) -> str:
+        return self.label.removeprefix(self.weight)
+
     def __repr__(self, **options) -> str:
-        return f"MemberTensor({self.label}, {len(self.stack)} members of {tuple(self.shape)}, {self.dtype})"
+        return f"MemberTensor({self.label}, {self.members} members of {tuple(self.shape)}, {self.dtype})"
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -151,7 +168,7 @@ def _signature(func, args: tuple, kwargs: dict) -> tuple[Sequence, tuple, Member
 
 def _learn(func, args: tuple, kwargs: dict, leaves: Sequence, key: tuple, first: MemberTensor):
     """Does an operation for the first time, and remembers how."""
-    prime, members = first.operations.prime, len(first.stack)
+    prime, members = first.operations.prime, first.members
     if prime is None:
         raise Unsupported(f"{operation_name(func)} of {weights_of(leaves)}, which the first look did not see")
     leaves = tree_flatten((args, kwargs))[0]
@@ -161,12 +178,15 @@ def _learn(func, args: tuple, kwargs: dict, leaves: Sequence, key: tuple, first:
         else None
         for leaf in leaves
     ]
-    way = Mapped(func, args, kwargs, dims, leaves)
-    result = way.first(func, args, kwargs, first)
+    short = first.operations.short.get(func, lambda *_: None)(args, kwargs, dims)
+    way = short or Mapped(func, args, kwargs, dims, leaves)
+    result = (short or way.first)(func, args, kwargs, first)
     if all(leaf.numel() for leaf in leaves if isinstance(leaf, torch.Tensor)):
         # An expert that gets no rows teaches nothing.
-        short = first.operations.short.get(func, lambda *_: None)(args, kwargs, dims)
-        first.operations.known[key] = short or way
+        first.operations.known[key] = way
+        if not short:
+            made = (leaf for leaf in leaves if type(leaf) is MemberTensor and not isinstance(leaf.held, torch.Tensor))
+            first.operations.whole.update((leaf.weight, leaf.held.weight.nbytes) for leaf in made)
     return result
 
 
@@ -191,7 +211,7 @@ class Mapped:
     def __init__(self, func, args: tuple, kwargs: dict, dims: list[int | None], leaves: Sequence):
         self.dims, self.weight = dims, weights_of(leaves)
         # for a result that is calculated from weights alone
-        labels = (leaf.label.removeprefix(leaf.weight) for leaf in leaves if type(leaf) is MemberTensor)
+        labels = (leaf.done for leaf in leaves if type(leaf) is MemberTensor)
         self.done = f"{''.join(labels)}.{operation_name(func)}"
         self.has_rows = any(dim is not None for dim in dims)
         self.inplace = changes_its_argument(func)
@@ -203,13 +223,13 @@ class Mapped:
             raise Unsupported(f"{operation_name(func)}, which changes the weight {self.weight}")
 
     def first(self, func, args: tuple, kwargs: dict, weight: MemberTensor):
-        results, spec = tree_flatten(self._mapped(func, args, kwargs, len(weight.stack)))
+        results, spec = tree_flatten(self._mapped(func, args, kwargs, weight.members))
         prime = weight.operations.prime
         self.out_dims = [divisible(r.shape[1:], prime) if isinstance(r, torch.Tensor) else None for r in results]
         return self._merged(results, spec, args, weight)
 
     def __call__(self, func, args: tuple, kwargs: dict, weight: MemberTensor):
-        results, spec = tree_flatten(self._mapped(func, args, kwargs, len(weight.stack)))
+        results, spec = tree_flatten(self._mapped(func, args, kwargs, weight.members))
         return self._merged(results, spec, args, weight)
 
     def _mapped(self, func, args: tuple, kwargs: dict, members: int):

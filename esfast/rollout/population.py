@@ -1,8 +1,9 @@
 """Scores several members of a population in one batch.
 
 A member's texts alone are a small batch, and each batch waits for its longest text. `PopulationEvaluator` writes the
-weights of K members into stacked tensors (`stacked_model`), gives all of their prompts to the model in shared batches,
-and drops texts that have ended (`dropping`). In float32 on one thread the texts are those of one member after another.
+weights of K members into stacked tensors (`stacked_model`), or the factors of low-rank noise (`low_rank_model`), gives
+all of their prompts to the model in shared batches, and drops texts that have ended (`dropping`). With stacked tensors,
+in float32 on one thread, the texts are those of one member after another.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from .adapters import is_peft
 from .dropping import Dropping, can_drop
 from .engine import TransformersEngine, is_small
 from .evaluator import SequentialEvaluator
+from .low_rank_model import LowRankModel
 from .memory import peak_bytes
-from .probe import ALONE
+from .probe import ALONE, ANY
 from .sampling import LogitsError
 from .stacked_model import StackedModel, Unsupported
 
@@ -38,16 +40,18 @@ Answers = Generator[tuple[Member, "list[str] | LogitsError"], None, None]
 
 
 def asking(
-    engine: TransformersEngine, members_at_once: int | str = "auto"
+    engine: TransformersEngine, members_at_once: int | str = "auto", noise: str = "gaussian"
 ) -> PopulationEvaluator | SequentialEvaluator:
     """The evaluator for `members_at_once`: "auto", or a number, also as text.
 
-    "auto" asks several members at once where that was measured to be faster: small models on a CPU. ValueError for a
-    number above 1 with decoding="static" or "continuous".
+    "auto" asks several members at once where that was measured to be faster: on a CPU small models, and with low-rank
+    noise all. ValueError for a number above 1 with decoding="static" or "continuous".
     """
+    model = engine.model
     generates_plainly = engine.decoding in ("auto", "plain")
     if members_at_once == "auto":
-        several = generates_plainly and is_small(engine.model) and not in_shards(engine.model)
+        faster = is_small(model) or (noise == "low_rank" and model.device.type == "cpu")
+        several = generates_plainly and faster and not in_shards(model)
         return PopulationEvaluator(engine) if several else SequentialEvaluator(engine)
     if int(members_at_once) == 1:
         return SequentialEvaluator(engine)
@@ -70,12 +74,14 @@ class PopulationEvaluator:
     names of the modules that are called for one member after another, with `*` for numbers.
     """
 
+    own_prompts = True
+
     def __init__(self, engine: TransformersEngine, members_at_once: int | str = "auto"):
         self.engine, self.members_at_once = engine, members_at_once
         self.at_once: int | None = None
         self.need = 0
         self.one_by_one: set[str] = set()
-        self._tokens = 0
+        self._tokens = self._bytes_of_member = 0
         self._stack: StackedModel | None = None
         self._way: Dropping | None = None
         self._bytes_of_row: dict[int, int] = {}
@@ -109,7 +115,7 @@ class PopulationEvaluator:
         most = -(-max(len(members), es.population_size) // processes)
         asked = int(self.members_at_once) if self.members_at_once != "auto" else most
         try:
-            self._check(es)
+            self._check(members)
         except Unsupported as error:
             if self.members_at_once != "auto":
                 raise
@@ -122,20 +128,21 @@ class PopulationEvaluator:
             return
         row = self._row_bytes(max(map(len, engine.prompts(prompts))))
         if self.members_at_once == "auto":
-            memory, weights = total_memory(es.plan.device), max(1, es.plan.nbytes)
+            memory = total_memory(es.plan.device)
             rows = engine.batch_size or int(TEXTS_SHARE * memory / row)
-            asked = min(asked, int(WEIGHTS_SHARE * memory / weights), rows)
+            asked = min(asked, int(WEIGHTS_SHARE * memory / max(1, self._bytes_of_member)), rows)
         self.at_once = max(1, min(asked, most))
-        rows = self.at_once * self._prompts_each(len(prompts), self.at_once, row)
-        self.need = self.at_once * es.plan.nbytes + rows * row
+        own = len(prompts[members.prompts_of(members.members[0])])
+        rows = self.at_once * self._prompts_each(own, self.at_once, row)
+        self.need = self.at_once * self._bytes_of_member + rows * row
         log.info(
             "members_at_once: %d of %d members answer together, %d rows at once; their weights and texts take %.2f GB",
             self.at_once, len(members), rows, self.need / 1e9,
         )  # fmt: skip
 
-    def _check(self, es) -> None:
+    def _check(self, members: Population) -> None:
         """Unsupported if members can't share the model; it is tried out with two."""
-        engine = self.engine
+        es, engine = members.es, self.engine
         if is_peft(engine.model):
             raise Unsupported("a model with PEFT's adapters answers for one member at a time")
         if engine._traits is None or engine._traits.together == ALONE:
@@ -144,9 +151,17 @@ class PopulationEvaluator:
                 if engine._traits is not None
                 else "the model is in shards"
             )
+        if engine._traits.together != ANY and members.prompts_of(members.members[0]) != members.prompts_of(
+            members.members[-1]
+        ):
+            raise Unsupported(
+                f"a {type(engine.model).__name__} answers prompts of one length at a time, and members have prompts of "
+                "their own"
+            )
         stack = self._stack_of(es, 2)
         stack.write([(0, es.sigma), (1, es.sigma)])
         stack.check()
+        self._bytes_of_member = stack.bytes_of_member
         self._stack = None
         with engine._own_settings():
             drops = can_drop(engine.model, engine.generation_config)
@@ -156,7 +171,8 @@ class PopulationEvaluator:
     def _stack_of(self, es, at_once: int) -> StackedModel:
         if self._stack is None or self._stack.at_once < at_once:
             self._stack = None
-            self._stack = StackedModel(es.plan, at_once, es.store.source_of_members, es.rule, es.perturb_rounding)
+            kind = LowRankModel if es.rule.noise == "low_rank" else StackedModel
+            self._stack = kind(es.plan, at_once, es.store.source_of_members, es.rule, es.perturb_rounding)
         return self._stack
 
     def _row_bytes(self, tokens: int) -> int:
@@ -197,8 +213,10 @@ class PopulationEvaluator:
             stack = self._stack_of(members.es, self.at_once)
             stack.write([(member.seed, member.sign * members.sigma) for member in some])
             members.on_placed()
+            own = [members.prompts_of(member) for member in some]
             try:
-                answers = self._answers(stack, len(some), prompts, seeds)
+                own_seeds = None if seeds is None else [seeds[o] for o in own]
+                answers = self._answers(stack, [prompts[o] for o in own], own_seeds)
             except torch.OutOfMemoryError:
                 if len(some) == 1:
                     raise
@@ -213,32 +231,32 @@ class PopulationEvaluator:
             yield from zip(some, answers, strict=True)
 
     def _answers(
-        self, stack: StackedModel, count: int, prompts: Sequence[str], seeds: Sequence[int] | None
+        self, stack: StackedModel, prompts: Sequence[Sequence[str]], seeds: Sequence[Sequence[int]] | None
     ) -> list[list[str] | LogitsError]:
-        """Of each of the members that were written."""
-        engine, encoded = self.engine, self.engine.prompts(prompts)
-        order = sorted(range(len(prompts)), key=lambda i: -len(encoded[i]))
-        texts = [[""] * len(prompts) for _ in range(count)]
+        """Of each of the members that were written, to its prompts; all have equally many."""
+        engine, count, most = self.engine, len(prompts), len(prompts[0])
+        encoded = engine.prompts([prompt for own in prompts for prompt in own])
+        lengths = list(map(len, encoded))
+        # of each member, numbers of its prompts among all, the longest first
+        order = [sorted(range(k * most, (k + 1) * most), key=lambda i: -lengths[i]) for k in range(count)]
+        flat = None if seeds is None else [seed for of_member in seeds for seed in of_member]
+        texts = [""] * len(encoded)
         fine = [True] * count
-        each = self._prompts_each(len(prompts), count, self._row_bytes(max(map(len, encoded))))
+        each = self._prompts_each(most, count, self._row_bytes(max(lengths)))
         with stack.in_place(), engine._own_settings():
             done = 0
-            while done < len(order):
-                batch = order[done : done + each]
-                batch = batch[: engine._traits.batchable([len(encoded[i]) for i in batch])]
-                new, numbers = self._generate([encoded[i] for i in batch], count, seeds and [seeds[i] for i in batch])
-                for k in range(count):
-                    mine = new[k * len(batch) : (k + 1) * len(batch)]
-                    for i, text in zip(
-                        batch, engine.tokenizer.batch_decode(mine, skip_special_tokens=True), strict=True
-                    ):
-                        texts[k][i] = text
-                    fine[k] = fine[k] and numbers[k]
+            while done < most:
+                step = engine._traits.batchable([lengths[i] for i in order[0][done : done + each]])
+                batch = [i for own in order for i in own[done : done + step]]
+                own_seeds = None if flat is None else [flat[i] for i in batch]
+                new, numbers = self._generate([encoded[i] for i in batch], count, own_seeds)
+                for i, text in zip(batch, engine.tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
+                    texts[i] = text
+                fine = [a and b for a, b in zip(fine, numbers, strict=True)]
                 self._tokens += sum(map(len, new))
-                done += len(batch)
+                done += step
         bad = LogitsError("the model's logits are NaN or infinite")
-        return [text if numbers else bad for text, numbers in zip(texts, fine, strict=True)]
+        return [texts[k * most : (k + 1) * most] if fine[k] else bad for k in range(count)]
 
     def _generate(self, rows: list[list[int]], count: int, seeds: Sequence[int] | None):
-        sampling = self.engine.begin_batch(None if seeds is None else list(seeds) * count)
-        return self._way(rows * count, count, sampling)
+        return self._way(rows, count, self.engine.begin_batch(seeds))

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch.utils._pytree import tree_flatten
@@ -25,7 +25,9 @@ from ..update.optimizers import Group, check_groups
 from ..update.updater import Rule
 from ..utils.errors import BadType, BadValue
 from .member_check import Learned, check_language_model, check_module
+from .member_factors import Factors
 from .member_modules import OneByOne, Places
+from .member_ops import SHORT
 from .member_tensor import MemberTensor, Unsupported, label_of
 
 __all__ = ["StackedModel", "Unsupported", "stacked"]
@@ -84,8 +86,10 @@ class StackedModel:
     rule            its noise and groups apply
     rounding, backend  as in `add_noise_`
 
-    Attributes: `module`, `plan`, `at_once`, and `nbytes`, the memory that it takes.
+    Attributes: `module`, `plan`, `at_once`, `nbytes`, the memory that it takes, and `bytes_of_member`.
     """
+
+    short: Mapping[Callable, Callable] = SHORT
 
     def __init__(
         self,
@@ -107,15 +111,25 @@ class StackedModel:
         self._places, self._layout = Places(self.module, self.plan), self.plan.layout
         rule, base = rule or Rule(), self.plan if base is None else base
         self._options = {**rule.noise_options, "rounding": rounding, "backend": backend}
-        self._stacks, self._turned = self._allocate(at_once)
-        self._parts = [rule.by_group(self._plan_of(k), base) for k in range(at_once)]
+        self._turned: dict[int, torch.Tensor] = {}
+        self._stacks = self._allocate(at_once, rule.rank)
+        # Numbers of the weights that are written whole
+        stacks = [i for i, stack in enumerate(self._stacks) if isinstance(stack, torch.Tensor)]
+        source = base if len(stacks) == len(base) else base.subset(stacks)
+        self._parts = [rule.by_group(self._plan_of(k, stacks), source) if stacks else [] for k in range(at_once)]
         self._count = 0
         self._tensors: list[MemberTensor] = []
         self._replaced: list[torch.nn.Module] = []
 
     @property
     def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (*self._stacks, *self._turned.values()))
+        return sum(t.nbytes for t in (*self._stacks, *self._turned.values()))
+
+    @property
+    def bytes_of_member(self) -> int:
+        """Memory for each member: of its own tensors, and of matrices that operations make whole."""
+        whole = sum(self.learned.operations.whole.values())
+        return sum(stack.nbytes for stack in self._stacks) // self.at_once + whole
 
     def write(self, members: Sequence[tuple[int, float]]) -> None:
         """Writes the weights of at most `at_once` members. TypeError or ValueError, before any is written."""
@@ -123,40 +137,47 @@ class StackedModel:
         if not 1 <= len(seeds) <= self.at_once:
             raise BadValue(f"stacked: expected 1 to {self.at_once} members, got {len(seeds)}")
         for k, (seed, coeff) in enumerate(zip(seeds.tolist(), coeffs.tolist(), strict=True)):
-            for group, mine, base in self._parts[k]:
-                add_noise_(mine, *group.noise_of([(seed, coeff)]), base=base, **self._options)
-            for i, written in self._turned.items():
-                self._stacks[i][k].copy_(written)
+            self._write(k, seed, coeff)
         self._count = len(seeds)
 
-    def _allocate(self, at_once: int) -> tuple[list[torch.Tensor], dict[int, torch.Tensor]]:
-        """The stacks, and for those whose matrices lie there turned, by number, what one member's is written into.
+    def _write(self, k: int, seed: int, coeff: float) -> None:
+        for group, mine, base in self._parts[k]:
+            add_noise_(mine, *group.noise_of([(seed, coeff)]), base=base, **self._options)
+        for i, written in self._turned.items():
+            self._stacks[i][k].copy_(written)
 
-        On a CPU the matrix products of small float32 matrices take half the time when the weights lie (in, out).
+    def _allocate(self, at_once: int, rank: int) -> list[torch.Tensor | Factors]:
+        """Memory for each weight of the plan.
+
+        On a CPU the matrix products of small float32 matrices take half the time when the weights lie (in, out). Such
+        a weight is written to `_turned`, by its number, which has room for one member, and copied from there.
         """
-        turned, stacks = {}, []
+        stacks: list[torch.Tensor | Factors] = []
         linear = self._places.numbers(lambda module, key: isinstance(module, torch.nn.Linear) and key == "weight")
         for i, tensor in enumerate(self.plan.tensors):
             options = {"dtype": tensor.dtype, "device": tensor.device}
             if i in linear and tensor.device.type == "cpu" and tensor.dtype is torch.float32:
-                turned[i] = torch.empty(tensor.shape, **options)
+                self._turned[i] = torch.empty(tensor.shape, **options)
                 stacks.append(torch.empty(at_once, *reversed(tensor.shape), **options).mT)
             else:
                 stacks.append(torch.empty(at_once, *tensor.shape, **options))
-        return stacks, turned
+        return stacks
 
-    def _plan_of(self, k: int) -> Plan:
-        """The plan that member k is written to."""
-        entries = zip(self.plan.entries, self._stacks, strict=True)
-        return Plan([(e.name, self._turned.get(i, stack[k]), e.window) for i, (e, stack) in enumerate(entries)])
+    def _plan_of(self, k: int, which: Sequence[int]) -> Plan:
+        """The plan that weights of member k are written to, given by their numbers."""
+        entries = ((i, self.plan.entries[i]) for i in which)
+        return Plan([(e.name, self._turned.get(i, self._stacks[i][k]), e.window) for i, e in entries])
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[torch.nn.Module]:
         """In the block the module answers for the members that were written last. After it the parameters are back in
         their places, and the buffers are as before."""
         # What a language model's check has learned holds for all of its calls.
-        known = self._count == 1 or "generate" in self.learned.calls
-        hook = None if known else self.module.register_forward_pre_hook(self._before_call, with_kwargs=True)
+        hook = (
+            None
+            if self._count == 1 or self._is_known
+            else self.module.register_forward_pre_hook(self._before_call, with_kwargs=True)
+        )
         try:
             with unchanged_buffers(self.plan):
                 self._enter(self._count)
@@ -204,11 +225,16 @@ class StackedModel:
     def learned(self) -> Learned:
         """What is known about the module in its present state."""
         first = self.plan.tensors[0]
-        state = self._layout, first.dtype, first.device, self.module.training
-        return _LEARNED.setdefault(self.module, {}).setdefault(state, Learned())
+        state = type(self), self._layout, first.dtype, first.device, self.module.training
+        return _LEARNED.setdefault(self.module, {}).setdefault(state, Learned(self.short))
+
+    @property
+    def _is_known(self) -> bool:
+        """Whether the module is a language model that was checked."""
+        return "generate" in self.learned.calls
 
     def _enter(self, count: int) -> None:
-        if count == 1:
+        if count == 1 and not self._is_known:
             self._places.put([stack[0] for stack in self._stacks])
             return
         learned, stacks = self.learned, [stack[:count] for stack in self._stacks]

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from ..es.population import Member
 from ..rollout import chat
 from ..rollout.engine import Engine
 from ..rollout.prompts import check_prompts
@@ -20,12 +21,34 @@ KEPT = 8
 
 
 class Batch(NamedTuple):
-    """The prompts of every member of a generation: row i has text i, and seed i if responses are sampled. Episodes of
-    an environment begin with their rows, which are their texts, and always have seeds."""
+    """The prompts of a generation: row i has text i, and seed i if responses are sampled. Episodes of an environment
+    begin with their rows, which are their texts, and always have seeds.
+
+    each     rows that a member answers; None: all members answer all rows
+    members  how many members, of neighbouring numbers, answer the same rows
+    """
 
     rows: Rows
     texts: list
     seeds: Sequence[int] | None
+    each: int | None = None
+    members: int = 1
+
+    @property
+    def answered(self) -> int:
+        """How many rows a member answers."""
+        return len(self.texts) if self.each is None else self.each
+
+    def of(self, member: Member) -> slice:
+        """The rows that a member answers."""
+        if self.each is None:
+            return slice(None)
+        start = member.index // self.members * self.each
+        return slice(start, start + self.each)
+
+    def families(self, members: int) -> list[int] | None:
+        """Of so many members those that answer the same rows, as in `ES.step`; None if all or none do."""
+        return [i // self.members for i in range(members)] if self.members > 1 else None
 
 
 class Batches:
@@ -46,10 +69,12 @@ class Batches:
         c = self._config
         rows = [row for row in self.rows(generation) for _ in range(c.num_generations)]
         seeds = None
-        # The same for every member, so that members differ by their weights alone.
+        # The same for members with the same prompts, so that they differ by their weights alone.
         if c.temperature > 0 or self._episodes:
             seeds = response_seeds(c.seed, generation, len(rows) // c.num_generations, c.num_generations)
-        return Batch(rows, self.texts(rows), seeds)
+        batches = c.population_size // c.members_per_batch
+        own = (len(rows) // batches, c.members_per_batch) if batches > 1 else ()
+        return Batch(rows, self.texts(rows), seeds, *own)
 
     def first(self, count: int) -> Batch:
         """The first prompts of the run, so many responses or all that there are, those of its first generations."""
@@ -63,10 +88,16 @@ class Batches:
         return Batch(rows, texts, seeds)
 
     def rows(self, generation: int) -> Rows:
-        count = self._config.prompts_per_generation
+        """The rows of all members. A dataset or function that has too few gives some of them to several members."""
+        c = self._config
+        batches, each = c.population_size // c.members_per_batch, c.prompts_per_generation
         if callable(self._dataset):
-            return check_rows(f"train_dataset({generation}, {count})", self._fresh_rows(generation, count))
-        return draw(self._dataset, generation, count, self._config.seed)
+            count = batches * each
+            fresh = check_rows(f"train_dataset({generation}, {count})", self._fresh_rows(generation, count))
+            each = min(each, len(fresh))
+            return [fresh[i % len(fresh)] for i in range(batches * each)] if batches > 1 else fresh
+        draws = (draw(self._dataset, generation * batches + i, each, c.seed) for i in range(batches))
+        return [row for rows in draws for row in rows]
 
     def texts(self, rows: Rows) -> list:
         return list(rows) if self._episodes else self.rendered(rows)

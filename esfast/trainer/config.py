@@ -115,6 +115,11 @@ class ESConfig:
         "*embed*:lr=0.1; the first pattern that matches a name counts; auto: in proportion to each tensor's RMS",
     )
     prompts_per_generation: int = option(200, "prompts that every member of a generation answers")
+    prompts_per_member: str = option(
+        "shared",
+        "all members answer the same prompts, or each (of mirrored ones each pair) has its own",
+        ("shared", "own"),
+    )
     max_completion_length: int = option(1024, "longest response, in tokens")
     temperature: float = option(0.0, "temperature of sampled responses; 0: greedy, as in the paper")
     num_generations: int = option(1, "responses to each prompt; all are scored; more than 1 needs a temperature")
@@ -246,6 +251,8 @@ class ESConfig:
         # What a run has found is what "auto" means when it goes on.
         may_change |= set(self.open_questions())
         fixed = {name: value for name, value in found.items() if name not in may_change}
+        # Runs that don't say it are older than this setting.
+        fixed.setdefault("prompts_per_member", "shared")
         for name, theirs in convert_given(type(self), fixed).items():
             mine = getattr(self, name)
             if theirs != mine:
@@ -254,6 +261,13 @@ class ESConfig:
     def open_questions(self) -> list[str]:
         """The settings that are "auto" and that the run must find: of sigma, lr and groups."""
         return [name for name in ("sigma", "lr", "groups") if getattr(self, name) in (AUTO, [AUTO])]
+
+    @property
+    def members_per_batch(self) -> int:
+        """How many members answer the same prompts: all, or with prompts of a member's own 1, mirrored 2."""
+        if self.prompts_per_member == "shared":
+            return self.population_size
+        return 2 if self.mirrored else 1
 
     def es_settings(self) -> dict[str, Any]:
         """Arguments of `esfast.ES`. sigma and lr are left out as long as they are "auto"."""

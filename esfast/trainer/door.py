@@ -43,6 +43,17 @@ def open_tokenizer(processing_class, name: str):
 
 
 def open_evaluator(evaluator: MemberEvaluator | None, engine, model, tokenizer, config: ESConfig) -> MemberEvaluator:
+    """See `_open_evaluator`. ValueError if it can't give members prompts of their own and is to."""
+    found = _open_evaluator(evaluator, engine, model, tokenizer, config)
+    if config.prompts_per_member == "own" and not getattr(found, "own_prompts", False):
+        raise BadValue(
+            f"prompts_per_member: a {type(found).__name__} asks all members the same prompts; take 'shared', or an "
+            "evaluator with own_prompts = True (see esfast.rollout.MemberEvaluator)"
+        )
+    return found
+
+
+def _open_evaluator(evaluator: MemberEvaluator | None, engine, model, tokenizer, config: ESConfig) -> MemberEvaluator:
     """The evaluator that asks the members.
 
     It is the given one. For a given engine, it is one that asks one member after another. Without either, it generates
@@ -71,7 +82,7 @@ def open_evaluator(evaluator: MemberEvaluator | None, engine, model, tokenizer, 
         model, tokenizer, config.max_completion_length, config.batch_size, config.temperature or 1.0, config.decoding
     )
     made.prompts.length_setting = "max_completion_length"
-    found = asking(made, config.members_at_once)
+    found = asking(made, config.members_at_once, config.noise)
     return found
 
 

@@ -97,7 +97,7 @@ class Scoring:
     ) -> list[tuple[Member, Scores]]:
         """The scores of the members that gave text; `no_text` is told of the others."""
         scored = []
-        members.on_placed = functools.partial(clock.record, "perturb")
+        members.on_placed, members.prompts_of = functools.partial(clock.record, "perturb"), batch.of
         with contextlib.closing(self._evaluator.evaluate(members, batch.texts, batch.seeds)) as answers:
             for member, completions in answers:
                 clock.record("generate")
@@ -106,7 +106,7 @@ class Scoring:
                     whose = f"member {member.index} of generation {es.generation} (sigma {es.sigma:g})"
                     no_text(es, member, nonsense(whose))
                 elif self._scores:
-                    answered = chat.answered(batch.rows, completions)
+                    answered = chat.answered(batch.rows[batch.of(member)], completions)
                     scored.append((member, self.scorer.submit(self._reward_funcs, *answered)))
                 stops.check()
                 clock.record("score")

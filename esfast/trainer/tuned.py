@@ -115,7 +115,8 @@ class _Store:
 
 def check_store_settings(config: ESConfig) -> None:
     """ValueError for settings that need the weights in this process."""
-    for name, only in (("kl_to_base", False), ("perturb_rounding", "nearest"), ("include", None), ("exclude", None)):
+    needs = {"kl_to_base": False, "perturb_rounding": "nearest", "include": None, "exclude": None}
+    for name, only in (needs | {"prompts_per_member": "shared"}).items():
         if getattr(config, name) != only:
             raise BadValue(
                 f"{name}: with the weights in vLLM engines only {only!r} works, got {getattr(config, name)!r}"

@@ -101,7 +101,7 @@ class Tuner:
         self.es, self.scoring, self.config, self.engine, self.stops = es, scoring, config, engine, stops
         self._prefix, self._told = es.team.unique_prefix(), 0
         self.batch: Batch = batches.first(PROMPTS * config.num_generations)
-        self.run = config.generations * config.population_size * len(batches(0).texts)
+        self.run = config.generations * config.population_size * batches(0).answered
         self.members = int(BUDGET * self.run / len(self.batch.texts))
         self.responses = 0
         self._base: np.ndarray | None = None
