@@ -124,6 +124,15 @@ def _iteration(site: Site, seconds: int) -> list[list[str]]:
     return [site.bench("iteration", "iteration", on_gpu, ["--models", "tiny", "--repeats", "1"])]
 
 
+def _together(site: Site, seconds: int) -> list[list[str]]:
+    """One member at a time generates as `esfast train` does by itself; several generate plainly."""
+    sizes = "--members 1 4 16 30 --prompts 16 --new-tokens 64 --repeats 3 --dtype bfloat16".split()
+    on_gpu = ["--models", "Qwen2.5-0.5B", "Qwen2.5-1.5B", *sizes, "--seconds", str(max(10, seconds - 60))]
+    on_cpu = "--models tiny --members 1 3 --prompts 2 --new-tokens 2 --repeats 1".split()
+    rates = ["--rates", "--noise", "gaussian", "low_rank"]
+    return [site.bench("together", "together", [*rates, *on_gpu], [*rates, *on_cpu])]
+
+
 def _dropin(site: Site, seconds: int) -> list[list[str]]:
     return [
         site.bench("dropin", "dropin", ["--numel", "1e8", "--seeds"], ["--numel", "1e5", "--repeats", "1", "--seeds"])
@@ -157,6 +166,7 @@ STAGES = {
     "tests": Stage(330, _tests),
     "noise": Stage(520, _noise, "noise"),
     "iteration": Stage(520, _iteration, "iteration"),
+    "together": Stage(520, _together, "together"),
     "dropin": Stage(240, _dropin, "dropin"),
     "profile": Stage(280, _profile, "profile"),
     "sanitize": Stage(520, _sanitize),
@@ -257,7 +267,7 @@ class Suite:
         path = self.site.results[0] / f"{file}_{'gpu' if self.site.on_gpu else 'dry_run'}.json"
         with contextlib.suppress(OSError, ValueError):
             result = json.loads(path.read_text(encoding="utf-8"))
-            keys = ("model", "dtype", "op", "backend", "contender", "loop", "kernel")
+            keys = ("model", "dtype", "op", "backend", "contender", "loop", "kernel", "noise", "members")
             reasons = [
                 f"{', '.join(str(x[k]) for k in keys if k in x)}: {x['reason']}" for x in result.get("left_out", [])
             ]

@@ -57,6 +57,7 @@ TABLES: dict[str, tuple[str, Callable[..., Table]]] = {
     "iteration-cpu": ("iteration_cpu.json", iteration.table),
     "iteration-gpu": ("iteration_gpu.json", iteration.table),
     "together": ("together.json", together.table),
+    "together-gpu": ("together_gpu.json", together.table),
     "dropin": ("dropin.json", dropin.table),
     "dropin-gpu": ("dropin_gpu.json", dropin.table),
     "dropin-mezo": ("dropin.json", dropin.mezo_table),

@@ -21,6 +21,7 @@ from statistics import median
 from typing import NamedTuple
 
 import torch
+from transformers import GenerationConfig
 
 from ..es.es import ES
 from ..rollout.engine import TransformersEngine
@@ -138,6 +139,8 @@ def _cases(args: argparse.Namespace) -> list[Case]:
         for model in args.models or [usual.model]
         for noise in args.noise
         for members in args.members or [usual.members]
+        # One member at a time is the same for all kinds of noise
+        if members > 1 or not args.rates or noise == args.noise[0]
     ]  # fmt: skip
 
 
@@ -153,9 +156,7 @@ def measure(case: Case, repeats: int, seconds: float = float("inf")) -> dict:
         tokenizer = load_tokenizer(folder)
     texts = [row["prompt"] for row in countdown.problems(case.prompts, 0, "train", "compact")]
     engine = TransformersEngine(model, tokenizer, case.new_tokens)
-    endless = TransformersEngine(model, tokenizer, case.new_tokens)
-    endless.generation_config = copy.copy(engine.generation_config)
-    endless.generation_config.eos_token_id = None
+    endless = _endless(model, tokenizer, case.new_tokens)
     sigma = SIGMA_OF_SHAPES if case.model in MODELS else SIGMA
     # A population has two members at least; then one answers after the other.
     members = max(2, case.members)
@@ -181,6 +182,16 @@ def measure(case: Case, repeats: int, seconds: float = float("inf")) -> dict:
         "overhead_ratio": overhead,
         "pass": (gain is None or gain >= least) and overhead <= most,
     }
+
+
+def _endless(model, tokenizer, new_tokens: int) -> TransformersEngine:
+    """An engine for which no token ends a text."""
+    tokenizer, before = copy.copy(tokenizer), model.generation_config
+    tokenizer.eos_token, model.generation_config = None, GenerationConfig()
+    try:
+        return TransformersEngine(model, tokenizer, new_tokens)
+    finally:
+        model.generation_config = before
 
 
 def _rounds(
