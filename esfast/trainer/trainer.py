@@ -339,7 +339,7 @@ class ESTrainer(SavesLikeTRL):
         self.es.sigma, self.es.lr = self.args.rates(generation)
         clock.record("other")
         self.scoring(self.es, batch, clock, self._stops)
-        record = self.es.step(self.scoring.skips, batch.families(self.es.population_size))
+        record = self.es.step(set_aside=self.scoring.skips, families=batch.families(self.es.population_size))
         clock.record("update")
         clock.move(self.es.journal_seconds - journal, "update", "journal")
         drift = self.es.drift()
