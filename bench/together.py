@@ -133,15 +133,22 @@ def _cases(args: argparse.Namespace) -> list[Case]:
     usual = CASES[0]
     return [
         Case(
-            model, noise, members, args.prompts or usual.prompts, args.new_tokens or usual.new_tokens, args.dtype,
-            args.device, not args.rates, args.rank if noise == "low_rank" else 1,
+            model,
+            noise,
+            members,
+            args.prompts or usual.prompts,
+            args.new_tokens or usual.new_tokens,
+            args.dtype,
+            args.device,
+            not args.rates,
+            args.rank if noise == "low_rank" else 1,
         )
         for model in args.models or [usual.model]
         for noise in args.noise
         for members in args.members or [usual.members]
         # One member at a time is the same for all kinds of noise
         if members > 1 or not args.rates or noise == args.noise[0]
-    ]  # fmt: skip
+    ]
 
 
 def measure(case: Case, repeats: int, seconds: float = float("inf")) -> dict:

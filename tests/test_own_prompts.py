@@ -26,9 +26,13 @@ ROWS = [{"prompt": f"{i} + {i}", "answer": i} for i in range(60)]
 @pytest.mark.parametrize("mirrored", [False, True])
 def test_each_member_or_pair_has_prompts_of_its_own(mirrored):
     config = esfast.ESConfig(
-        population_size=6, prompts_per_generation=3, mirrored=mirrored, prompts_per_member="own", temperature=1.0,
+        population_size=6,
+        prompts_per_generation=3,
+        mirrored=mirrored,
+        prompts_per_member="own",
+        temperature=1.0,
         num_generations=2,
-    )  # fmt: skip
+    )
     batch = Batches(ROWS, config, TOKENIZER)(4)
     found = [batch.of(member) for member in MEMBERS]
     batches = 3 if mirrored else 6

@@ -62,10 +62,13 @@ class Dropping:
             config.max_new_tokens = most - done
             with torch.no_grad():
                 output = self.model.generate(
-                    input_ids=ids, attention_mask=mask, generation_config=config,
+                    input_ids=ids,
+                    attention_mask=mask,
+                    generation_config=config,
                     logits_processor=LogitsProcessorList(processors),
-                    stopping_criteria=StoppingCriteriaList([watch]), **cache,
-                )  # fmt: skip
+                    stopping_criteria=StoppingCriteriaList([watch]),
+                    **cache,
+                )
             new = output.sequences[:, ids.shape[1] :]
             fine[which.flatten()] &= finite.fine
             texts[which.flatten(), done : done + new.shape[1]] = new
@@ -124,9 +127,14 @@ def can_drop(model, config: GenerationConfig) -> bool:
 
     def logits(ids: torch.Tensor, steps: int, **cache):
         made = GenerationConfig(
-            max_new_tokens=steps, min_new_tokens=steps, do_sample=False, pad_token_id=config.pad_token_id,
-            eos_token_id=config.eos_token_id, output_logits=True, return_dict_in_generate=True,
-        )  # fmt: skip
+            max_new_tokens=steps,
+            min_new_tokens=steps,
+            do_sample=False,
+            pad_token_id=config.pad_token_id,
+            eos_token_id=config.eos_token_id,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
         output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=made, **cache)
         return torch.stack(output.logits, 1).float().clamp(min=-1e4), output
 

@@ -137,8 +137,11 @@ class PopulationEvaluator:
         self.need = self.at_once * self._bytes_of_member + rows * row
         log.info(
             "members_at_once: %d of %d members answer together, %d rows at once; their weights and texts take %.2f GB",
-            self.at_once, len(members), rows, self.need / 1e9,
-        )  # fmt: skip
+            self.at_once,
+            len(members),
+            rows,
+            self.need / 1e9,
+        )
 
     def _check(self, members: Population) -> None:
         """Unsupported if members can't share the model; it is tried out with two."""
