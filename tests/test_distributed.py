@@ -95,6 +95,19 @@ def test_modes_and_optimizers(processes, settings, tmp_path):
     assert ("updates: " in done.stderr) == (settings.get("optimizer") != "adam")
 
 
+def test_all_processes_find_the_same_sigma_and_lr(tmp_path):
+    """Members of the search are handed out as they are in a generation; a resumed run searches no more."""
+    one, several = tmp_path / "one", tmp_path / "several"
+    settings = {"sigma": "auto", "lr": "auto", "groups": "auto", "generations": 90, "checkpoint_every": 0}
+    for done in (alone(one, **settings), torchrun(2, several, pause=0.002, **settings)):
+        assert done.returncode == 0 and "found sigma" in done.stderr, done.stderr[-3000:]
+    assert outcome(one) == outcome(several)
+    assert json.loads((one / "tuning.json").read_text()) == json.loads((several / "tuning.json").read_text())
+    more = {**settings, "generations": 91, "resume": True}
+    done = torchrun(2, one, **more)
+    assert done.returncode == 0 and "found sigma" not in done.stderr, done.stderr[-3000:]
+
+
 def test_a_slow_process_delays_nobody(tmp_path):
     """One of two is 5 times slower: together they do 1.2 members in the time of one; at most 1.3 times that is taken."""
     settings = {"pause": 0.1, "slow": [1, 5.0], "population_size": 30, "generations": 3, "checkpoint_every": 0}

@@ -354,3 +354,25 @@ def test_learned_prompts_that_generate_does_not_read_are_refused(base, monkeypat
         adapters.check_generates(model)
     assert_equal(values(model), before)
     assert model.generation_config is own
+
+
+def test_sigma_and_lr_are_found_for_adapters(tmp_path, same_bits):
+    """Half of LoRA's weights are zeros, so their RMS says little: the search goes up until members break."""
+    torch.manual_seed(0)
+    net = embedded.make_model(embedded.make_tokenizer()).eval()
+    config = esfast.ESConfig(
+        str(tmp_path / "run"), generations=500, population_size=8, sigma="auto", lr="auto", prompts_per_generation=16,
+        max_completion_length=2, eval_every=0, progress=False,
+    )  # fmt: skip
+    rows = [{"prompt": f"{i}+1="} for i in range(16)]
+    trainer = esfast.ESTrainer(
+        net, near, config, rows, None, embedded.make_tokenizer(), peft_config=peft.LoraConfig(**LORA)
+    )
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    found = trainer.tune()
+    assert same_bits(before, [p.detach() for p in trainer.model.parameters()])
+    assert found.settings.keys() == {"sigma", "lr"} and max(row["of_rms"] for row in found.rows) >= 1
+
+
+def near(prompts, completions, **columns):
+    return [-sum(abs(ord(c) - 96) for c in text) / 500 for text in completions]

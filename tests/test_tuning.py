@@ -61,6 +61,12 @@ def test_the_noise_that_the_weights_tolerate_does_not_depend_on_the_unit_of_rewa
     assert other.sigma == one.sigma and other.tolerated == pytest.approx(one.tolerated)
 
 
+def test_weights_whose_scale_says_little():
+    """As those of LoRA, half of which are zeros: members at their RMS are whole."""
+    found = search(Landscape(broken=0.6, slope=3.0), SCALE, 300)
+    assert 0.05 < found.sigma < 0.6 and found.losses[-1] == 1.0
+
+
 @pytest.mark.parametrize("members", [30, 60, 150, 750])
 def test_no_more_members_than_allowed(members):
     asked = Landscape()

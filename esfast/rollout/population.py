@@ -138,7 +138,7 @@ class PopulationEvaluator:
         log.info(
             "members_at_once: %d of %d members answer together, %d rows at once; their weights and texts take %.2f GB",
             self.at_once,
-            len(members),
+            max(len(members), es.population_size),
             rows,
             self.need / 1e9,
         )

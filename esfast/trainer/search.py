@@ -32,6 +32,8 @@ SURE = 2.0
 FACTOR, STEPS = 4.0, 6
 # Pairs at each sigma: of the coarse ladder, and at most and at least of the fine one.
 COARSE_PAIRS, MOST_PAIRS, LEAST_PAIRS = 1, 12, 2
+# Steps above the weights' scale, as long as members there lose nothing.
+STEPS_UP = 2
 # Sigmas of the fine ladder, in units of the largest sigma of the coarse one that does not break members.
 FINE = (2.0, 1.0, 0.5, 0.25)
 # With fewer pairs than ENOUGH_PAIRS signals are not compared. A larger sigma must have at least the fraction NEARLY of
@@ -133,8 +135,8 @@ def search(ask: Callable[[float, int], Look], scale: float, members: int) -> Fou
              counts as a member
     scale    root mean square of the weights; members of this sigma are mostly noise
     """
-    guess = scale / 10
-    if members < 1 + 2 * COARSE_PAIRS * 3 + 2 * LEAST_PAIRS * len(FINE):
+    guess, least = scale / 10, 2 * LEAST_PAIRS * len(FINE)
+    if members < 1 + 2 * COARSE_PAIRS * 3 + least:
         return Found(guess, guess, (), (), f"{max(members, 0)} members are too few to search with: {_GUESSED}", False)
     left = members - 1
 
@@ -148,11 +150,15 @@ def search(ask: Callable[[float, int], Look], scale: float, members: int) -> Fou
     near, floor = look(scale / 8, COARSE_PAIRS), look(scale, COARSE_PAIRS)
     if near.alike and floor.alike and len(set(floor.base[~np.isnan(floor.base)])) <= 1:
         return _found(looks, floor, guess, guess, f"all members get the same reward for all prompts: {_GUESSED}", False)
+    # Of adapters the RMS says little: half of their weights are zeros.
+    for _ in range(STEPS_UP):
+        if not _is_floor(floor) and left >= 4 * COARSE_PAIRS + least:
+            floor = look(FACTOR * floor.sigma, COARSE_PAIRS)
     if _is_floor(floor):
-        sigma = scale / FACTOR
+        sigma = floor.sigma / FACTOR
         for _ in range(STEPS):
             tried = look(sigma, COARSE_PAIRS)
-            if share(tried, floor) < BROKEN or left < 2 * COARSE_PAIRS + 2 * LEAST_PAIRS * len(FINE):
+            if share(tried, floor) < BROKEN or left < 2 * COARSE_PAIRS + least:
                 break
             sigma /= FACTOR
     else:

@@ -287,10 +287,13 @@ class ESTrainer(SavesLikeTRL):
         """Only finds the settings that are "auto" (ESConfig(sigma="auto", lr="auto")), and ends. The weights keep their
         bits; the run folder gets tuning.json."""
         try:
-            with stoppable() as self._stops:
-                return self._find()
+            with stoppable() as self._stops, self.team.telling():
+                self.batches.check_fresh(self.engine, self.es.generation, self.args.progress)
+                found = self._find()
+            self.team.close()
         finally:
             self._close()
+        return found
 
     def _find(self) -> Tuning:
         """Finds sigma and lr, and takes them: from here on they are numbers."""
@@ -303,6 +306,8 @@ class ESTrainer(SavesLikeTRL):
             write_whole(self.folder.tuning, json.dumps(found.to_json(), indent=1) + "\n")
             for line in found.lines():
                 log.info("%s", line)
+        # weights="inplace" keeps the rounding errors of members.
+        self.movement.norms()
         self.clock.record("tune")
         return found
 
