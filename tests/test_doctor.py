@@ -128,6 +128,10 @@ def test_no_illness_from_fewer_generations_than_the_window(planted):
     assert first == []
 
 
+def test_episodes_of_several_responses_are_longer_than_the_limit():
+    assert diagnose(run_of({"response_tokens": 130.0}), CONFIG) == []
+
+
 def test_a_run_that_has_learned_all_there_is_is_not_ill():
     rows = run_of({}, {"eval_reward": lambda g: 0.3 + 0.01 * g if g < 30 else 1.0}, generations=40)
     for row in rows[30:]:

@@ -191,7 +191,8 @@ def _overfits(seen: Seen) -> str:
 
 def _cut_off(seen: Seen) -> str:
     limit = seen.number("max_completion_length")
-    if not seen.mean("response_tokens") >= CUT * limit:
+    # More than the limit is an episode of several responses.
+    if not CUT * limit <= seen.mean("response_tokens") <= limit:
         return ""
     return (
         f"nearly all responses are cut off at the limit of {limit:.0f} tokens. Raise max_completion_length; if the "
