@@ -37,6 +37,7 @@ from . import (
     together,
     training,
     tune,
+    vllm,
     zoo,
 )
 from .provenance import caption
@@ -58,6 +59,7 @@ TABLES: dict[str, tuple[str, Callable[..., Table]]] = {
     "iteration-gpu": ("iteration_gpu.json", iteration.table),
     "together": ("together.json", together.table),
     "together-gpu": ("together_gpu.json", together.table),
+    "vllm": ("vllm.json", vllm.table),
     "dropin": ("dropin.json", dropin.table),
     "dropin-gpu": ("dropin_gpu.json", dropin.table),
     "dropin-mezo": ("dropin.json", dropin.mezo_table),

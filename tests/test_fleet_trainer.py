@@ -376,13 +376,25 @@ def test_a_loop_of_ones_own_over_a_fleet(folder):
             pass
 
 
-def test_the_loop_of_the_docs(folder, tmp_path, monkeypatch):
+def test_the_loops_of_the_docs(folder, tmp_path, monkeypatch):
     text = (Path(__file__).parent.parent / "docs" / "how-to" / "vllm.md").read_text(encoding="utf-8")
-    (loop,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     monkeypatch.chdir(tmp_path)
-    loop = loop.replace("Qwen/Qwen2.5-7B-Instruct", str(folder())).replace("range(100)", "range(2)")
-    loop = loop.replace("max_new_tokens=256", "max_new_tokens=2").replace("sigma=1e-3", "sigma=0.1, population_size=4")
-    exec(loop, {"prompts": ["1+1="], "reward": lambda completions: letters([], completions)[0]})
+
+    def short(code):
+        code = re.sub(r'"Qwen/[^"]*"', repr(str(folder())), code).replace("range(100)", "range(2)")
+        code = code.replace("max_new_tokens=256", "max_new_tokens=2").replace(
+            "sigma=1e-3", "sigma=0.1, population_size=4"
+        )
+        return code.replace("FleetStore(fleet), noise", "FleetStore(fleet), population_size=3, noise")
+
+    raw, loop, packets = map(short, blocks)
+    exec(raw, found := {"prompts": [{"prompt_token_ids": [5, 6]}, {"prompt_token_ids": [7]}]})
+    assert len(found["outputs"]) == 32 and vllm_stand_in.LLM.made[0].adapters == [16]
+    names = {"prompts": ["1+1="], "reward": lambda completions: letters([], completions)[0]}
+    exec(loop, names)
     plan = esfast.Plan(Qwen2ForCausalLM.from_pretrained(folder()))
     journal.replay(plan, tmp_path / "run.jsonl")
     assert plan.fingerprint() == esfast.Plan(Qwen2ForCausalLM.from_pretrained(tmp_path / "tuned")).fingerprint()
+    exec(packets, names)
+    assert all(member.reward is not None for member in names["members"].members)

@@ -70,7 +70,7 @@ def draw_adapters(manager, members, write):
 @dataclasses.dataclass
 class SamplingParams:
     temperature: float
-    max_tokens: int
+    max_tokens: int = 3
     seed: int | None = None
 
 
@@ -83,10 +83,10 @@ class LLM:
     def __init__(
         self,
         model,
-        tensor_parallel_size,
-        dtype,
-        worker_extension_cls,
-        disable_log_stats,
+        tensor_parallel_size=1,
+        dtype="auto",
+        worker_extension_cls="",
+        disable_log_stats=True,
         tokenizer=None,
         max_model_len=None,
         enable_lora=False,
@@ -114,7 +114,7 @@ class LLM:
     def collective_rpc(self, method, args=(), kwargs=None):
         return [getattr(self._worker, method)(*args, **(kwargs or {}))]
 
-    def generate(self, prompts, settings, use_tqdm, lora_request=None):
+    def generate(self, prompts, settings, use_tqdm=False, lora_request=None):
         rows = [prompt["prompt_token_ids"] for prompt in prompts]
         self.asked.append(rows)
         self.adapters.append(len({request.lora_name for request in lora_request or ()}))

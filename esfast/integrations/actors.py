@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 # Seconds. Until a call of its kind has been answered nobody knows how long it takes: models are loaded and compiled.
 FIRST_LIMIT = 2 * 3600.0
 LEAST_LIMIT = 300.0
+# For an actor that has not answered what another one has.
+LEAST_TOGETHER = 60.0
 TIMES_THE_LONGEST = 10
 # Errors of arguments: every actor would raise them.
 REFUSALS = (EsfastError, ValueError, TypeError)
@@ -121,18 +123,25 @@ class Actors:
         self.check_open()
         what, began = str(args[0] if args else method), time.monotonic()
         limit = self._limits.usual(what)
-        asked = {n: getattr(actor, method).remote(*args) for n, actor in self.running.items()}
-        answers = {}
-        for number, reference in asked.items():
-            try:
-                done, _ = self._ray.wait([reference], num_returns=1, timeout=max(0.0, began + limit - time.monotonic()))
-                if not done:
-                    raise TimeoutError(_overdue(what, limit))
-                answers[number] = self._ray.get(reference)
-            except REFUSALS:
-                raise
-            except Exception as error:
-                self.lose(number, error)
+        waiting = {getattr(actor, method).remote(*args): number for number, actor in self.running.items()}
+        answers: dict[int, Any] = {}
+        while waiting:
+            left = began + limit - time.monotonic()
+            done, _ = self._ray.wait(list(waiting), num_returns=1, timeout=max(0.0, left))
+            for reference in done or list(waiting):
+                number = waiting.pop(reference)
+                try:
+                    if not done:
+                        raise TimeoutError(_overdue(what, limit))
+                    answers[number] = self._ray.get(reference)
+                except REFUSALS:
+                    raise
+                except Exception as error:
+                    self.lose(number, error)
+                    continue
+                # All do the same work: once one has answered, it is known how long it takes.
+                took = time.monotonic() - began
+                limit = min(limit, took + max(LEAST_TOGETHER, TIMES_THE_LONGEST * took))
         self._limits.note(what, 1, time.monotonic() - began)
         first = answers[self.alive[0]]
         for number, answer in answers.items():

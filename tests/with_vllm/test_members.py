@@ -2,10 +2,13 @@
 
 import os
 
+import numpy as np
 import pytest
 from vllm_population import ROWS, assert_members, lora
 
+from esfast.es.weights import BaseWeights
 from esfast.integrations import vllm_patches
+from esfast.update.updater import Group, Rule, UpdateRecord
 
 pytest.importorskip("vllm", reason="vLLM is not installed here; `make test-vllm` runs these tests where it is")
 # model, rank, members, slots
@@ -49,6 +52,19 @@ def test_other_slots_and_weights_under_an_old_name(population, monkeypatch):
     drawn[second.lora_int_id] = drawn[second.lora_int_id]._replace(name=first.lora_name)
     second.lora_name = second.lora_path = first.lora_name
     assert engine.ask([second], ROWS)[0] != fresh[1]
+
+
+def test_es_at_scale_s_driver_in_population_batches(population):
+    """docs/how-to/coming-from.md: its update uses the noise that the members had."""
+    engine, rank, _ = population
+    groups = tuple(Group.parse(text) for text in engine.rpc("esfast_adapters")[0]["frozen"])
+    store = BaseWeights(engine.plan, Rule(noise="low_rank", rank=rank, groups=groups))
+    seeds, z, before = [11, 12, 13], [1.0, -0.5, 0.25], engine.fingerprint()
+    answers = engine.ask(engine.members(seeds, [0.05] * 3, rank), ROWS)
+    engine.rpc("update_weights_from_seeds", seeds, z, 0.03, 3)
+    store.update(UpdateRecord(0, seeds, [float(np.float32(0.03 / 3 * c)) for c in z], [], 0.05, 0.03))
+    assert engine.fingerprint() == engine.plan.fingerprint() != before
+    assert engine.ask(engine.members(seeds, [0.05] * 3, rank), ROWS) != answers
 
 
 def test_an_adapter_that_is_in_its_slot_costs_nothing(population, monkeypatch):
