@@ -1,5 +1,6 @@
 """The doctor: each illness that a run can show in its metrics is named, with what to change; healthy runs are not."""
 
+import json
 import logging
 import math
 from pathlib import Path
@@ -202,3 +203,28 @@ def test_what_a_run_folder_of_an_older_version_shows(tmp_path, capsys):
     healthy.write_metrics(run_of())
     assert cli.main(["report", "--diagnose", str(healthy.path)]) == 0
     assert "nothing is wrong" in capsys.readouterr().out and "What is wrong" not in page([load(healthy.path)])
+
+
+def test_healthy_runs_have_none():
+    """Recorded metrics of runs that learned: tasks, kinds of noise, and sigma and lr that were found."""
+    recorded = json.loads((Path(__file__).parent / "fixtures" / "healthy.json").read_text(encoding="utf-8"))
+    assert len(recorded) >= 6
+    for name, run in recorded.items():
+        evaluated = [row["eval_reward"] for row in run["rows"] if "eval_reward" in row]
+        assert len(run["rows"]) > 2 * WINDOW and evaluated[-1] > evaluated[0], name
+        assert diagnose(run["rows"], run["config"]) == [], name
+
+
+def test_a_recorded_run_whose_members_answered_alike():
+    """The first generations of gym:spell_backward with sigma 0.01; with 0.03 it learned."""
+    same = [0.9, 0.9333, 0.9333, 0.9, 0.8333, 0.8333, 0.9333]
+    means, highest = (
+        [0.296, 0.187, 0.281, 0.237, 0.219, 0.268, 0.268],
+        [0.297, 0.188, 0.281, 0.297, 0.234, 0.344, 0.297],
+    )
+    rows = [{"generation": 0, "eval_reward": 0.226, "eval_reward_se": 0.019}]
+    for g, (share, mean, high) in enumerate(zip(same, means, highest, strict=True), start=1):
+        rows.append({"generation": g, "reward_mean": mean, "reward_max": high, "reward_min": mean - 0.005})
+        rows[-1] |= {"reward_std": 0.003, "same_reward": share, "sigma": 0.01, "lr": 0.01, "update_kept": 1.0}
+    (found,) = diagnose(rows, CONFIG)
+    assert found.name == "members answer alike" and "Raise sigma, to 0.04" in found.text

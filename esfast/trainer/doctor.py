@@ -77,11 +77,13 @@ class Seen:
     """The metrics that rules look at.
 
     early, recent       rows of the first and of the last WINDOW generations
+    lowest              the lowest reward of a member so far
     first, best, last   evaluations: of the base model, the one with the best reward, the newest; {} if there is none
     """
 
     def __init__(self, config: Mapping[str, Any]):
         self.config = config
+        self.lowest = math.inf
         self.early: list[dict[str, float]] = []
         self.recent: deque[dict[str, float]] = deque(maxlen=WINDOW)
         self.first: dict[str, float] = {}
@@ -93,6 +95,7 @@ class Seen:
         if "reward_mean" in numbers:
             self.early += [numbers] if len(self.early) < WINDOW else []
             self.recent.append(numbers)
+            self.lowest = min(self.lowest, numbers.get("reward_min", math.inf))
         if "eval_reward" in numbers:
             self.first = self.first or numbers
             self.best = numbers if numbers["eval_reward"] > self.best.get("eval_reward", -math.inf) else self.best
@@ -152,7 +155,8 @@ def _alike(seen: Seen) -> str:
 def _broken(seen: Seen) -> str:
     bound = seen.last.get("eval_reward", math.nan) - SURE * seen.last.get("eval_reward_se", math.nan)
     best = max((reward for (reward,) in seen.all("reward_max")), default=math.nan)
-    if not best < bound:
+    half = (seen.last.get("eval_reward", math.nan) + seen.lowest) / 2
+    if not best < bound or not seen.mean("reward_mean") < half:
         return ""
     return (
         f"members are broken: the best of {WINDOW} generations gets {best:.4g}, and the unperturbed model "
@@ -181,7 +185,9 @@ def _step_too_long(seen: Seen) -> str:
 
 
 def _overfits(seen: Seen) -> str:
-    if not seen.change(seen.first, seen.last) < -SURE or not seen.learns:
+    # Of members that are broken the reward may rise, too, far below the model's.
+    rises = seen.learns and seen.mean("reward_mean") > seen.first.get("eval_reward", math.nan)
+    if not seen.change(seen.first, seen.last) < -SURE or not rises:
         return ""
     return (
         "the training reward rises, and the held-out reward is below the base model's: the model learns its training "
