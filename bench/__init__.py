@@ -36,6 +36,7 @@ BENCHMARKS = {
     "vllm": "a population in one vLLM engine: against member after member, and against frozen weights in one batch",
     "dropin": "loops of others, before and after esfast: what a generation costs beside its evaluations; MeZO learning",
     "tasks": "the embedded model learns each of the tasks: rewards before and after, and how long it took",
+    "episodes": "the embedded model learns a game of three turns; what the endpoint costs beside the model's answers",
     "simulate": "a generation on up to 10,000 workers, simulated from costs measured here, and its bytes on the wire",
     "replay": "the main job exported, and made again from the base model: bytes a generation, seconds, the same bits",
     "zoo": "a tiny model of every architecture of Transformers, trained, saved, loaded and replayed to the same bits",
@@ -85,6 +86,7 @@ EXAMPLES = {
         "--device cuda --numel 1e8 --seeds --json bench/results/dropin_gpu.json   without MeZO's runs",
     ),
     "tasks": ("--json bench/results/tasks.json", "--tasks sudoku --keep runs/tasks"),
+    "episodes": ("--json bench/results/episodes.json", "--seeds 7 --repeats 2   a first look"),
     "simulate": (
         "--json bench/results/simulate.json --plots docs/figures",
         "--workers 1 8 64 --member-seconds 10   of other machines",

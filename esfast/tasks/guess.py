@@ -108,9 +108,9 @@ RECIPE = Recipe(
     {
         "generations": 30,
         "population_size": 30,
-        "sigma": 0.01,
-        "lr": 0.01,
-        "prompts_per_generation": 64,
+        "sigma": 0.02,
+        "lr": 0.03,
+        "prompts_per_generation": 32,
         "max_completion_length": 5,
     },
     chat_template=TEMPLATE,
