@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -768,3 +769,28 @@ def test_bad_options_are_errors_at_the_door(here, capsys, options, words):
     assert main(["train", *options, "--model", "model", "--out", "bad"]) == 1
     assert words in capsys.readouterr().err
     assert not (here / "bad" / "journal.jsonl").exists()
+
+
+def test_two_processes_train_as_one_does(here):
+    command = ["-m", "esfast", "train", "--environment", "mine_env:Env", "--model", "model", "--no-progress"]
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--standalone"]
+    started = [
+        subprocess.Popen([sys.executable, *launch, *command, "--out", "team"], stderr=subprocess.PIPE, text=True),
+        subprocess.Popen([sys.executable, *command, "--out", "alone"], stderr=subprocess.PIPE, text=True),
+    ]
+    errors = [process.communicate(timeout=300)[1] for process in started]
+    assert [process.returncode for process in started] == [0, 0], errors
+    files = "model/model.safetensors", "journal.jsonl", "samples.jsonl"
+    for name in files:
+        assert (here / "team" / name).read_bytes() == (here / "alone" / name).read_bytes(), name
+
+
+def test_the_page_on_environments_runs(here):
+    text = (Path(__file__).parent.parent / "docs" / "how-to" / "environments.md").read_text(encoding="utf-8")
+    environment, trainer, steps = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    trainer = trainer.replace("Qwen/Qwen2.5-0.5B-Instruct", "model").replace("generations=50", "generations=1")
+    trainer = trainer.replace("population_size=30", "population_size=2, prompts_per_generation=2, eval_prompts=2")
+    exec(environment + trainer + steps, scope := {"__name__": "page"})
+    assert scope["trainer"].es.generation == 1 and "eval_reward" in lines(here / "runs" / "sums" / "metrics.jsonl")[-1]
+    (done,) = play(scope["trainer"].engine.engine, scope["environment"], [{"seed": 1}])
+    assert done.error is None and done.turns == 2

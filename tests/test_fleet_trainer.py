@@ -8,7 +8,7 @@ import pytest
 import torch
 import vllm_stand_in
 from test_encoding import BOS, EOS, tokenizer_with
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 import esfast
 from esfast import cli
@@ -398,3 +398,43 @@ def test_the_loops_of_the_docs(folder, tmp_path, monkeypatch):
     assert plan.fingerprint() == esfast.Plan(Qwen2ForCausalLM.from_pretrained(tmp_path / "tuned")).fingerprint()
     exec(packets, names)
     assert all(member.reward is not None for member in names["members"].members)
+
+
+class Talk:
+    """Two turns; the reward depends on both."""
+
+    async def episode(self, client, row):
+        said, messages = [], [{"role": "user", "content": row["prompt"]}]
+        for turn in range(2):
+            answer = await client.chat.completions.create(model=client.model, messages=messages)
+            said.append(answer.choices[0].message.content)
+            messages += [{"role": "assistant", "content": said[-1]}, {"role": "user", "content": str(turn)}]
+        return float(sum(map(ord, "".join(said))) % 101)
+
+
+def test_members_of_a_fleet_play_episodes(folder, tmp_path):
+    """All engines make the same member, which answers as the model here does."""
+    pytest.importorskip("openai", reason="episodes ask through the package openai")
+    model = folder()
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}={% endfor %}"
+    settings = {"generations": 2, "population_size": 4, "sigma": 0.1, "lr": 0.1, "prompts_per_generation": 6,
+                "max_completion_length": 4, "eval_every": 0, "progress": False, "weights": "base"}  # fmt: skip
+    options = {"train_dataset": ROWS, "eval_dataset": ROWS[:2], "environment": Talk(), "processing_class": tokenizer}
+    fleet = FleetTrainer(model, None, esfast.ESConfig(output_dir=str(tmp_path / "fleet"), **settings), 2, **options)
+    fleet.train()
+    assert any(llm.asked for llm in vllm_stand_in.LLM.made)
+    here = esfast.ESTrainer(str(model), args=esfast.ESConfig(output_dir=str(tmp_path / "here"), **settings), **options)
+    here.train()
+    rewards = [[r.rewards for r in journal.read(tmp_path / f / "journal.jsonl").records] for f in ("fleet", "here")]
+    assert rewards[0] == rewards[1] and len(rewards[0]) == 2
+
+    class Hot(Talk):
+        async def episode(self, client, row):
+            message = [{"role": "user", "content": row["prompt"]}]
+            await client.chat.completions.create(model=client.model, messages=message, temperature=0.3)
+
+    options["environment"] = Hot()
+    config = esfast.ESConfig(output_dir=str(tmp_path / "hot"), **settings)
+    with pytest.raises(ValueError, match="temperature: Fleet answers all requests alike"):
+        FleetTrainer(model, None, config, 1, **options).train()

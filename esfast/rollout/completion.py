@@ -43,13 +43,15 @@ def complete(
     tells no numbers of tokens for single texts; they are counted anew if it has a tokenizer, and otherwise 0."""
     if callable(getattr(engine, "complete_texts", None)):
         return engine.complete_texts(prompts, seeds, asked)
-    own = getattr(engine, "max_new_tokens", None), getattr(engine, "temperature", None)
-    for name, value, mine in (("max_tokens", asked.max_tokens, own[0]), ("temperature", asked.temperature, own[1])):
-        if value not in (None, mine) and not (name == "temperature" and value == 0 and seeds is None):
+    reader = getattr(engine, "prompts", None)
+    longest = getattr(engine, "max_new_tokens", None) or getattr(reader, "max_new_tokens", None)
+    greedy = asked.temperature == 0 and seeds is None
+    temperatures = (None, getattr(engine, "temperature", None), asked.temperature if greedy else None)
+    fixed = {"max_tokens": (None, longest), "temperature": temperatures, "top_p": (1.0,)}
+    for name, known in fixed.items():
+        if (value := getattr(asked, name)) not in known:
             raise BadValue(f"{name}: {type(engine).__name__} answers all prompts alike; leave {name} out, got {value}")
-    if asked.top_p < 1:
-        raise BadValue(f"top_p: {type(engine).__name__} answers all prompts alike; leave top_p out, got {asked.top_p}")
     texts = engine.generate(prompts, *([] if seeds is None else [seeds]))
-    encode = getattr(getattr(engine, "prompts", None), "encode", None)
+    encode = getattr(reader, "encode", None)
     lengths = [0] * len(texts) if encode is None else [len(ids) for ids in encode(texts)]
-    return [Completion(t, n, own[0] is None or n < own[0]) for t, n in zip(texts, lengths, strict=True)]
+    return [Completion(t, n, longest is None or n < longest) for t, n in zip(texts, lengths, strict=True)]

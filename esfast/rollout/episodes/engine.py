@@ -104,20 +104,26 @@ class Episodes:
             self._port.close()
         self.engine.close()
 
-    def _prepare(self, text: str, asked: int | None, left: int) -> tuple[int, int]:
-        """Tokens of the prompt, and of the longest completion; an ApiError if there is no room for the prompt."""
-        reader, longest = getattr(self.engine, "prompts", None), getattr(self.engine, "max_new_tokens", None)
-        longest = left if longest is None else longest
-        if asked is not None and asked > longest:
+    def _prepare(self, text: str, how: Asked, left: int) -> tuple[int, int | None]:
+        """Tokens of the prompt, and of the longest completion (None: the engine doesn't say). An ApiError if there is
+        no room for the prompt, or the engine can't answer as it was asked to."""
+        engine, asked = self.engine, how.max_tokens
+        reader = getattr(engine, "prompts", None)
+        longest = getattr(engine, "max_new_tokens", None) or getattr(reader, "max_new_tokens", None)
+        if not callable(getattr(engine, "complete_texts", None)):
+            self._check_alike(how, longest)
+            # Its answers can't be cut short.
+            asked, left = longest, longest or left
+        if asked is not None and longest is not None and asked > longest:
             raise ApiError(
                 400,
                 "invalid_value",
                 f"max_tokens: expected at most {longest} (max_completion_length), got {asked}; without it, the most",
                 "max_tokens",
             )
-        most = min(left, longest if asked is None else asked)
+        most = min(n for n in (left, longest, asked) if n is not None)
         if reader is None:
-            return 0, most
+            return 0, longest and most
         try:
             (ids,) = reader.encode([text])
         except Exception as error:
@@ -134,6 +140,19 @@ class Episodes:
             )
         return len(ids), min(most, room)
 
+    def _check_alike(self, how: Asked, longest: int | None) -> None:
+        """An ApiError if the request asks for what an engine with fixed settings can't do."""
+        fixed = {"max_tokens": (None, longest), "temperature": (None, 0.0, self.settings.temperature), "top_p": (1.0,)}
+        for name, known in fixed.items():
+            if getattr(how, name) not in known:
+                raise ApiError(
+                    400,
+                    "unsupported_value",
+                    f"{name}: {type(self.engine).__name__} answers all requests alike; leave it out, got "
+                    f"{getattr(how, name)!r}",
+                    name,
+                )
+
     def _answer(
         self, default: float, questions: Sequence[Question], texts: Sequence[str], asked: Sequence[Asked]
     ) -> list[Completion]:
@@ -142,9 +161,11 @@ class Episodes:
         groups: dict[Asked, list[int]] = {}
         for i, how in enumerate(asked):
             temperature = default if how.temperature is None else how.temperature
-            groups.setdefault(Asked(how.max_tokens, temperature, how.top_p), []).append(i)
+            # None: the engine's own, which is the run's.
+            named = None if temperature and temperature == self.settings.temperature else temperature
+            groups.setdefault(Asked(how.max_tokens, named, how.top_p), []).append(i)
         for how, places in groups.items():
-            seeds = [questions[i].seed for i in places] if how.temperature else None
+            seeds = None if how.temperature == 0 else [questions[i].seed for i in places]
             for i, completion in zip(
                 places, complete(self.engine, [texts[i] for i in places], seeds, how), strict=True
             ):

@@ -41,8 +41,8 @@ class Runner:
     play       (client, row) -> reward, a coroutine function
     client_of  key -> the client of the episode with this key
     render     rows as in `chat.render` -> texts
-    prepare    (text, max_tokens of its request or None, tokens that the episode has left) -> (tokens of the prompt,
-               most tokens of the completion); ApiError if there is no room
+    prepare    (text, how it is to be continued, tokens that the episode has left) -> (tokens of the prompt, most tokens
+               of the completion, or None); ApiError if that can't be done
     answer     (questions, their texts, how each is asked) -> Completions; may raise, which ends the run
     serve      a coroutine that serves the endpoint on a port until it is cancelled, or None
     """
@@ -54,7 +54,7 @@ class Runner:
         play: Play,
         client_of: Callable[[str], Any],
         render: Callable[[Sequence[Mapping[str, Any]]], list[str]],
-        prepare: Callable[[str, int | None, int], tuple[int, int]],
+        prepare: Callable[[str, Asked, int], tuple[int, int | None]],
         answer: Answers,
         serve: Callable[[], Coroutine[Any, Any, None]] | None = None,
     ):
@@ -181,7 +181,7 @@ class Runner:
                     if isinstance(text, ApiError):
                         raise text
                     asked, left = question.request.asked, self._limits.tokens - question.session.tokens
-                    length, most = self._prepare(text, asked.max_tokens, left)
+                    length, most = self._prepare(text, asked, left)
                 except ApiError as error:
                     question.answer.set_exception(error)
                     continue
