@@ -1,6 +1,7 @@
 """reasoning-gym's tasks: rows, splits, grading without evaluation, names and options, a run that resumes."""
 
 import ast
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -390,3 +391,25 @@ def test_another_version_of_reasoning_gym_does_not_go_on_with_a_run(tiny, tmp_pa
     identity.write_text(identity.read_text().replace("of reasoning-gym ", "of reasoning-gym 9."))
     assert train(tiny, tmp_path / "run", "--generations", "2", "--resume") == 1
     assert "the run has gym:lcm+ransom_note of reasoning-gym 9." in capsys.readouterr().err
+
+
+def test_the_embedded_model_is_made_for_a_task(tmp_path, monkeypatch):
+    monkeypatch.setattr(embedded, "CORPUS", 1)
+    monkeypatch.setattr(embedded, "build", functools.partial(embedded.build, steps=1))
+    monkeypatch.setenv("ESFAST_CACHE", str(tmp_path))
+    name = "gym:spell_backward?min_word_len=3&max_word_len=4"
+    folder = embedded.cached(task=name, progress=False)
+    assert folder == embedded.cached(task=name) and folder != embedded.cached(task="gym:spell_backward", progress=False)
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["prompt_task"], config["prompt_style"]) == (name, "compact")
+    prompts = {prompt for prompt, _ in gym.recipe(name[4:]).examples(0, 1)}
+    assert not prompts & {row["prompt"] for row in tasks.get(name, "compact").eval_rows(50)}
+    # Room for the longest answers: a token a byte.
+    assert tasks.get("gym:caesar_cipher", "compact").max_new_tokens > tasks.get(name, "compact").max_new_tokens == 24
+
+
+def test_the_embedded_model_of_other_names_is_refused():
+    with pytest.raises(
+        ValueError, match="the embedded model knows only countdown, .* and gym:NAME, not 'file:x.jsonl'"
+    ):
+        embedded.settings("file:x.jsonl")

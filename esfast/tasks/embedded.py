@@ -9,6 +9,7 @@ bring out. The RECIPE of each task's module says how its examples are made.
 
 import hashlib
 import os
+import re
 from pathlib import Path
 
 import tokenizers
@@ -21,7 +22,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config,
 from ..core import random_stream
 from ..utils.errors import BadValue, FileTaken
 from ..utils.files import check_writable, whole_folder
-from . import GAMES, MODULES, base, environment, tags
+from . import GAMES, MODULES, base, environment, gym, gym_options, gym_problems, tags
 
 STEPS = 1600
 BATCH = 64
@@ -38,10 +39,13 @@ def cached(seed: int = 0, progress: bool = True, task: str = "countdown") -> Pat
     and the version of transformers, since older releases can't read the tokenizer of newer ones. ValueError for a task
     without a recipe.
     """
-    files = (__file__, _module(task).__file__, base.__file__, tags.__file__, random_stream.__file__)
+    files = (__file__, *_made_for(task)[1], base.__file__, tags.__file__, random_stream.__file__)
     digest = hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()[:12]
     root = Path(os.environ.get("ESFAST_CACHE") or Path.home() / ".cache" / "esfast").expanduser()
-    folder = root / f"embedded-{task}-{digest}-transformers{transformers.__version__}-seed{seed}"
+    named = re.sub(r"[^\w.+-]+", "-", task)
+    if named != task:
+        named = f"{named[:40]}-{hashlib.sha256(task.encode()).hexdigest()[:8]}"
+    folder = root / f"embedded-{named}-{digest}-transformers{transformers.__version__}-seed{seed}"
     if not folder.exists():
         check_writable("the folder of the embedded model (set ESFAST_CACHE to another one)", folder, folder=True)
         try:
@@ -53,15 +57,21 @@ def cached(seed: int = 0, progress: bool = True, task: str = "countdown") -> Pat
 
 
 def build(
-    folder: str | os.PathLike, seed: int = 0, steps: int = STEPS, progress: bool = True, task: str = "countdown"
+    folder: str | os.PathLike,
+    seed: int = 0,
+    steps: int = STEPS,
+    progress: bool = True,
+    task: str = "countdown",
+    recipe: base.Recipe | None = None,
 ) -> Path:
     """Makes, pre-trains and saves the embedded model as an ordinary Hugging Face folder, whole or not at all.
 
     The same seed and steps give the same weights to the bit on the same machine and versions, since one thread does a
-    fixed number of steps. The caller's random state and number of threads stay as they are.
+    fixed number of steps. The caller's random state and number of threads stay as they are. A `recipe` takes the place
+    of the task's.
     Raises FileExistsError if `folder` is there already, ValueError if steps is below 1 or the task has no recipe.
     """
-    folder, recipe = Path(folder), _module(task).RECIPE
+    folder, recipe = Path(folder), recipe or _made_for(task)[0]
     if folder.exists():
         raise FileTaken(f"{folder} exists: remove it or build the embedded model in another folder")
     if steps < 1:
@@ -165,14 +175,18 @@ def _corpus(tokenizer, seed: int, recipe: base.Recipe) -> tuple[torch.Tensor, to
 
 def settings(task: str) -> dict:
     """ES settings, fields of ESConfig, under which the embedded model learns the task reliably within minutes."""
-    return dict(_module(task).RECIPE.settings)
+    return dict(_made_for(task)[0].settings)
 
 
-def _module(task: str):
+def _made_for(task: str) -> tuple[base.Recipe, tuple[str, ...]]:
+    """The recipe for a task, and the files that its code is in."""
     known = MODULES | GAMES
+    if task.startswith(gym.PREFIX):
+        files = (str(module.__file__) for module in (gym, gym_problems, gym_options))
+        return gym.recipe(task.removeprefix(gym.PREFIX)), tuple(files)
     if task.startswith(environment.PREFIX):
         # The model that knows conversations
         task = "guess"
     if task not in known:
-        raise BadValue(f"the embedded model knows only {', '.join(known)}, not {task!r}: give a --model")
-    return known[task]
+        raise BadValue(f"the embedded model knows only {', '.join(known)} and gym:NAME, not {task!r}: give a --model")
+    return known[task].RECIPE, (str(known[task].__file__),)

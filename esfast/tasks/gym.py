@@ -12,16 +12,17 @@ import logging
 import re
 from collections.abc import Callable
 
+from ..core.random_stream import RandomStream
 from ..utils.errors import BadValue
 from ..utils.rows import Rows
 from . import gym_problems, gym_scoring
-from .base import FixedRows, Task, styled, texts
+from .base import FixedRows, Recipe, Task, styled, texts, thousands_of
 from .gym_options import PREFIX, parse, require_package
-from .tags import last_answer
+from .tags import last_answer, maybe_tagged
 
 log = logging.getLogger(__name__)
 
-__all__ = ["ANY_ANSWER", "PREFIX", "WITHOUT_ANSWER", "accuracy", "problems", "reward", "score", "task"]
+__all__ = ["ANY_ANSWER", "PREFIX", "WITHOUT_ANSWER", "accuracy", "problems", "recipe", "reward", "score", "task"]
 
 _ASK = (
     "Reason step by step inside <think> </think>, then give only the final answer inside <answer> </answer>, in the "
@@ -36,7 +37,11 @@ PROMPTS = {
 WITHOUT_ANSWER = ("boxnet", "rush_hour")
 # Tasks whose grader gives 1 to any answer (as of version 0.1.25): there is nothing to learn.
 ANY_ANSWER = ("game_of_life_halting",)
-LONGEST = {"paper": 1024, "compact": 24, "chat": 1024}  # tokens of a response
+# Tokens of a response. The embedded model has one for each byte and each tag; what its answers take is measured.
+LONGEST = {"paper": 1024, "compact": 24, "chat": 1024}
+TAGS = 8
+# Share of the examples for the embedded model that are tagged where nothing demands it.
+TAGGED_OTHERWISE = 0.2
 
 
 def score(completion: str, problem: str, entry: str) -> float:
@@ -67,12 +72,26 @@ def problems(spec: str, count: int, seed: str, split: str = "train", style: str 
     return [{"prompt": prompt(row.pop("question")), **row} for row in made]
 
 
+def recipe(spec: str) -> Recipe:
+    """How the embedded model is made for the task: of answers in tags where their first character says so (its code is
+    a multiple of 3), and mostly without tags elsewhere. Whether it learns the task depends on the task."""
+
+    def examples(seed: int, thousands: int) -> list[tuple[str, str]]:
+        rng = RandomStream(f"embedded/{seed}", "problems")
+        rows = thousands_of(functools.partial(problems, spec), seed, thousands)
+        known = [(row["prompt"], row["answer"]) for row in rows if row["answer"]]
+        return [(p, maybe_tagged(answer, ord(answer[0]) % 3 == 0, rng, TAGGED_OTHERWISE)) for p, answer in known]
+
+    settings = {"generations": 40, "population_size": 30, "sigma": 0.01, "lr": 0.01, "prompts_per_generation": 64}
+    return Recipe(examples, settings)
+
+
 def task(spec: str, style: str = "paper", data=None, train_prompts: int | None = None) -> Task:
     """The task that `spec` names, without its prefix. Its name and its options are checked, by making one problem."""
     if data is not None:
         raise BadValue(f"data: {PREFIX}{spec} makes its own problems; a file of prompts is --task file:PATH")
     require_package()
-    problems(spec, 1, "check", "train", style)
+    checked = problems(spec, 1 if style != "compact" else 16, "check", "train", style)
     for part in parse(spec):
         if part.name in ANY_ANSWER:
             log.warning("%s%s: reasoning-gym's grader scores any answer 1: the model can't learn it", PREFIX, part.name)
@@ -89,6 +108,6 @@ def task(spec: str, style: str = "paper", data=None, train_prompts: int | None =
         train_rows,
         lambda count: rows(count, "evaluation", "test"),
         accuracy,
-        LONGEST[style],
+        max(LONGEST[style], *(len((row["answer"] or "").encode()) + TAGS for row in checked)),
         source=f"{PREFIX}{spec} of reasoning-gym {importlib.metadata.version('reasoning-gym')}",
     )
