@@ -1,4 +1,4 @@
-"""What an environment stands for in ESTrainer: reward functions, metrics, rows, and the engine that plays episodes."""
+"""What ESTrainer gets from an environment: a reward function, metrics, rows, and an engine that plays episodes."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ LARGEST = 64 * 2**20  # bytes of a request
 
 
 class Speaker(Protocol):
-    """Whom a key belongs to: an episode. `models` are the names of those that may answer it."""
+    """The owner of a key: an episode. `models` are the model names that its requests may use."""
 
     models: tuple[str, ...]
 

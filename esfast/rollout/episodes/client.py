@@ -36,8 +36,8 @@ def clients(endpoint: Endpoint, base_url: str | None = None) -> Callable[[str], 
     from openai.types.chat import ChatCompletion
 
     async def short_way(path: str, answer_type: Any, key: str, asked: dict[str, Any]) -> Any:
-        """The answer, without the way through HTTP and what the library makes of each field, which take ten times as
-        long; None if the request is not plain, or in error: it then goes the long way."""
+        """The answer to a plain request, without HTTP and without the library's work on each field, which together take
+        ten times as long. None if the request is not plain, or is wrong: the caller then sends it through HTTP."""
         try:
             answer = await endpoint.respond(path, _body(asked, openai), key)
         except (NotPlain, ApiError):

@@ -1,4 +1,4 @@
-"""An episode: what one row came to, and the conversation from which it did."""
+"""An episode: the outcome of one row, and the conversation that led to it."""
 
 from __future__ import annotations
 

@@ -124,7 +124,7 @@ class Runner:
             self._done.set_result(None)
 
     def _charge(self, task: asyncio.Task | None, seconds: float) -> None:
-        """A long step of one episode is not held against the others."""
+        """Takes a long step of one episode off the time of the others."""
         for session in self._running.values():
             if session.task is not task:
                 session.not_charged(seconds)

@@ -1,4 +1,4 @@
-"""The model's side of one running episode: what it asked, what it was told, and what it may still use."""
+"""The model's side of one running episode: its requests, their answers, and how much of its limits is left."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ class Question:
 
     @property
     def seed(self) -> int:
-        """Decided by the row and the turn, the same for all members, and by the request's seed if it has one."""
+        """The seed of the answer: a function of the row and the turn, so the same for all members, and of the request's
+        own seed if it has one."""
         return response_seeds((self.session.seed + self.request.seed) % 2**64, self.turn, 1, 1)[0]
 
 
@@ -79,12 +80,12 @@ class Session:
         return self.spent + (0.0 if self.waiting else now() - self.since)
 
     def not_charged(self, seconds: float) -> None:
-        """Takes time off that the model took for others."""
+        """Leaves out of the episode's time what the model took for other episodes."""
         if not self.waiting:
             self.since += seconds
 
     def episode(self, reward: float | None, error: str | None, cause: BaseException | None = None) -> Episode:
-        """What came out; no request is answered any more."""
+        """Ends the session and returns the Episode. Later requests are refused."""
         self.spent, self.over = self.seconds, True
         self.since = now()
         error = None if error is None else f"row {self.index} ({_shown(self.row)}): its episode {error}"

@@ -1,4 +1,4 @@
-"""The event loop that episodes run on: it tells when nothing can go on, and ends a step that blocks it."""
+"""The event loop that episodes run on. It reports when no task can continue, and ends a step that blocks it."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ class Exited(Exception):
 
 
 class Selector(selectors.DefaultSelector):
-    """Calls `before` with the timeout whenever the loop looks for events, and waits as long as it returns. With a
-    timeout of None or more than 0 nothing can go on: every task waits for a timer, for something outside, or for us."""
+    """Calls `before(timeout)` whenever the loop looks for events, and waits for the timeout that it returns. A timeout
+    of None or above 0 means that no task can continue: each waits for a timer, for something outside, or for the
+    engine."""
 
     def __init__(self, before: Callable[[float | None], float | None]):
         super().__init__()
@@ -33,7 +34,7 @@ class Selector(selectors.DefaultSelector):
         return super().select(self._before(timeout))
 
 
-# Steps that take fewer seconds than this are not told apart from the loop's own work.
+# Shorter steps, in seconds, can't be told from the loop's own work.
 LONG_STEP = 0.01
 
 
