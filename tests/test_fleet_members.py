@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 import vllm_stand_in
-from test_fleet_trainer import PROMPTS, ROWS, letters, trainer
+from test_fleet_trainer import PROMPTS, ROWS, letters, train_a_fleet, trainer
 from test_fleet_trainer import folder as folder  # noqa: PLC0414  a fixture
 from test_fleet_trainer import vllm as vllm  # noqa: PLC0414  a fixture
 from transformers import Qwen2ForCausalLM
@@ -104,6 +104,22 @@ def test_both_ways_are_measured_and_the_faster_one_is_kept(folder, tmp_path, cap
     assert again.args.groups == groups
     again.train()
     assert journal.read(tmp_path / way / "journal.jsonl").records == records[0]
+
+
+def test_the_command_line_trains_and_goes_on(folder, tmp_path, same_bits):
+    """Its folder's groups are those of the resumed run, which may take the other way."""
+    (tmp_path / "p.jsonl").write_text("".join(f'{{"prompt": "{i}+1="}}\n' for i in range(4)))
+    options = "--noise low_rank --rank 2 --generations 3 --population-size 4 --engine-timeout 60".split()
+    assert train_a_fleet(folder(), tmp_path, *options, "--members-at-once", "2") == 0
+    run = tmp_path / "run"
+    wanted = journal.read(run / "journal.jsonl")
+    assert len(wanted.header["groups"]) > 3 and max(a for llm in vllm_stand_in.LLM.made for a in llm.adapters) == 2
+    for name in ("journal.jsonl", "metrics.jsonl"):
+        path = run / name
+        path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:2]))
+    assert cli.main(["train", "--out", str(run), "--resume", "--members-at-once", "1"]) == 0
+    found = journal.read(run / "journal.jsonl")
+    assert found.records == wanted.records and found.header == wanted.header
 
 
 def test_one_after_another_tunes_all_weights(folder, tmp_path):

@@ -1,8 +1,8 @@
 """All that esfast replaces in vLLM, whose public functions don't reach it. Each Patch says what and why.
 
-`PATCHES` names every function of vLLM that is replaced or relied on, with a digest of its source in the versions that
-were tested. `make test-vllm` fails if the installed version's source is another one: read what has changed, adapt, and
-add the digest.
+`PATCHES` names every function of vLLM that is replaced or relied on, with a digest of its source by version: 0.32 is
+tested, 0.30 and 0.31 were read and differ in nothing that matters here. `make test-vllm` fails if the installed
+version's source is another one: read what has changed, adapt, and add the digest.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from ..utils.errors import BadState
 
-# How the names and paths of esfast's adapters begin. vLLM's prefix cache is keyed by both, so none is used twice.
+# How the names and paths of esfast's adapters begin. vLLM's prefix cache is keyed by them, so none is used twice.
 PREFIX = "esfast-member-"
 
 
@@ -38,56 +38,62 @@ PATCHES: list[Patch] = [
     Patch(
         "vllm.v1.engine.core:EngineCore.collective_rpc",
         "resets the prefix cache; notes members",
-        {"0.32.0": "56c0811fbd555964"},
+        {"0.30.0": "56c0811fbd555964", "0.31.0": "56c0811fbd555964", "0.32.0": "56c0811fbd555964"},
     ),
     Patch(
         "vllm.v1.engine.core:EngineCore.preprocess_add_request",
         "refuses members of the past",
-        {"0.32.0": "e3a96663563dcf93"},
+        {"0.30.0": "e3a96663563dcf93", "0.31.0": "e3a96663563dcf93", "0.32.0": "e3a96663563dcf93"},
     ),
-    Patch("vllm.v1.engine.llm_engine:LLMEngine.collective_rpc", "notes members", {"0.32.0": "bf553abda3f00f0b"}),
     Patch(
-        "vllm.v1.engine.llm_engine:LLMEngine.add_request", "refuses members of the past", {"0.32.0": "3db15e318e3be8ad"}
+        "vllm.v1.engine.llm_engine:LLMEngine.collective_rpc",
+        "notes members",
+        {"0.30.0": "bf553abda3f00f0b", "0.31.0": "bf553abda3f00f0b", "0.32.0": "bf553abda3f00f0b"},
+    ),
+    Patch(
+        "vllm.v1.engine.llm_engine:LLMEngine.add_request",
+        "refuses members of the past",
+        {"0.30.0": "126e267ae501c819", "0.31.0": "4a46389bc954f864", "0.32.0": "3db15e318e3be8ad"},
     ),
     Patch(
         "vllm.v1.core.kv_cache_utils:_gen_lora_extra_hash_keys",
         "cached keys know members by name and path",
-        {"0.32.0": "4f67791285cae1c3"},
+        {"0.30.0": "75285033f18510be", "0.31.0": "4f67791285cae1c3", "0.32.0": "4f67791285cae1c3"},
     ),
     Patch(
         "vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm",
         "CPU layers keep their weights",
-        {"0.32.0": "2ba18ce6108799da"},
+        {"0.30.0": "a98204a3d07fcbd6", "0.31.0": "d41e9cf4aa576bf1", "0.32.0": "2ba18ce6108799da"},
     ),
     Patch(
         "vllm.lora.worker_manager:WorkerLoRAManager._load_adapter",
         "members are no files",
-        {"0.32.0": "650629aa015e307c"},
+        {"0.30.0": "e3cde0994812895d", "0.31.0": "f5c098dfb73a44bd", "0.32.0": "650629aa015e307c"},
     ),
     Patch(
         "vllm.lora.worker_manager:LRUCacheWorkerLoRAManager.add_adapter",
         "calls what draw_adapters replaces",
-        {"0.32.0": "446cab32cdd48f58"},
+        {"0.30.0": "446cab32cdd48f58", "0.31.0": "446cab32cdd48f58", "0.32.0": "446cab32cdd48f58"},
     ),
     Patch(
         "vllm.lora.worker_manager:LRUCacheWorkerLoRAManager._apply_adapters",
         "quadratic in the adapters",
-        {"0.32.0": "94cd7806d0160e73"},
+        {"0.30.0": "94cd7806d0160e73", "0.31.0": "94cd7806d0160e73", "0.32.0": "94cd7806d0160e73"},
     ),
     Patch(
         "vllm.lora.model_manager:LoRAModelManager._add_adapter",
         "members have nothing to merge",
-        {"0.32.0": "8f29b1af36bfeb38"},
+        {"0.30.0": "54352d3cd3e24baa", "0.31.0": "54352d3cd3e24baa", "0.32.0": "8f29b1af36bfeb38"},
     ),
     Patch(
         "vllm.lora.model_manager:LoRAModelManager.activate_adapter",
         "members are drawn into the slot",
-        {"0.32.0": "de83d987e3b2bab0"},
+        {"0.30.0": "7e58dcf824c18880", "0.31.0": "de83d987e3b2bab0", "0.32.0": "de83d987e3b2bab0"},
     ),
     Patch(
         "vllm.lora.model_manager:LRUCacheLoRAModelManager.activate_adapter",
         "chooses the slot",
-        {"0.32.0": "3601a6eceb7209dc"},
+        {"0.30.0": "3601a6eceb7209dc", "0.31.0": "3601a6eceb7209dc", "0.32.0": "3601a6eceb7209dc"},
     ),
 ]
 

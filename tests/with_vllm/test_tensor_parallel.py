@@ -1,5 +1,7 @@
 """Two ranks in processes of their own: the same perturbed weights as the Hugging Face model's, and so as one rank's."""
 
+import os
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -11,7 +13,9 @@ from esfast.update.updater import Group, Rule
 pytest.importorskip("vllm", reason="vLLM is not installed here; `make test-vllm` runs these tests where it is")
 
 
-# Two of the engines have LoRA slots as well: rank of the members, and options.
+# An engine of several processes takes a while to start. These two are of both kinds, tied and not, with LoRA slots.
+USUAL, FURTHER = ["llama-tied", "qwen2-untied"], ["qwen2-tied", "llama-untied"]
+# Rank of the members, and options.
 RANKS = {"llama-tied": 8, "qwen2-untied": 1}
 SLOTS = {
     "llama-tied": lora(8, 4, fully_sharded_loras=True),
@@ -19,11 +23,11 @@ SLOTS = {
 }
 
 
-@pytest.fixture(scope="module", params=("qwen2-tied", "qwen2-untied", "llama-tied", "llama-untied"))
+@pytest.fixture(scope="module", params=USUAL + (FURTHER if os.environ.get("ESFAST_LONG_TESTS") else []))
 def engine(request, start):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-        if request.param == "qwen2-tied":
+        if request.param == "qwen2-untied":
             patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")  # the engine in a process too: vLLM's default
         engine = start(request.param, tensor_parallel_size=2, **SLOTS.get(request.param, {}))
         yield engine
