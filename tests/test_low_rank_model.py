@@ -143,6 +143,9 @@ def test_a_member_takes_the_memory_of_its_factors_and_vectors():
     together, whole = LowRankModel(model, 5, rule=rule), StackedModel(model, 5, rule=rule)
     assert together.bytes_of_member == 4 * (2 * (64 + 96) + 3 * 96) == together.nbytes / 5
     assert whole.bytes_of_member == 4 * (64 * 96 + 3 * 96)
+    # one member's matrix while it is checked; the memory that a stack's matrix is turned in
+    assert (together.bytes_to_check, together.bytes_to_write) == (4 * 64 * 96, 0)
+    assert (whole.bytes_to_check, whole.bytes_to_write) == (0, 4 * 64 * 96)
 
 
 def test_what_members_cannot_share_is_refused():

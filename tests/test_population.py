@@ -166,6 +166,8 @@ def test_peak_bytes_counts_what_exists_at_once():
         return (b * 2).sum()
 
     assert 8000 <= peak_bytes(work) <= 8100
+    weight = torch.randn(100, 100)
+    assert peak_bytes(lambda: torch.ones(2, 100) @ weight.t()) == 2 * 2 * 100 * 4, "a view of a weight is no memory"
 
 
 def different_letters(completions, **columns):

@@ -26,9 +26,11 @@ class _Allocations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self._note(tensor.untyped_storage())
+        # A view of a weight makes no memory.
+        given = {storage._cdata for storage in _storages((args, kwargs))}
+        for storage in _storages(result):
+            if storage._cdata not in given:
+                self._note(storage)
         return result
 
     def _note(self, storage: torch.UntypedStorage) -> None:
@@ -42,3 +44,7 @@ class _Allocations(TorchDispatchMode):
     def _freed(self, key: int, size: int) -> None:
         self._alive.pop(key, None)
         self._now -= size
+
+
+def _storages(values) -> list[torch.UntypedStorage]:
+    return [x.untyped_storage() for x in tree_leaves(values) if isinstance(x, torch.Tensor)]

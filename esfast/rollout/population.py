@@ -81,7 +81,7 @@ class PopulationEvaluator:
         self.at_once: int | None = None
         self.need = 0
         self.one_by_one: set[str] = set()
-        self._tokens = self._bytes_of_member = 0
+        self._tokens = self._bytes_of_member = self._bytes_to_write = self._bytes_to_check = 0
         self._stack: StackedModel | None = None
         self._way: Dropping | None = None
         self._bytes_of_row: dict[int, int] = {}
@@ -134,7 +134,8 @@ class PopulationEvaluator:
         self.at_once = max(1, min(asked, most))
         own = len(prompts[members.prompts_of(members.members[0])])
         rows = self.at_once * self._prompts_each(own, self.at_once, row)
-        self.need = self.at_once * self._bytes_of_member + rows * row
+        answering = self.at_once * self._bytes_of_member + self._bytes_to_write + rows * row
+        self.need = max(answering, self._bytes_to_check)
         log.info(
             "members_at_once: %d of %d members answer together, %d rows at once; their weights and texts take %.2f GB",
             self.at_once,
@@ -164,7 +165,8 @@ class PopulationEvaluator:
         stack = self._stack_of(es, 2)
         stack.write([(0, es.sigma), (1, es.sigma)])
         stack.check()
-        self._bytes_of_member = stack.bytes_of_member
+        self._bytes_of_member, self._bytes_to_write = stack.bytes_of_member, stack.bytes_to_write
+        self._bytes_to_check = stack.nbytes + stack.bytes_to_check
         self._stack = None
         with engine._own_settings():
             drops = can_drop(engine.model, engine.generation_config)

@@ -123,7 +123,18 @@ class StackedModel:
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in (*self._stacks, *self._turned.values()))
+        return sum(t.nbytes for t in self._stacks) + self.bytes_to_write
+
+    @property
+    def bytes_to_write(self) -> int:
+        """Memory that is taken once, for any number of members."""
+        return sum(t.nbytes for t in self._turned.values())
+
+    @property
+    def bytes_to_check(self) -> int:
+        """Memory that `check` takes for a moment, beside that of two members: one member's whole weights, where the
+        stacks don't hold them."""
+        return sum(held.weight.nbytes for held in self._stacks if isinstance(held, Factors))
 
     @property
     def bytes_of_member(self) -> int:
