@@ -16,6 +16,8 @@ from ..utils.stats import mean
 
 # Generations that a rule looks at: an illness must last that long.
 WINDOW = 5
+# Generations, at least, in which something must be learned; and a quarter of the run.
+PATIENCE = 50
 # Standard errors that count as a change.
 SURE = 3.0
 # Members "answer alike" if at least this fraction of them has one and the same reward.
@@ -262,6 +264,18 @@ def _silent(seen: Seen) -> str:
     )
 
 
+def _stands_still(seen: Seen) -> str:
+    done = seen.recent[-1].get("generation", 0.0) if seen.recent else 0.0
+    if not done >= max(PATIENCE, seen.number("generations") / 4) or seen.learns or seen.last is seen.first:
+        return ""
+    if not abs(seen.change(seen.first, seen.last)) < SURE:
+        return ""
+    return (
+        f"in {done:.0f} generations neither the training reward nor the held-out reward has risen. Let the run find "
+        "sigma and lr (sigma='auto', lr='auto'), or raise them; with few members or prompts take more of them"
+    )
+
+
 # The rules by name, in the order in which illnesses of one generation are reported.
 RULES: dict[str, Callable[[Seen], str]] = {
     "nothing to learn from": _nothing,
@@ -276,6 +290,7 @@ RULES: dict[str, Callable[[Seen], str]] = {
     "rewards fail": _fails,
     "one member dominates": _dominated,
     "empty responses": _silent,
+    "no progress": _stands_still,
 }
 
 
