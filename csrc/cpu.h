@@ -7,14 +7,14 @@ namespace esfast {
 // One matrix of weights: rows of `cols` contiguous elements. Element (r, c) lies at dst + r * dst_stride + c, is
 // computed from src + r * src_stride + c (and, with weight decay, from anchor + r * anchor_stride + c, where there is
 // one), and has number first + r * index_stride + c in its whole tensor and number flat + r * cols + c in the plan's
-// flat buffers. A plain tensor is one row. Strides and counts in elements. esfast/core/plan.py fills this table as rows of
-// int64. The anchor is in dst's format, or bfloat16 if that is SPLIT.
+// flat buffers. A plain tensor is one row. Strides and counts in elements. esfast/core/segments.py fills this table as rows
+// of int64. The anchor is in dst's format, or bfloat16 if that is SPLIT.
 struct Segment {
     int64_t dst, src, anchor, rows, cols, dst_stride, src_stride, anchor_stride, index_stride, first, flat, tensor_id;
     int64_t src_format, dst_format;
-    // Of a block of a matrix that gets low-rank noise: (r, c) has number flat + r * flat_stride + c in the flat buffers,
-    // and its factors q are numbers a_first + q * a_step + r of the gaussian noise of tensor a_id, and b_first + q * b_step
-    // + c of that of b_id. The last six are 0 for all others.
+    // For a block of a matrix with low-rank noise: element (r, c) has number flat + r * flat_stride + c in the flat
+    // buffers. Its factor q is a * b, where a is number a_first + q * a_step + r of the gaussian noise of tensor a_id, and
+    // b is number b_first + q * b_step + c of that of tensor b_id. These six ids and numbers are 0 for all other segments.
     int64_t flat_stride, a_id, b_id, a_first, b_first, a_step, b_step;
 };
 

@@ -133,7 +133,7 @@ void write(Place<Split> to, Acc acc, Random, Span span) {
 }
 
 // Copies a tile to memory that is 64-byte aligned and not in the cache. An ordinary store reads a line of memory before
-// it writes it; these don't. The thread must end with a fence (module.cpp).
+// it writes it; these stores bypass the cache and read nothing. The thread must end with a fence (module.cpp).
 template <class S>
 void stream(S* to, const S* from) {
 #if defined(__AVX512F__)

@@ -42,8 +42,8 @@ ESFAST_FN void write_row(Place<T> to, const float* x, const uint32_t* random, in
     }
 }
 
-// Copies to memory that is not in the cache. An ordinary store reads a line of memory before it writes it; these don't,
-// and so are the whole lines written. The thread must end with a fence (module.cpp).
+// Copies to memory that is not in the cache. An ordinary store reads a line of memory before it writes it; these
+// stores bypass the cache and read nothing. The thread must end with a fence (module.cpp).
 template <class S>
 ESFAST_FN void stream_row(S* to, const S* from, int n) {
 #if defined(__x86_64__)
@@ -68,7 +68,7 @@ ESFAST_FN void stream_row(S* to, const S* from, int n) {
 #endif
 }
 
-// x += decay (toward - x)
+// Weight decay: moves each of n weights by the fraction `decay` of its distance to `toward`.
 ESFAST_FN void decay_row(float* x, const float* toward, float decay, int n) {
 #pragma omp simd
     for (int i = 0; i < n; ++i) x[i] = fma_(decay, add_(toward[i], -x[i]), x[i]);

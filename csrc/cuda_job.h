@@ -1,4 +1,4 @@
-// What cuda_module.cpp, the kernels' launches and the threads in cuda_kernel.cuh say to each other.
+// Structs that cuda_module.cpp, the kernels' launches and the threads in cuda_kernel.cuh share.
 #pragma once
 #include <stdint.h>
 

@@ -17,7 +17,7 @@ struct Thread {
 
     ESFAST_FN Thread(const CudaJob& job, uint32_t number, uint32_t thread) : job(job), tile(job, number, thread) {}
 
-    // So that a tile that is there in part keeps only the warps that it needs.
+    // Warps of a partial tile that have no weights return by this.
     ESFAST_FN bool has_nothing() const { return !tile.whole && tile.span.is_empty(offset(GROUPS - 1) + G); }
 
     ESFAST_FN void begin(float* x) const {

@@ -4,8 +4,8 @@
 
 namespace esfast {
 
-// A byte of a word, in the lowest 8 bits; above them may be anything. From such a byte ptxas moves seven bits to predicates at
-// once (R2P); of a whole word it tests most bits one by one, as it also does of a word that is merely shifted.
+// The word with byte `place` in its lowest 8 bits; its upper bits are undefined. Of such a byte ptxas tests seven bits with one
+// instruction (R2P). Of a whole word, also of one that is merely shifted, it tests most bits one by one.
 ESFAST_FN uint32_t byte_of(uint32_t word, int place) {
 #if defined(__CUDA_ARCH__)
     uint32_t byte;

@@ -165,7 +165,7 @@ def _add_slot(x, seeds, coeffs, slot, rank, scale, segment, a_first, b_first, ve
 
 @triton.jit
 def _rounding_words(seeds, number, stride, tensor, WHOLE: tl.constexpr, ROWS: tl.constexpr):
-    """A word for each element of a tile whose element (0, 0) has this number, under the first seed."""
+    """One random word for each element of a tile, under the first seed; `number` is that of element (0, 0)."""
     seed = tl.load(seeds)
     k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
     row = number + tl.arange(0, ROWS)[:, None] * stride
