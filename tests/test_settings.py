@@ -202,6 +202,7 @@ def test_a_number_on_the_command_line_as_people_write_it(capsys):
 def test_a_word_in_the_place_of_a_number(given, capsys):
     config = ESConfig(sigma=given, lr=given)
     assert config.sigma == config.lr == "auto" and config.open_questions() == ["sigma", "lr"]
+    assert ESConfig(learning_rate=given).lr == "auto"
     assert cli.main(["train", "--sigma", given, "--lr", "1e-3", "--print-config"]) == 0
     settings = yaml.safe_load(capsys.readouterr().out)
     assert (settings["sigma"], settings["lr"]) == ("auto", 0.001)

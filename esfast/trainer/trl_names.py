@@ -109,7 +109,9 @@ def translate(settings: Mapping[str, Any], known: Iterable[str], what: str = "ES
             raise BadType(f"{what}: {unknown('setting', name, [*known, *RENAMED])}")
     if left_out:
         log.warning("%s: left out, since ES has no use for them: %s", what, ", ".join(left_out))
-    if "learning_rate" in settings and number(f"{what}.learning_rate", plain(settings["learning_rate"])) < 2e-5:
+    given = plain(settings.get("learning_rate", 1.0))
+    found_by_the_run = isinstance(given, str) and given.strip().lower() == "auto"
+    if not found_by_the_run and number(f"{what}.learning_rate", given) < 2e-5:
         log.warning(
             "%s: learning_rate=%s is one for gradients. Here it is the length of a step of every weight: see "
             "docs/how-to/choosing.md, and begin with half of sigma",
