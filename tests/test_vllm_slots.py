@@ -205,6 +205,14 @@ class LoRAManager:
         self.removed.append(number)
 
 
+def config_of(lora):
+    return SimpleNamespace(
+        lora_config=lora,
+        model_config=SimpleNamespace(hf_config=SimpleNamespace()),
+        device_config=SimpleNamespace(device_type="cpu"),
+    )
+
+
 @pytest.fixture
 def members(monkeypatch):
     from esfast.integrations import vllm_patches
@@ -216,8 +224,8 @@ def members(monkeypatch):
     modules = wrapped(model, 1)
     group = SimpleNamespace(rank_in_group=0, world_size=1, ranks=[0])
     weights = WorkerWeights(model, None, "", group)
-    lora = SimpleNamespace(max_loras=SLOTS, max_lora_rank=ROOM)
-    config = SimpleNamespace(lora_config=lora, model_config=SimpleNamespace(hf_config=SimpleNamespace()))
+    lora = SimpleNamespace(max_loras=SLOTS, max_lora_rank=ROOM, lora_dtype=torch.float32)
+    config = config_of(lora)
     return Members(LoRAManager(modules), model, weights, config), weights
 
 
@@ -264,10 +272,18 @@ def test_members_must_be_what_updates_use(members):
 
 
 def test_an_engine_without_slots_says_how_to_start_it():
-    config = SimpleNamespace(lora_config=None, model_config=SimpleNamespace(hf_config=SimpleNamespace()))
+    config = config_of(None)
     for ask in (
         Members(None, None, None, config).describe,
         lambda: Members(None, None, None, config).add([1], [1.0], 1),
     ):
         with pytest.raises(RuntimeError, match="enable_lora=True, max_loras= .* and max_lora_rank="):
+            ask()
+
+
+def test_slots_that_kernels_for_gpus_do_not_take(members):
+    made, _ = members
+    made._on_gpu = True
+    for ask in (made.describe, lambda: made.add([1], [0.1], 1)):
+        with pytest.raises(ValueError, match="LoRA slots are float32, .*start it with dtype='bfloat16'"):
             ask()

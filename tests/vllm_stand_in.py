@@ -17,7 +17,9 @@ class Worker(WorkerExtension):
     def __init__(self, path, model, lora):
         self._model = model
         self.vllm_config = SimpleNamespace(
-            model_config=SimpleNamespace(hf_config=model.config, model=path), lora_config=lora
+            model_config=SimpleNamespace(hf_config=model.config, model=path),
+            lora_config=lora,
+            device_config=SimpleNamespace(device_type="cpu"),
         )
         self.model_runner = SimpleNamespace()
         if lora is not None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
+
 from ..core.kinds import check_rank
 from ..core.ops import check_members
 from ..update.updater import Rule
@@ -41,6 +43,7 @@ class Members:
 
     def __init__(self, lora_manager, model, weights, config):
         self._manager, self._weights, self._config = lora_manager, weights, config.lora_config
+        self._on_gpu = config.device_config.device_type == "cuda"
         self._drawn: dict[int, Drawn] = {}
         self._next, self._epoch = FIRST_NUMBER, 0
         self._rule: Rule | None = None
@@ -98,6 +101,11 @@ class Members:
             raise BadState(
                 "esfast_members: the engine has no LoRA slots for members; start it with enable_lora=True, max_loras= "
                 "(members in one batch) and max_lora_rank= (1, 8, 16, 32, ...: at least the noise's rank)"
+            )
+        if self._on_gpu and self._config.lora_dtype is torch.float32:
+            raise BadValue(
+                "esfast_members: the engine's LoRA slots are float32, which vLLM's kernels for GPUs do not take; start "
+                "it with dtype='bfloat16' or 'float16', or take members one after another (members_at_once=1)"
             )
         return self.slots
 
