@@ -25,7 +25,7 @@ TASK = "gym:spell_backward?min_word_len=3&max_word_len=4"
 PROBE = (
     "gym:basic_arithmetic?min_terms=2&max_terms=2&max_digits=2&operators=%2B,-&allow_parentheses=no&allow_negation=no"
 )
-DECAYS = (0.0, 5.0, 15.0)
+DECAYS = (0.0, 5.0)
 SETTINGS = {
     "generations": 40,
     "population_size": 30,

@@ -82,7 +82,8 @@ def recipe(spec: str) -> Recipe:
         known = [(row["prompt"], row["answer"]) for row in rows if row["answer"]]
         return [(p, maybe_tagged(answer, ord(answer[0]) % 3 == 0, rng, TAGGED_OTHERWISE)) for p, answer in known]
 
-    settings = {"generations": 40, "population_size": 30, "sigma": 0.01, "lr": 0.01, "prompts_per_generation": 64}
+    # As bench/forgetting.py measured them; with a sigma of 0.01 members answer alike.
+    settings = {"generations": 40, "population_size": 30, "sigma": 0.03, "lr": 0.03, "prompts_per_generation": 16}
     return Recipe(examples, settings)
 
 
