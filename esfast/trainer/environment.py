@@ -31,7 +31,7 @@ class Given(NamedTuple):
     eval_dataset: Any
 
 
-def of_environment(environment: Any, given: Given, config: ESConfig) -> Given:
+def of_environment(environment: Any, given: Given, config: ESConfig, shards: int = 1, evaluator: Any = None) -> Given:
     """What the trainer goes on with: the arguments themselves without an environment. With one its episodes' rewards
     are the reward function, and rows that are not given come from its methods `rows(generation, count, seed)` and
     `held_out(count)`; rows need no prompt.
@@ -50,6 +50,13 @@ def of_environment(environment: Any, given: Given, config: ESConfig) -> Given:
         raise BadType("metrics: an environment's episodes are measured by turns, tokens and seconds; leave metrics out")
     if config.kl_to_base:
         raise BadValue("kl_to_base: it is measured over single responses, not over episodes; leave it out")
+    if config.members_at_once not in ("auto", "1"):
+        raise BadValue("members_at_once: members play an environment one after another; leave it at auto")
+    if evaluator is not None:
+        raise BadType("evaluator: an environment's members are asked many times; give an engine")
+    if shards > 1:
+        # Limits on time could end an episode in one of the processes alone, which would then wait for ever.
+        raise BadValue("tensor_parallel_size: an environment needs the whole model in each process; leave it at 1")
     train, held_out = given.train_dataset, given.eval_dataset
     if train is None:
         if not callable(getattr(environment, "rows", None)):

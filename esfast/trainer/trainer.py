@@ -115,7 +115,8 @@ class ESTrainer(SavesLikeTRL):
             # What is found is this run's alone.
             self.args = copy.copy(self.args)
         require(self.args.report_to)
-        given = of_environment(environment, Given(reward_funcs, metrics, train_dataset, eval_dataset), self.args)
+        given = Given(reward_funcs, metrics, train_dataset, eval_dataset)
+        given = of_environment(environment, given, self.args, 1 if team is None else team.shards, evaluator)
         reward_funcs, metrics, train_dataset, eval_dataset = given
         self.metrics, self.environment = check_metrics(metrics), environment
         self.reward_funcs, self.reward_weights = open_rewards(reward_funcs, self.metrics, self.args.reward_weights)
