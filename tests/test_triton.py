@@ -226,12 +226,14 @@ def test_low_rank(dtype, members, rank, rounding, decay, adam, same_bits):
 
 
 @pytest.mark.skipif(not EXACT_FMA, reason=f"the fma of Triton {triton.__version__}'s interpreter rounds twice")
-def test_low_rank_by_the_tiles_that_ship(same_bits):
-    """Two turns of four factors, of which three are not there."""
+@pytest.mark.parametrize(("members", "rank"), [(5, 1), (64, 1), (2, 16)])
+def test_low_rank_by_the_tiles_that_ship(members, rank, same_bits):
+    """Four factors a turn: two turns with three slots empty, sixteen turns, and
+    eight with a rank of 16."""
     plan = esfast.Plan([("w", torch.randn(129, 128, generator=torch.Generator().manual_seed(3)).bfloat16())])
-    wanted, seeds, coeffs = plan.clone(), list(range(5)), [0.1, -0.2, 0.3, -0.4, 0.5]
-    triton_backend.run(Call(plan, *check_members(seeds, coeffs), None, "low_rank"))
-    esfast.add_noise_(wanted, seeds, coeffs, noise="low_rank", backend="cpu")
+    wanted, seeds, coeffs = plan.clone(), list(range(members)), [(-1) ** j * 0.1 * (j + 1) for j in range(members)]
+    triton_backend.run(Call(plan, *check_members(seeds, coeffs), None, "low_rank", rank=rank))
+    esfast.add_noise_(wanted, seeds, coeffs, noise="low_rank", backend="cpu", rank=rank)
     assert same_bits(plan.tensors, wanted.tensors)
 
 
