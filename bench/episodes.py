@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from ..rollout import TransformersEngine, chat
 from ..rollout.completion import Asked
@@ -34,8 +33,8 @@ from .countdown import call, train_command
 LIMIT = 300  # seconds of a core
 ERRORS = 5
 TURNS = 3
-# (weights or None for the embedded model, episodes, tokens of an answer)
-SHAPES = ((None, 64, 4), (None, 64, 32), (20_000_000, 8, 16))
+# (episodes, tokens of an answer)
+SHAPES = ((64, 4), (64, 32))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -125,11 +124,10 @@ def _learned(seed: int, folder: Path) -> dict:
     }
 
 
-def _overhead(path: str, repeats: int, weights: int | None, count: int, tokens: int) -> dict:
+def _overhead(path: str, repeats: int, count: int, tokens: int) -> dict:
     from ..rollout.models import load_model, load_tokenizer
 
-    tokenizer = load_tokenizer(path)
-    model = load_model(path) if weights is None else _wide(tokenizer)
+    tokenizer, model = load_tokenizer(path), load_model(path)
     # Every answer has all of its tokens.
     model.generation_config.eos_token_id = None
     engine = TransformersEngine(model, _endless(tokenizer), tokens)
@@ -182,13 +180,3 @@ def _endless(tokenizer: Any) -> Any:
     endless = embedded.make_tokenizer()
     endless.chat_template, endless.eos_token = tokenizer.chat_template, None
     return endless
-
-
-def _wide(tokenizer: Any) -> Qwen2ForCausalLM:
-    """Random weights: 20 million, in six layers."""
-    sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 8}
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        return Qwen2ForCausalLM(
-            Qwen2Config(vocab_size=len(tokenizer), num_key_value_heads=8, tie_word_embeddings=True, **sizes)
-        ).eval()
