@@ -277,11 +277,13 @@ def test_engines_of_functions():
 def test_the_page_about_rollouts_runs(tiny):
     page = (Path(__file__).parent.parent / "docs" / "concepts" / "rollouts.md").read_text(encoding="utf-8")
     scope = dict(zip(("model", "tokenizer"), tiny, strict=True))
-    engine, members = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    engine, members, low_rank = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     exec(engine, scope)
     assert len(scope["completions"]) == 1 and isinstance(scope["completions"][0], str)
     exec(members, scope := {})
     assert scope["es"].generation == 20 and max(m.reward for m in scope["members"]) > 0.6
+    exec(low_rank, scope)
+    assert scope["answers"].shape == (100, 200) and scope["answers"].unique(dim=0).shape == (100, 200)
 
 
 def test_a_transformers_without_continuous_batching(engine, monkeypatch):
