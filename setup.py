@@ -100,20 +100,23 @@ class Build(build_ext):
         return True
 
     def build_extension(self, ext):
-        """Builds unless the module is there, made of the same sources in the same way. Times of files are not looked
-        at: where a tree is copied they change and the contents don't."""
-        target, made_of = self.get_ext_fullpath(ext.name), os.path.join(self.build_temp, f"{ext.name}.made_of")
-        wanted = made_of_what(ext, self.debug)
-        if not self.force and os.path.exists(target) and read(made_of) == wanted:
+        """Builds unless build/kept has the module, made of the same sources in the same way: pip builds in folders that
+        it removes. Times of files are not looked at: where a tree is copied they change and the contents don't."""
+        target = self.get_ext_fullpath(ext.name)
+        kept = os.path.join("build", "kept", os.path.basename(target))
+        made_of, wanted = f"{kept}.made_of", made_of_what(ext, self.debug)
+        if not self.force and os.path.exists(kept) and read(made_of) == wanted:
+            replace(target, kept)
             return
-        if os.path.exists(target):
-            os.remove(target)
+        for old in (made_of, target):
+            if os.path.exists(old):
+                os.remove(old)
         try:
             complete = self.build_cuda(ext) if ext.name == "esfast._cuda" else self.build_cpu(ext)
         except (CompileError, LinkError, ExecError, OSError) as error:
             raise SystemExit(NO_COMPILER.format(error=error)) from error
         if complete:
-            os.makedirs(self.build_temp, exist_ok=True)
+            replace(kept, target)
             with open(made_of, "w") as file:
                 file.write(wanted)
 
@@ -158,6 +161,14 @@ def made_of_what(ext, debug):
     asked = {name: os.environ.get(name, "") for name in ("CC", "CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS")}
     nvcc = find_nvcc() if ext.name == "esfast._cuda" else None
     return repr((digest.hexdigest(), asked, debug, nvcc, architectures() if nvcc else None, pybind11.__version__))
+
+
+def replace(path, other):
+    """Makes the file a copy of the other one. A process that has loaded it keeps the old one."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    if os.path.exists(path):
+        os.remove(path)
+    shutil.copy2(other, path)
 
 
 def read(path):

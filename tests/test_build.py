@@ -62,6 +62,11 @@ def test_architectures_by_environment_and_nothing_built_twice(build):
     for source in (build.folder / "csrc").iterdir():  # as where a tree is copied
         os.utime(source)
     assert build("90")[0] == []
+    # as pip does, which builds in a folder of its own
+    shutil.rmtree(build.folder / "lib")
+    assert build("90")[0] == [] and [file.read_text() for file in (build.folder / "lib" / "esfast").iterdir()] == [
+        "made\n"
+    ]
     (build.folder / "csrc" / "noise.h").write_text("// other\n")
     assert len(build("90")[0]) == 1
     (command,), _ = build("80, 90")
