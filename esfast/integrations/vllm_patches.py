@@ -1,7 +1,7 @@
 """All that esfast replaces in vLLM, whose public functions don't reach it. Each Patch says what and why.
 
 `PATCHES` names every function of vLLM that is replaced or relied on, with a digest of its source by version: 0.32 is
-tested, 0.30 and 0.31 were read and differ in nothing that matters here. `make test-vllm` fails if the installed
+tested; of 0.30 and 0.31 most were read, and none was run. `make test-vllm` fails if the installed
 version's source is another one: read what has changed, adapt, and add the digest.
 """
 
