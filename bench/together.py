@@ -91,7 +91,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help=f"embedded, a shape of {', '.join(MODELS)}, or a folder (default: what the page Rollouts shows)",
     )
-    parser.add_argument("--noise", nargs="+", choices=["gaussian", "rademacher", "low_rank"], default=["gaussian"])
+    parser.add_argument(
+        "--noise",
+        nargs="+",
+        choices=["gaussian", "rademacher", "low_rank"],
+        default=["gaussian"],
+        help="kinds of noise, a row for each (default: gaussian)",
+    )
     parser.add_argument("--members", nargs="+", type=count, help="that answer at once (default: 30)")
     parser.add_argument("--prompts", type=count, help="of each member (default: 64)")
     parser.add_argument("--new-tokens", type=count, help="of each text, at most (default: 16)")

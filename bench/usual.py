@@ -15,6 +15,8 @@ class UsualWeights(LocalStore):
     as es-at-scale v0.1.0 does, or with `summed` their float32 sum, as v1.0.0 does. Every step is rounded to the
     dtype."""
 
+    mode = "inplace"
+
     def __init__(self, plan: Plan, noise: str = "gaussian", summed: bool = False):
         super().__init__(plan, Rule(noise))
         self.noise, self.summed = noise, summed

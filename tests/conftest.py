@@ -27,11 +27,12 @@ logging.getLogger("esfast").setLevel(logging.INFO)
 # Files whose tests take seconds to minutes each: they start processes and kill them, compile kernels or run them in an
 # interpreter, run benchmarks, or go through all architectures. `make test` leaves them to `make test-all`.
 SLOW = """
-    test_arm64 test_bench test_bench_afternoon test_bench_cycles test_bench_drift test_bench_forgetting test_bench_gpu test_bench_gpu_failures
-    test_bench_jobs
-    test_bench_modes test_bench_training test_build test_convergence test_cuda test_custom_op test_device_code
-    test_distributed test_examples test_gpu_suite test_micro test_peft test_ptx test_ptx_faults test_ptx_machine
-    test_resume test_sass test_shards test_signals test_site test_tensor_parallel test_triton test_zoo
+    test_arm64 test_bench test_bench_afternoon test_bench_cycles test_bench_drift test_bench_forgetting
+    test_bench_gpu test_bench_gpu_failures test_bench_jobs test_bench_modes test_bench_ranks test_bench_together
+    test_bench_training test_bench_tune test_bench_vllm test_build test_convergence test_cuda test_custom_op
+    test_device_code test_distributed test_examples test_gpu_suite test_micro test_peft test_ptx test_ptx_faults
+    test_ptx_machine test_resume test_sass test_shards test_signals test_site test_tensor_parallel
+    test_together_memory test_together_teams test_triton test_tuning test_zoo
 """.split()
 
 

@@ -736,6 +736,7 @@ def here(tmp_path, monkeypatch, made):
     sys.modules.pop("mine_env", None)
 
 
+@pytest.mark.slow
 def test_the_command_trains_evaluates_and_reports(here, capsys):
     base = ["--model", "model", "--no-progress"]
     assert main(["train", "--environment", "mine_env:Env", "--out", "run", *base]) in (None, 0)
@@ -773,6 +774,7 @@ def test_bad_options_are_errors_at_the_door(here, capsys, options, words):
     assert not (here / "bad" / "journal.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_does(here):
     command = ["-m", "esfast", "train", "--environment", "mine_env:Env", "--model", "model", "--no-progress"]
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--standalone"]

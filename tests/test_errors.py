@@ -21,7 +21,7 @@ HOME = Path(esfast.__file__).parent
 MENDABLE = ("ValueError", "TypeError", "RuntimeError", "ImportError", "OSError", "FileExistsError", "FileNotFoundError")
 NOT_MENDABLE = {
     ("rollout/decoding.py", "RuntimeError"): "makes the engine take another way of decoding",
-    ("integrations/ray.py", "RuntimeError"): "engines that differ are a bug",
+    ("integrations/actors.py", "RuntimeError"): "engines that differ are a bug",
     ("journal/journal.py", "OSError"): "stands for the operating system's, with its number",
     ("utils/lock.py", "OSError"): "stands for the operating system's, with its number",
     ("tasks/countdown.py", "TypeError"): "is caught two lines below",

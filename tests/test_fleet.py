@@ -49,6 +49,7 @@ def test_costs_grow_as_they_should():
     assert every["all"] == pytest.approx(10.0) and every["share"] == pytest.approx(0.1 + 0.99 + 7e-4)
 
 
+@pytest.mark.slow
 def test_the_benchmark(tmp_path, monkeypatch, capsys):
     """Runs the benchmark, without the measurement of the embedded model, which takes half a minute."""
     monkeypatch.setattr(simulate, "embedded_model", lambda members: (np.linspace(0.05, 0.15, members), 1e-4, 5e5))
