@@ -24,7 +24,7 @@ ELSEWHERE = {
     "vllm.md": "test_fleet_trainer.py",
     "recipes.md": "test_recipes.py",
     "rollouts.md": "test_decoding.py",
-    "environments.md": "test_episodes.py",
+    "environments.md": "test_episodes_training.py",
     "extend.md": "test_extending.py",
     "es.md": "test_readme.py",
     "primitive.md": "test_readme.py",
