@@ -299,7 +299,7 @@ class Work:
 
     def _generate(self) -> list[str]:
         inputs = self.tokenizer(self.prompts, return_tensors="pt", padding=True, padding_side="left").to(self.device)
-        with self.engine._own_settings():
+        with self.engine.own_settings():
             output = self.model.generate(**inputs, generation_config=self.config)
         return self.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 

@@ -23,13 +23,14 @@ from typing import NamedTuple
 import torch
 from transformers import GenerationConfig
 
+from ..core.kinds import KINDS
 from ..es.es import ES
 from ..rollout.engine import TransformersEngine
 from ..rollout.evaluator import SequentialEvaluator
 from ..rollout.models import load_model, load_tokenizer
 from ..rollout.population import PopulationEvaluator
 from ..tasks import countdown, embedded
-from . import BenchmarkError, count
+from . import DTYPES, BenchmarkError, add_choices, count
 from .iteration import model_of
 from .models import MODELS
 from .noise import note
@@ -91,17 +92,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help=f"embedded, a shape of {', '.join(MODELS)}, or a folder (default: what the page Rollouts shows)",
     )
-    parser.add_argument(
-        "--noise",
-        nargs="+",
-        choices=["gaussian", "rademacher", "low_rank"],
-        default=["gaussian"],
-        help="kinds of noise, a row for each (default: gaussian)",
-    )
+    add_choices(parser, "--noise", KINDS, "kinds of noise, a row for each (default: gaussian)", ("gaussian",))
     parser.add_argument("--members", nargs="+", type=count, help="that answer at once (default: 30)")
     parser.add_argument("--prompts", type=count, help="of each member (default: 64)")
     parser.add_argument("--new-tokens", type=count, help="of each text, at most (default: 16)")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the weights")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default: float32)")
     parser.add_argument("--rank", type=count, default=1, help="of low_rank noise (default: 1)")
     parser.add_argument("--rates", action="store_true", help="only the rates of tokens: nothing one after another")
     parser.add_argument("--repeats", type=count, default=9, help="rounds of each row, at most (default: 9)")

@@ -118,7 +118,7 @@ def _train(name: str, folder: Path) -> dict:
     together, alone = engine.generate(PROMPTS), [engine.generate([prompt])[0] for prompt in PROMPTS]
     if together != alone:
         raise BenchmarkError(f"texts in a batch differ from those alone: {together} and {alone}")
-    traits = engine._traits
+    traits = engine.traits
     return {
         "class": type(model).__name__,
         "weights": trainer.es.plan.numel,

@@ -109,7 +109,7 @@ def test_texts_of_batches_are_those_of_prompts_alone(named):
 
 def test_traits(named):
     name, model = named
-    traits = TransformersEngine(model, TOKENIZER, 6)._traits
+    traits = TransformersEngine(model, TOKENIZER, 6).traits
     assert (traits.together, traits.bytes_fixed, traits.bytes_per_token) == EXPECTED[name]
     assert traits.repeatable
 
@@ -189,8 +189,8 @@ def test_rounding_is_not_taken_for_padding_that_is_read():
 
 def test_a_model_in_16_bits_is_measured_too():
     engine = TransformersEngine(made("llama").bfloat16(), TOKENIZER, 6)
-    assert engine._traits.together == probe.ANY and engine._traits.bytes_per_token == EXPECTED["llama"][2] // 2
-    assert TransformersEngine(made("whisper").bfloat16(), TOKENIZER, 6)._traits.together == probe.EQUAL_LENGTHS
+    assert engine.traits.together == probe.ANY and engine.traits.bytes_per_token == EXPECTED["llama"][2] // 2
+    assert TransformersEngine(made("whisper").bfloat16(), TOKENIZER, 6).traits.together == probe.EQUAL_LENGTHS
 
 
 def test_a_vocabulary_without_letters_is_measured_too():

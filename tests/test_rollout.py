@@ -267,9 +267,9 @@ def test_mini_batches_are_sized_for_the_memory(tiny, monkeypatch):
     )
     monkeypatch.setattr("os.sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": 4 * 3 * per_token * longest}.__getitem__)
     engine = TransformersEngine(model, tokenizer, 12)
-    assert engine._traits.batch_that_fits(longest, model.device) == 3
+    assert engine.traits.batch_that_fits(longest, model.device) == 3
     engine.generate(PROMPTS)
     assert sizes[0] == 3 and sum(sizes) == len(PROMPTS)
     monkeypatch.setattr("os.sysconf", lambda name: 1)
-    assert engine._traits.batch_that_fits(longest, model.device) == 1
+    assert engine.traits.batch_that_fits(longest, model.device) == 1
     assert Traits().batch_that_fits(longest, model.device) == ROWS_UNKNOWN

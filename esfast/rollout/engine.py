@@ -106,6 +106,9 @@ class TransformersEngine:
         decoding: "plain", "static" or "continuous" (see esfast.rollout.decoding), or "auto": plain on a CPU, and on a
             GPU the fastest that works, with a message if one does not.
 
+    Attributes:
+        traits: what was measured, esfast.rollout.probe.Traits; of a model in shards None before the first call.
+
     Raises:
         ValueError: an argument is out of range, the model is not a causal LM, or it can't generate a text.
     """
@@ -146,8 +149,8 @@ class TransformersEngine:
             raise BadValue(f"decoding: a model in shards generates plainly, got {decoding!r}")
         self._one_thread = is_small(model)
         # The processes of a sharded model must generate together, so it is measured at the first call.
-        self._traits = None if self._in_shards else self._measure()
-        padded = self._traits is not None and self._traits.together == ANY
+        self.traits = None if self._in_shards else self._measure()
+        padded = self.traits is not None and self.traits.together == ANY
         if decoding == "static" and not padded:
             raise BadValue(
                 f"decoding: a {type(model).__name__} reads padding as text, which decoding='static' fills prompts up "
@@ -189,15 +192,15 @@ class TransformersEngine:
         # Longest first: if memory is short it shows in the first mini-batch, before work is done that would be lost.
         order = sorted(range(len(prompts)), key=lambda i: -len(encoded[i]))
         completions = [Completion("", 0, True)] * len(prompts)
-        self._traits = self._traits or self._measure()
+        self.traits = self.traits or self._measure()
         longest = max(map(len, encoded), default=0) + self.max_new_tokens
-        fitting = self._traits.batch_that_fits(longest, self.model.device)
-        with self._own_settings():
+        fitting = self.traits.batch_that_fits(longest, self.model.device)
+        with self.own_settings():
             done = 0
             while done < len(order):
                 most = min(self.batch_size or fitting, len(order))
                 batch = order[done : done + most]
-                batch = batch[: self._traits.batchable([len(encoded[i]) for i in batch])]
+                batch = batch[: self.traits.batchable([len(encoded[i]) for i in batch])]
                 found = self._try_batch([encoded[i] for i in batch], most, seeds and [seeds[i] for i in batch])
                 if found is None:
                     self.batch_size = len(batch) // 2
@@ -220,8 +223,8 @@ class TransformersEngine:
     def begin_batch(self, seeds: Sequence[int] | None) -> SeededSampling | None:
         """Forgets what the model's modules carry over from the batch before. Returns how to sample with a seed for each
         row; None without seeds."""
-        if self._traits is not None and self._traits.carried is not None:
-            self._traits.carried.forget()
+        if self.traits is not None and self.traits.carried is not None:
+            self.traits.carried.forget()
         if seeds is None:
             return None
         return SeededSampling(list(seeds), self.temperature, self.max_new_tokens, self.model.device, self.top_p)
@@ -292,11 +295,11 @@ class TransformersEngine:
 
     def _measure(self) -> Traits:
         texts = probe_texts(self.prompts.encode, self.prompts.vocabulary, self.prompts.limit)
-        with self._own_settings():
+        with self.own_settings():
             return traits_of(self.model, self.generation_config, texts)
 
     @contextlib.contextmanager
-    def _own_settings(self) -> Iterator[None]:
+    def own_settings(self) -> Iterator[None]:
         """The model in eval mode, with the engine's generation config and number of threads."""
         threads = torch.get_num_threads()
         if self._one_thread:

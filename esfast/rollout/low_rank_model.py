@@ -70,41 +70,26 @@ class LowRankModel(StackedModel):
     there is a base."""
 
     short = LOW_RANK
-
-    def __init__(
-        self,
-        model: torch.nn.Module | Plan,
-        at_once: int,
-        base: Plan | None = None,
-        rule: Rule | None = None,
-        rounding: str = "nearest",
-        backend: str = "auto",
-    ):
-        rule = rule or Rule(noise="low_rank")
-        super().__init__(model, at_once, base, rule, rounding, backend)
-        names = self.plan.names
-        held = {n: factors for n, factors in zip(names, self._stacks, strict=True) if isinstance(factors, Factors)}
-        factored = [i for i, name in enumerate(names) if name in held]
-        parts = rule.by_group(self.plan.subset(factored)) if factored else []
-        # of each member (factor of sigma, its buffers) by group
-        self._buffers = [
-            [
-                (group.sigma, FactorBuffers(part, rule.rank, {n: (held[n].a[k], held[n].b[k]) for n in part.names}))
-                for group, part in parts
-            ]
-            for k in range(at_once)
-        ]
+    noise = "low_rank"
 
     def _write(self, k: int, seed: int, coeff: float) -> None:
         super()._write(k, seed, coeff)
         for factor, buffers in self._buffers[k]:
             buffers.write(seed, factor * coeff, self._options["backend"])
 
-    def _allocate(self, at_once: int, rank: int) -> list[torch.Tensor | Factors]:
-        pieces = Counter(self.plan.names)
-        return [
-            Factors.empty(e.tensor.detach(), at_once, rank)
+    def _allocate(self, at_once: int, rule: Rule) -> list[torch.Tensor | Factors]:
+        entries, pieces = self.plan.entries, Counter(self.plan.names)
+        held = {
+            e.name: Factors.empty(e.tensor.detach(), at_once, rule.rank)
+            for e in entries
             if matrices_of(e.window.shape) is not None and pieces[e.name] == 1
-            else e.tensor.new_empty(at_once, *e.tensor.shape)
-            for e in self.plan.entries
-        ]
+        }
+        numbers = [i for i, e in enumerate(entries) if e.name in held]
+        parts = rule.by_group(self.plan.subset(numbers)) if numbers else []
+
+        def buffers(part: Plan, k: int) -> FactorBuffers:
+            return FactorBuffers(part, rule.rank, {n: (held[n].a[k], held[n].b[k]) for n in part.names})
+
+        # of each member (factor of sigma, its buffers) by group
+        self._buffers = [[(group.sigma, buffers(part, k)) for group, part in parts] for k in range(at_once)]
+        return [held[e.name] if e.name in held else e.tensor.new_empty(at_once, *e.tensor.shape) for e in entries]

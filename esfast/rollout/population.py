@@ -149,13 +149,13 @@ class PopulationEvaluator:
         es, engine = members.es, self.engine
         if is_peft(engine.model):
             raise Unsupported("a model with PEFT's adapters answers for one member at a time")
-        if engine._traits is None or engine._traits.together == ALONE:
+        if engine.traits is None or engine.traits.together == ALONE:
             raise Unsupported(
                 f"a {type(engine.model).__name__} answers one prompt at a time"
-                if engine._traits is not None
+                if engine.traits is not None
                 else "the model is in shards"
             )
-        if engine._traits.together != ANY and members.prompts_of(members.members[0]) != members.prompts_of(
+        if engine.traits.together != ANY and members.prompts_of(members.members[0]) != members.prompts_of(
             members.members[-1]
         ):
             raise Unsupported(
@@ -168,7 +168,7 @@ class PopulationEvaluator:
         self._bytes_of_member, self._bytes_to_write = stack.bytes_of_member, stack.bytes_to_write
         self._bytes_to_check = stack.nbytes + stack.bytes_to_check
         self._stack = None
-        with engine._own_settings():
+        with engine.own_settings():
             drops = can_drop(engine.model, engine.generation_config)
         self.one_by_one = set(stack.learned.one_by_one)
         self._way = Dropping(engine.model, engine.generation_config, drops)
@@ -192,9 +192,9 @@ class PopulationEvaluator:
                 model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
 
         if tokens not in self._bytes_of_row:
-            with engine._own_settings():
+            with engine.own_settings():
                 prefill = peak_bytes(generate) // MEASURED_ROWS
-            traits, longest = engine._traits, tokens + engine.max_new_tokens
+            traits, longest = engine.traits, tokens + engine.max_new_tokens
             # Appending a token to a cache copies it: of one layer there are two.
             cache = 2 * (traits.bytes_fixed + traits.bytes_per_token * longest) if traits.bytes_fixed is not None else 0
             self._bytes_of_row[tokens] = max(prefill, cache)
@@ -248,10 +248,10 @@ class PopulationEvaluator:
         texts = [""] * len(encoded)
         fine = [True] * count
         each = self._prompts_each(most, count, self._row_bytes(max(lengths)))
-        with stack.in_place(), engine._own_settings():
+        with stack.in_place(), engine.own_settings():
             done = 0
             while done < most:
-                step = engine._traits.batchable([lengths[i] for i in order[0][done : done + each]])
+                step = engine.traits.batchable([lengths[i] for i in order[0][done : done + each]])
                 batch = [i for own in order for i in own[done : done + step]]
                 own_seeds = None if flat is None else [flat[i] for i in batch]
                 new, numbers = self._generate([encoded[i] for i in batch], count, own_seeds)

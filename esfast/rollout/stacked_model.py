@@ -90,6 +90,8 @@ class StackedModel:
     """
 
     short: Mapping[Callable, Callable] = SHORT
+    # the kind of noise if no rule is given
+    noise = "gaussian"
 
     def __init__(
         self,
@@ -109,10 +111,10 @@ class StackedModel:
         if at_once < 1:
             raise BadValue("stacked: expected at least one member")
         self._places, self._layout = Places(self.module, self.plan), self.plan.layout
-        rule, base = rule or Rule(), self.plan if base is None else base
+        rule, base = rule or Rule(noise=self.noise), self.plan if base is None else base
         self._options = {**rule.noise_options, "rounding": rounding, "backend": backend}
         self._turned: dict[int, torch.Tensor] = {}
-        self._stacks = self._allocate(at_once, rule.rank)
+        self._stacks = self._allocate(at_once, rule)
         # Numbers of the weights that are written whole
         stacks = [i for i, stack in enumerate(self._stacks) if isinstance(stack, torch.Tensor)]
         source = base if len(stacks) == len(base) else base.subset(stacks)
@@ -157,7 +159,7 @@ class StackedModel:
         for i, written in self._turned.items():
             self._stacks[i][k].copy_(written)
 
-    def _allocate(self, at_once: int, rank: int) -> list[torch.Tensor | Factors]:
+    def _allocate(self, at_once: int, rule: Rule) -> list[torch.Tensor | Factors]:
         """Memory for each weight of the plan.
 
         On a CPU the matrix products of small float32 matrices take half the time when the weights lie (in, out). Such
