@@ -1,11 +1,12 @@
-"""One rank of sharded tensors and models: `python sharded_models.py RANK WORLD FOLDER` runs the checks of sharded.py and
-those of models, which are below."""
+"""One rank of sharded tensors and models: `python sharded_models.py RANK WORLD FOLDER` runs the checks of sharded.py, of
+sharded_meshes.py, and those of models, which are below."""
 
 import copy
 import re
 import sys
 from pathlib import Path
 
+import sharded_meshes  # noqa: F401  registers its checks
 import torch
 import torch.distributed as dist
 from sharded import CHECKS, check, main, same

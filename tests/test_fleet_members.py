@@ -6,9 +6,9 @@ import time
 import pytest
 import torch
 import vllm_stand_in
-from test_fleet_trainer import PROMPTS, ROWS, letters, train_a_fleet, trainer
-from test_fleet_trainer import folder as folder  # noqa: PLC0414  a fixture
-from test_fleet_trainer import vllm as vllm  # noqa: PLC0414  a fixture
+from fleets import PROMPTS, ROWS, letters, train_a_fleet, trainer
+from fleets import folder as folder  # noqa: PLC0414  a fixture
+from fleets import vllm as vllm  # noqa: PLC0414  a fixture
 from transformers import Qwen2ForCausalLM
 
 import esfast

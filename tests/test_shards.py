@@ -1,7 +1,7 @@
 """Sharded weights in real processes: what is gathered from 2 and 4 ranks equals the unsharded run to the bit.
 
-The checks are those of sharded.py and sharded_models.py; one launch of a world runs all of them, since starting
-processes takes longest.
+The checks are those of sharded.py, sharded_meshes.py and sharded_models.py; one launch of a world runs all of them, since
+starting processes takes longest.
 """
 
 import json
