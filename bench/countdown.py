@@ -22,6 +22,7 @@ from ..core.kinds import KINDS
 from ..utils.child import child
 from ..utils.errors import BadValue
 from . import BenchmarkError
+from .kept_runs import add_keep, run_folder
 
 # Phases that have a column in the table; all others are "other".
 PHASES = ("perturb", "generate", "score", "update", "evaluate")
@@ -35,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=KINDS,
         help="kinds of noise to compare, low_rank with rank 1 (default: only that of esfast train)",
     )
-    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the run folders, as FOLDER/seed0, ...")
+    add_keep(parser, "keep the run folders, as FOLDER/seed0, ...")
     parser.add_argument("train", nargs="*", metavar="-- OPTION", help="options of `esfast train`, after --")
 
 
@@ -44,9 +45,8 @@ def run(args: argparse.Namespace) -> dict:
         raise BadValue(f"--seeds: each once, got {args.seeds}")
     if args.noise and "--noise" in args.train:
         raise BadValue("--noise: give it to the benchmark or, after --, to esfast train, not to both")
-    with tempfile.TemporaryDirectory(prefix="esfast-countdown-") as scratch:
-        runs = args.keep if args.keep is not None else Path(scratch)
-        environment = os.environ | {"ESFAST_CACHE": str(Path(scratch) / "cache")}
+    with tempfile.TemporaryDirectory(prefix="esfast-cache-") as cache, run_folder(args) as runs:
+        environment = os.environ | {"ESFAST_CACHE": cache}
         began = time.perf_counter()
         call("making the embedded model", child("from esfast.tasks.embedded import cached; cached()"), environment)
         pretraining = time.perf_counter() - began

@@ -12,12 +12,9 @@ machine does not count.
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import os
 import resource
 import statistics
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -29,6 +26,8 @@ from ..rollout.completion import Asked
 from ..rollout.episodes import Episodes
 from ..tasks import embedded
 from .countdown import call, train_command
+from .kept_runs import add_keep, run_folder
+from .outcomes import HEADERS, REWARD, cells, outcome, rose_by
 
 LIMIT = 300  # seconds of a core
 ERRORS = 5
@@ -40,14 +39,13 @@ SHAPES = ((64, 4), (64, 32))
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the runs")
     parser.add_argument("--repeats", type=int, default=5, help="pairs of conversations that are timed")
-    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the run folders, as FOLDER/seed0, ...")
+    add_keep(parser, "keep the run folders, as FOLDER/seed0, ...")
 
 
 def run(args: argparse.Namespace) -> dict:
     path = str(embedded.cached(task="guess"))
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory(prefix="esfast-episodes-") as scratch:
-        runs = args.keep if args.keep is not None else Path(scratch)
+    with run_folder(args) as runs:
         rows = [_learned(seed, runs / f"seed{seed}") for seed in args.seeds]
     return {"rows": rows, "overhead": [_overhead(path, args.repeats, *shape) for shape in SHAPES]}
 
@@ -55,10 +53,7 @@ def run(args: argparse.Namespace) -> dict:
 def table(result: dict) -> tuple[list[str], list[list[str]]]:
     headers = [
         "seed",
-        "held-out problems",
-        "reward before",
-        "reward after",
-        "rose by, standard errors",
+        *HEADERS,
         "turns before",
         "turns after",
         "generations",
@@ -67,10 +62,7 @@ def table(result: dict) -> tuple[list[str], list[list[str]]]:
     lines = [
         [
             str(r["seed"]),
-            str(r["problems"]),
-            f"{r['reward_before']:.3f} ± {r['error_before']:.3f}",
-            f"{r['reward_after']:.3f} ± {r['error_after']:.3f}",
-            f"{r['rose']:.0f}",
+            *cells(r),
             f"{r['turns_before']:.2f}",
             f"{r['turns_after']:.2f}",
             str(r["generations"]),
@@ -103,25 +95,8 @@ def _learned(seed: int, folder: Path) -> dict:
     call("`esfast train --task guess`", train_command(seed, folder, ["--task", "guess"]), dict(os.environ))
     after_run = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = sum(getattr(after_run, t) - getattr(before_run, t) for t in ("ru_utime", "ru_stime"))
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    before, after = summary["before"], summary["after"]
-    error = math.hypot(before["eval_reward_se"], after["eval_reward_se"])
-    gain = after["eval_reward"] - before["eval_reward"]
-    return {
-        "seed": seed,
-        "problems": summary["eval_prompts"],
-        "generations": summary["generations"],
-        "reward_before": before["eval_reward"],
-        "error_before": before["eval_reward_se"],
-        "reward_after": after["eval_reward"],
-        "error_after": after["eval_reward_se"],
-        "rose": gain / error,
-        "turns_before": before["eval_episode_turns"],
-        "turns_after": after["eval_episode_turns"],
-        "seconds": summary["seconds"]["total"],
-        "cpu_seconds": cpu,
-        "pass": gain > ERRORS * error and cpu <= LIMIT,
-    }
+    found = outcome(folder, REWARD | {"turns": "eval_episode_turns"})
+    return {"seed": seed, **found, "cpu_seconds": cpu, "pass": rose_by(found, ERRORS) and cpu <= LIMIT}
 
 
 def _overhead(path: str, repeats: int, count: int, tokens: int) -> dict:

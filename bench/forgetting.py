@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -20,6 +18,8 @@ from typing import Any
 from ..tasks import base, embedded, gym, tags
 from ..trainer.probes import PREFIX, name_of
 from .countdown import call, train_command
+from .kept_runs import add_keep, run_folder
+from .outcomes import HEADERS, cells, outcome
 
 TASK = "gym:spell_backward?min_word_len=3&max_word_len=4"
 PROBE = (
@@ -42,18 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--decays", type=float, nargs="+", default=list(DECAYS), help="--weight-decay to the initial weights"
     )
     parser.add_argument("--steps", type=int, default=embedded.STEPS, help="of the base model's pre-training")
-    parser.add_argument(
-        "--keep",
-        type=Path,
-        metavar="FOLDER",
-        help="keep the base model and the run folders in it, and use those that are there",
-    )
+    add_keep(parser, "keep the base model and the run folders in it, and use those that are there")
     parser.add_argument("train", nargs="*", metavar="-- OPTION", help="options of `esfast train`, after --")
 
 
 def run(args: argparse.Namespace) -> dict:
-    with tempfile.TemporaryDirectory(prefix="esfast-forgetting-") as scratch:
-        runs = args.keep if args.keep is not None else Path(scratch)
+    with run_folder(args) as runs:
         model = runs / "base"
         if not model.exists():
             embedded.build(model, steps=args.steps, task=TASK, recipe=base.Recipe(examples, SETTINGS))
@@ -76,6 +70,13 @@ def _bare(completion: str) -> str:
     return completion.removeprefix(f"{tags.THINK_END}\n") if answer is None else answer
 
 
+_METRICS = {
+    f"{what}_{metric}": prefix + metric
+    for what, prefix in (("task", "eval_"), ("probe", f"{PREFIX}{name_of(PROBE)}/"))
+    for metric in ("reward", "reward_se", "accuracy")
+}
+
+
 def _one(decay: float, seed: int, runs: Path, model: Path, further: Sequence[str]) -> dict[str, Any]:
     folder = runs / f"decay{decay:g}-seed{seed}"
     options = ["--model", str(model), "--task", TASK, "--probe", PROBE, "--eval-every", "0", "--decay-to", "initial"]
@@ -86,17 +87,8 @@ def _one(decay: float, seed: int, runs: Path, model: Path, further: Sequence[str
     if not (folder / "summary.json").exists():
         command = train_command(seed, folder, [*options, *further])
         call(f"`esfast train --weight-decay {decay:g}`", command, dict(os.environ))
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    found: dict[str, Any] = {"decay": decay, "seed": seed, "problems": summary["eval_prompts"]}
-    found |= {"generations": summary["generations"], "seconds": summary["seconds"]["total"]}
-    for when in ("before", "after"):
-        for what, prefix in (("task", "eval_"), ("probe", f"{PREFIX}{name_of(PROBE)}/")):
-            for metric in ("reward", "reward_se", "accuracy"):
-                found[f"{what}_{metric}_{when}"] = summary[when][prefix + metric]
-    error = math.hypot(found["task_reward_se_before"], found["task_reward_se_after"])
-    found["rose"] = (found["task_reward_after"] - found["task_reward_before"]) / error if error else None
-    return found | {"distance": metrics[-1]["distance"]}
+    return {"decay": decay, "seed": seed, **outcome(folder, _METRICS), "distance": metrics[-1]["distance"]}
 
 
 def table(result: dict) -> tuple[list[str], list[list[str]]]:
@@ -125,10 +117,7 @@ def learned_table(result: dict) -> tuple[list[str], list[list[str]]]:
     """A line a seed of the runs without decay: what was learned of the task."""
     headers = [
         "seed",
-        "held-out problems",
-        "reward before",
-        "reward after",
-        "rose by, standard errors",
+        *HEADERS,
         "accuracy before",
         "accuracy after",
         "generations",
@@ -137,10 +126,7 @@ def learned_table(result: dict) -> tuple[list[str], list[list[str]]]:
     lines = [
         [
             str(r["seed"]),
-            str(r["problems"]),
-            f"{r['task_reward_before']:.3f} ± {r['task_reward_se_before']:.3f}",
-            f"{r['task_reward_after']:.3f} ± {r['task_reward_se_after']:.3f}",
-            "any" if r["rose"] is None else f"{r['rose']:.0f}",
+            *cells(r, "task_reward", "task_reward_se"),
             f"{r['task_accuracy_before']:.1%}",
             f"{r['task_accuracy_after']:.1%}",
             str(r["generations"]),

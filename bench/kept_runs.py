@@ -1,20 +1,47 @@
-"""Runs of a benchmark that trains: several run at a time, each in a folder of its own, from which it can be resumed."""
+"""Runs of a benchmark that trains: several run at a time, each in a folder of its own, from which it can be resumed.
+
+Folders of runs are kept with `--keep`; without it they go when the benchmark ends.
+"""
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import json
 import multiprocessing
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 from ..utils.files import write_whole
-from . import BenchmarkError
+from . import BenchmarkError, count
 from .provenance import git_state
 
 # Settings of a run, with "way" (a dict with its "name") and "seed", and an empty folder, to its row.
 Train = Callable[[dict, Path], dict]
+
+# What becomes of kept runs when the benchmark is called again
+TAKEN_UP = "keep finished runs there, and take those up"
+
+
+def add_keep(parser: argparse.ArgumentParser, help: str = TAKEN_UP) -> None:
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help=help)
+
+
+def add_jobs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--jobs", type=count, default=2, help="runs at a time, a thread each (default: 2)")
+
+
+@contextlib.contextmanager
+def run_folder(args: argparse.Namespace) -> Iterator[Path]:
+    """The folder of `--keep`, or one that is removed at the end of the block."""
+    if args.keep is not None:
+        yield args.keep
+        return
+    with tempfile.TemporaryDirectory(prefix=f"esfast-{args.name}-") as scratch:
+        yield Path(scratch)
 
 
 def run_all(train: Train, settings: list[dict], folder: Path, workers: int, shown: Callable[[dict], str]) -> list[dict]:

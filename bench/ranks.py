@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import argparse
 import math
-import tempfile
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 
 from ..tasks import MODULES
 from . import count
-from .kept_runs import run_all
+from .kept_runs import add_jobs, add_keep, run_all, run_folder
 
 FULL = 0  # in place of a rank: gaussian noise, of full rank
 FACTORS = (0.5, 1.0, 2.0)  # of a task's own sigma
@@ -42,16 +41,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--members", type=count, default=30, help="of a generation, an even number (default: 30)")
     parser.add_argument("--prompts", type=count, default=16, help="of a generation (default: 16)")
     parser.add_argument("--eval-prompts", type=count, default=500, help="held-out problems (default: 500)")
-    parser.add_argument("--jobs", type=count, default=2, help="runs at a time, a thread each (default: 2)")
-    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep finished runs there, and take those up")
+    add_jobs(parser)
+    add_keep(parser)
 
 
 def run(args: argparse.Namespace) -> dict:
     from ..tasks import embedded
 
     learn = partial(train, models={task: str(embedded.cached(task=task)) for task in args.tasks})
-    with tempfile.TemporaryDirectory(prefix="esfast-ranks-") as scratch:
-        runs = args.keep if args.keep is not None else Path(scratch)
+    with run_folder(args) as runs:
         scan = run_all(learn, scan_jobs(args), runs, args.jobs, _shown)
         args.save({"rows": scan})
         rows = run_all(learn, jobs(args, best_sigmas(scan)), runs, args.jobs, _shown)

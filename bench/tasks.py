@@ -8,8 +8,6 @@ difference within five minutes in all.
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import os
 import tempfile
 import time
@@ -18,6 +16,8 @@ from pathlib import Path
 from ..tasks import MODULES
 from ..utils.child import child
 from .countdown import call, train_command
+from .kept_runs import add_keep, run_folder
+from .outcomes import HEADERS, REWARD, cells, outcome, rose_by
 
 # Seconds that a task may take in all.
 LIMIT = 300
@@ -28,23 +28,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tasks", nargs="+", choices=tuple(MODULES), default=list(MODULES), help="that are learned (default: all)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the runs")
-    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the run folders, as FOLDER/TASK, ...")
+    add_keep(parser, "keep the run folders, as FOLDER/TASK, ...")
 
 
 def run(args: argparse.Namespace) -> dict:
-    with tempfile.TemporaryDirectory(prefix="esfast-tasks-") as scratch:
-        environment = os.environ | {"ESFAST_CACHE": str(Path(scratch) / "cache")}
-        runs = args.keep if args.keep is not None else Path(scratch)
+    with tempfile.TemporaryDirectory(prefix="esfast-cache-") as cache, run_folder(args) as runs:
+        environment = os.environ | {"ESFAST_CACHE": cache}
         return {"rows": [_one(task, args.seed, runs / task, environment) for task in args.tasks]}
 
 
 def table(result: dict) -> tuple[list[str], list[list[str]]]:
     headers = [
         "task",
-        "held-out problems",
-        "reward before",
-        "reward after",
-        "rose by, standard errors",
+        *HEADERS,
         "accuracy before",
         "accuracy after",
         "generations",
@@ -54,10 +50,7 @@ def table(result: dict) -> tuple[list[str], list[list[str]]]:
     lines = [
         [
             r["task"],
-            str(r["problems"]),
-            f"{r['reward_before']:.3f} ± {r['error_before']:.3f}",
-            f"{r['reward_after']:.3f} ± {r['error_after']:.3f}",
-            "any" if r["rose"] is None else f"{r['rose']:.0f}",
+            *cells(r),
             f"{r['accuracy_before']:.1%}",
             f"{r['accuracy_after']:.1%}",
             str(r["generations"]),
@@ -76,23 +69,12 @@ def _one(task: str, seed: int, folder: Path, environment: dict) -> dict:
     pretraining = time.perf_counter() - began
     call(f"`esfast train --task {task}`", train_command(seed, folder, ["--task", task]), environment)
     seconds = time.perf_counter() - began
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    before, after = summary["before"], summary["after"]
-    error = math.hypot(before["eval_reward_se"], after["eval_reward_se"])
-    gain = after["eval_reward"] - before["eval_reward"]
+    found = outcome(folder, REWARD | {"accuracy": "eval_accuracy"})
     return {
         "task": task,
         "seed": seed,
-        "problems": summary["eval_prompts"],
-        "generations": summary["generations"],
-        "reward_before": before["eval_reward"],
-        "error_before": before["eval_reward_se"],
-        "reward_after": after["eval_reward"],
-        "error_after": after["eval_reward_se"],
-        "rose": gain / error if error else None,
-        "accuracy_before": before["eval_accuracy"],
-        "accuracy_after": after["eval_accuracy"],
+        **found,
         "seconds": seconds,
         "seconds_pretraining": pretraining,
-        "pass": gain > 2 * error and seconds <= LIMIT,
+        "pass": rose_by(found, 2) and seconds <= LIMIT,
     }

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -18,7 +17,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from . import count, greedy
-from .kept_runs import run_all
+from .kept_runs import add_jobs, add_keep, run_all, run_folder
 
 
 @dataclass(frozen=True)
@@ -62,13 +61,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", type=count, default=32, help="of a generation (default: 32)")
     parser.add_argument("--eval-every", type=count, default=5, help="generations between evaluations (default: 5)")
     parser.add_argument("--eval-prompts", type=count, default=500, help="held-out problems (default: 500)")
-    parser.add_argument("--jobs", type=count, default=2, help="runs at a time, a thread each (default: 2)")
-    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep finished runs there, and take those up")
+    add_jobs(parser)
+    add_keep(parser)
 
 
 def run(args: argparse.Namespace) -> dict:
-    with tempfile.TemporaryDirectory(prefix="esfast-training-") as scratch:
-        runs = args.keep if args.keep is not None else Path(scratch)
+    with run_folder(args) as runs:
         settings = jobs(args)
         learn = partial(train, model=_model(args.eval_prompts))
         rows = run_all(learn, settings, runs, args.jobs, lambda row: f"{row['accuracy'][-1]:.3f}")

@@ -13,7 +13,6 @@ import json
 import math
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -23,7 +22,7 @@ from ..trainer.config import AUTO
 from ..trainer.tuning import BUDGET
 from . import add_choices
 from .countdown import call, train_command
-from .kept_runs import kept
+from .kept_runs import add_keep, kept, run_folder
 from .provenance import git_state
 
 # Factors of the recipe's sigma and lr; None for what the run finds.
@@ -39,15 +38,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="a run each (default: 0 1 2)")
     parser.add_argument("--share", type=float, default=1.0, help="of the recipe's generations (default: 1)")
     parser.add_argument("--eval-prompts", type=int, default=500, help="held-out problems (default: 500)")
-    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep finished runs there, and take those up")
+    add_keep(parser)
 
 
 def run(args: argparse.Namespace) -> dict:
     commit = git_state()[0]
     rows: list[dict] = []
-    with tempfile.TemporaryDirectory(prefix="esfast-tune-") as scratch:
+    with run_folder(args) as runs:
         for settings in jobs(args):
-            rows.append(kept(train, settings, args.keep if args.keep is not None else Path(scratch), commit))
+            rows.append(kept(train, settings, runs, commit))
             args.save({"rows": rows})
     return {"rows": rows}
 
