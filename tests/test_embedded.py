@@ -186,14 +186,33 @@ def test_cached_builds_once_per_seed(tmp_path, monkeypatch):
     assert embedded.cached(seed=1) != first and len(built) == 2
 
 
-def test_cached_names_follow_the_recipe(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("old", "new", "same"),
+    [
+        ("", "# words beside the recipe\n", True),
+        ('"""Countdown', '"""Other words on Countdown', True),
+        ("ALWAYS_TAGGED_UP_TO = ", "ALWAYS_TAGGED_UP_TO = 1 + ", False),
+        ("\n\n\ndef ", "\n\n\nMORE = 1\n\n\ndef ", False),
+        ("TOLERANCE", "DISTANCE", False),
+    ],
+    ids=["comment", "docstring", "number", "line", "name"],
+)
+def test_cached_names_follow_the_recipe_and_not_what_is_said_of_it(old, new, same, tmp_path, monkeypatch):
     monkeypatch.setenv("ESFAST_CACHE", str(tmp_path))
     monkeypatch.setattr(embedded, "build", fake_build)
-    first = embedded.cached()
+    first, text = embedded.cached(), Path(countdown.__file__).read_text(encoding="utf-8")
     changed = tmp_path / "countdown.py"
-    changed.write_bytes(Path(countdown.__file__).read_bytes() + b"\n# another recipe\n")
+    changed.write_text(new + text if not old else text.replace(old, new), encoding="utf-8")
+    assert changed.read_text(encoding="utf-8") != text
     monkeypatch.setattr(countdown, "__file__", str(changed))
-    assert embedded.cached() != first
+    assert (embedded.cached() == first) is same
+
+
+def test_what_code_does_is_its_text_without_words():
+    said = '"""A module."""\n\nclass A:\n    """A class."""\n\n    def f(self):  # a comment\n        """A method."""\n        return "a"'
+    assert embedded.code_of(said) == embedded.code_of("class A:\n    def f(self):\n        return ('a')")
+    assert embedded.code_of(said) != embedded.code_of(said.replace('return "a"', 'return "b"'))
+    assert embedded.code_of("x = 1\n'a text amidst'") != embedded.code_of("x = 1")
 
 
 def test_cached_when_another_process_was_faster(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ number is small. So it can do more than its rewards show, as a pre-trained langu
 bring out. The RECIPE of each task's module says how its examples are made.
 """
 
+import ast
 import hashlib
 import os
 import re
@@ -35,12 +36,13 @@ TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 def cached(seed: int = 0, progress: bool = True, task: str = "countdown") -> Path:
     """Folder of the embedded model for a task, built on first use, under $ESFAST_CACHE or else ~/.cache/esfast.
 
-    The folder's name holds a hash of the code that makes the model, so that a changed recipe never uses an old model,
-    and the version of transformers, since older releases can't read the tokenizer of newer ones. ValueError for a task
-    without a recipe.
+    The folder's name holds a hash of the code that makes the model, without comments and docstrings, so that a changed
+    recipe never uses an old model; and the version of transformers, since older releases can't read the tokenizer of
+    newer ones. ValueError for a task without a recipe.
     """
     files = (__file__, *_made_for(task)[1], base.__file__, tags.__file__, random_stream.__file__)
-    digest = hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()[:12]
+    code = "".join(code_of(Path(file).read_text(encoding="utf-8")) for file in files)
+    digest = hashlib.sha256(code.encode()).hexdigest()[:12]
     root = Path(os.environ.get("ESFAST_CACHE") or Path.home() / ".cache" / "esfast").expanduser()
     named = re.sub(r"[^\w.+-]+", "-", task)
     if named != task:
@@ -54,6 +56,16 @@ def cached(seed: int = 0, progress: bool = True, task: str = "countdown") -> Pat
             if not folder.exists():  # else another process was faster, and its model is the same
                 raise
     return folder
+
+
+def code_of(text: str) -> str:
+    """What a module's text does, as Python's parser reads it: without comments, docstrings and layout."""
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            if ast.get_docstring(node) is not None:
+                del node.body[0]
+    return ast.dump(tree)
 
 
 def build(
