@@ -3,6 +3,7 @@ threads is restored afterwards."""
 
 import logging
 import os
+import time
 
 import hypothesis
 import pytest
@@ -62,6 +63,21 @@ def same_threads():
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def cpu_seconds():
+    """cpu_seconds(work): of this thread, for the fastest of three calls, so that other work of the machine hardly counts."""
+
+    def measure(work) -> float:
+        seconds = []
+        for _ in range(3):
+            began = time.thread_time()
+            work()
+            seconds.append(time.thread_time() - began)
+        return min(seconds)
+
+    return measure
 
 
 @pytest.fixture(scope="session")
