@@ -81,7 +81,7 @@ CASES = [
     ("rank too large", lambda w: esfast.noise(0, "w", (3, 3), "low_rank", 257), ValueError, r"rank: expected 1 <= rank < 257, got 257"),
     ("rank a float", lambda w: esfast.noise(0, "w", (3, 3), "low_rank", 1.0), TypeError, r"rank: expected an int, got float 1\.0"),
     ("rank a bool", lambda w: add(w, noise="low_rank", rank=True), TypeError, r"rank: expected an int, got bool True"),
-    ("rank of another kind", lambda w: add(w, noise="gaussian", rank=2), ValueError, r"rank: 'gaussian' noise has no rank, got 2; write noise='low_rank'"),
+    ("rank of another kind", lambda w: add(w, noise="gaussian", rank=2), ValueError, r"rank: 'gaussian' noise has no rank, got 2; take 'low_rank' noise"),
     # Plan
     ("source a tensor", lambda w: Plan(ones()), TypeError, r"Plan: expected an nn\.Module or an iterable of \(name, tensor\) pairs, got Tensor"),
     ("source a state dict", lambda w: Plan({"w": ones()}), TypeError, r"got dict \(pass \.items\(\)\)"),

@@ -106,7 +106,7 @@ def test_low_rank_noise_runs():
     (code,) = blocks("low_rank.md")
     model = torch.nn.Linear(4, 4)
     before = model.weight.detach().clone()
-    exec(code, scope := {"esfast": esfast, "model": model, "plan": esfast.Plan(model), "seed": 1, "sigma": 0.1})
+    exec(code, scope := {"esfast": esfast, "model": model, "seed": 1, "sigma": 0.1})
     assert torch.linalg.matrix_rank((model.weight - before).detach(), atol=1e-5) == 1
     assert scope["es"].rule.noise_options == {"noise": "low_rank", "rank": 1}
 

@@ -145,7 +145,7 @@ def test_settings():
     assert esfast.ESConfig(noise="low_rank", rank=4).rank == 4
     for settings, words in (
         ({"noise": "low_rank", "rank": 0}, "ESConfig.rank: expected 1 <= ESConfig.rank < 257, got 0"),
-        ({"rank": 2}, "ESConfig.rank: 'gaussian' noise has no rank, got 2; write noise='low_rank'"),
+        ({"rank": 2}, "ESConfig.rank: 'gaussian' noise has no rank, got 2; take 'low_rank' noise"),
         ({"noise": "low_rank", "rank": 1.5}, "ESConfig.rank: expected an int"),
     ):
         with pytest.raises((ValueError, TypeError), match=words):

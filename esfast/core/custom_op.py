@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from ..utils.errors import BadState
+from .kinds import check_kind, check_rank, check_seed
 from .plan import PLANS, Plan
 
 
@@ -60,8 +61,11 @@ def traced(plan: Plan, seeds, coeffs, base, noise, rounding, backend, decay, anc
     """Takes the place of `add_noise_` while torch.compile traces: records a call of the custom op."""
     if anchor is not None or adam is not None or plan.low is not None or (base is not None and base.low is not None):
         raise BadState("add_noise_: under torch.compile without anchor, adam and split masters; call it outside")
-    # The ints of an op are signed 64-bit numbers.
-    signed = [int(s) - 2**64 if int(s) >= 2**63 else int(s) for s in seeds]
+    # The ints of an op are signed 64-bit numbers, into which a seed outside the range would be folded unnoticed. A
+    # tensor of seeds, which only GPUs take, holds such numbers.
+    on_device = isinstance(seeds, torch.Tensor) and plan.device.type != "cpu"
+    keys = [int(s) % 2**64 for s in seeds] if on_device else list(map(check_seed, seeds))
+    signed = [s - 2**64 if s >= 2**63 else s for s in keys]
     add_noise_op(
         plan._tensors,
         base._tensors if base is not None and base is not plan else [],
@@ -72,5 +76,5 @@ def traced(plan: Plan, seeds, coeffs, base, noise, rounding, backend, decay, anc
         rounding,
         backend,
         float(decay),
-        rank,
+        check_rank(check_kind(noise), rank),
     )

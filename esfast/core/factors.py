@@ -12,7 +12,7 @@ from .kinds import check_rank
 from .noise import factor_names, low_rank_scale, matrices_of
 from .ops import add_noise_, check_members, get_backend
 from .plan import Plan
-from .segments import Entry, Slice, describe
+from .segments import Entry, Slice, check_overlap, describe
 
 
 def low_rank_factors(
@@ -59,15 +59,25 @@ class FactorBuffers:
         if not isinstance(out, Mapping) or not out:
             raise BadType(f"out: expected a dict of (a, b) buffers by the name of their matrix, got {out!r:.80}")
         by_name: dict[str, list[Entry]] = {}
-        for e in plan.entries:
+        # Also empty shards: their matrices have factors, of which one is empty.
+        for e in plan._held:
             by_name.setdefault(e.name, []).append(e)
         # The table itself is not used here; making it checks that no two factors have the same numbers.
         plan.table(matrices=True)
         items = [item for name, buffers in out.items() for item in self._items(name, by_name, buffers)]
         both = Plan(items)
-        if len(both) < len(items):
+        if len(both) < sum(buffer.numel() > 0 for _, buffer, _ in items):
             raise BadValue("out: a buffer is given twice; each factor needs its own")
-        self.a, self.b = both.subset(range(0, len(items), 2)), both.subset(range(1, len(items), 2))
+        memory = {t.untyped_storage().data_ptr() for t in plan.tensors}
+        if any(t.untyped_storage().data_ptr() in memory for t in both.tensors):
+            try:
+                check_overlap(both.entries + plan.entries, both.table(), plan.table())
+            except BadValue as error:
+                raise BadValue(f"out: buffers can't be in the memory of the plan's weights ({error})") from None
+        self.a, self.b = (
+            both.subset([i for i, e in enumerate(both.entries) if e.name in names])
+            for names in zip(*map(factor_names, out), strict=True)
+        )
 
     def _items(self, name: str, by_name: Mapping[str, list[Entry]], buffers) -> list[tuple]:
         """Checks the buffers of one matrix; returns (name, buffer, Slice) of factors A and B, for a Plan."""
@@ -109,5 +119,6 @@ class FactorBuffers:
         _, coeffs = check_members([seed], [coeff])
         get_backend(backend, self.a.device)
         for plan, factors in ((self.a, coeffs * low_rank_scale(self.rank)), (self.b, [1.0])):
-            torch._foreach_zero_([tensor.detach() for tensor in plan.tensors])
-            add_noise_(plan, [seed], list(factors), backend=backend)
+            if len(plan):
+                torch._foreach_zero_([tensor.detach() for tensor in plan.tensors])
+                add_noise_(plan, [seed], list(factors), backend=backend)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ..utils.errors import BadValue
 from ..utils.settings import check_int
+from ..utils.suggest import did_you_mean
 
 if TYPE_CHECKING:
     import numpy as np
@@ -80,8 +81,9 @@ def check_seed(seed) -> int:
 
 
 def check_kind(kind: str) -> str:
-    if kind not in KINDS:
-        raise BadValue(f"noise: expected one of {', '.join(map(repr, KINDS))}, got {kind!r}")
+    if not isinstance(kind, str) or kind not in KINDS:
+        hint = did_you_mean(kind, KINDS)
+        raise BadValue(f"noise: expected one of {', '.join(map(repr, KINDS))}, got {kind!r:.80}{hint and '.' + hint}")
     return kind
 
 
@@ -90,5 +92,5 @@ def check_rank(kind: str, rank: int, what: str = "rank") -> int:
     `what`, for anything else."""
     rank = check_int(what, rank, 1, MAX_RANK + 1)
     if rank != 1 and kind != "low_rank":
-        raise BadValue(f"{what}: {kind!r} noise has no rank, got {rank}; write noise='low_rank'")
+        raise BadValue(f"{what}: {kind!r} noise has no rank, got {rank}; take 'low_rank' noise or leave the rank out")
     return rank

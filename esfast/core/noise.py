@@ -73,12 +73,29 @@ def noise(seed: int, name: str, shape: int | tuple[int, ...], kind: str = "gauss
 
     dims = tuple(check_int("shape", d, 0, 2**63) for d in (shape if isinstance(shape, Iterable) else (shape,)))
     rank = check_rank(check_kind(kind), rank)
-    index = np.arange(math.prod(dims), dtype=np.uint64)
+    # Checks the name, from which low-rank noise makes two others.
+    tensor_id(name)
+    index = _all_elements(dims)
     if kind == "low_rank":
         values = add_low_rank(np.zeros(len(index), np.float32), _f(1), check_seed(seed), name, dims, index, rank)
     else:
         values = noise_at(seed, name, index, kind)
     return torch.from_numpy(values).reshape(dims)
+
+
+def _all_elements(shape: tuple[int, ...]) -> np.ndarray:
+    """The row-major numbers of all elements; ValueError if memory can't hold them."""
+    count = math.prod(shape)
+    try:
+        # From about 2**63 numbers on, NumPy makes an empty array.
+        if count <= 2**62:
+            return np.arange(count, dtype=np.uint64)
+    except (MemoryError, ValueError):
+        pass
+    raise BadValue(
+        f"shape: {shape} has {count} elements, and memory can't hold a number for each; add_noise_ adds the noise to "
+        "weights, also to a Slice of a whole of this shape, without holding it"
+    )
 
 
 def noise_at(seed: int, name: str, index: np.ndarray, kind: str = "gaussian") -> np.ndarray:
@@ -154,7 +171,10 @@ def tensor_id(name: str) -> int:
     """
     if not isinstance(name, str) or not name:
         raise BadType(f"name: expected a non-empty str, got {name!r}")
-    return zlib.crc32(name.encode())
+    try:
+        return zlib.crc32(name.encode())
+    except UnicodeEncodeError:
+        raise BadValue(f"name: {name!r} has no UTF-8 bytes (half of a surrogate pair); rename the tensor") from None
 
 
 def philox(seed: int, block: np.ndarray, tensor: int, domain: int) -> tuple[np.ndarray, ...]:

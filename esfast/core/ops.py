@@ -16,6 +16,7 @@ import torch
 
 from ..utils.errors import BadState, BadType, BadValue
 from ..utils.names import ROUNDINGS
+from ..utils.settings import plain
 from . import custom_op
 from .epilogue import AdamStep, Epilogue, check_epilogue
 from .noise import ADDED, DOMAINS, check_kind, check_rank, check_seed
@@ -163,8 +164,9 @@ def check_members(seeds: Sequence[int], coeffs: Sequence[float]) -> tuple[np.nda
         raise BadType("seeds and coeffs: expected sequences of equal length, for example [seed], [sigma]")
     keys = np.array([check_seed(s) for s in seeds], dtype=np.uint64)
     try:
-        wide = np.array([float(c) for c in coeffs], dtype=np.float64)
-    except (TypeError, ValueError, OverflowError):
+        wide = np.array([_float(c) for c in coeffs], dtype=np.float64)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        # RuntimeError: a tensor without memory.
         raise BadType(f"coeffs: expected numbers, got {coeffs!r:.80}") from None
     if len(keys) != len(wide):
         raise BadValue(f"seeds and coeffs: expected equally many, got {len(keys)} and {len(wide)}")
@@ -174,6 +176,14 @@ def check_members(seeds: Sequence[int], coeffs: Sequence[float]) -> tuple[np.nda
         j = int(np.flatnonzero(~np.isfinite(factors))[0])
         raise BadValue(f"coeffs[{j}]: expected a finite float32, got {wide[j]}")
     return keys, factors
+
+
+def _float(value) -> float:
+    """A coefficient; a text or a truth is none, though Python's float takes them."""
+    held = value if isinstance(value, (int, float)) else plain(value)
+    if isinstance(held, (bool, str, bytes)):
+        raise BadType(f"expected a number, got {held!r:.80}")
+    return float(held)
 
 
 def _check_device_members(plan: Plan, seeds: torch.Tensor, coeffs) -> None:

@@ -40,6 +40,9 @@ def entries(source) -> list[Entry]:
             raise BadType(f"Plan: a tensor's name must be a non-empty str, got {name!r}")
         if not isinstance(tensor, torch.Tensor):
             raise BadType(f"Plan: {name!r} must be a torch.Tensor, got {type(tensor).__name__}")
+        # Before its shape is read, which a nested tensor does not have.
+        if tensor.is_nested:
+            raise BadType(f"Plan: {name!r} is a nested tensor; pass the tensors inside it, or exclude it")
         window = item[2] if len(item) == 3 else None
         entries.append(Entry(name, tensor, _check_window(name, tensor, window)))
     return entries
@@ -170,13 +173,15 @@ def check_factor_names(entries: list[Entry]) -> None:
     """ValueError if low-rank noise would draw a factor of one tensor from the numbers of another's noise or factor."""
     owners: dict[int, str] = {}
     for e in {e.name: e for e in entries}.values():
-        for name in (e.name, *(factor_names(e.name) if matrices_of(e.window.shape) else ())):
-            if (other := owners.get(tensor_id(name))) is not None:
+        names = {e.name: f"the tensor {e.name!r}"}
+        if matrices_of(e.window.shape):
+            names |= {name: f"the factor {name!r} of {e.name!r}" for name in factor_names(e.name)}
+        for name, what in names.items():
+            if (other := owners.setdefault(tensor_id(name), what)) != what:
                 raise BadValue(
-                    f"Plan: {other!r} and {name!r}, tensors or factors of low-rank noise, have the same 32-bit id "
-                    f"{tensor_id(name):08x}, so they would get the same noise; rename one, or take another noise"
+                    f"Plan: {other} and {what} have the same 32-bit id {tensor_id(name):08x}, so low-rank noise would "
+                    "give them the same numbers; rename a tensor, or take another noise"
                 )
-            owners[tensor_id(name)] = name
 
 
 def _windows_meet(a: Entry, b: Entry) -> bool:

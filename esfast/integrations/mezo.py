@@ -20,6 +20,7 @@ from ..es.es import member_seed
 from ..es.weights import MODES
 from ..update.updater import Rule, UpdateRecord
 from ..utils.errors import BadState, BadValue
+from ..utils.settings import check_number, check_positive, number
 from ..utils.unwrap import named_parameters
 from .offsets import Offsets
 
@@ -55,18 +56,19 @@ class ZOParameters:
     ):
         if weights not in MODES:
             raise BadValue(f"weights: expected one of {', '.join(map(repr, MODES))}, got {weights!r}")
-        if not zo_eps > 0:
-            raise BadValue(f"zo_eps: expected a positive number, got {zo_eps!r}")
+        self.zo_eps = check_positive("zo_eps", zo_eps)
+        self.weight_decay = number("weight_decay", weight_decay)
+        check_number("weight_decay", self.weight_decay, 0)
         if isinstance(model, Plan):
             model = [(e.name, e.tensor, e.window) for e in model.entries]
         elif isinstance(model, torch.nn.Module):
             model = [(n, p) for n, p in named_parameters(model) if p.requires_grad]
         items = list(model)
         self.tensors = [(name, tensor) for name, tensor, *_ in items]
-        still = [i for i in items if weight_decay and any(part in i[0] for part in NOT_DECAYED)]
+        still = [i for i in items if self.weight_decay and any(part in i[0] for part in NOT_DECAYED)]
         moved = [i for i in items if not any(i is s for s in still)]
         rule = Rule(noise, rounding, rank=rank)
-        self.zo_eps, self.weight_decay, self.updates = float(zo_eps), float(weight_decay), 0
+        self.updates = 0
         # Weights with the same decay form a group, and each group is one pass: two passes if only some weights decay.
         self.groups = [
             (Offsets(MODES[weights](Plan(group), rule, backend)), decay)
@@ -88,7 +90,7 @@ def zo_perturb_parameters(parameters: ZOParameters, random_seed: int, scaling_fa
     Factors add up: after +1, -2 and +1 the weights have the same bits as before ("inplace": nearly).
     """
     for offsets, _ in parameters.groups:
-        offsets.add(random_seed, scaling_factor * parameters.zo_eps)
+        offsets.add(random_seed, number("scaling_factor", scaling_factor) * parameters.zo_eps)
 
 
 def zo_update(
@@ -109,15 +111,16 @@ def zo_update(
     several = isinstance(random_seed, Sequence)
     given: Any = (random_seed, projected_grad) if several else ([random_seed], [projected_grad])
     seeds, grads = map(list, given)
-    coeffs = [-learning_rate * float(g) / len(seeds) for g in grads]
+    rate = number("learning_rate", learning_rate)
+    if not math.isfinite(rate):
+        raise BadValue(f"learning_rate: expected a finite number, got {rate}")
+    coeffs = [-rate * number("projected_grad", g) / len(seeds) for g in grads]
     for offsets, _ in parameters.groups:
         if offsets.terms:
             raise BadState(f"zo_update: the noise of seed {next(iter(offsets.terms))} is still in place")
     for offsets, decay in parameters.groups:
         offsets.follow()
-        offsets.mode.update(
-            UpdateRecord(parameters.updates, seeds, coeffs, [], parameters.zo_eps, learning_rate, learning_rate * decay)
-        )
+        offsets.mode.update(UpdateRecord(parameters.updates, seeds, coeffs, [], parameters.zo_eps, rate, rate * decay))
     parameters.updates += 1
 
 

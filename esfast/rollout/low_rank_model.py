@@ -22,7 +22,7 @@ from ..core.plan import Plan
 from ..update.optimizers import Group, check_groups
 from ..update.updater import Rule
 from .member_factors import LOW_RANK, Factors
-from .stacked_model import StackedModel
+from .stacked_model import StackedModel, check_pairs
 
 __all__ = ["LowRankModel", "low_rank"]
 
@@ -56,7 +56,7 @@ def low_rank(
     Raises:
         TypeError, ValueError, Unsupported: as `stacked`.
     """
-    members = list(members)
+    members = check_pairs(members)
     rule = Rule(noise="low_rank", groups=check_groups(groups), rank=rank)
     together = LowRankModel(model, len(members), None, rule, rounding, backend)
     together.write(members)

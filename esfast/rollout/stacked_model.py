@@ -68,13 +68,21 @@ def stacked(
         Unsupported: (esfast.rollout.stacked_model, a NotImplementedError) members can't share an operation on weights,
             which the message names; or the model's answers differ from those for each member alone.
     """
-    members = list(members)
+    members = check_pairs(members)
     rule = Rule(noise=noise, groups=check_groups(groups), rank=rank)
     model = StackedModel(model, len(members), base, rule, rounding, backend)
     model.write(members)
     model.check()
     with model.in_place():
         yield model.module
+
+
+def check_pairs(members: Iterable[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Members as a list of (seed, sigma). TypeError for anything else; what the numbers may be, `write` checks."""
+    given: list = list(members) if isinstance(members, Iterable) else [members]
+    if not all(isinstance(member, (tuple, list)) and len(member) == 2 for member in given):
+        raise BadType(f"members: expected (seed, sigma) pairs such as [(1, 0.01), (2, 0.01)], got {given!r:.80}")
+    return [(seed, sigma) for seed, sigma in given]
 
 
 class StackedModel:

@@ -73,7 +73,8 @@ class Rule:
     rank: int = 1
 
     def __post_init__(self):
-        check_rank(check_kind(self.noise), self.rank)
+        # A plain int, as journals need it, whatever kind of number was given.
+        object.__setattr__(self, "rank", check_rank(check_kind(self.noise), self.rank))
         for what, value, known in (("rounding", self.rounding, ROUNDINGS), ("decay_to", self.decay_to, DECAY_TO)):
             if value not in known:
                 raise BadValue(f"{what}: expected one of {', '.join(map(repr, known))}, got {value!r}")

@@ -6,6 +6,7 @@ settings object holds only what config.yaml can hold and `yaml.safe_load` reads.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
 import functools
@@ -132,7 +133,9 @@ def plain(value: Any) -> Any:
     if isinstance(value, os.PathLike):
         return os.fsdecode(value)
     if callable(getattr(value, "tolist", None)):
-        value = value.tolist()
+        # A tensor without memory stays what it is, and is refused as no number.
+        with contextlib.suppress(RuntimeError):
+            value = value.tolist()
     if isinstance(value, (set, frozenset)):
         value = sorted(value, key=str)
     if isinstance(value, Mapping):
@@ -151,7 +154,7 @@ def whole_number(what: str, value: Any) -> int:
             return int(value)
         if not isinstance(value, bool):
             return operator.index(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):
         pass
     raise BadType(f"{what}: expected an int, got {type(value).__name__} {value!r:.80}")
 
@@ -160,7 +163,7 @@ def number(what: str, value: Any) -> float:
     try:
         if not isinstance(value, (bool, bytes)) and value is not None:
             return float(value)
-    except (TypeError, ValueError, OverflowError):
+    except (TypeError, ValueError, OverflowError, RuntimeError):
         pass
     raise BadType(f"{what}: expected a number, got {type(value).__name__} {value!r:.80}")
 
@@ -213,11 +216,14 @@ _CONVERTERS: dict[type, Callable[[str, Any], Any]] = {
 def check_int(what: str, value, low: int, high: int) -> int:
     """`value` as an int with low <= value < high; TypeError or ValueError that names `what` otherwise."""
     try:
-        number = None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
+        # operator.index would take True, and a tensor or an array that holds it, for 1.
+        held = value if isinstance(value, int) else plain(value)
+        number = None if isinstance(held, bool) else operator.index(held)
+    except (TypeError, ValueError, RuntimeError):
+        # RuntimeError: a tensor without memory.
         number = None
     if number is None:
-        raise BadType(f"{what}: expected an int, got {type(value).__name__} {value!r}")
+        raise BadType(f"{what}: expected an int, got {type(value).__name__} {value!r:.80}")
     if not low <= number < high:
         raise BadValue(f"{what}: expected {low} <= {what} < {high}, got {number}")
     return number
@@ -237,5 +243,5 @@ def check_positive(what: str, value) -> float:
     except (TypeError, ValueError, OverflowError, RuntimeError):
         number = float("nan")
     if not 2.0**-150 < number <= FLOAT32_MAX:
-        raise BadValue(f"{what}: expected a positive finite number, got {value!r}")
+        raise BadValue(f"{what}: expected a positive finite number, got {value!r:.80}")
     return number

@@ -15,5 +15,6 @@ def unknown(what: str, name: object, known: Iterable[str]) -> str:
 
 def did_you_mean(name: object, known: Iterable[str]) -> str:
     """A sentence with the closest of the known names, after a space; nothing if none is close."""
-    close = difflib.get_close_matches(str(name), list(known), n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
+    folded = {one.lower(): one for one in known}
+    close = difflib.get_close_matches(str(name).lower(), list(folded), n=1)
+    return f" Did you mean {folded[close[0]]!r}?" if close else ""
