@@ -237,7 +237,7 @@ def rewritten(path, field):
 
 @pytest.mark.parametrize(
     "field",
-    ["rank", "noise", "rounding", "optimizer", "decay_to", "noise_version", "weights", "layout", "base", "numel"],
+    ["rank", "noise", "rounding", "optimizer", "decay_to", "noise_version", "weights", "layout", "base"],
 )
 def test_a_header_without_a_field_is_refused_by_its_name(field, tmp_path, same_bits):
     run(rank=3, journal=tmp_path / "journal.jsonl")

@@ -250,8 +250,18 @@ def _torn(data: bytes) -> bytes:
     return data[end:]
 
 
-# What a replay reads in the header of a journal, of every kind of noise.
-_NEEDED = ("noise_version", "weights", "layout", "numel", "base", "noise", "rounding", "optimizer", "decay_to")
+class _Header(dict):
+    """The header of a journal, for a reader of fields that must be there: ValueError names one that is not."""
+
+    def __init__(self, fields: dict, path: str | Path):
+        super().__init__(fields)
+        self._path = path
+
+    def __missing__(self, field: str):
+        raise BadValue(
+            f"journal: the header of {self._path} has no {field!r}, which a replay needs; it was not written by "
+            "esfast, or changed since"
+        )
 
 
 def replay(plan: Plan, path: str | Path, until: int | None = None, backend: str = "auto") -> None:
@@ -274,12 +284,7 @@ def replay(plan: Plan, path: str | Path, until: int | None = None, backend: str 
 
     header, records, checks = unpack(path) if Path(path).suffix == ".safetensors" else read(path)
     until = check_int("until", len(records) if until is None else until, 0, len(records) + 1)
-    wanted = [*_NEEDED, *(["rank"] if header.get("noise") == "low_rank" else [])]
-    if missing := [field for field in wanted if field not in header]:
-        raise BadValue(
-            f"journal: the header of {path} has no {', '.join(map(repr, missing))}, which a replay needs; it was not "
-            "written by esfast, or changed since"
-        )
+    header = _Header(header, path)
     if header["noise_version"] != NOISE_VERSION:
         raise BadValue(f"journal: {path} is of noise version {header['noise_version']}, this is {NOISE_VERSION}")
     if header["weights"] == "inplace":
