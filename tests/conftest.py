@@ -81,6 +81,14 @@ def cpu_seconds():
 
 
 @pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """The folder of an embedded model that has hardly been trained, for runs that only need one."""
+    from esfast.tasks import embedded
+
+    return str(embedded.build(tmp_path_factory.mktemp("model") / "tiny", steps=2, progress=False))
+
+
+@pytest.fixture(scope="session")
 def bits():
     """bits(tensor): its raw bits as integers, so that 0 differs from -0 and a NaN equals itself."""
     return lambda tensor: tensor.detach().contiguous().view(INTEGERS[tensor.dtype])

@@ -8,14 +8,9 @@ import esfast
 from esfast import cli
 from esfast.report import load, page
 from esfast.rewards import Scorer
-from esfast.tasks import embedded, get
+from esfast.tasks import get
 from esfast.trainer.probes import Probe, Probes, name_of
 from esfast.utils.errors import EsfastError
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return str(embedded.build(tmp_path_factory.mktemp("model") / "tiny", steps=2, progress=False))
 
 
 def train(tiny, out, *words):
