@@ -47,7 +47,8 @@ def test_settings_of_a_request_are_followed(engine):
 REFUSED = {
     "another model": ({"model": "gpt-4"}, 404, "model: expected 'member'"),
     "several answers": ({"n": 2}, 400, "n: .*only 1"),
-    "streaming": ({"stream": True}, 400, "stream: .*only false"),
+    "streaming of a kind": ({"stream": "yes"}, 400, "stream: .*only false or true"),
+    "options of a stream": ({"extra_body": {"stream_options": 1}}, 400, "stream_options: expected an object"),
     "logprobs": ({"logprobs": True}, 400, "logprobs"),
     "penalties": ({"presence_penalty": 0.5}, 400, "presence_penalty"),
     "a form": ({"response_format": {"type": "json_object"}}, 400, "response_format"),
@@ -100,6 +101,29 @@ def test_the_long_way_gives_the_same(engine):
     assert done.error is None and done.turns == 2
 
 
+def test_a_stream_has_the_whole_answer(engine):
+    async def episode(client, row):
+        ask = {"model": "member", "messages": [{"role": "user", "content": "5"}], "max_tokens": 5}
+        whole = await client.chat.completions.create(**ask)
+        for options in ({}, {"stream_options": {"include_usage": True}}):
+            pieces = [piece async for piece in await client.chat.completions.create(**ask, stream=True, **options)]
+            (choice,) = pieces[0].choices
+            assert (choice.delta.role, choice.delta.content) == ("assistant", whole.choices[0].message.content)
+            assert choice.finish_reason == whole.choices[0].finish_reason == "length"
+            assert [piece.usage for piece in pieces[1:]] == [whole.usage] * len(options)
+        texts = [
+            p.choices[0].text
+            async for p in await client.completions.create(model="member", prompt="5=", max_tokens=5, stream=True)
+        ]
+        assert texts == [whole.choices[0].message.content]
+        with pytest.raises(openai.BadRequestError, match="max_tokens"):
+            await client.chat.completions.create(**{**ask, "max_tokens": 99}, stream=True)
+        return 1.0
+
+    (done,) = play(engine, episode, ROWS[:1])
+    assert done.error is None
+
+
 def test_tools_reach_the_template_and_calls_come_back(engine):
     tokenizer = engine.tokenizer
     told, calls = [], '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
@@ -109,7 +133,7 @@ def test_tools_reach_the_template_and_calls_come_back(engine):
 
         def generate(self, prompts, seeds=None):
             told.extend(prompts)
-            return [calls if len(told) == 1 else "2"] * len(prompts)
+            return [calls if len(told) != 2 else "2"] * len(prompts)
 
         def close(self):
             pass
@@ -126,12 +150,20 @@ def test_tools_reach_the_template_and_calls_come_back(engine):
         assert (call.function.name, json.loads(call.function.arguments)) == ("add", {"a": 1})
         messages += [first.choices[0].message, {"role": "tool", "content": "2", "tool_call_id": call.id}]
         last = await client.chat.completions.create(model="member", messages=messages, tools=[tool])
+        (streamed,) = [
+            c
+            async for c in await client.chat.completions.create(
+                model="member", messages=messages[:1], tools=[tool], stream=True
+            )
+        ]
+        (again,) = streamed.choices[0].delta.tool_calls
+        assert (again.index, again.function) == (0, type(again.function)(**call.function.model_dump()))
         return float(last.choices[0].message.content)
 
     (done,) = Episodes(episode, Caller(), tokenizer).generate(ROWS[:1])
-    assert (done.reward, done.error, done.turns) == (2.0, None, 2)
+    assert (done.reward, done.error, done.turns) == (2.0, None, 3)
     assert '"name": "add"' in told[0] and "tool:2" in told[1] and "arguments" in told[1]
-    assert [m["role"] for m in done.messages] == ["user", "assistant", "tool", "assistant"]
+    assert [m["role"] for m in done.messages][:4] == ["user", "assistant", "tool", "assistant"]
 
 
 @pytest.mark.parametrize(

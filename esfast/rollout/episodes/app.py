@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any, Protocol
 
 from .protocol import ApiError, Request, chat_answer, chat_request, text_answer, text_request
+from .stream import events
 
 Scope = MutableMapping[str, Any]
 Send = Callable[[Scope], Awaitable[None]]
@@ -54,17 +55,17 @@ class Endpoint:
             await send({"type": "websocket.close"})
             return
         try:
-            status, answer = 200, await self._serve(scope, receive)
+            status, kind, body = 200, *await self._serve(scope, receive)
         except ApiError as error:
-            status, answer = error.status, error.body
+            status, kind, body = error.status, *_json(error.body)
         except Disconnected:
             return
-        body = json.dumps(answer).encode()
-        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        headers = [(b"content-type", kind), (b"content-length", str(len(body)).encode())]
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
-    async def _serve(self, scope: Scope, receive: Receive) -> dict[str, Any]:
+    async def _serve(self, scope: Scope, receive: Receive) -> tuple[bytes, bytes]:
+        """The type and the bytes of the answer. Raises ApiError."""
         path, key = scope["path"].rstrip("/"), _key(scope)
         if path not in ROUTES and path != MODELS and not path.startswith(f"{MODELS}/"):
             known = ", ".join([*ROUTES, MODELS])
@@ -73,12 +74,13 @@ class Endpoint:
         if scope["method"] != method:
             raise ApiError(405, "method_not_allowed", f"{path}: expected {method}, got {scope['method']}")
         if path not in ROUTES:
-            return self._models(path, key)
+            return _json(self._models(path, key))
         try:
             body = json.loads(await _body(receive))
         except (ValueError, RecursionError):
             raise ApiError(400, "invalid_json", "the body of the request is no JSON") from None
-        return await _unless_gone(self.respond(path, body, key), receive)
+        answer = await _unless_gone(self.respond(path, body, key), receive)
+        return (b"text/event-stream", events(answer, body)) if body.get("stream") else _json(answer)
 
     def _models(self, path: str, key: str) -> dict[str, Any]:
         if key not in self.speakers:
@@ -91,6 +93,10 @@ class Endpoint:
         if name not in models:
             raise ApiError(404, "model_not_found", f"model: expected {', '.join(map(repr, models))}, got {name!r:.80}")
         return found[models.index(name)]
+
+
+def _json(answer: dict[str, Any]) -> tuple[bytes, bytes]:
+    return b"application/json", json.dumps(answer).encode()
 
 
 class Disconnected(Exception):

@@ -90,7 +90,8 @@ def _body(asked: dict[str, Any], openai: Any) -> dict[str, Any]:
     # How long to wait for an answer is the run's to say.
     body.pop("timeout", None)
     further = body.pop("extra_body", None) or {}
-    if body.pop("extra_headers", None) or body.pop("extra_query", None) or not isinstance(further, dict):
+    headed = body.pop("extra_headers", None) or body.pop("extra_query", None)
+    if headed or not isinstance(further, dict) or body.get("stream"):
         raise NotPlain
     return _plain({**body, **further})
 

@@ -10,12 +10,11 @@ from typing import Any
 
 from ..completion import Asked, Completion
 
-# Fields whose only accepted values change nothing; None is accepted for each.
+# Fields whose only accepted values don't change the answer; None is accepted for each.
 NEUTRAL: dict[str, tuple] = {
     "n": (1,),
     "best_of": (1,),
-    "stream": (False,),
-    "stream_options": (),
+    "stream": (False, True),
     "logprobs": (False,),
     "top_logprobs": (),
     "echo": (False,),
@@ -32,7 +31,7 @@ NEUTRAL: dict[str, tuple] = {
 WITHOUT_EFFECT = frozenset(
     "user metadata service_tier safety_identifier prompt_cache_key parallel_tool_calls prompt_cache_retention".split()
 )
-COMMON = frozenset({"model", "temperature", "top_p", "max_tokens", "stop", "seed"})
+COMMON = frozenset({"model", "temperature", "top_p", "max_tokens", "stop", "seed", "stream_options"})
 CHAT = COMMON | {"messages", "tools", "max_completion_tokens", "chat_template_kwargs"}
 TEXT = COMMON | {"prompt"}
 MOST_STOPS = 16
@@ -147,6 +146,9 @@ def _check(body: Any, known: frozenset[str], models: Sequence[str]) -> None:
             raise ApiError(
                 400, "unsupported_value", f"{name}: esfast's endpoint doesn't support {value!r:.60}: {advice}", name
             )
+    options = body.get("stream_options")
+    if options is not None and not isinstance(options, Mapping):
+        raise _wrong("stream_options", "an object", options)
     if body.get("model") not in models:
         known_models = ", ".join(map(repr, models))
         raise ApiError(
