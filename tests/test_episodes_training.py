@@ -196,6 +196,21 @@ def test_the_command_trains_evaluates_and_reports(here, capsys):
     assert main(["eval", "--model", "run", "--samples", "3", "--json", "--save", "said.jsonl"]) in (None, 0)
     assert json.loads(capsys.readouterr().out)["samples"] == 3
     assert [len(line["messages"]) for line in lines(here / "said.jsonl")] == [2] * 3
+    # the best member of the run, beside it; an environment by name, with limits, for a model that no run made
+    assert main(["eval", "run", "--samples", "2", "--members", "1", "--json"]) in (None, 0)
+    both = json.loads(capsys.readouterr().out)
+    assert [r["mean_turns"] for r in both] == [1.0, 1.0] and both[1]["model"].startswith("best member")
+    assert main(["eval", "run", "--members", "2"]) == 1
+    assert "episodes can't be put to a vote" in capsys.readouterr().err
+    assert main(["eval", "model", "--environment", "mine_env:Env", "--samples", "2", "--max-episode-tokens", "3"]) in (
+        None,
+        0,
+    )
+    assert "mean turns 1.00" in capsys.readouterr().out
+    assert main(["eval", "model", "--environment", "mine_env:Env", "--samples", "2", "--endpoint-port", "0"]) in (
+        None,
+        0,
+    )
     assert main(["train", "--environment", "mine_env:alone", "--data", "rows.jsonl", "--out", "other", "--generations", "1",
                  "--population-size", "2", "--prompts-per-generation", "2", "--max-completion-length", "4", *base]) in (None, 0)  # fmt: skip
     assert lines(here / "other" / "metrics.jsonl")[-1]["eval_episodes_failed"] == 0
@@ -220,6 +235,23 @@ def test_bad_options_are_errors_at_the_door(here, capsys, options, words):
     assert main(["train", *options, "--model", "model", "--out", "bad"]) == 1
     assert words in capsys.readouterr().err
     assert not (here / "bad" / "journal.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--environment", "mine_env:Nothing"], "no function 'Nothing'"),
+        (["--environment", "mine_env:Env", "--task", "sudoku"], "leave --task sudoku out"),
+        (["--environment", "mine_env:Env", "--max-episode-turns", "0"], "--max-episode-turns: expected"),
+        (["--environment", "mine_env:alone"], "rows(generation, count, seed)"),
+        (["--environment", ""], "--environment: expected a name"),
+        (["--task", "gym:count_down"], "gym task 'count_down'"),
+    ],
+    ids=lambda v: v[-1] if isinstance(v, list) else None,
+)
+def test_bad_options_of_an_evaluation_are_errors_at_the_door(here, capsys, options, words):
+    assert main(["eval", *options, "--model", "model", "--samples", "2"]) == 1
+    assert words in capsys.readouterr().err
 
 
 @pytest.mark.slow

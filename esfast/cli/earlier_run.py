@@ -8,13 +8,16 @@ from typing import Any
 
 from ..trainer.run_folder import RunFolder
 from ..utils.errors import BadValue, FileMissing
-from .run_options import as_flag, read_yaml
+from .run_options import OF_EPISODES, as_flag, read_yaml
 
 # Fields of RunOptions that a resumed run may not change. The trainer itself compares the model and the data.
 _FIXED = ("task", "environment", "style", "train_prompts", "reward")
 # Fields that belong to the machine and to the processes of one start, not to the run.
 _OF_THE_LAUNCH = ("device", "tensor_parallel_size")
-_OF_THE_TASK = "task style data reward reward_weights max_completion_length chat_template_kwargs".split()
+_OF_THE_TASK = (
+    *"task style data reward reward_weights max_completion_length chat_template_kwargs".split(),
+    *OF_EPISODES,
+)
 
 
 def resumed(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..rollout import chat
 from ..rollout.encoding import PromptEncoder, context_limit
+from ..trainer.environment import settings_of
 from ..trainer.evaluation import against, respond, summarize, table
 from ..utils.errors import BadValue
 from ..utils.files import check_writable, write_whole
@@ -19,7 +20,7 @@ from .members import ask_members
 from .models import load, task_of
 from .options import as_flag
 from .parser import EVAL_SETTINGS
-from .run_options import run_options
+from .run_options import es_config, run_options
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +44,8 @@ def run(args: argparse.Namespace) -> None:
         task = task_of(options)
         # The first model decides, so that all models get the same prompts.
         settings |= {"task": options.task, "style": options.style}
+        if task.environment is not None and args.members not in (None, 1):
+            raise BadValue("--members: episodes can't be put to a vote; --members 1 asks the best member")
         rows = task.eval_rows(args.samples)
         if not rows:
             raise BadValue(f"no problems of {options.data or options.task} are held out")
@@ -58,6 +61,7 @@ def run(args: argparse.Namespace) -> None:
                 context_limit(model),
             )
         further = {name: settings.get(name) for name in ("reward_weights", "chat_template_kwargs")}
+        further["episodes"] = settings_of(es_config(settings)) if task.environment is not None else None
         responses = respond(model, tokenizer, task, rows, length, args.batch_size, **further)
         results.append(summarize(path or "embedded", task, responses))
         if first is None:
@@ -82,6 +86,10 @@ def run(args: argparse.Namespace) -> None:
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """The given settings, completed by those of the first model that lies in a run folder."""
     given = {name: getattr(args, name) for name in EVAL_SETTINGS if hasattr(args, name)}
+    if given.get("environment") is not None:
+        # An environment is a task, which a run may have been trained on.
+        given["task"] = run_options(given).task
+        del given["environment"]
     runs = [run for path in args.models or () if (run := run_of(path)) is not None]
     settings = asked_of(runs[0], given) if runs else given
     others = [run for run in runs[1:] if asked_of(run, given).get("task") != settings.get("task")]

@@ -9,10 +9,10 @@ from importlib import import_module
 from .command_help import Parser, help_options
 from .options import add_options, integer
 from .presets import PRESETS
-from .run_options import GROUPS, SETTINGS, TRAIN_DEFAULTS
+from .run_options import GROUPS, OF_EPISODES, SETTINGS, TRAIN_DEFAULTS
 
 # Settings of a run that `esfast eval` takes as options, too.
-EVAL_SETTINGS = ("task", "style", "data", "reward", "dtype", "device")
+EVAL_SETTINGS = ("task", "environment", "style", "data", "reward", "dtype", "device", *OF_EPISODES)
 
 
 def parser_of_all() -> argparse.ArgumentParser:

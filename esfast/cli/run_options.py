@@ -37,7 +37,7 @@ class RunOptions:
     environment: str | None = option(
         None,
         "MODULE:CLASS in the place of a task: code of yours that talks with the model and returns the reward of each "
-        "episode",
+        "episode; or one of a library's, textarena:NAME or verifiers:NAME",
     )
     style: str | None = option(
         None,
@@ -112,6 +112,9 @@ GROUPS = {
     "reward_weights": "rewards",
     "eval_every": "evaluation and logging",
 }
+
+# How the episodes of an environment run.
+OF_EPISODES = ("max_episode_turns", "max_episode_tokens", "episode_timeout", "episodes_at_once", "endpoint_port")
 
 SETTINGS = (RunOptions, ESConfig)
 FIELDS = {f.name: f for owner in SETTINGS for f in dataclasses.fields(owner)}

@@ -86,17 +86,21 @@ def playing(environment: Any, evaluator: MemberEvaluator, tokenizer: Any, config
     """The evaluator whose members play episodes, one member after another, with the engine of the given one."""
     if environment is None:
         return evaluator
+    # Its prompts are rows, and its completions episodes.
+    engine: Any = Episodes(environment, evaluator.engine, tokenizer, settings_of(config))
+    found: Any = SequentialEvaluator(engine)
+    return found
+
+
+def settings_of(config: ESConfig) -> Settings:
+    """How episodes run."""
     limits = Limits(
         turns=config.max_episode_turns,
         tokens=config.max_episode_tokens or 2**31,
         seconds=config.episode_timeout,
         at_once=config.episodes_at_once,
     )
-    settings = Settings(limits, config.temperature, config.endpoint_port, config.chat_template_kwargs)
-    # Its prompts are rows, and its completions episodes.
-    engine: Any = Episodes(environment, evaluator.engine, tokenizer, settings)
-    found: Any = SequentialEvaluator(engine)
-    return found
+    return Settings(limits, config.temperature, config.endpoint_port, config.chat_template_kwargs)
 
 
 def _generated(environment: Any, seed: int) -> Callable[[int, int], Rows]:

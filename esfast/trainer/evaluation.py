@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,12 +29,16 @@ def respond(
     batch_size: int | None,
     reward_weights: Sequence[float] | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    episodes: Settings | None = None,
 ) -> list[dict]:
-    """A dict for each row: its prompt, the completion, `reward` and, if the task can tell, `correct` (0.0 or 1.0)."""
+    """A dict for each row: its prompt, the completion, `reward` and, if the task can tell, `correct` (0.0 or 1.0).
+    `episodes` says how those of an environment run."""
     engine = TransformersEngine(model, tokenizer, max_new_tokens, batch_size)
     engine.prompts.length_setting = "max_completion_length"
     if task.environment is not None:
-        return _episodes(Episodes(task.environment, engine, tokenizer, Settings(template=chat_template_kwargs)), rows)
+        settings = episodes or Settings(template=chat_template_kwargs)
+        with contextlib.closing(Episodes(task.environment, engine, tokenizer, settings)) as playing:
+            return _episodes(playing, rows)
     prompts, completions, chunk = chat.render(rows, tokenizer, chat_template_kwargs), [], batch_size or CHUNK
     engine.check(prompts)
     for start in tqdm(range(0, len(prompts), chunk), unit="batch", dynamic_ncols=True, leave=False):
@@ -78,6 +83,7 @@ def _episodes(engine: Episodes, rows: Rows) -> list[dict]:
 def summarize(model: str, task: Task, responses: Sequence[dict]) -> dict[str, Any]:
     """Means with their standard errors; lengths are in characters."""
     rewards = [r["reward"] for r in responses]
+    turns = [float(r["turns"]) for r in responses if "turns" in r]
     result: dict[str, Any] = {"model": model, "task": task.name, "samples": len(responses)}
     if task.accuracy is not None:
         correct = [r["correct"] for r in responses]
@@ -86,6 +92,7 @@ def summarize(model: str, task: Task, responses: Sequence[dict]) -> dict[str, An
         "reward": mean(rewards),
         "reward_standard_error": _error(rewards),
         "mean_length": mean([len(r["completion"]) for r in responses]),
+        **({"mean_turns": mean(turns)} if turns else {}),
     }
 
 
@@ -114,6 +121,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
                 if f"{name}_difference" in r:
                     figures[-1] += f" ({r[f'{name}_difference']:+.4f} +- {r[f'{name}_difference_error']:.4f})"
         figures.append(f"mean length {r['mean_length']:.1f} characters")
+        figures += [f"mean turns {r['mean_turns']:.2f}"] if "mean_turns" in r else []
         lines.append(f"  {r['model']:<{width}}  " + ", ".join(figures))
     if len(results) > 1:
         lines.append(f"  (in parentheses: the difference from {first['model']}, prompt by prompt)")
