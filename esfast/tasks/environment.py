@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -10,10 +11,11 @@ from ..utils.rows import Rows
 from . import data, file
 from .base import Task
 from .steps import TextArena
+from .verifiers import Verifiers
 
 PREFIX = "environment:"
-# Environments of these libraries go by their names there: textarena:GuessTheNumber-v0.
-LIBRARIES: dict[str, Callable[[str], Any]] = {"textarena": TextArena}
+# Environments of these libraries go by their names there: textarena:GuessTheNumber-v0, verifiers:gsm8k-v1.
+LIBRARIES: dict[str, Callable[[str], Any]] = {"textarena": TextArena, "verifiers": Verifiers}
 LONGEST_ANSWER = 256  # tokens, unless the environment says otherwise
 
 
@@ -35,7 +37,7 @@ def task(name: str, style: str = "paper", source: str | None = None, train_promp
             raise BadValue("train_prompts: an environment makes up its own rows; give it a file of rows with --data")
         train_rows, eval_rows = _method(environment, "rows", name), getattr(environment, "held_out", _nothing)
     return Task(
-        name.rpartition(":")[2].lower(),
+        _short(name),
         (),
         train_rows,
         lambda count: list(eval_rows(count)),
@@ -44,6 +46,11 @@ def task(name: str, style: str = "paper", source: str | None = None, train_promp
         dict(getattr(environment, "settings", {})),
         environment=environment,
     )
+
+
+def _short(name: str) -> str:
+    """The name without its library, owner, version and options: it becomes a part of a folder's."""
+    return re.split(r"[?@]", name.partition(":")[2])[0].rpartition("/")[2].lower()
 
 
 def row(record: dict, style: str = "paper") -> dict:

@@ -49,7 +49,8 @@ class Episodes:
 
     Args:
         environment: an object with `async episode(client, row) -> float`, or such a function. `client` is an
-            openai.AsyncOpenAI, `client.model` the name to ask for.
+            openai.AsyncOpenAI, `client.model` the name to ask for. If its attribute `needs_port` is true there is a
+            port, any one unless the settings name one.
         engine: generates the answers. One that has fixed settings (vLLM's, a function) refuses others.
         tokenizer: whose chat template turns messages into texts.
         settings: limits, temperature, port.
@@ -64,7 +65,10 @@ class Episodes:
         self.settings = settings or Settings()
         self._play = check_environment(environment)
         self._endpoint = Endpoint()
-        self._port = None if self.settings.port is None else Port(self._endpoint, self.settings.port)
+        port = self.settings.port
+        if port is None and getattr(environment, "needs_port", False):
+            port = 0
+        self._port = None if port is None else Port(self._endpoint, port)
         self._client_of = clients(self._endpoint, None if self._port is None else self._port.url)
         self._done: list[Episode] = []
 
