@@ -65,7 +65,7 @@ EXAMPLES = {
     "drift": ("--json bench/results/drift.json", "--numel 2**16 --generations 10 --dtypes bfloat16"),
     "modes": ("--json bench/results/modes.json", "--numel 1e7 --dtypes bfloat16 --noise gaussian"),
     "training": ("--json bench/results/training.json --keep runs/training", "--repeats 2 --generations 20"),
-    "tune": ("--json bench/results/tune.json --keep runs/tune", "--tasks sudoku --seeds 0 --share 0.5   a first look"),
+    "tune": ("--json bench/results/tune.json --keep runs/tune", "--tasks sudoku --seeds 0   a first look"),
     "ranks": ("--json bench/results/ranks.json --keep runs/ranks", "--tasks countdown --ranks 1 --generations 10"),
     "iteration": (
         "--json bench/results/iteration_cpu.json",

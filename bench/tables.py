@@ -69,6 +69,7 @@ TABLES: dict[str, tuple[str, Callable[..., Table]]] = {
     "countdown": ("countdown.json", countdown.table),
     "countdown-noise": ("countdown_noise.json", countdown.noise_table),
     "tune": ("tune.json", tune.table),
+    "tune-members": ("tune.json", tune.members_table),
     "ranks": ("ranks.json", ranks.table),
     "tasks": ("tasks.json", tasks.table),
     "episodes": ("episodes.json", episodes.table),

@@ -1,9 +1,12 @@
 """`esfast bench tune`: sigma and lr found by the run, against those of the recipes and against wrong ones.
 
-The embedded model learns its tasks. Each run is one `esfast train` in a process of its own. Ways differ in sigma and lr
-alone: the recipe's, which were tuned by hand; "auto"; ten times, and a tenth of the recipe's. The search is part of the
-budget: "auto" trains 5 % fewer generations, the most that a search may take. With `--keep` a benchmark that was cut
-short continues where it was.
+The embedded model learns its tasks, and two of reasoning-gym's. Each run is one `esfast train` in a process of its own,
+with fewer generations than the recipe's where the gain is clear without them. Ways differ in sigma, lr and groups
+alone: the recipe's, which were tuned by hand; "auto"; "auto" with groups by the tensors' scale; ten times, and a tenth
+of the recipe's. The search is part of the budget: "auto" trains 5 % fewer generations, the most that a search may take.
+
+Of each run by hand the best members of the last generation are asked too, alone and by vote, beside the tuned model.
+With `--keep` a benchmark that was cut short continues where it was.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import json
 import math
 import os
 import shutil
+import subprocess
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -20,35 +24,51 @@ from typing import Any
 from ..tasks import MODULES
 from ..trainer.config import AUTO
 from ..trainer.tuning import BUDGET
-from . import add_choices
+from ..utils.child import child
+from . import BenchmarkError, add_choices, count
 from .countdown import call, train_command
-from .kept_runs import add_keep, kept, run_folder
-from .provenance import git_state
+from .forgetting import PROBE as ARITHMETIC
+from .forgetting import TASK as SPELL_BACKWARD
+from .kept_runs import add_jobs, add_keep, run_all, run_folder
 
 # Factors of the recipe's sigma and lr; None for what the run finds.
-WAYS: dict[str, float | None] = {"by hand": 1.0, "auto": None, "ten times": 10.0, "a tenth": 0.1}
-TASKS = tuple(MODULES)
+WAYS: dict[str, float | None] = {
+    "by hand": 1.0,
+    "auto": None,
+    "auto, groups auto": None,
+    "ten times": 10.0,
+    "a tenth": 0.1,
+}
+# By their short names.
+TASKS = {name: name for name in MODULES} | {
+    "spell_backward": SPELL_BACKWARD,
+    "basic_arithmetic": ARITHMETIC,
+}
+# Where the gain is clear after fewer generations than the recipe's.
+SHORTER = {"countdown": {"generations": 60}, "sudoku": {"generations": 15}, "math": {"generations": 50}}
 # Settings of a run that are options of `esfast train`
-OPTIONS = ("task", "generations", "sigma", "lr", "eval_prompts")
+OPTIONS = ("task", "generations", "sigma", "lr", "groups", "eval_prompts")
+# Members of the last generation that vote.
+VOTERS = 8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_choices(parser, "--tasks", TASKS, "that are learned (default: all)")
+    add_choices(parser, "--tasks", tuple(TASKS), "that are learned (default: all)")
     add_choices(parser, "--ways", tuple(WAYS), "of choosing sigma and lr (default: all)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="a run each (default: 0 1 2)")
-    parser.add_argument("--share", type=float, default=1.0, help="of the recipe's generations (default: 1)")
-    parser.add_argument("--eval-prompts", type=int, default=500, help="held-out problems (default: 500)")
+    parser.add_argument("--share", type=float, default=1.0, help="of the generations (default: 1)")
+    parser.add_argument("--eval-prompts", type=count, default=300, help="held-out problems (default: 300)")
+    add_jobs(parser)
     add_keep(parser)
 
 
 def run(args: argparse.Namespace) -> dict:
-    commit = git_state()[0]
-    rows: list[dict] = []
+    from ..tasks import embedded
+
+    for task in args.tasks:
+        embedded.cached(task=TASKS[task])
     with run_folder(args) as runs:
-        for settings in jobs(args):
-            rows.append(kept(train, settings, runs, commit))
-            args.save({"rows": rows})
-    return {"rows": rows}
+        return {"rows": run_all(train, jobs(args), runs, args.jobs, lambda row: f"{row['reward_after']:.3f}")}
 
 
 def jobs(args: argparse.Namespace) -> list[dict]:
@@ -62,7 +82,7 @@ def jobs(args: argparse.Namespace) -> list[dict]:
             "task": task,
             "chosen": way,
             "eval_prompts": args.eval_prompts,
-            **_numbers(embedded.settings(task), WAYS[way], args.share),
+            **_numbers(embedded.settings(TASKS[task]) | SHORTER.get(task, {}), way, args.share),
         }
         for seed in args.seeds
         for task in args.tasks
@@ -70,21 +90,24 @@ def jobs(args: argparse.Namespace) -> list[dict]:
     ]
 
 
-def _numbers(recipe: dict[str, Any], factor: float | None, share: float) -> dict[str, Any]:
-    generations = max(2, round(recipe["generations"] * share))
+def _numbers(recipe: dict[str, Any], way: str, share: float) -> dict[str, Any]:
+    generations, factor = max(2, round(recipe["generations"] * share)), WAYS[way]
     if factor is None:
-        return {"generations": math.floor(generations * (1 - BUDGET)), "sigma": AUTO, "lr": AUTO}
+        groups = {"groups": AUTO} if "groups" in way else {}
+        return {"generations": math.floor(generations * (1 - BUDGET)), "sigma": AUTO, "lr": AUTO, **groups}
     return {"generations": generations, "sigma": recipe["sigma"] * factor, "lr": recipe["lr"] * factor}
 
 
 def train(settings: dict, folder: Path) -> dict:
-    """One run, by `esfast train`: its row."""
+    """One run, by `esfast train`, in one thread: its row."""
     if folder.exists():
         # Of a run that was cut short.
         shutil.rmtree(folder)
-    options = [word for name in OPTIONS for word in (f"--{name.replace('_', '-')}", str(settings[name]))]
+    given = {name: settings[name] for name in OPTIONS if name in settings} | {"task": TASKS[settings["task"]]}
+    options = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     options += ["--eval-every", "0", "--no-save-best", "--checkpoint-every", "0", "--no-progress"]
-    call(f"`esfast train` of {folder.name}", train_command(settings["seed"], folder, options), dict(os.environ))
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    call(f"`esfast train` of {folder.name}", train_command(settings["seed"], folder, options), environment)
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     tuning = folder / "tuning.json"
     found = json.loads(tuning.read_text(encoding="utf-8")) if tuning.exists() else {}
@@ -97,7 +120,19 @@ def train(settings: dict, folder: Path) -> dict:
         "reward_after": summary["after"]["eval_reward"],
         "accuracy_after": summary["after"].get("eval_accuracy"),
         "seconds": summary["seconds"]["total"],
+        **({"members": _members(folder, settings["eval_prompts"])} if settings["chosen"] == "by hand" else {}),
     }
+
+
+def _members(folder: Path, prompts: int) -> list[dict]:
+    """What `esfast eval --members` says of the run: the tuned model, the best member, the vote of the best."""
+    code = "from esfast.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = child(code, "eval", str(folder), "--members", str(VOTERS), "--samples", str(prompts), "--json")
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise BenchmarkError(f"`esfast eval` of {folder.name} failed with exit status {done.returncode}, see above")
+    names = ("reward", "accuracy", "samples")
+    return [{name: row.get(name) for name in names} for row in json.loads(done.stdout)]
 
 
 def table(result: dict) -> tuple[list[str], list[list[str]]]:
@@ -115,14 +150,13 @@ def table(result: dict) -> tuple[list[str], list[list[str]]]:
         "search, of all responses",
     ]
     lines = []
-    for task in dict.fromkeys(row["task"] for row in result["rows"]):
+    for task in _tasks(result):
         by_hand = _gain(_of(result, task, "by hand"))
         for way in WAYS:
             rows = _of(result, task, way)
             if not rows:
                 continue
             after = [row["reward_after"] for row in rows]
-            spread = f" ± {stdev(after):.3f}" if len(after) > 1 else ""
             lines.append(
                 [
                     task,
@@ -132,13 +166,32 @@ def table(result: dict) -> tuple[list[str], list[list[str]]]:
                     _range([row["sigma"] for row in rows]),
                     _range([row["lr"] for row in rows]),
                     f"{mean(row['reward_before'] for row in rows):.3f}",
-                    f"{mean(after):.3f}{spread}",
+                    _spread(after),
                     f"{_gain(rows):+.3f}",
                     f"{_gain(rows) / by_hand:.0%}" if by_hand else "",
-                    f"{mean(row['searched'] for row in rows):.1%}" if way == "auto" else "",
+                    f"{mean(row['searched'] for row in rows):.1%}" if WAYS[way] is None else "",
                 ]
             )
     return headers, lines
+
+
+def members_table(result: dict) -> tuple[list[str], list[list[str]]]:
+    """The tuned models of the runs by hand beside the best members of their last generations."""
+    headers = ["task", "runs", "measure", "before", "tuned model", "best member", f"vote of the best {VOTERS}"]
+    lines = []
+    for task in _tasks(result):
+        rows = [row for row in _of(result, task, "by hand") if row.get("members")]
+        for measure in ("reward", "accuracy") if rows else ():
+            columns = list(zip(*([each[measure] for each in row["members"]] for row in rows), strict=True))
+            if any(value is None for column in columns for value in column):
+                continue
+            before = f"{mean(row['reward_before'] for row in rows):.3f}" if measure == "reward" else ""
+            lines.append([task, str(len(rows)), measure, before, *map(_spread, columns)])
+    return headers, lines
+
+
+def _tasks(result: dict) -> list[str]:
+    return list(dict.fromkeys(row["task"] for row in result["rows"]))
 
 
 def _of(result: dict, task: str, way: str) -> list[dict]:
@@ -147,6 +200,10 @@ def _of(result: dict, task: str, way: str) -> list[dict]:
 
 def _gain(rows: list[dict]) -> float:
     return mean(row["reward_after"] - row["reward_before"] for row in rows) if rows else 0.0
+
+
+def _spread(values: list[float]) -> str:
+    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
 
 
 def _range(values: list[float]) -> str:

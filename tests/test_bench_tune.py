@@ -1,11 +1,14 @@
 """`esfast bench tune`: its ways differ in sigma and lr alone, at equal budget; its table compares gains."""
 
 import argparse
+import json
 
 import pytest
 
 from esfast.bench import tune
 from esfast.tasks import embedded
+from esfast.trainer.search import ENOUGH
+from esfast.trainer.tuning import BUDGET, LEAST_PROMPTS, TRIALS
 
 
 def options(*words):
@@ -15,18 +18,28 @@ def options(*words):
 
 
 def test_ways_differ_in_sigma_and_lr_alone_at_equal_budget():
-    jobs = tune.jobs(options("--seeds", "0", "4", "--tasks", "math"))
+    jobs = tune.jobs(options("--seeds", "0", "4", "--tasks", "conciseness"))
     assert [(j["seed"], j["chosen"]) for j in jobs] == [(s, way) for s in (0, 4) for way in tune.WAYS]
-    recipe = embedded.settings("math")
+    recipe = embedded.settings("conciseness")
     by = {j["chosen"]: j for j in jobs}
     assert (by["by hand"]["sigma"], by["by hand"]["lr"]) == (recipe["sigma"], recipe["lr"])
     assert by["ten times"]["sigma"] == pytest.approx(10 * recipe["sigma"])
     assert by["a tenth"]["lr"] == pytest.approx(recipe["lr"] / 10)
-    assert (by["auto"]["sigma"], by["auto"]["lr"]) == ("auto", "auto")
-    # the search takes at most what auto trains less
-    assert by["auto"]["generations"] <= 0.95 * recipe["generations"] < by["auto"]["generations"] + 1
-    assert {j["generations"] for j in jobs if j["chosen"] != "auto"} == {recipe["generations"]}
+    for way in ("auto", "auto, groups auto"):
+        assert (by[way]["sigma"], by[way]["lr"]) == ("auto", "auto")
+        # the search takes at most what auto trains less
+        assert by[way]["generations"] <= 0.95 * recipe["generations"] < by[way]["generations"] + 1
+    assert [way for way, job in by.items() if "groups" in job] == ["auto, groups auto"]
+    assert {j["generations"] for j in jobs if "auto" not in j["chosen"]} == {recipe["generations"]}
     assert len({j["way"]["name"] for j in jobs}) == len(tune.WAYS)
+
+
+def test_runs_are_long_enough_for_a_whole_search():
+    """With fewer responses `auto` would be a guess, which is not what is measured."""
+    for job in tune.jobs(options("--seeds", "0", "--ways", "auto")):
+        recipe = embedded.settings(tune.TASKS[job["task"]])
+        responses = job["generations"] * recipe["population_size"] * recipe["prompts_per_generation"]
+        assert BUDGET * responses >= LEAST_PROMPTS * (ENOUGH + TRIALS), job["task"]
 
 
 def test_the_table_has_the_losers_and_what_a_gain_is_of_that_by_hand():
@@ -40,3 +53,41 @@ def test_the_table_has_the_losers_and_what_a_gain_is_of_that_by_hand():
     assert [f["sigma, lr"] for f in found] == ["by hand", "auto", "ten times"]
     assert found[1]["of the gain by hand"] == "100%" and found[1]["sigma"] == "0.01 to 0.02"
     assert found[1]["search, of all responses"] == "3.0%" and found[2]["of the gain by hand"] == "-100%"
+
+
+def test_the_members_beside_the_tuned_model():
+    def row(task, seed, *accuracies):
+        shared = {"task": task, "chosen": "by hand", "seed": seed, "reward_before": 0.25}
+        return {**shared, "members": [{"reward": 0.5, "accuracy": a, "samples": 300} for a in accuracies]}
+
+    rows = [row("math", 0, 0.4, 0.2, 0.3), row("math", 1, 0.6, 0.2, 0.3), row("none", 0, None, None, None)]
+    headers, lines = tune.members_table({"rows": [*rows, {"task": "math", "chosen": "auto"}]})
+    found = [dict(zip(headers, line, strict=True)) for line in lines]
+    assert [(f["task"], f["measure"]) for f in found] == [("math", "reward"), ("math", "accuracy"), ("none", "reward")]
+    assert found[1]["tuned model"] == "0.500 ± 0.141" and found[1]["best member"] == "0.200 ± 0.000"
+    assert found[0]["before"] == "0.250" and found[2]["runs"] == "1"
+
+
+def test_a_run_and_its_members(tmp_path, monkeypatch):
+    """The commands that a run consists of, and what is read of their output."""
+    called = []
+
+    def call(what, command, environment):
+        called.append(command)
+        (tmp_path / "run").mkdir()
+        summary = {"before": {"eval_reward": 0.1}, "after": {"eval_reward": 0.3}, "seconds": {"total": 2.0}}
+        (tmp_path / "run" / "summary.json").write_text(json.dumps(summary))
+        found = {"settings": {"sigma": 0.02, "lr": 0.01}, "responses": 40, "run": 1000, "why": ["so"]}
+        (tmp_path / "run" / "tuning.json").write_text(json.dumps(found))
+
+    monkeypatch.setattr(tune, "call", call)
+    (job,) = tune.jobs(options("--seeds", "3", "--tasks", "spell_backward", "--ways", "auto, groups auto"))
+    row = tune.train(job, tmp_path / "run")
+    words = called[0]
+    assert (
+        words[words.index("--task") + 1].startswith("gym:spell_backward?") and words[words.index("--seed") + 1] == "3"
+    )
+    assert [words[words.index(o) + 1] for o in ("--sigma", "--lr", "--groups")] == ["auto"] * 3
+    assert (row["task"], row["sigma"], row["searched"]) == ("spell_backward", 0.02, 0.04) and "members" not in row
+    # a folder of a run that was cut short is no hindrance
+    assert tune.train(job, tmp_path / "run")["reward_after"] == 0.3

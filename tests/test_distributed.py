@@ -103,6 +103,11 @@ def test_all_processes_find_the_same_sigma_and_lr(tmp_path):
         assert done.returncode == 0 and "found sigma" in done.stderr, done.stderr[-3000:]
     assert outcome(one) == outcome(several)
     assert json.loads((one / "tuning.json").read_text()) == json.loads((several / "tuning.json").read_text())
+    # a search that is killed begins again, and finds the same
+    killed = tmp_path / "killed"
+    assert alone(killed, at=[0, 0], fault="SIGKILL", **settings).returncode == -9
+    assert not (killed / "tuning.json").exists() and not (killed / "config.yaml").exists()
+    assert alone(killed, **settings, resume=True).returncode == 0 and outcome(killed) == outcome(one)
     more = {**settings, "generations": 91, "resume": True}
     done = torchrun(2, one, **more)
     assert done.returncode == 0 and "found sigma" not in done.stderr, done.stderr[-3000:]

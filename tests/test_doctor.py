@@ -204,7 +204,68 @@ def test_what_a_run_folder_of_an_older_version_shows(tmp_path, capsys):
     healthy = RunFolder(tmp_path / "healthy")
     healthy.write_metrics(run_of())
     assert cli.main(["report", "--diagnose", str(healthy.path)]) == 0
-    assert "nothing is wrong" in capsys.readouterr().out and "What is wrong" not in page([load(healthy.path)])
+    assert "20 generations, nothing is wrong" in capsys.readouterr().out and "What is wrong" not in page(
+        [load(healthy.path)]
+    )
+
+
+@pytest.mark.parametrize("rows", [[], [{"generation": 0, "eval_reward": 0.1}], run_of(generations=WINDOW - 1)])
+def test_a_run_of_few_generations_is_not_called_healthy(tmp_path, capsys, rows):
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+    folder.write_metrics(rows)
+    assert cli.main(["report", "--diagnose", str(folder.path)]) == 0
+    out = capsys.readouterr().out
+    assert f"{max(0, len(rows) - 1)} generations, fewer than the {WINDOW} that a diagnosis needs" in out
+
+
+def damaged(path, what):
+    """A run folder of which something is missing or damaged."""
+    folder = RunFolder(path)
+    folder.path.mkdir()
+    folder.write_metrics(run_of({"update_kept": 0.02}))
+    text = folder.metrics.read_text()
+    if what == "a torn last line":
+        folder.metrics.write_text(text[:-9])
+    if what == "a foreign metric":
+        rows = [{**row, "generation": "seven", "reward_min": {}, "step": None} for row in run_of()]
+        folder.write_metrics(rows)
+    if what == "a damaged line":
+        folder.metrics.write_text("{}\nnonsense\n" + text)
+    if what == "a list in a line":
+        folder.metrics.write_text("[1, 2]\n" + text)
+    if what == "no text":
+        folder.metrics.write_bytes(b"\xff\xfe\x00" + text.encode())
+    if what == "another config":
+        folder.config.write_text("- a list\n")
+    if what == "another journal":
+        folder.journal.write_text("nonsense\n")
+    if what == "no metrics":
+        folder.metrics.unlink()
+    return folder.path
+
+
+@pytest.mark.parametrize(
+    ("what", "status", "words"),
+    [
+        ("a torn last line", 0, "updates are lost"),
+        ("a foreign metric", 0, "nothing is wrong"),
+        ("a damaged line", 1, "line 2 is damaged"),
+        ("a list in a line", 1, "line 1 is damaged"),
+        ("no text", 1, "line 1 is damaged"),
+        ("another config", 1, "expected lines of the form NAME: VALUE"),
+        ("another journal", 1, "journal.jsonl"),
+        ("no metrics", 1, "is no run folder"),
+        ("no folder", 1, "is no run folder"),
+    ],
+)
+def test_what_is_no_whole_run_is_read_as_far_as_it_goes_or_refused_in_words(tmp_path, capsys, what, status, words):
+    path = tmp_path / "nowhere" if what == "no folder" else damaged(tmp_path / "run", what)
+    before = sorted((p.name, p.read_bytes()) for p in tmp_path.rglob("*") if p.is_file())
+    assert cli.main(["report", "--diagnose", str(path)]) == status
+    out, err = capsys.readouterr()
+    assert words in (err if status else out) and "Traceback" not in err
+    assert sorted((p.name, p.read_bytes()) for p in tmp_path.rglob("*") if p.is_file()) == before
 
 
 def test_healthy_runs_have_none():

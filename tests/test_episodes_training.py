@@ -80,6 +80,19 @@ def test_a_run_resumes_to_the_same_weights(tmp_path, made, temperature):
     assert html.count('<div class="turn"><i>assistant</i>') >= 4 and "episode_turns on held-out" in html
 
 
+def test_sigma_and_lr_are_found_on_episodes(tmp_path, made, same_bits):
+    torch.manual_seed(0)
+    model = embedded.make_model(made[1])
+    before = [p.detach().clone() for p in model.parameters()]
+    settings = {"sigma": "auto", "lr": "auto", "generations": 400, "max_completion_length": 6}
+    trainer = esfast.ESTrainer(
+        model, args=config(tmp_path / "run", **settings), environment=Env(), processing_class=made[1]
+    )
+    found = trainer.tune()
+    assert same_bits(before, [p.detach() for p in model.parameters()])
+    assert found.rows and found.responses <= 0.05 * found.run and set(found.settings) == {"sigma", "lr"}
+
+
 def test_a_failing_episode_stops_the_run_or_its_member_is_left_out(tmp_path, made, caplog):
     class Fails(Env):
         calls = 0

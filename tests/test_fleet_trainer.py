@@ -236,3 +236,24 @@ def test_members_of_a_fleet_play_episodes(folder, tmp_path):
     config = esfast.ESConfig(output_dir=str(tmp_path / "hot"), **settings)
     with pytest.raises(ValueError, match="temperature: Fleet answers all requests alike"):
         FleetTrainer(model, None, config, 1, **options).train()
+
+
+@pytest.mark.parametrize("settings", [{}, {"noise": "low_rank", "members_at_once": "2"}], ids=["gaussian", "slots"])
+def test_a_fleet_finds_sigma_and_lr(folder, tmp_path, settings):
+    """Engines ask the search's members, and have the model's weights again afterwards."""
+    tuned = trainer(tmp_path / "run", folder(), sigma="auto", lr="auto", generations=200, **settings)
+    before = tuned.es.store.fingerprint()
+    try:
+        found = tuned._find()
+        assert tuned.es.store.fingerprint() == before
+    finally:
+        tuned._close()
+    assert found.rows and 0 < found.responses <= 0.05 * found.run
+    assert found.settings == {"sigma": tuned.args.sigma, "lr": tuned.args.lr} and tuned.args.sigma > 0
+
+
+def test_a_fleet_makes_no_groups(folder, tmp_path):
+    with pytest.raises(ValueError, match="groups: 'auto' needs the weights in this process"):
+        trainer(tmp_path / "run", folder(), groups="auto")
+    # no engine was started
+    assert vllm_stand_in.LLM.made == [] and not (tmp_path / "run").exists()

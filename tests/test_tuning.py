@@ -1,6 +1,7 @@
 """sigma="auto" and lr="auto": what the search decides on landscapes that are known, and that a run goes on as with
 numbers."""
 
+import contextlib
 import json
 import math
 
@@ -10,7 +11,7 @@ import torch
 import yaml
 
 import esfast
-from esfast import ESConfig, ESTrainer, cli
+from esfast import ESConfig, ESTrainer, cli, tasks
 from esfast.es.es import member_seed
 from esfast.journal import journal
 from esfast.tasks import embedded
@@ -88,7 +89,7 @@ def test_members_that_give_no_text_are_broken():
 def test_rewards_that_are_all_the_same():
     asked = Landscape(base=0.0, noise=0.0, slope=0.0)
     found = search(asked, SCALE, 1000)
-    assert not found.learns and "same reward for all prompts" in found.why and asked.asked <= 5
+    assert not found.learns and "nothing to learn from" in found.why and asked.asked <= 5
 
 
 def test_no_signal_is_said():
@@ -99,6 +100,51 @@ def test_no_signal_is_said():
 def test_a_model_that_is_no_better_than_noise_has_nothing_to_lose():
     found = search(Landscape(broken=1e9, slope=4.0, noise=0.05), SCALE, 150)
     assert found.sigma >= 0.02 and found.losses == (0.0,) * len(found.losses)
+
+
+@pytest.mark.parametrize("rare", [False, True], ids=["noise", "rare success"])
+def test_a_model_of_which_nothing_can_be_told_gets_a_guess(rare):
+    """Neither does it get more than noise does, nor do members differ by more than chance: the largest sigma would
+    break it for nothing."""
+    found = []
+    for seed in range(20):
+        random = np.random.default_rng(seed)
+        base = np.eye(1, PROMPTS)[0] if rare else random.standard_normal(PROMPTS)
+
+        def ask(sigma, pairs, base=base, random=random):
+            rewards = random.standard_normal((pairs, 2, PROMPTS))
+            return Look(sigma, base, (rewards > 2.15).astype(float) if rare else rewards)
+
+        found.append(search(ask, SCALE, 150))
+    guesses = [each for each in found if "guess" in each.why]
+    assert len(guesses) >= 14 and not any(each.learns for each in guesses)
+    assert all(each.sigma == each.tolerated == SCALE / 10 for each in guesses)
+
+
+def test_rewards_of_prompts_alone_are_nothing_to_learn_from():
+    prompts = np.arange(float(PROMPTS))
+    found = search(lambda sigma, pairs: Look(sigma, prompts, np.tile(prompts, (pairs, 2, 1))), SCALE, 150)
+    assert not found.learns and "nothing to learn from" in found.why and found.sigma == found.tolerated == SCALE / 10
+
+
+def test_members_that_are_broken_at_every_sigma():
+    found = search(Landscape(broken=1e-12), SCALE, 150)
+    assert "broken at every sigma" in found.why and found.sigma < SCALE / 1000 and found.tolerated > 0
+
+
+def test_completions_that_no_function_judges_at_large_sigmas():
+    """Of broken members a reward function may return None for nearly all completions, so that no prompt is left."""
+    whole = Landscape(broken=0.02, slope=30)
+
+    def ask(sigma, pairs):
+        look = whole(sigma, pairs)
+        if sigma > 0.02:
+            look.rewards[np.arange(2 * pairs * PROMPTS).reshape(look.rewards.shape) % 3 > 0] = math.nan
+            look.rewards[0, 0, ::3] = math.nan
+        return look
+
+    found = search(ask, SCALE, 150)
+    assert 0 < found.tolerated < found.sigma <= 0.02 and all(map(math.isfinite, found.losses))
 
 
 def test_signal_is_not_made_by_the_noise_of_prompts():
@@ -235,7 +281,7 @@ def test_the_search_has_seeds_of_its_own(tmp_path):
 def test_nothing_to_learn_from(tmp_path, caplog):
     trainer = make(tmp_path / "run", reward=lambda prompts, **columns: [0.0] * len(prompts), generations=400)
     found = trainer.tune()
-    assert not found.learns and "same reward for all prompts: sigma is a guess" in found.why[0]
+    assert not found.learns and "there is nothing to learn from: sigma is a guess" in found.why[0]
     assert found.responses <= 5 * 24 and found.settings["sigma"] == pytest.approx(found.scale / 10, rel=0.05)
 
 
@@ -249,13 +295,108 @@ def test_a_reward_function_that_fails(tmp_path):
         make(tmp_path / "skips", reward=fails, on_reward_error="skip").train()
 
 
-def test_a_search_that_was_killed_begins_again(tmp_path):
+@pytest.mark.parametrize("method", ["train", "tune"])
+@pytest.mark.parametrize("at", ["asking", "trying a step"])
+def test_a_search_that_was_interrupted_begins_again(tmp_path, at, method, same_bits, caplog):
+    """Whatever it was doing, the weights are as they were, and there is no run yet."""
     trainer = make(tmp_path / "run")
-    trainer.scoring.by_prompt = lambda *args: (_ for _ in ()).throw(InterruptedError("killed"))
-    with pytest.raises(InterruptedError):
-        trainer.train()
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    generate, asked = trainer.engine.generate, []
+
+    def interrupted(*args):
+        asked.append(1)
+        raise KeyboardInterrupt
+
+    if at == "asking":
+        trainer.scoring.scorer.submit = interrupted
+    else:
+        trainer.engine.generate = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        getattr(trainer, method)()
+    assert asked and same_bits(before, [p.detach() for p in trainer.model.parameters()])
+    assert trainer.es.generation == 0 and not trainer.folder.tuning.exists() and not trainer.folder.config.exists()
+    assert method == "tune" or any("nothing is lost, start it again" in r.getMessage() for r in caplog.records)
+    trainer.engine.generate = generate
     del trainer
+    # with and without resume
     assert make(tmp_path / "run", resume=True).args.sigma == "auto"
+    assert make(tmp_path / "run").args.sigma == "auto"
+
+
+def test_an_untrained_model_ends_the_search_at_once(tmp_path, caplog):
+    """It never gets a reward, and the log warns of it."""
+    task = tasks.get("countdown", style="compact")
+    torch.manual_seed(0)
+    net = embedded.make_model(TOKENIZER).eval().to(torch.bfloat16)
+    config = ESConfig(**{**SETTINGS, "output_dir": str(tmp_path / "run"), "generations": 10**6})
+    rows = task.train_dataset(0)
+    found = ESTrainer(net, list(task.reward_funcs), config, rows, None, TOKENIZER).tune()
+    assert found.responses == 5 * 64 and not found.learns
+    (said,) = [r for r in caplog.records if "nothing to learn from" in r.getMessage()]
+    assert said.levelname == "WARNING"
+
+
+def test_a_short_run_is_searched_with_fewer_prompts(tmp_path):
+    """Rather than with too few members."""
+    found = make(tmp_path / "run", generations=100).tune()
+    assert found.rows and found.responses <= 0.05 * found.run and found.responses % 8 == 0
+
+
+def test_a_trial_step_whose_rewards_fail(tmp_path):
+    """Members are left out with "skip"; a step that is tried is then one that breaks the model."""
+    sometimes = Sometimes()
+    trainer = make(tmp_path / "run", reward=sometimes, on_reward_error="skip")
+    stepped = trainer.es.stepped
+
+    @contextlib.contextmanager
+    def watched(terms):
+        with stepped(terms):
+            sometimes.fails = True
+            yield
+
+    trainer.es.stepped = watched
+    found = trainer.tune()
+    assert [why for why in found.why if "100% lost" in why] and found.settings["lr"] > 0
+
+
+class Sometimes:
+    """`words`, which fails once after `fails` was set."""
+
+    fails = False
+    __name__ = "sometimes"
+
+    def __call__(self, prompts, completions, **columns):
+        if self.fails:
+            self.fails = False
+            raise ZeroDivisionError("mine")
+        return words(prompts, completions)
+
+
+def test_weight_decay_bounds_lr(tmp_path):
+    found = make(tmp_path / "run", weight_decay=1e5).tune()
+    assert found.settings["lr"] <= 1e-5
+
+
+def test_numbers_leave_nothing_to_find(tmp_path):
+    with pytest.raises(ValueError, match="nothing is to be found, since sigma is 0.01 and lr 0.02"):
+        make(tmp_path / "run", sigma=0.01, lr=0.02).tune()
+
+
+def test_a_trainer_trains_after_it_has_tuned(tmp_path):
+    trainer = make(tmp_path / "run")
+    found = trainer.tune()
+    with pytest.raises(ValueError, match="nothing is to be found"):
+        trainer.tune()
+    folder = stop_after(trainer, 2)
+    assert [r.sigma for r in journal.read(folder.journal).records] == [found.settings["sigma"]] * 2
+
+
+def test_what_an_earlier_start_found_does_not_stay(tmp_path):
+    trainer = make(tmp_path / "run")
+    trainer.tune()
+    del trainer
+    folder = stop_after(make(tmp_path / "run", sigma=0.01, lr=0.01), 1)
+    assert not folder.tuning.exists()
 
 
 # ---- groups ----------------------------------------------------------------------------------------------------------
@@ -290,6 +431,21 @@ def test_groups_in_proportion_to_the_tensors(tmp_path):
     assert again.args.groups == list(found.values()) and again.es.generation == 2
 
 
+@pytest.mark.parametrize("given", ["Auto", " AUTO ", ["auto"], ("Auto ",)])
+def test_the_word_auto_is_read_in_any_form(given):
+    assert ESConfig(groups=given).open_questions() == ["groups"]
+    (word,) = given if isinstance(given, (list, tuple)) else [given]
+    assert ESConfig(sigma=word, lr=word).open_questions() == ["sigma", "lr"]
+
+
+def test_groups_auto_stands_alone():
+    with pytest.raises(ValueError, match="groups: 'auto' makes a group of every kind of tensor, and stands alone"):
+        ESConfig(groups=["*embed*:lr=0.1", "Auto"])
+    for word in ("automatic", "autos", ""):
+        with pytest.raises((TypeError, ValueError), match="sigma: expected a number.*'auto'"):
+            ESConfig(sigma=word)
+
+
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 
@@ -322,4 +478,14 @@ def test_the_command_prints_the_evidence_and_the_command(tmp_path, capsys, monke
     assert cli.main(["tune", *options, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert float(command[command.index("--sigma") + 1]) == found["settings"]["sigma"]
+    # a number that is given stays; those of a run's config.yaml are what is to be replaced
+    config = {"sigma": 7.0, "lr": 7.0, "output_dir": "runs/x", "resume": True}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    assert cli.main(["tune", *options, "--config", "config.yaml", "--sigma", "0.01"]) == 0
+    command = capsys.readouterr().out.strip().splitlines()[-1].split()
+    assert command[command.index("--sigma") + 1] == "0.01" and float(command[command.index("--lr") + 1]) < 1
     assert cli.main(["tune", *options, "--out", "runs/x"]) == 1
+    assert cli.main(["tune", *options, "--sigma", "0.01", "--lr", "0.1"]) == 1
+    assert "nothing to find" in capsys.readouterr().err
+    assert cli.main(["tune", *options, "--num-engines", "2"]) == 1
+    assert not (tmp_path / "runs").exists()

@@ -14,9 +14,7 @@ def run(args: argparse.Namespace) -> None:
     check_int("--samples", args.samples, 0, 2**31)
     if args.diagnose:
         for run in map(load, args.runs):
-            print(f"{run.name}: {run.generations} generations, " + ("found:" if run.findings else "nothing is wrong"))
-            for finding in run.findings:
-                print(f"  {finding}")
+            print("\n  ".join([f"{run.name}: {run.verdict}", *map(str, run.findings)]))
         return
     out = check_writable("--out", args.out if args.out is not None else _place(args.runs))
     write_whole(out, page([load(folder) for folder in args.runs], args.samples))

@@ -33,14 +33,11 @@ def run(args: argparse.Namespace) -> None:
     if settings.get("resume"):
         settings = resumed(settings)
     options = run_options(settings)
-    if options.engine != "vllm" and options.num_engines != 1:
-        raise BadValue("--num-engines is of --engine vllm; without it, use torchrun")
+    check_engines(options)
     if args.print_config:
         print(dump(options, es_config(_defaults(options, task_of(options), probes_of(options)) | settings)), end="")
         return
-    team = Team.join(device_of(options), 1 if options.engine == "vllm" else options.tensor_parallel_size)
-    if options.engine == "vllm" and team.size > 1:
-        raise BadValue("--engine vllm: one process trains, without torchrun; --num-engines says how many engines")
+    team = join(options)
     if team.size > 1 and "output_dir" not in settings:
         raise BadValue("--out: give the run folder: with several processes a restart must find it again")
     # Claim the folder first: loading may take minutes.
@@ -60,6 +57,20 @@ def run(args: argparse.Namespace) -> None:
     finally:
         if trainer.summary:
             print(_summary(trainer, pretraining))
+
+
+def check_engines(options: RunOptions) -> None:
+    if options.engine != "vllm" and options.num_engines != 1:
+        raise BadValue("--num-engines is of --engine vllm; without it, use torchrun")
+
+
+def join(options: RunOptions) -> Team:
+    """The processes that torchrun started, or this one alone. ValueError if the engine can't use several."""
+    check_engines(options)
+    team = Team.join(device_of(options), 1 if options.engine == "vllm" else options.tensor_parallel_size)
+    if options.engine == "vllm" and team.size > 1:
+        raise BadValue("--engine vllm: one process trains, without torchrun; --num-engines says how many engines")
+    return team
 
 
 def trainer_of(options: RunOptions, settings: dict[str, Any], team: Team) -> tuple[ESTrainer, float]:

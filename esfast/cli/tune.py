@@ -9,14 +9,15 @@ import tempfile
 from collections.abc import Mapping
 from typing import Any
 
-from ..distributed.team import Team
 from ..trainer.config import AUTO
 from ..utils.errors import BadValue
 from ..utils.interrupts import stoppable
-from .models import device_of
 from .options import as_flag
 from .run_options import FIELDS, given, run_options
-from .train import trainer_of
+from .train import join, trainer_of
+
+# What is searched for.
+FOUND = ("sigma", "lr")
 
 
 @stoppable()
@@ -24,11 +25,16 @@ def run(args: argparse.Namespace) -> None:
     settings = given(args)
     options = run_options(settings)
     for name in ("resume", "output_dir"):
-        if settings.get(name):
+        # A file of --config may be a run's.
+        if getattr(args, name, None):
             raise BadValue(f"{as_flag(name)}: `esfast tune` leaves no run; `esfast train --sigma auto --lr auto` does")
+    # Numbers of a file or a preset are what is to be replaced. One on the command line is kept.
+    settings |= {name: AUTO for name in FOUND if not hasattr(args, name)}
+    if not any(settings[name] == AUTO for name in FOUND):
+        raise BadValue("--sigma: sigma and lr are both given, so there is nothing to find; leave one of them out")
     with tempfile.TemporaryDirectory(prefix="esfast-tune-") as scratch:
-        settings |= {"sigma": AUTO, "lr": AUTO, "output_dir": scratch}
-        team = Team.join(device_of(options), 1 if options.engine == "vllm" else options.tensor_parallel_size)
+        settings |= {"output_dir": scratch, "resume": False}
+        team = join(options)
         trainer, _ = trainer_of(options, settings, team)
         found = trainer.tune()
     if team.rank:
@@ -39,14 +45,15 @@ def run(args: argparse.Namespace) -> None:
         return
     print(found.table())
     print("\n".join(found.lines()))
-    print("to train with it:\n  " + shlex.join(["esfast", "train", *_options(args), *_numbers(found.settings)]))
+    command = ["esfast", "train", *_options(args, found.settings), *_numbers(found.settings)]
+    print("to train with it:\n  " + shlex.join(command))
 
 
-def _options(args: argparse.Namespace) -> list[str]:
-    """The options that were given, again."""
+def _options(args: argparse.Namespace, found: Mapping[str, Any]) -> list[str]:
+    """The options that were given, again, but for what was found."""
     words = [word for name in ("preset", "config") if (v := getattr(args, name)) for word in (f"--{name}", v)]
     for name, value in vars(args).items():
-        if name not in FIELDS or name in ("sigma", "lr"):
+        if name not in FIELDS or name in found:
             continue
         if isinstance(value, bool):
             words.append(as_flag(name) if value else "--no-" + as_flag(name).removeprefix("--"))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..journal.journal import peek
-from ..trainer.doctor import Finding, diagnose
+from ..trainer.doctor import WINDOW, Finding, diagnose
 from ..trainer.recorder import of_rewards
 from ..trainer.run_folder import RunFolder, read_lines
 from ..update.updater import UpdateRecord
@@ -46,6 +46,13 @@ class Run:
     def findings(self) -> list[Finding]:
         """What is wrong with the run: esfast.trainer.doctor."""
         return diagnose(self.metrics, self.config)
+
+    @property
+    def verdict(self) -> str:
+        """In a few words whether something is wrong; `findings` say what."""
+        trained = sum("reward_mean" in row for row in self.metrics)
+        few = f", fewer than the {WINDOW} that a diagnosis needs" if trained < WINDOW else ""
+        return f"{trained} generations{few or (', found:' if self.findings else ', nothing is wrong')}"
 
     @property
     def evaluated(self) -> list[str]:

@@ -177,6 +177,7 @@ class ESConfig:
         self._take_optimizer()
         convert_fields(self)
         self.report_to = check_report_to(self.report_to) or None
+        self.groups = [AUTO if g.strip().lower() == AUTO else g for g in self.groups or ()] or None
         if not self.output_dir.strip() or "\0" in self.output_dir:
             raise BadValue(f"ESConfig.output_dir: expected the name of a folder, got {self.output_dir!r}")
         for name, least in _LEAST.items():
@@ -209,6 +210,11 @@ class ESConfig:
             raise BadValue(
                 f"ESConfig.num_generations: {self.num_generations} equal responses to a prompt at temperature 0; "
                 "leave it at 1, or set a temperature (GRPO's is 1.0)"
+            )
+        if AUTO in (self.groups or ()) and self.groups != [AUTO]:
+            raise BadValue(
+                f"ESConfig.groups: 'auto' makes a group of every kind of tensor, and stands alone, got {self.groups}; "
+                "to change some of its groups, take those that `esfast tune --groups auto --json` prints"
             )
         try:
             check_groups(() if self.groups == [AUTO] else self.groups or ())

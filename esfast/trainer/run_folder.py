@@ -109,10 +109,11 @@ class RunFolder:
             return
         if self.journal.exists():
             log.info("%s: a run was started here and did nothing: beginning anew", self.path)
-            for path in (self.journal, self.metrics, self.samples, self.identity):
+            for path in (self.journal, self.metrics, self.samples, self.identity, self.tuning):
                 path.unlink(missing_ok=True)
             shutil.rmtree(self.adapter, ignore_errors=True)
-        rest = (self.metrics, self.samples, self.checkpoints, self.best, self.model, self.summary, self.curves)
+        outputs = (self.model, self.summary, self.curves, self.tuning)
+        rest = (self.metrics, self.samples, self.checkpoints, self.best, *outputs)
         if found := [p for p in rest if p.exists()]:
             earlier = next(p for n in range(1, 10**6) if not (p := self.path / f"earlier-{n}").exists())
             earlier.mkdir()

@@ -80,11 +80,19 @@ class Scoring:
         return found
 
     def of(self, batch: Batch, completions: Sequence[str] | None) -> list[float]:
-        """The reward of each completion as in `by_prompt`; of None, which is no text, NaN."""
+        """The reward of each completion as in `by_prompt`; of None, which is no text, NaN. So it is with "skip" if a
+        reward function fails."""
+        missing = [math.nan] * len(batch.texts)
         if completions is None:
-            return [math.nan] * len(batch.texts)
+            return missing
         scores = self.scorer.submit(self._reward_funcs, *chat.answered(batch.rows, completions))
-        return each(scores.result(), self._weights)
+        try:
+            return each(scores.result(), self._weights)
+        except RewardError as error:
+            if not self.skips:
+                raise
+            log.warning("a step that was tried out has no rewards: %s", error)
+            return missing
 
     def _ask(
         self,

@@ -28,6 +28,8 @@ import numpy as np
 BROKEN, TOLERATED = 0.5, 0.1
 # Standard errors by which the model must be better than noise. With less, a fraction of the difference means nothing.
 SURE = 2.0
+# Standard errors of a signal that counts where nothing else says which sigmas are too large.
+CLEAR = 3.0
 # The first, coarse ladder of sigmas: the factor between two, and how many at most.
 FACTOR, STEPS = 4.0, 6
 # Pairs at each sigma: of the coarse ladder, and at most and at least of the fine one.
@@ -55,8 +57,9 @@ class Look:
 
     @property
     def dead(self) -> bool:
-        """Whether a member gave no text."""
-        return bool(np.isnan(self.rewards).all(2).any())
+        """Whether a member gave no text, or there is no prompt for which all members got a reward."""
+        missing = np.isnan(self.rewards)
+        return bool(missing.all(2).any() or (np.isnan(self.base) | missing.any((0, 1))).all())
 
     def _told(self) -> tuple[np.ndarray, np.ndarray]:
         """The rewards (of the model, of the pairs) for the prompts for which the model and all members got a reward."""
@@ -73,7 +76,7 @@ class Look:
         error."""
         base, rewards = self._told()
         apart = base - rewards.mean((0, 1))
-        if self.dead or not len(apart):
+        if self.dead:
             return math.inf, 0.0
         return float(apart.mean()), float(apart.std(ddof=1) / math.sqrt(len(apart))) if len(apart) > 1 else 0.0
 
@@ -84,6 +87,11 @@ class Look:
         if d.shape[1] < 2:
             return d.sum(1), np.zeros(len(d))
         return d.mean(1), d.var(1, ddof=1) / d.shape[1]
+
+    @property
+    def slopes(self) -> np.ndarray:
+        """Each pair's mean of d over the prompts."""
+        return self._d()[0]
 
     @property
     def noise(self) -> float:
@@ -101,6 +109,11 @@ class Look:
         return self.signal / math.sqrt(self.signal + self.noise) if self.signal > 0 else 0.0
 
     @property
+    def clear(self) -> bool:
+        """Whether the signal is more than chance. By chance alone its standard error is sqrt(2 / pairs) * noise."""
+        return self.signal > CLEAR * math.sqrt(2 / self.pairs) * self.noise
+
+    @property
     def alike(self) -> bool:
         """Whether all members and the model got the same rewards."""
         base, rewards = self._told()
@@ -116,7 +129,7 @@ class Found:
     looks      all measurements, in the order of sigma
     losses     the `loss` at each of them
     why        the reason for this sigma, in words
-    learns     whether rewards differed, so that there is something to learn from
+    learns     False if the members said nothing about sigma, which is then a guess
     """
 
     sigma: float
@@ -149,25 +162,28 @@ def search(ask: Callable[[float, int], Look], scale: float, members: int) -> Fou
     looks: list[Look] = []
     near, floor = look(scale / 8, COARSE_PAIRS), look(scale, COARSE_PAIRS)
     if near.alike and floor.alike and len(set(floor.base[~np.isnan(floor.base)])) <= 1:
-        return _found(looks, floor, guess, guess, f"all members get the same reward for all prompts: {_GUESSED}", False)
+        return _found(looks, floor, guess, guess, f"{_NOTHING}: {_GUESSED}", False)
     # Of adapters the RMS says little: half of their weights are zeros.
     for _ in range(STEPS_UP):
         if not _is_floor(floor) and left >= 4 * COARSE_PAIRS + least:
             floor = look(FACTOR * floor.sigma, COARSE_PAIRS)
-    if _is_floor(floor):
-        sigma = floor.sigma / FACTOR
-        for _ in range(STEPS):
-            tried = look(sigma, COARSE_PAIRS)
-            if share(tried, floor) < BROKEN or left < 2 * COARSE_PAIRS + least:
-                break
-            sigma /= FACTOR
-    else:
-        # The model is no better than noise, so members can lose nothing.
-        sigma = scale / FACTOR
+    if all(each.alike for each in looks):
+        return _found(looks, floor, guess, guess, f"{_NOTHING}: {_GUESSED}", False)
+    if not _is_floor(floor):
+        return _without_floor(look, looks, floor, scale, left)
+    sigma = floor.sigma / FACTOR
+    for _ in range(STEPS):
+        tried = look(sigma, COARSE_PAIRS)
+        if share(tried, floor) < BROKEN or left < 2 * COARSE_PAIRS + least:
+            break
+        sigma /= FACTOR
     pairs = min(MOST_PAIRS, left // (2 * len(FINE)))
     fine = [look(sigma * factor, pairs) for factor in FINE]
     tolerated = _tolerated(looks, floor)
-    whole = [each for each in fine if share(each, floor) <= BROKEN] or [min(fine, key=lambda each: each.sigma)]
+    whole = [each for each in fine if share(each, floor) <= BROKEN]
+    if not whole:
+        sigma, why = min(each.sigma for each in looks), "members are broken at every sigma: the smallest that was tried"
+        return _found(looks, floor, sigma, tolerated, why)
     best = max(each.gain for each in whole)
     if best <= 0 or pairs < ENOUGH_PAIRS:
         # Without signal the updates' steps are noise. Members may then be as far from the model as these may lead.
@@ -181,6 +197,26 @@ def search(ask: Callable[[float, int], Look], scale: float, members: int) -> Fou
 
 
 _GUESSED = "sigma is a guess, a tenth of the weights' root mean square"
+_NOTHING = "members get the same rewards as the model at every sigma, so there is nothing to learn from"
+# Members that let a search compare signals.
+ENOUGH = 1 + 2 * COARSE_PAIRS * (2 + STEPS_UP + 2) + 2 * ENOUGH_PAIRS * len(FINE)
+
+
+def _without_floor(
+    look: Callable[[float, int], Look], looks: list[Look], floor: Look, scale: float, left: int
+) -> Found:
+    """The search if the model gets no more than noise gets. No loss then says which sigmas are too large, so only a
+    clear signal counts."""
+    pairs = min(MOST_PAIRS, left // (2 * len(FINE)))
+    fine = [look(scale / FACTOR * factor, pairs) for factor in FINE]
+    clear = [each for each in fine if each.clear] if pairs >= ENOUGH_PAIRS else []
+    if not clear:
+        why = "the model gets no more reward than noise does, and members differ by no more than chance"
+        return _found(looks, floor, scale / 10, scale / 10, f"{why}: {_GUESSED}", False)
+    best = max(each.gain for each in clear)
+    sigma = max(each.sigma for each in clear if each.gain >= NEARLY * best)
+    why = "the largest sigma with most of the gain; the model gets no more reward than noise does"
+    return _found(looks, floor, sigma, sigma, why)
 
 
 def share(look: Look, floor: Look) -> float:
@@ -216,9 +252,8 @@ def _tolerated(looks: Sequence[Look], floor: Look) -> float:
     if not below:
         # For small displacements the loss is proportional to sigma squared.
         return ordered[0].sigma * math.sqrt(TOLERATED / rising[0])
+    # The last of them, the floor, has lost all.
     i = below[-1]
-    if i + 1 == len(ordered):
-        return ordered[-1].sigma / 10
     part = (TOLERATED - rising[i]) / (rising[i + 1] - rising[i])
     return ordered[i].sigma * (ordered[i + 1].sigma / ordered[i].sigma) ** part
 

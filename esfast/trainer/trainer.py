@@ -26,7 +26,7 @@ from ..rewards.scorer import RewardFunc, check_metrics
 from ..rollout.engine import Engine
 from ..rollout.evaluator import MemberEvaluator
 from ..update.updater import UpdateRecord
-from ..utils.errors import BadType
+from ..utils.errors import BadType, BadValue
 from ..utils.files import check_writable, write_whole
 from ..utils.interrupts import Stops, stoppable
 from ..utils.rows import Rows, check_rows
@@ -286,7 +286,12 @@ class ESTrainer(SavesLikeTRL):
 
     def tune(self) -> Tuning:
         """Only finds the settings that are "auto" (ESConfig(sigma="auto", lr="auto")), and ends. The weights keep their
-        bits; the run folder gets tuning.json."""
+        bits; the run folder gets tuning.json. `train` may follow. ValueError if neither sigma nor lr is "auto"."""
+        if not self.args.open_questions():
+            raise BadValue(
+                f"tune: nothing is to be found, since sigma is {self.args.sigma:g} and lr {self.args.lr:g}; set one of "
+                "them to 'auto'"
+            )
         try:
             with stoppable() as self._stops, self.team.telling():
                 self.batches.check_fresh(self.engine, self.es.generation, self.args.progress)
@@ -306,7 +311,7 @@ class ESTrainer(SavesLikeTRL):
         if self.team.rank == 0:
             write_whole(self.folder.tuning, json.dumps(found.to_json(), indent=1) + "\n")
             for line in found.lines():
-                log.info("%s", line)
+                log.log(logging.INFO if found.learns else logging.WARNING, "%s", line)
         # weights="inplace" keeps the rounding errors of members.
         self.movement.norms()
         self.clock.record("tune")

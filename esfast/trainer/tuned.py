@@ -12,7 +12,7 @@ from ..distributed.team import Team
 from ..es.store import WeightStore
 from ..rollout import adapters
 from ..utils.errors import BadType, BadValue
-from .config import ESConfig
+from .config import AUTO, ESConfig
 from .door import open_model
 from .identity import config_of
 from .kl import KLToBase
@@ -121,3 +121,5 @@ def check_store_settings(config: ESConfig) -> None:
             raise BadValue(
                 f"{name}: with the weights in vLLM engines only {only!r} works, got {getattr(config, name)!r}"
             )
+    if config.groups == [AUTO]:
+        raise BadValue("groups: 'auto' needs the weights in this process; name the groups, or leave them out")

@@ -37,12 +37,14 @@ from .config import AUTO, ESConfig
 from .run_folder import RunFolder
 from .schedules import SCHEDULES
 from .scoring import Scoring
-from .search import BROKEN, Found, Look, search, share
+from .search import BROKEN, ENOUGH, Found, Look, search, share
 
 log = logging.getLogger(__name__)
 
-# The fraction of the run's responses that the search may take, and the most responses of one member.
-BUDGET, PROMPTS = 0.05, 64
+# The fraction of the run's responses that the search may take.
+BUDGET = 0.05
+# Prompts of a member, at most; and at least, if the run is so short that with more there would be too few members.
+PROMPTS, LEAST_PROMPTS = 64, 8
 # The search uses the seeds of the generation with this number, which no run reaches.
 GENERATION = 2**32 - 1
 # The assumed scale of weights that are not in this process. It is large, since the search goes down from it.
@@ -53,6 +55,8 @@ MOST_STEPS = 10_000
 LONGEST = 0.25
 # Trial steps at most.
 TRIALS = 2
+# Characters of the longest bar of a table.
+BAR = 12
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ class Tuning:
     rows       a dict for each sigma that was tried, for `table`
     responses  that the search asked for, and `run` those of the whole run
     why        how sigma, and how lr was decided
-    learns     False if members never differed, so that the numbers are guesses
+    learns     False if members said nothing about sigma, so that the numbers are guesses
     """
 
     settings: dict[str, Any]
@@ -84,14 +88,21 @@ class Tuning:
         return [f"found {found} ({asked})", *self.why]
 
     def table(self) -> str:
-        """The evidence: what members answered at each sigma."""
+        """The evidence: what members answered at each sigma, and bars of what they keep and of the gain."""
         head = f"{'sigma':>9} {'of RMS':>7} {'pairs':>5} {'mean':>9} {'lost':>6} {'signal':>9} {'noise':>9} {'gain':>9}"
-        return "\n".join([head, *map(_line, self.rows)])
+        most = max((row["gain"] for row in self.rows), default=0.0)
+        return "\n".join([f"{head}  {'kept':{BAR}}  gain", *(_line(row, most) for row in self.rows)])
 
 
-def _line(row: Mapping[str, float]) -> str:
+def _line(row: Mapping[str, float], most: float) -> str:
     numbers = [f"{row['sigma']:9.3g} {row['of_rms']:7.3f} {row['pairs']:5.0f} {row['mean']:9.4g} {row['lost']:6.0%}"]
-    return " ".join(numbers + [f"{row[name]:9.2e}" for name in ("signal", "noise", "gain")])
+    numbers += [f"{row[name]:9.2e}" for name in ("signal", "noise", "gain")]
+    bars = [_bar(1 - row["lost"]), _bar(row["gain"] / most if most else 0.0)]
+    return f"{' '.join(numbers)}  {bars[0]:{BAR}}  {bars[1]}".rstrip()
+
+
+def _bar(share: float) -> str:
+    return "#" * round(BAR * min(1.0, max(0.0, share)))
 
 
 class Tuner:
@@ -100,8 +111,9 @@ class Tuner:
     def __init__(self, es: ES, scoring: Scoring, batches: Batches, config: ESConfig, engine: Engine, stops: Stops):
         self.es, self.scoring, self.config, self.engine, self.stops = es, scoring, config, engine, stops
         self._prefix, self._told = es.team.unique_prefix(), 0
-        self.batch: Batch = batches.first(PROMPTS * config.num_generations)
         self.run = config.generations * config.population_size * batches(0).answered
+        each = int(BUDGET * self.run / (ENOUGH + TRIALS)) // config.num_generations
+        self.batch: Batch = batches.first(min(PROMPTS, max(LEAST_PROMPTS, each)) * config.num_generations)
         self.members = int(BUDGET * self.run / len(self.batch.texts))
         self.responses = 0
         self._base: np.ndarray | None = None
@@ -114,6 +126,9 @@ class Tuner:
         tolerated, tried = self._tried(found)
         sigma = _short(found.sigma) if self.config.sigma == AUTO else self.config.sigma
         lr = _short(min(tolerated / self._walk(found), LONGEST * sigma / self._step(found)))
+        if self.config.weight_decay:
+            # More would be more than all of the weights.
+            lr = min(lr, _short(0.9 / self.config.weight_decay))
         why = [
             f"sigma: {found.why}",
             f"lr: the noise of all updates moves the weights as far as sigma {tolerated:.2g} does",
@@ -182,10 +197,9 @@ class Tuner:
         does."""
         look = max(found.looks, key=lambda each: (each.pairs, each.sigma <= found.sigma, each.sigma), default=None)
         tolerated, words = found.tolerated, []
-        if look is None or look.dead or not self.es.store.tries_steps:
+        if look is None or look.dead or not found.learns or not self.es.store.tries_steps:
             return tolerated, []
-        rewards = np.nan_to_num(look.rewards).mean(2)
-        along = (rewards[:, 0] - rewards[:, 1]) / 2
+        along = look.slopes
         length = float(np.sqrt((along**2).sum()))
         floor = found.looks[-1]
         for _ in range(TRIALS):
