@@ -4,6 +4,7 @@ import pytest
 import torch
 from test_population import train
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import esfast
 from esfast.bench.architectures import tiny_model
@@ -185,3 +186,29 @@ def test_a_run_with_low_rank_noise_goes_on_and_replays_whatever_is_asked_at_once
     replay(again, tmp_path / "run" / "journal.jsonl")
     assert again.fingerprint() == trainer.es.plan.fingerprint()
     assert len(read(tmp_path / "run" / "journal.jsonl").records) == 4
+
+
+@pytest.mark.parametrize("bias", [None, torch.ones(3, 9)])
+def test_the_shared_matrix_is_multiplied_once_for_all_rows(bias):
+    """Also with each text's last token alone, a slice, which a language model's head is given."""
+    held = Factors(torch.randn(9, 8), torch.randn(3, 1, 9), torch.randn(3, 1, 8))
+    x, used = torch.randn(6, 4, 8), []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if any(
+                a.untyped_storage()._cdata == held.weight.untyped_storage()._cdata
+                for a in args[:2]
+                if torch.is_tensor(a)
+            ):
+                used.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    for some in (x, x[:, -1:], x[:, -1]):
+        used.clear()
+        with Record():
+            got = held.mT.product(some, bias)
+        assert [name for name in used if "mm" in name] == ["aten.mm.default"]
+        expected = some.unflatten(0, (3, 2)).flatten(1, -2) @ held.whole().mT + (0 if bias is None else bias[:, None])
+        torch.testing.assert_close(got, expected.view(got.shape))
+        assert got.shape == (*some.shape[:-1], 9)

@@ -10,6 +10,7 @@ import torch
 import esfast
 from esfast.bench.architectures import tiny_model
 from esfast.rollout import dropping
+from esfast.rollout.completion import decoded
 from esfast.rollout.engine import TransformersEngine
 from esfast.rollout.evaluator import SequentialEvaluator
 from esfast.rollout.member_tensor import Unsupported
@@ -237,3 +238,15 @@ def test_settings():
             TOKENIZER,
             engine=lambda prompts: list(prompts),
         )
+
+
+def test_equal_rows_of_tokens_are_decoded_once(monkeypatch):
+    asked, decode = [], TOKENIZER.batch_decode
+    monkeypatch.setattr(
+        TOKENIZER, "batch_decode", lambda rows, **options: asked.extend(rows) or decode(rows, **options)
+    )
+    end = TOKENIZER.eos_token_id
+    assert decoded(TOKENIZER, [[65, 66], [67, end], [65, 66], [], [66, 65]]) == [
+        TOKENIZER.decode(ids) for ids in ([65, 66], [67], [65, 66], [], [66, 65])
+    ]
+    assert asked == [[65, 66], [67, end], [], [66, 65]]

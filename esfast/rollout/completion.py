@@ -36,6 +36,14 @@ class Completion:
 OWN = Asked()
 
 
+def decoded(tokenizer, rows: Sequence[Sequence[int]]) -> list[str]:
+    """The texts of token ids, without special tokens. Equal rows are decoded once: members have many."""
+    distinct = dict.fromkeys(map(tuple, rows))
+    texts = tokenizer.batch_decode([list(ids) for ids in distinct], skip_special_tokens=True)
+    text_of = dict(zip(distinct, texts, strict=True))
+    return [text_of[tuple(ids)] for ids in rows]
+
+
 def complete(
     engine: Any, prompts: Sequence[str], seeds: Sequence[int] | None = None, asked: Asked = OWN
 ) -> list[Completion]:

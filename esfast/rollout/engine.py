@@ -22,7 +22,7 @@ from transformers import GenerationConfig
 from ..core.dtensors import in_shards
 from ..utils.errors import BadType, BadValue
 from ..utils.names import DECODINGS
-from .completion import OWN, Asked, Completion
+from .completion import OWN, Asked, Completion, decoded
 from .decoding import WAYS, choose_ways
 from .encoding import PromptReader, context_limit, embedded_tokens
 from .models import check_generates
@@ -262,7 +262,7 @@ class TransformersEngine:
                 raise
         else:
             self.tokens += sum(map(len, new))
-            texts = self.tokenizer.batch_decode(new, skip_special_tokens=True)
+            texts = decoded(self.tokenizer, new)
             ends = self.generation_config.eos_token_id or ()
             return [
                 Completion(text, len(ids), ids[-1:] != [] and ids[-1] in ends)

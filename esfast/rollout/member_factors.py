@@ -67,13 +67,15 @@ class Factors:
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x @ weight of each member + bias, for x (K * rows, ..., rows of the matrix)."""
-        y = F.linear(x, self.weight.mT)
+        # Two dimensions: of a slice with more, such as each text's last token, PyTorch would multiply the matrix with
+        # every row alone.
+        rows = x.reshape(-1, x.shape[-1])
+        y = F.linear(rows, self.weight.mT)
         of_members = y.view(len(self), -1, y.shape[-1])
-        thin = torch.bmm(x.reshape(len(self), -1, x.shape[-1]), self.a.mT)
-        of_members.baddbmm_(thin, self.b)
+        of_members.baddbmm_(torch.bmm(rows.view(len(self), -1, rows.shape[-1]), self.a.mT), self.b)
         if bias is not None:
             of_members += bias.unsqueeze(1)
-        return y
+        return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def _are_factors(value) -> bool:

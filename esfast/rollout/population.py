@@ -19,6 +19,7 @@ from ..es.population import Member, Population
 from ..utils.errors import BadValue
 from ..utils.memory import total_memory
 from .adapters import is_peft
+from .completion import decoded
 from .dropping import Dropping, can_drop
 from .engine import TransformersEngine, is_small
 from .evaluator import SequentialEvaluator
@@ -255,7 +256,7 @@ class PopulationEvaluator:
                 batch = [i for own in order for i in own[done : done + step]]
                 own_seeds = None if flat is None else [flat[i] for i in batch]
                 new, numbers = self._generate([encoded[i] for i in batch], count, own_seeds)
-                for i, text in zip(batch, engine.tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
+                for i, text in zip(batch, decoded(engine.tokenizer, new), strict=True):
                     texts[i] = text
                 fine = [a and b for a, b in zip(fine, numbers, strict=True)]
                 self._tokens += sum(map(len, new))
