@@ -92,6 +92,20 @@ def test_rewards_that_are_all_the_same():
     assert not found.learns and "nothing to learn from" in found.why and asked.asked <= 5
 
 
+def test_a_signal_that_chance_explains_is_none():
+    """Of noise alone half of the estimates are above zero, and one of four nearly always is."""
+    random = np.random.default_rng(3)
+    base, said = np.full(PROMPTS, 0.5), []
+    for _ in range(20):
+
+        def ask(sigma, pairs):
+            kept = math.exp(-((sigma / 0.02) ** 2))
+            return Look(sigma, base, kept * (base + 0.3 * random.standard_normal((pairs, 2, PROMPTS))))
+
+        said.append(search(ask, SCALE, 150).why.startswith("no signal"))
+    assert sum(said) >= 8
+
+
 def test_no_signal_is_said():
     found = search(Landscape(broken=0.02, slope=0.0, noise=0.0), SCALE, 150)
     assert found.why.startswith("no signal") and found.sigma < 0.02

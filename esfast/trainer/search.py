@@ -28,8 +28,8 @@ import numpy as np
 BROKEN, TOLERATED = 0.5, 0.1
 # Standard errors by which the model must be better than noise. With less, a fraction of the difference means nothing.
 SURE = 2.0
-# Standard errors of a signal that counts where nothing else says which sigmas are too large.
-CLEAR = 3.0
+# Standard errors of a signal that counts: beside what members lose, and alone.
+SEEN, CLEAR = 1.0, 3.0
 # The first, coarse ladder of sigmas: the factor between two, and how many at most.
 FACTOR, STEPS = 4.0, 6
 # Pairs at each sigma: of the coarse ladder, and at most and at least of the fine one.
@@ -108,10 +108,9 @@ class Look:
     def gain(self) -> float:
         return self.signal / math.sqrt(self.signal + self.noise) if self.signal > 0 else 0.0
 
-    @property
-    def clear(self) -> bool:
-        """Whether the signal is more than chance. By chance alone its standard error is sqrt(2 / pairs) * noise."""
-        return self.signal > CLEAR * math.sqrt(2 / self.pairs) * self.noise
+    def shows(self, errors: float) -> bool:
+        """Whether the signal is more than so many of the standard errors that it has by chance alone."""
+        return self.signal > errors * math.sqrt(2 / self.pairs) * self.noise
 
     @property
     def alike(self) -> bool:
@@ -184,8 +183,8 @@ def search(ask: Callable[[float, int], Look], scale: float, members: int) -> Fou
     if not whole:
         sigma, why = min(each.sigma for each in looks), "members are broken at every sigma: the smallest that was tried"
         return _found(looks, floor, sigma, tolerated, why)
-    best = max(each.gain for each in whole)
-    if best <= 0 or pairs < ENOUGH_PAIRS:
+    best = max((each.gain for each in whole if each.shows(SEEN)), default=0.0)
+    if not best or pairs < ENOUGH_PAIRS:
         # Without signal the updates' steps are noise. Members may then be as far from the model as these may lead.
         sigma = min(max(each.sigma for each in whole), 2 * tolerated)
         why = (
@@ -209,7 +208,7 @@ def _without_floor(
     clear signal counts."""
     pairs = min(MOST_PAIRS, left // (2 * len(FINE)))
     fine = [look(scale / FACTOR * factor, pairs) for factor in FINE]
-    clear = [each for each in fine if each.clear] if pairs >= ENOUGH_PAIRS else []
+    clear = [each for each in fine if each.shows(CLEAR)] if pairs >= ENOUGH_PAIRS else []
     if not clear:
         why = "the model gets no more reward than noise does, and members differ by no more than chance"
         return _found(looks, floor, scale / 10, scale / 10, f"{why}: {_GUESSED}", False)
