@@ -56,6 +56,15 @@ def test_requests_of_all_episodes_share_batches(engine, monkeypatch):
     assert asked[0] == len(ROWS) - 1
 
 
+def test_texts_of_a_batch_are_encoded_together_and_once(engine, monkeypatch):
+    encoded = []
+    encode = engine.prompts.encode
+    monkeypatch.setattr(engine.prompts, "encode", lambda texts: encoded.append(len(texts)) or encode(texts))
+    rows = [{"prompt": f"{i}+", "number": i} for i in range(5)]
+    assert [e.error for e in play(engine, three_turns, rows)] == [None] * 5
+    assert encoded == [5] * 3
+
+
 def test_a_sampled_response_is_decided_by_row_and_turn_alone(engine):
     def said(seeds, rows=ROWS, **options):
         return [

@@ -94,6 +94,7 @@ class PromptReader:
         self.tokenizer, self.max_new_tokens, self.vocabulary, self.limit = tokenizer, max_new_tokens, vocabulary, limit
         self.encode, self.length_setting = PromptEncoder(tokenizer), "max_new_tokens"
         self._kept: dict[str, list[int]] = {}
+        self._tokens: dict[str, list[int]] = {}
 
     def __call__(self, prompts: Sequence[str]) -> list[list[int]]:
         """Token ids of each prompt, in order. Keeps the last list of prompts, since all members of a generation have
@@ -109,6 +110,14 @@ class PromptReader:
             self._kept = self._read(prompts)
         return [self._kept[prompt] for prompt in prompts]
 
+    def tokens(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each prompt, whatever the model can do with them. Keeps those of the last prompts: who asks how
+        long they are before they are answered encodes them once."""
+        if not self._tokens.keys() >= set(prompts):
+            distinct = list(dict.fromkeys(prompts))
+            self._tokens = dict(zip(distinct, self.encode(distinct), strict=True))
+        return [self._tokens[prompt] for prompt in prompts]
+
     def set_longest(self, max_new_tokens: int) -> None:
         """Changes how many tokens a completion may have."""
         if max_new_tokens > self.max_new_tokens:
@@ -117,14 +126,14 @@ class PromptReader:
         self.max_new_tokens = max_new_tokens
 
     def check(self, prompts: Sequence[str]) -> None:
-        """Raises ValueError for the first prompt that can't be read; keeps nothing."""
+        """Raises ValueError for the first prompt that can't be read."""
         self._read(prompts)
 
     def _read(self, prompts: Sequence[str]) -> dict[str, list[int]]:
         distinct = list(dict.fromkeys(prompts))
         for prompt in distinct:
             check_text("prompt", prompt)
-        read = dict(zip(distinct, self.encode(distinct), strict=True))
+        read = dict(zip(distinct, self.tokens(distinct), strict=True))
         for prompt, ids in read.items():
             self._check(prompt, ids)
         return read

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Protocol
 
-from .protocol import ApiError, Request, chat_answer, chat_request, text_answer, text_request
+from .protocol import ApiError, Request, Write, chat_answer, chat_request, text_answer, text_request
 from .stream import events
 
 Scope = MutableMapping[str, Any]
@@ -25,8 +25,8 @@ class Speaker(Protocol):
 
     models: tuple[str, ...]
 
-    async def answer(self, request: Request) -> tuple[Any, int, Mapping[str, Any]]:
-        """The Completion, the number of tokens of the prompt, and id, time and model of the answer."""
+    async def answer(self, request: Request, write: Write) -> dict[str, Any]:
+        """The JSON object that answers the request, as `write` makes it."""
 
 
 class Endpoint:
@@ -42,9 +42,7 @@ class Endpoint:
         if speaker is None:
             raise ApiError(401, "invalid_api_key", "the key belongs to no episode that is running")
         read, write = ROUTES[path]
-        request = read(body, speaker.models)
-        completion, prompt_tokens, head = await speaker.answer(request)
-        return write(request, completion, head, prompt_tokens)
+        return await speaker.answer(read(body, speaker.models), write)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib
 from collections.abc import Callable
@@ -76,7 +77,14 @@ def clients(endpoint: Endpoint, base_url: str | None = None) -> Callable[[str], 
         http_client=openai.DefaultAsyncHttpxClient(transport=_transport(openai, endpoint)),
         max_retries=0,
     )
-    return lambda key: first.with_options(api_key=key)
+
+    def with_key(key: str) -> MemberClient:
+        # with_options, which checks all settings anew, takes longer than an episode's request
+        client = copy.copy(first)
+        client.api_key = key
+        return client
+
+    return with_key
 
 
 class NotPlain(Exception):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Mapping, Sequence
@@ -88,6 +89,7 @@ class Episodes:
             self._play,
             self._client_of,
             functools.partial(chat.render, tokenizer=self.tokenizer, options=self.settings.template),
+            self._read,
             self._prepare,
             functools.partial(self._answer, default),
             None if self._port is None else self._port.serve,
@@ -107,6 +109,14 @@ class Episodes:
         if self._port is not None:
             self._port.close()
         self.engine.close()
+
+    def _read(self, texts: Sequence[str]) -> None:
+        """Encodes the texts together, which takes a fraction of one by one. What is wrong with one of them is said by
+        `_prepare`."""
+        reader = getattr(self.engine, "prompts", None)
+        if reader is not None and texts:
+            with contextlib.suppress(Exception):
+                reader.tokens(texts)
 
     def _prepare(self, text: str, how: Asked, left: int) -> tuple[int, int | None]:
         """Tokens of the prompt, and of the longest completion (None: the engine doesn't say). An ApiError if there is
@@ -129,7 +139,7 @@ class Episodes:
         if reader is None:
             return 0, longest and most
         try:
-            (ids,) = reader.encode([text])
+            (ids,) = reader.tokens([text])
         except Exception as error:
             # A tokenizer may refuse a text with any exception.
             raise ApiError(400, "invalid_value", f"prompt: {error}", "messages") from None

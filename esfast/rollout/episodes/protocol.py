@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,6 +96,10 @@ def text_request(body: Any, models: Sequence[str]) -> Request:
     return Request({"prompt": prompt}, _asked(body, "max_tokens"), _stops(body), _seed(body), False)
 
 
+# (request, completion, id, time and model of the answer, tokens of the prompt) -> the JSON object of the answer
+Write = Callable[[Request, Completion, Mapping[str, Any], int], dict[str, Any]]
+
+
 def chat_answer(request: Request, completion: Completion, head: Mapping[str, Any], prompt_tokens: int) -> dict:
     """The object of a chat completion. `head` has its id, time and model."""
     text, reason = _stopped(request, completion)
@@ -113,6 +117,13 @@ def text_answer(request: Request, completion: Completion, head: Mapping[str, Any
     text, reason = _stopped(request, completion)
     choice = {"index": 0, "text": text, "finish_reason": reason, "logprobs": None}
     return {**head, "object": "text_completion", "choices": [choice], "usage": _usage(prompt_tokens, completion)}
+
+
+def said(answer: Mapping[str, Any]) -> dict[str, Any]:
+    """The assistant's message in an answer, without fields that are None."""
+    (choice,) = answer["choices"]
+    message = choice.get("message") or {"role": "assistant", "content": choice["text"]}
+    return {name: value for name, value in message.items() if value is not None}
 
 
 def tool_calls(text: str, unique: str) -> list[dict[str, Any]]:

@@ -32,7 +32,7 @@ Answers = Callable[[Sequence[Question], Sequence[str], Sequence[Asked]], Sequenc
 class Runner:
     """Plays one episode a row.
 
-        episodes = Runner(endpoint, limits, play, client_of, render, answer)(rows, seeds)
+        episodes = Runner(endpoint, limits, play, client_of, render, read, prepare, answer)(rows, seeds)
 
     The loop runs in this thread. Requests wait until every episode that runs waits for an answer. Then the engine
     answers all of them, in the order of their rows, and the loop goes on. So the batches are the same in every run.
@@ -41,6 +41,7 @@ class Runner:
     play       (client, row) -> reward, a coroutine function
     client_of  key -> the client of the episode with this key
     render     rows as in `chat.render` -> texts
+    read       tells which texts will be prepared, so that they are encoded together
     prepare    (text, how it is to be continued, tokens that the episode has left) -> (tokens of the prompt, most tokens
                of the completion, or None); ApiError if that can't be done
     answer     (questions, their texts, how each is asked) -> Completions; may raise, which ends the run
@@ -54,12 +55,14 @@ class Runner:
         play: Play,
         client_of: Callable[[str], Any],
         render: Callable[[Sequence[Mapping[str, Any]]], list[str]],
+        read: Callable[[Sequence[str]], None],
         prepare: Callable[[str, Asked, int], tuple[int, int | None]],
         answer: Answers,
         serve: Callable[[], Coroutine[Any, Any, None]] | None = None,
     ):
         self._endpoint, self._limits, self._play, self._client_of = endpoint, limits, play, client_of
-        self._render, self._prepare, self._answer, self._serve = render, prepare, answer, serve
+        self._render, self._read, self._prepare = render, read, prepare
+        self._answer, self._serve = answer, serve
         self._running: dict[int, Session] = {}
         self._questions: list[Question] = []
         self._looked = 0.0
@@ -176,7 +179,9 @@ class Runner:
         asyncio._set_running_loop(None)
         try:
             ready: list[tuple[Question, str, int, Asked]] = []
-            for question, text in zip(questions, self._texts(questions), strict=True):
+            texts = self._texts(questions)
+            self._read([text for text in texts if isinstance(text, str)])
+            for question, text in zip(questions, texts, strict=True):
                 try:
                     if isinstance(text, ApiError):
                         raise text

@@ -10,7 +10,7 @@ from ...utils.time_limit import now
 from ..completion import Completion
 from ..sampling import response_seeds
 from .episode import Episode, Limits, Transcript
-from .protocol import ApiError, Request, chat_answer
+from .protocol import ApiError, Request, Write, said
 
 # Any client may use this name for the member that plays its episode.
 MEMBER = "member"
@@ -59,7 +59,7 @@ class Session:
         self.ended_at: float | None = None
         self._transcript = Transcript()
 
-    async def answer(self, request: Request) -> tuple[Completion, int, Mapping[str, Any]]:
+    async def answer(self, request: Request, write: Write) -> dict[str, Any]:
         """See Speaker. Raises ApiError if the episode is over or has used up its limits."""
         self._check()
         turn, self.turns = self.turns, self.turns + 1
@@ -70,9 +70,9 @@ class Session:
             self._resume()
         self.tokens += completion.tokens
         head = {"id": f"esfast-{self.index}-{turn}", "created": 0, "model": self.models[0]}
-        said = chat_answer(request, completion, head, 0)["choices"][0]["message"]
-        self._transcript.add(request.messages, {k: v for k, v in said.items() if v is not None})
-        return completion, prompt_tokens, head
+        answer = write(request, completion, head, prompt_tokens)
+        self._transcript.add(request.messages, said(answer))
+        return answer
 
     @property
     def seconds(self) -> float:
