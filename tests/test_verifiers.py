@@ -127,6 +127,12 @@ def test_the_librarys_own_harness_talks_with_a_member(engine, sums):
     assert json.loads(json.dumps(episode.messages))[0]["content"] == "3+3"
 
 
+def test_another_api_of_verifiers_is_named(sums, monkeypatch):
+    monkeypatch.delattr("verifiers.v1.configs.agent.agent_config_fields")
+    with pytest.raises(ImportError, match=r"needs the package verifiers, 0.4 or later"):
+        Verifiers(sums)
+
+
 def test_without_verifiers_the_name_says_what_to_install(monkeypatch):
     for name in ("verifiers", "verifiers.v1", "verifiers.v1.utils"):
         monkeypatch.setitem(sys.modules, name, None)

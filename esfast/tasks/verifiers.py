@@ -6,7 +6,7 @@ import contextlib
 import copy
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ..utils.errors import BadImport, BadValue, EsfastError
@@ -34,6 +34,7 @@ class Verifiers:
     def __init__(self, spec: str):
         name, _, query = spec.partition("?")
         try:
+            from verifiers.v1.configs.agent import agent_config_fields
             from verifiers.v1.utils import loaders
         except ImportError as error:
             raise BadImport(
@@ -41,7 +42,7 @@ class Verifiers:
                 f"'esfast[verifiers]'): {error}"
             ) from None
         try:
-            self._environment = loaders.load_environment(_config(loaders, name, _options(query)))
+            self._environment = loaders.load_environment(_config(loaders, agent_config_fields, name, _options(query)))
             tasks = self._environment.taskset
             self._tasks = list(tasks if tasks.bounded else tasks.take(MOST))
             identities = [task.data.model_dump_json(exclude={"idx"}) for task in self._tasks]
@@ -80,13 +81,11 @@ class Verifiers:
         return float(sum(trace.reward for trace in played.traces))
 
 
-def _config(loaders: Any, name: str, options: dict[str, Any]) -> Any:
+def _config(loaders: Any, agents_of: Callable[[Any], dict[str, Any]], name: str, options: dict[str, Any]) -> Any:
     """The configuration of the environment. ValueError if an agent would run what the model writes on this machine."""
-    from verifiers.v1.configs.agent import agent_config_fields
-
     asked = {**options, "taskset": {**_section(options, "taskset"), "id": name}}
     quiet = loaders.default_harness_id(name) == "bash"
-    for role, declared in agent_config_fields(loaders.resolve_env_config(asked)).items():
+    for role, declared in agents_of(loaders.resolve_env_config(asked)).items():
         here = dict(_section(asked, role))
         if declared.runtime.type == "prime" and "runtime" not in here:
             here["runtime"] = {"type": "subprocess"}
@@ -94,7 +93,7 @@ def _config(loaders: Any, name: str, options: dict[str, Any]) -> Any:
             here["harness"] = {"id": "null"}
         asked[role] = here
     config = loaders.resolve_env_config(asked)
-    for role, agent in agent_config_fields(config).items():
+    for role, agent in agents_of(config).items():
         harness = config.agent_harnesses()[role]
         if agent.runtime.type == "subprocess" and loaders.harness_class(harness.id).EXECUTES_CODE:
             raise BadValue(
