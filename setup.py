@@ -164,11 +164,12 @@ def made_of_what(ext, debug):
 
 
 def replace(path, other):
-    """Makes the file a copy of the other one. A process that has loaded it keeps the old one."""
+    """Makes the file a copy of the other one. A process that has loaded it keeps the old one. The copy is of now, since
+    setuptools installs it beside the sources only where it is newer than what stands there."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     if os.path.exists(path):
         os.remove(path)
-    shutil.copy2(other, path)
+    shutil.copy(other, path)
 
 
 def read(path):
