@@ -30,6 +30,7 @@ import esfast
 # This and matplotlib take a second to import, so they are imported before any fork.
 import esfast.trainer.trainer
 from esfast import Team
+from esfast.distributed import team as distributed
 from esfast.distributed.team import Stopped
 from esfast.journal.journal import peek, read
 from esfast.tasks import embedded
@@ -50,14 +51,26 @@ SETTINGS = {
 }
 # pause: seconds that a member takes. slow: the rank of a slower process, and how many times slower it is.
 # at: [rank, generation] where a fault happens. fault: what happens there, once (not again after a restart).
-# patience: seconds to wait for a run folder that is in use.
-FAULTS = {"pause": 0.0, "slow": [0, 1.0], "at": [0, -1], "fault": "", "dtype": "float32", "patience": lock.PATIENCE}
+# patience: seconds to wait for a run folder that is in use. silence: seconds after which a process counts as lost.
+FAULTS = {
+    "pause": 0.0,
+    "slow": [0, 1.0],
+    "at": [0, -1],
+    "fault": "",
+    "dtype": "float32",
+    "patience": lock.PATIENCE,
+    "silence": distributed.SILENCE,
+}
 # Exit status of a job that found the run folder in use.
 REFUSED = 3
 
 
 def value(prompts, completions):
     return [float(text) for text in completions]
+
+
+# so that forks, which import this module, go on with a run of this program, whose functions would be those of __main__
+value.__module__ = "job"
 
 
 class Engine:
@@ -86,7 +99,7 @@ def main(out, *pairs):
     faults = {name: given.pop(name, default) for name, default in FAULTS.items()}
     # A shell starts background processes with SIGINT ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    lock.PATIENCE = faults["patience"]
+    lock.PATIENCE, distributed.SILENCE = faults["patience"], faults["silence"]
     torch.set_num_threads(1)
     torch.manual_seed(0)
     team = Team.join()
@@ -211,14 +224,19 @@ def outcome(folder):
     return (folder / "model" / "model.safetensors").read_bytes(), read(folder / "journal.jsonl").records
 
 
-if __name__ == "__main__":
+def program(*words):
     logging.basicConfig()
     logging.getLogger("esfast").setLevel(logging.INFO)
     try:
-        if sys.argv[1] == "--drill":
-            drill(*map(int, sys.argv[2:4]), *sys.argv[4:])
+        if words[0] == "--drill":
+            drill(*map(int, words[1:3]), *words[3:])
         else:
-            main(*sys.argv[1:])
+            main(*words)
     except KeyboardInterrupt as interrupt:
         print(f"interrupted: {interrupt}", file=sys.stderr)
-        sys.exit(128 + signal_of(interrupt))
+        return 128 + signal_of(interrupt)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(program(*sys.argv[1:]))

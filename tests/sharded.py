@@ -1,6 +1,6 @@
 """Checks of sharded tensors, and `main`, which runs all that are registered on one rank and writes what came of each to
-FOLDER/RANK.json. All ranks run the same checks in the same order; see sharded_meshes.py, sharded_models.py and
-test_shards.py."""
+FOLDER/RANK.json, in a process whose arguments are RANK, WORLD and FOLDER. All ranks run the same checks in the same
+order; see sharded_meshes.py, sharded_models.py and test_shards.py."""
 
 import datetime
 import json
@@ -299,7 +299,7 @@ def moved_memory_is_refused(world):
 
 
 def main(rank, size, folder):
-    torch.set_num_threads(1)
+    rank, size = int(rank), int(size)
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/rendezvous",

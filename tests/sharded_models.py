@@ -1,5 +1,4 @@
-"""One rank of sharded tensors and models: `python sharded_models.py RANK WORLD FOLDER` runs the checks of sharded.py, of
-sharded_meshes.py, and those of models, which are below."""
+"""Checks of sharded models; `run_all` runs them after those of sharded.py and sharded_meshes.py."""
 
 import copy
 import re
@@ -23,6 +22,11 @@ from esfast.tasks import embedded
 from esfast.trainer.kl import KLToBase
 
 __all__ = ["CHECKS"]
+
+
+def run_all(rank, world, folder):
+    """For one rank, in a process that has imported this module: all checks are registered."""
+    main(rank, world, folder)
 
 
 class Tied(nn.Module):
@@ -226,7 +230,3 @@ def fsdp2_over_tensor_parallel(world):
     fully_shard(sharded, mesh=mesh["dp"])
     assert any(isinstance(p, _StridedShard) for p in sharded[0].weight.placements)
     train(sharded, whole, lambda m: m(torch.eye(6)), exact=False)
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

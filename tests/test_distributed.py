@@ -1,4 +1,7 @@
-"""Several processes train as one: the same bits for any number of them, whatever becomes of one of them."""
+"""Several processes train as one: the same bits for any number of them, whatever becomes of one of them.
+
+Where torchrun has no part in what is tested, the processes are forks (forks.py).
+"""
 
 import contextlib
 import json
@@ -11,8 +14,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import forks
+import job
 import pytest
 import torch
+from forks import environment
 from job import free_port
 from safetensors.torch import load_file
 
@@ -23,10 +29,6 @@ from esfast.journal.journal import read
 from esfast.utils.lock import Lock
 
 JOB = str(Path(__file__).parent / "job.py")
-
-
-def environment(**more):
-    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | more
 
 
 def options(settings):
@@ -43,9 +45,17 @@ def torchrun(processes, out, *arguments, timeout=120, **settings):
     return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=timeout)
 
 
-def alone(out, **settings):
-    return subprocess.run([sys.executable, JOB, str(out), *options(settings)], env=environment(),
-                          capture_output=True, text=True, timeout=120)  # fmt: skip
+def team(processes, out, folder, **settings):
+    """Processes without torchrun, which would end all if one fails: they must notice by themselves."""
+    return forks.team(processes, job.program, out, *options(settings), folder=folder)
+
+
+def several(processes, out, folder, **settings):
+    return forks.ended(team(processes, out, folder, **settings))
+
+
+def alone(out, folder, **settings):
+    return forks.alone(job.program, out, *options(settings), folder=folder)
 
 
 def outcome(folder):
@@ -55,15 +65,18 @@ def outcome(folder):
 
 @pytest.fixture(scope="module")
 def single(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("single") / "run"
-    done = alone(folder)
+    folder = tmp_path_factory.mktemp("single")
+    done = alone(folder / "run", folder)
     assert done.returncode == 0, done.stderr
-    return folder
+    return folder / "run"
 
 
 @pytest.mark.parametrize("processes", (2, 3, 4))
 def test_the_same_bits_and_journal_for_any_number_of_processes(processes, single, tmp_path):
-    done = torchrun(processes, tmp_path / "run", pause=0.005)
+    if processes == 3:
+        done = torchrun(processes, tmp_path / "run", pause=0.005)
+    else:
+        done = several(processes, tmp_path / "run", tmp_path, pause=0.005)
     assert done.returncode == 0, done.stderr[-3000:]
     assert outcome(tmp_path / "run") == outcome(single)
     assert len(read(single / "journal.jsonl").checks) == 3  # two checkpoints and the end
@@ -88,35 +101,35 @@ LOW_RANK = {"noise": "low_rank", "rank": 2, "rounding": "stochastic", "dtype": "
 def test_modes_and_optimizers(processes, settings, tmp_path):
     """Both ways of updating are tried: every process updates all (generations 0 and 2), and each updates a share (1 and
     3). Then the faster one is kept."""
-    one, several = tmp_path / "one", tmp_path / "several"
-    for done in (alone(one, **settings), torchrun(processes, several, **settings)):
+    one, shared = tmp_path / "one", tmp_path / "shared"
+    for done in (alone(one, tmp_path, **settings), several(processes, shared, tmp_path, **settings)):
         assert done.returncode == 0, done.stderr[-3000:]
-    assert outcome(one) == outcome(several)
+    assert outcome(one) == outcome(shared)
     assert ("updates: " in done.stderr) == (settings.get("optimizer") != "adam")
 
 
 def test_all_processes_find_the_same_sigma_and_lr(tmp_path):
     """Members of the search are handed out as they are in a generation; a resumed run searches no more."""
-    one, several = tmp_path / "one", tmp_path / "several"
+    one, shared = tmp_path / "one", tmp_path / "shared"
     settings = {"sigma": "auto", "lr": "auto", "groups": "auto", "generations": 90, "checkpoint_every": 0}
-    for done in (alone(one, **settings), torchrun(2, several, pause=0.002, **settings)):
+    for done in (alone(one, tmp_path, **settings), several(2, shared, tmp_path, pause=0.002, **settings)):
         assert done.returncode == 0 and "found sigma" in done.stderr, done.stderr[-3000:]
-    assert outcome(one) == outcome(several)
-    assert json.loads((one / "tuning.json").read_text()) == json.loads((several / "tuning.json").read_text())
+    assert outcome(one) == outcome(shared)
+    assert json.loads((one / "tuning.json").read_text()) == json.loads((shared / "tuning.json").read_text())
     # a search that is killed begins again, and finds the same
     killed = tmp_path / "killed"
-    assert alone(killed, at=[0, 0], fault="SIGKILL", **settings).returncode == -9
+    assert alone(killed, tmp_path, at=[0, 0], fault="SIGKILL", **settings).returncode == -9
     assert not (killed / "tuning.json").exists() and not (killed / "config.yaml").exists()
-    assert alone(killed, **settings, resume=True).returncode == 0 and outcome(killed) == outcome(one)
+    assert alone(killed, tmp_path, **settings, resume=True).returncode == 0 and outcome(killed) == outcome(one)
     more = {**settings, "generations": 91, "resume": True}
-    done = torchrun(2, one, **more)
+    done = several(2, one, tmp_path, **more)
     assert done.returncode == 0 and "found sigma" not in done.stderr, done.stderr[-3000:]
 
 
 def test_a_slow_process_delays_nobody(tmp_path):
     """One of two is 5 times slower: together they do 1.2 members in the time of one; at most 1.3 times that is taken."""
     settings = {"pause": 0.1, "slow": [1, 5.0], "population_size": 30, "generations": 3, "checkpoint_every": 0}
-    done = torchrun(2, tmp_path / "run", **settings)
+    done = several(2, tmp_path / "run", tmp_path, **settings)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()][1:]
     ideal = 30 * 0.1 / 1.2
@@ -130,7 +143,7 @@ def test_a_process_that_dies_ends_the_job_and_another_number_of_them_goes_on(sin
     assert done.returncode != 0 and time.monotonic() - began < 60
     assert "rank      : 0" in done.stderr and "SIGKILL" in done.stderr  # torchrun names it
     assert len(read(tmp_path / "run" / "journal.jsonl").records) == 3
-    done = torchrun(3, tmp_path / "run", resume=True)
+    done = several(3, tmp_path / "run", tmp_path, resume=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert outcome(tmp_path / "run") == outcome(single)
 
@@ -162,7 +175,7 @@ def test_a_scheduler_ends_torchrun_and_the_run_is_saved(single, tmp_path):
     assert done < 6 and json.loads((out / "summary.json").read_text())["generations"] == done
     assert "interrupted by SIGTERM: saving the model" in errors and "resume to go on (--resume" in errors
     assert not list(out.glob("*.lock"))
-    done = alone(out, resume=True)
+    done = alone(out, tmp_path, resume=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert outcome(out)[0] == outcome(single)[0]
     assert read(out / "journal.jsonl").records == read(single / "journal.jsonl").records
@@ -247,32 +260,26 @@ def test_one_machine_goes_on_when_the_other_is_gone(single, tmp_path):
     assert outcome(tmp_path / "machine0") == outcome(single)
 
 
-def by_hand(processes, *arguments, **more):
-    """Starts processes without torchrun, which would end all if one fails: they must notice by themselves."""
-    shared = environment(WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), **more)
-    return [subprocess.Popen([sys.executable, *arguments], stderr=subprocess.PIPE, text=True,
-                             env=shared | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(processes)]  # fmt: skip
-
-
 @pytest.mark.parametrize(
     ("fault", "rank", "status", "words"),
     [
         ("raise", 1, 1, "process 1 stopped with ZeroDivisionError: made to fail"),
         ("SIGINT", 1, 130, "process 1 was interrupted"),
         ("SIGINT", 0, 130, "process 0 was interrupted"),
-        ("SIGSTOP", 1, 1, "process 1 has not been heard of for 30 s"),
+        ("SIGSTOP", 1, 1, "process 1 has not been heard of for 12 s"),
     ],
 )
 def test_all_stop_with_one_and_know_why(fault, rank, status, words, tmp_path):
     began = time.monotonic()
-    settings = options({"fault": fault, "at": [rank, 2], "pause": 0.05})
-    team = by_hand(2, JOB, str(tmp_path / "run"), *settings)
-    other = team[1 - rank]
+    both = team(2, tmp_path / "run", tmp_path, fault=fault, at=[rank, 2], pause=0.05, silence=12)
+    other = both[1 - rank]
     try:
         _, errors = other.communicate(timeout=60)
         assert other.returncode == status and words in errors, errors[-3000:]
+        if fault == "SIGINT":
+            both[rank].communicate(timeout=60)
     finally:
-        for process in team:
+        for process in both:
             process.kill()
             process.communicate()
     assert time.monotonic() - began < 60
@@ -283,13 +290,13 @@ def test_all_stop_with_one_and_know_why(fault, rank, status, words, tmp_path):
 
 def test_a_folder_in_use_is_told_to_all_with_its_owner(tmp_path):
     owner = Lock.take(tmp_path / "run" / "journal.jsonl")
-    team = by_hand(2, JOB, str(tmp_path / "run"), *options({"patience": 0}))
+    both = team(2, tmp_path / "run", tmp_path, patience=0)
     try:
-        for process in team:
+        for process in both:
             _, errors = process.communicate(timeout=100)
             assert process.returncode == 1 and f"is in use by process {os.getpid()} on" in errors, errors[-3000:]
     finally:
-        for process in team:
+        for process in both:
             process.kill()
             process.communicate()
     assert owner.held

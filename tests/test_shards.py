@@ -1,15 +1,11 @@
 """Sharded weights in real processes: what is gathered from 2 and 4 ranks equals the unsharded run to the bit.
 
-The checks are those of sharded.py, sharded_meshes.py and sharded_models.py; one launch of a world runs all of them, since
-starting processes takes longest.
+The checks are those of sharded.py, sharded_meshes.py and sharded_models.py; one launch of a world runs all of them.
 """
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
+import forks
 import pytest
 import sharded_models
 
@@ -24,25 +20,21 @@ def results(tmp_path_factory):
     def run(world):
         if world not in kept:
             folder = tmp_path_factory.mktemp(f"world{world}")
-            environment = os.environ | {
-                "RANK": "",
-                "WORLD_SIZE": str(world),
-                "OMP_NUM_THREADS": "1",
-                "HF_HUB_OFFLINE": "1",
-            }
             ranks = [
-                subprocess.Popen(
-                    [sys.executable, Path(sharded_models.__file__), str(rank), str(world), str(folder)],
-                    env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                    stderr=open(folder / f"{rank}.err", "w"),
+                forks.Fork(
+                    sharded_models.run_all,
+                    rank,
+                    world,
+                    folder,
+                    folder=folder,
+                    environment=forks.environment(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world)),
                 )
                 for rank in range(world)
             ]
-            for process in ranks:
-                process.wait(timeout=240)
+            errors = [fork.communicate(timeout=240)[1] for fork in ranks]
             kept[world] = [
                 (json.loads(path.read_text()) if (path := folder / f"{rank}.json").exists() else {})
-                | {"stderr": (folder / f"{rank}.err").read_text()[-3000:]}
+                | {"stderr": errors[rank][-3000:]}
                 for rank in range(world)
             ]
         return kept[world]

@@ -8,10 +8,12 @@ import subprocess
 import sys
 import time
 
+import forks
 import pytest
 import torch
+from forks import environment
 from job import free_port
-from test_distributed import by_hand, environment, outcome
+from test_distributed import outcome
 
 from esfast import cli
 from esfast.distributed.team import Team
@@ -58,18 +60,23 @@ def base(tmp_path_factory):
 def command(base, out, *more, **options):
     settings = OPTIONS | {"model": base / "model", "out": out} | {k.replace("_", "-"): v for k, v in options.items()}
     pairs = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
-    return ["-m", "esfast", "train", *pairs, "--no-progress", *more]
+    return ["train", *pairs, "--no-progress", *more]
 
 
 def launch(base, processes, out, *more, **options):
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(free_port())]
     return subprocess.run(
-        [sys.executable, *(launcher if processes > 1 else ()), *command(base, out, *more, **options)],
+        [sys.executable, *launcher, "-m", "esfast", *command(base, out, *more, **options)],
         env=environment(PYTHONPATH=str(base)),
         capture_output=True,
         text=True,
         timeout=180,
     )
+
+
+def team(base, processes, out, *more, folder, **options):
+    """As torchrun's, but forks."""
+    return forks.team(processes, forks.esfast, *command(base, out, *more, **options), folder=folder, path=[base])
 
 
 @pytest.fixture(scope="module")
@@ -118,53 +125,56 @@ def test_its_journal_leads_to_its_bits_on_the_whole_model(of_two, base, tmp_path
 
 
 def test_two_groups_of_two_are_as_one(of_two, base, tmp_path):
-    done = launch(base, 4, tmp_path / "run", tensor_parallel_size=2)
+    done = forks.ended(team(base, 4, tmp_path / "run", folder=tmp_path, tensor_parallel_size=2))
     assert done.returncode == 0, done.stderr[-3000:]
     assert outcome(tmp_path / "run") == outcome(of_two)
 
 
 def test_it_resumes_from_checkpoints_in_parts_and_without(of_two, base, tmp_path):
     run = tmp_path / "run"
-    assert launch(base, 2, run, tensor_parallel_size=2, generations=3).returncode == 0
+    started = team(base, 2, run, folder=tmp_path, tensor_parallel_size=2, generations=3)
+    assert forks.ended(started).returncode == 0
     parts = sorted(p.name for p in (run / "checkpoints").iterdir())
     assert parts == [f"generation-00000002-{part}of2.safetensors" for part in (1, 2)]
     (run / "checkpoints" / parts[1]).unlink()  # one rank begins at the checkpoint, the other at the base weights
-    done = launch(base, 2, run, "--resume", tensor_parallel_size=2)
+    done = forks.ended(team(base, 2, run, "--resume", folder=tmp_path, tensor_parallel_size=2))
     assert done.returncode == 0, done.stderr[-3000:]
     for found in ("2 of them from a checkpoint, 1 from the journal", "0 of them from a checkpoint, 3 from the journal"):
         assert found in done.stderr
     records = read(of_two / "journal.jsonl").records
     assert outcome(run)[0] == outcome(of_two)[0] and read(run / "journal.jsonl").records == records
-    done = launch(base, 1, run, "--resume", generations=6)  # the whole model goes on with it
+    # the whole model goes on with it
+    words = command(base, run, "--resume", generations=6)
+    done = forks.alone(forks.esfast, *words, folder=tmp_path, path=[base])
     assert done.returncode == 0 and "0 of them from a checkpoint, 5 from the journal" in done.stderr
     assert read(run / "journal.jsonl").records[:5] == records
 
 
 def test_a_shard_that_hangs_ends_the_job(base, tmp_path):
     """The other process waits for it inside a matrix product, in a collective, where it does not look at the store."""
-    arguments = command(base, tmp_path / "run", tensor_parallel_size=2, generations=10_000, eval_every=0)
-    team = by_hand(2, *arguments, PYTHONPATH=str(base))
+    endless = {"tensor_parallel_size": 2, "generations": 10_000, "eval_every": 0}
+    both = team(base, 2, tmp_path / "run", folder=tmp_path, **endless)
     try:
         journal, began = tmp_path / "run" / "journal.jsonl", time.monotonic()
         while not (journal.exists() and read(journal).records):
-            assert time.monotonic() - began < 60 and team[0].poll() is None
+            assert time.monotonic() - began < 60 and both[0].poll() is None
             time.sleep(0.1)
-        os.kill(team[1].pid, signal.SIGSTOP)
+        os.kill(both[1].pid, signal.SIGSTOP)
         began = time.monotonic()
-        _, errors = team[0].communicate(timeout=60)
-        assert team[0].returncode == 1 and "process 1 has not been heard of for 30 s" in errors, errors[-3000:]
+        _, errors = both[0].communicate(timeout=60)
+        assert both[0].returncode == 1 and "process 1 has not been heard of for 30 s" in errors, errors[-3000:]
         assert time.monotonic() - began < 60
     finally:
-        for process in team:
+        for process in both:
             process.kill()
             process.communicate()
 
 
 def test_what_does_not_fit_is_refused(base, tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(base)
-    assert cli.main(command(base, tmp_path / "run", tensor_parallel_size=2)[2:]) == 1
+    assert cli.main(command(base, tmp_path / "run", tensor_parallel_size=2)) == 1
     assert "1 processes can't be grouped by 2; start a multiple of 2 with torchrun" in capsys.readouterr().err
-    done = launch(base, 3, tmp_path / "run", tensor_parallel_size=3)
+    done = forks.ended(team(base, 3, tmp_path / "run", folder=tmp_path, tensor_parallel_size=3))
     assert done.returncode == 1 and "4 num_attention_heads of Qwen2ForCausalLM can't be shared by 3" in done.stderr
     assert not (tmp_path / "run").exists()
 

@@ -272,7 +272,8 @@ class Team:
     def _wait(self, key: str) -> bytes:
         while True:
             try:
-                self._store.wait([key], timedelta(seconds=1))
+                # Looks again well within the time that process 0 leaves for its reason to be read (see `telling`).
+                self._store.wait([key], timedelta(seconds=0.5))
                 return self._store.get(key)
             except dist.DistError:
                 # The time is up, or the store is gone; check() raises the reason.
