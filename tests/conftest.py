@@ -7,7 +7,11 @@ import time
 
 import hypothesis
 import pytest
-import torch
+
+# xdist starts a process for each core. Threads of their own would wait for each other: three times the CPU time, and more.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+import torch  # noqa: E402
 
 # Triton reads this variable when it is first imported, and then interprets its kernels.
 if not torch.cuda.is_available():
@@ -82,10 +86,10 @@ def cpu_seconds():
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """The folder of an embedded model that has hardly been trained, for runs that only need one."""
-    from esfast.tasks import embedded
+    """The folder of an embedded model that has hardly been trained, for runs that only need one and do not change it."""
+    import small_model
 
-    return str(embedded.build(tmp_path_factory.mktemp("model") / "tiny", steps=2, progress=False))
+    return str(small_model.build(tmp_path_factory.mktemp("model") / "tiny", steps=2))
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ import pytest
 from life import FEW
 
 from esfast.bench import countdown, dropin, main, replay, tables
-from esfast.tasks import embedded
 from esfast.utils.child import child
 
 TRAIN = """
@@ -128,8 +127,7 @@ def test_a_loop_of_ours_that_does_not_restore_is_left_out(tmp_path, monkeypatch)
     assert all(len(line) == len(headers) for line in lines)
 
 
-def test_replay_makes_the_same_model_again(tmp_path, monkeypatch):
-    tiny = str(embedded.build(tmp_path / "tiny", steps=1, progress=False))
+def test_replay_makes_the_same_model_again(tiny, tmp_path, monkeypatch):
     command = replay._command
     monkeypatch.setattr(
         replay, "_command", lambda name, *rest: command(name, *rest, *["--base", tiny][: 2 * (name == "replay")])

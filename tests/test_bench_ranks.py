@@ -5,6 +5,7 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import small_model
 
 from esfast import ES
 from esfast.bench import kept_runs, main, ranks
@@ -14,7 +15,7 @@ from esfast.tasks import embedded
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return str(embedded.build(tmp_path_factory.mktemp("model") / "tiny", steps=20, progress=False))
+    return str(small_model.build(tmp_path_factory.mktemp("model") / "tiny", steps=20))
 
 
 def options(*given):

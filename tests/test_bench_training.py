@@ -4,6 +4,7 @@ and a benchmark that was cut short continues."""
 import json
 
 import pytest
+import small_model
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -19,7 +20,7 @@ TINY = ["--repeats", "1", "--generations", "2", "--prompts", "4", "--eval-every"
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return embedded.build(tmp_path_factory.mktemp("model") / "tiny", steps=60, progress=False)
+    return small_model.build(tmp_path_factory.mktemp("model") / "tiny", steps=60)
 
 
 def settings(way, seed=0, **changes):

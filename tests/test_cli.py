@@ -8,6 +8,7 @@ from pathlib import Path
 
 import commands
 import pytest
+import small_model
 import torch
 import yaml
 from transformers import Qwen2Config
@@ -34,11 +35,6 @@ FEW = [
     "4",
     "--no-progress",
 ]
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return str(embedded.build(tmp_path_factory.mktemp("model") / "tiny", steps=2, progress=False))
 
 
 def test_train_then_eval(tiny, tmp_path, capsys):
@@ -191,7 +187,7 @@ def test_bad_yaml(text, message, tmp_path, capsys, tiny):
 
 
 def test_models_side_by_side_and_their_responses(tiny, tmp_path, capsys):
-    other = str(embedded.build(tmp_path / "other", seed=1, steps=1, progress=False))
+    other = str(small_model.build(tmp_path / "other", seed=1))
     path = tmp_path / "responses.jsonl"
     arguments = ["eval", "--model", tiny, other, "--samples", "5", "--max-completion-length", "4", "--save", str(path)]
     assert cli.main([*arguments, "--json"]) == 0

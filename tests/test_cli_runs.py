@@ -23,11 +23,6 @@ WORDS = "def words(prompts, completions, **columns):\n    return [float(c.count(
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return str(embedded.build(tmp_path_factory.mktemp("model") / "tiny", steps=2, progress=False))
-
-
-@pytest.fixture(scope="module")
 def trained(tiny, tmp_path_factory):
     """A folder with a run on a file of prompts, two generations of it."""
     folder = tmp_path_factory.mktemp("project")

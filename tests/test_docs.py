@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 
 import esfast
-from esfast.tasks import embedded
 
 ROOT = Path(__file__).parent.parent
 TEXTS = {
@@ -34,11 +33,6 @@ ELSEWHERE = {
 
 def blocks(page):
     return re.findall(r"```python\n(.*?)```", PAGES[page], re.DOTALL)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return embedded.build(tmp_path_factory.mktemp("model") / "tiny", steps=1, progress=False)
 
 
 @pytest.mark.parametrize(

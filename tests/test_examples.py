@@ -8,15 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from esfast.tasks import embedded
-
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py"))
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return embedded.build(tmp_path_factory.mktemp("model") / "tiny", steps=1, progress=False)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -149,7 +149,7 @@ def test_a_kind_of_noise(tmp_path, same_bits):
         kinds.add_kind("other", 9, 4, page["uniform"])
 
 
-def test_a_task(tmp_path, monkeypatch, capsys):
+def test_a_task(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "parity.py").write_text(TASK, encoding="utf-8")
@@ -160,8 +160,7 @@ def test_a_task(tmp_path, monkeypatch, capsys):
     assert rows == task.train_rows(3, 50, 1) != task.train_rows(4, 50, 1)
     assert not {r["prompt"] for r in rows} & {r["prompt"] for r in held_out}
     assert task.reward_funcs[0](prompts=["", ""], completions=["even", "odd"], even=[True, True]) == [1.0, 0.0]
-    folder = embedded.build(tmp_path / "tiny", steps=1, progress=False)
-    options = ["--task", "parity:task", "--model", str(folder), "--generations", "1", *FEW]
+    options = ["--task", "parity:task", "--model", tiny, "--generations", "1", *FEW]
     assert cli.main(["train", *options, "--out", "run"]) == 0
     assert "parity" in capsys.readouterr().out + (tmp_path / "run" / "config.yaml").read_text()
 

@@ -13,7 +13,6 @@ from esfast.core import kinds
 from esfast.integrations.mezo import ZOParameters, zo_perturb_parameters, zo_update
 from esfast.journal.export import pack
 from esfast.journal.journal import read, replay
-from esfast.tasks import embedded
 from esfast.update.updater import Rule
 
 SHAPES = {"embed": (40, 9), "norm": (9,), "proj": (9, 9), "experts": (3, 5, 9), "conv": (4, 2, 3, 3)}
@@ -168,9 +167,8 @@ def stop_at(made, generation):
         raise ZeroDivisionError("made to fail")
 
 
-def test_the_commands(tmp_path, capsys):
+def test_the_commands(tiny, tmp_path, capsys):
     torch.set_num_threads(1)
-    tiny = str(embedded.build(tmp_path / "tiny", steps=1, progress=False))
     few = ["--model", tiny, "--reward-workers", "0", *FEW]
     out = tmp_path / "run"
     assert cli.main(["train", *few, "--out", str(out), "--rank", "2"]) == 1

@@ -8,18 +8,12 @@ import pytest
 import torch
 
 import esfast
-from esfast.tasks import embedded
 
 ROOT = Path(__file__).parent.parent
 FILES = ("README.md", "docs/start/your_task.md", "docs/concepts/es.md", "docs/how-to/primitive.md")
 PAGES = {file: (ROOT / file).read_text(encoding="utf-8") for file in FILES}
 PYTHON = {file: re.findall(r"```python\n(.*?)```", text, re.DOTALL) for file, text in PAGES.items()}
 COMMANDS = commands.in_page(PAGES["README.md"])
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return embedded.build(tmp_path_factory.mktemp("model") / "tiny", steps=2, progress=False)
 
 
 @pytest.mark.parametrize(("file", "block"), [(file, n) for file in FILES for n in range(len(PYTHON[file]))])

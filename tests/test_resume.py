@@ -4,11 +4,11 @@ import contextlib
 import json
 import os
 import subprocess
-import sys
-from pathlib import Path
 
+import forks
 import job
 import pytest
+import small_model
 import torch
 from life import FEW
 
@@ -16,22 +16,12 @@ import esfast
 from esfast import ES, Plan, cli
 from esfast.journal.export import pack, unpack
 from esfast.journal.journal import read, replay
-from esfast.tasks import embedded
 from esfast.update.updater import Updater
 
-JOB = str(Path(job.__file__))
 
-
-def run_job(*arguments, **settings):
+def run_job(*arguments, folder, **settings):
     options = [f"{name}={json.dumps(value)}" for name, value in settings.items()]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
-        [sys.executable, JOB, *map(str, arguments), *options],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=1200,
-    )
+    return forks.alone(job.program, *arguments, *options, folder=folder, timeout=1200)
 
 
 LONG = bool(os.environ.get("ESFAST_LONG_TESTS"))
@@ -50,7 +40,7 @@ def test_stopped_at_any_instant_it_resumes_to_the_same_bits(kills, stops, tmp_pa
     """Runs of 1 to 3 processes are ended by SIGKILL or SIGTERM. Two jobs, with another number of processes, then try to
     resume each run at the same time: exactly one may win. Every generation writes a checkpoint, so some runs are killed
     while writing one."""
-    done = run_job("--drill", kills, stops, tmp_path, pause=0.01, checkpoint_every=1, generations=8)
+    done = run_job("--drill", kills, stops, tmp_path, folder=tmp_path, pause=0.01, checkpoint_every=1, generations=8)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     print(found)
@@ -77,14 +67,14 @@ def small_disk(folder, size):
 )
 def test_a_full_disk_is_a_clear_error_and_loses_nothing(size, settings, tmp_path):
     whole = tmp_path / "whole"
-    assert run_job(whole, **settings).returncode == 0
+    assert run_job(whole, folder=tmp_path, **settings).returncode == 0
     with small_disk(tmp_path / "disk", size) as disk:
-        done = run_job(disk / "run", **settings)
+        done = run_job(disk / "run", folder=tmp_path, **settings)
         assert done.returncode == 1 and "No space left on device" in done.stderr.splitlines()[-1], done.stderr[-2000:]
         kept = read(disk / "run" / "journal.jsonl").records
         assert 0 < len(kept) < settings["generations"] and "resume to go on" in done.stderr
         subprocess.run(["mount", "-o", "remount,size=10m", str(disk)], check=True)
-        done = run_job(disk / "run", resume=True, **settings)
+        done = run_job(disk / "run", folder=tmp_path, resume=True, **settings)
         assert done.returncode == 0, done.stderr[-2000:]
         assert job.outcome(disk / "run") == job.outcome(whole)
         rows = [json.loads(line) for line in (disk / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -251,9 +241,8 @@ def test_an_exported_journal_is_the_journal(tmp_path, same_bits):
         replay(plan_of(), tmp_path / "other.safetensors")
 
 
-def test_the_commands(tmp_path, capsys):
+def test_the_commands(tiny, tmp_path, capsys):
     torch.set_num_threads(1)
-    tiny = str(embedded.build(tmp_path / "tiny", steps=1, progress=False))
     few = ["--model", tiny, "--generations", "2", "--reward-workers", "0", *FEW]
     out = tmp_path / "run"
     assert cli.main(["train", *few, "--out", str(out)]) == 0
@@ -268,14 +257,13 @@ def test_the_commands(tmp_path, capsys):
         assert tuned[0] == tuned[1]
     # The folder exists already.
     assert cli.main(["replay", str(journal), "--base", tiny, "--out", str(again)]) == 1
-    other = str(embedded.build(tmp_path / "other", steps=1, seed=1, progress=False))
+    other = str(small_model.build(tmp_path / "other", seed=1))
     assert cli.main(["replay", str(journal), "--base", other, "--out", str(tmp_path / "no")]) == 1
     assert "began with weights of fingerprint" in capsys.readouterr().err and not (tmp_path / "no").exists()
 
 
-def test_a_run_of_some_of_the_weights_is_replayed_with_the_same_patterns(tmp_path, capsys):
+def test_a_run_of_some_of_the_weights_is_replayed_with_the_same_patterns(tiny, tmp_path, capsys):
     torch.set_num_threads(1)
-    tiny = str(embedded.build(tmp_path / "tiny", steps=1, progress=False))
     few = ["--model", tiny, "--generations", "1", "--reward-workers", "0", *FEW]
     out, patterns = tmp_path / "run", ["--include", "*layers*", "--exclude", "*norm*"]
     assert cli.main(["train", *few, "--out", str(out), *patterns]) == 0

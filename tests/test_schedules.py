@@ -175,9 +175,8 @@ def test_a_scheduled_run_is_logged_replayed_and_taken_up_in_the_middle(tmp_path,
     assert later.es.generation == 5 and same_bits(later.es.plan.tensors, tuned)
 
 
-def test_every_setting_is_an_option(tmp_path):
+def test_every_setting_is_an_option(tiny, tmp_path):
     torch.set_num_threads(1)  # on a model this small, two threads mostly wait for each other
-    tiny = str(embedded.build(tmp_path / "tiny", steps=1, progress=False))
     options = [x for k, v in SCHEDULED.items() for x in ("--" + k.replace("_", "-"), str(v))]
     assert cli.main(["train", "--model", tiny, "--out", str(tmp_path / "run"), *FEW, *options]) == 0
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())

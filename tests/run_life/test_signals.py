@@ -15,7 +15,6 @@ from life import FEW, ROWS, bits, trainer, value
 from esfast import Plan
 from esfast.integrations import ray as fleet_of_ray
 from esfast.journal.journal import read
-from esfast.tasks import embedded
 from esfast.utils import interrupts
 from esfast.utils.interrupts import Interrupted, stoppable
 
@@ -159,10 +158,9 @@ def test_workers_outlive_the_signals_of_their_parent():
         scorer.close()
 
 
-def test_the_command_is_ended_by_a_scheduler_and_goes_on(tmp_path):
+def test_the_command_is_ended_by_a_scheduler_and_goes_on(tiny, tmp_path):
     """SIGTERM reaches the process and its reward workers at once: the run is saved, the exit status is 143, and a
     resume does the rest."""
-    tiny = embedded.build(tmp_path / "tiny", steps=1, progress=False)
     out = tmp_path / "run"
     command = [
         sys.executable,
