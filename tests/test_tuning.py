@@ -135,6 +135,20 @@ def test_a_model_of_which_nothing_can_be_told_gets_a_guess(rare):
     assert all(each.sigma == each.tolerated == SCALE / 10 for each in guesses)
 
 
+def test_a_model_that_gains_by_noise_is_not_searched_beyond_its_weights():
+    """As one whose reward pays for short text, which noise makes shorter up to the RMS, and longer beyond."""
+    landscape = Landscape(broken=1e9, slope=0.0, noise=0.1)
+
+    def ask(sigma, pairs):
+        look = landscape(sigma, pairs)
+        better = 8 * min(sigma, SCALE) - 8 * max(0.0, sigma - SCALE)
+        slope = 6 * min(sigma, SCALE / 2) * landscape.directions[:pairs, None, None] * np.array([1, -1])[:, None]
+        return Look(sigma, look.base, look.rewards + better + slope)
+
+    found = search(ask, SCALE, 150)
+    assert SCALE / 16 <= found.sigma <= SCALE / 2 and found.tolerated <= SCALE / 2 and found.learns
+
+
 def test_rewards_of_prompts_alone_are_nothing_to_learn_from():
     prompts = np.arange(float(PROMPTS))
     found = search(lambda sigma, pairs: Look(sigma, prompts, np.tile(prompts, (pairs, 2, 1))), SCALE, 150)
@@ -344,8 +358,9 @@ def test_an_untrained_model_ends_the_search_at_once(tmp_path, caplog):
     net = embedded.make_model(TOKENIZER).eval().to(torch.bfloat16)
     config = ESConfig(**{**SETTINGS, "output_dir": str(tmp_path / "run"), "generations": 10**6})
     rows = task.train_dataset(0)
-    found = ESTrainer(net, list(task.reward_funcs), config, rows, None, TOKENIZER).tune()
-    assert found.responses == 5 * 64 and not found.learns
+    trainer = ESTrainer(net, list(task.reward_funcs), config, rows, None, TOKENIZER)
+    found = json.loads(stop_after(trainer, 0).tuning.read_text())
+    assert found["responses"] == 5 * 64 and not found["learns"]
     (said,) = [r for r in caplog.records if "nothing to learn from" in r.getMessage()]
     assert said.levelname == "WARNING"
 

@@ -162,9 +162,10 @@ def search(ask: Callable[[float, int], Look], scale: float, members: int) -> Fou
     near, floor = look(scale / 8, COARSE_PAIRS), look(scale, COARSE_PAIRS)
     if near.alike and floor.alike and len(set(floor.base[~np.isnan(floor.base)])) <= 1:
         return _found(looks, floor, guess, guess, f"{_NOTHING}: {_GUESSED}", False)
-    # Of adapters the RMS says little: half of their weights are zeros.
+    # Of adapters the RMS says little, since half of their weights are zeros: members there are as good as the model. If
+    # they are better, as where a reward pays for short text, larger sigmas tell no more.
     for _ in range(STEPS_UP):
-        if not _is_floor(floor) and left >= 4 * COARSE_PAIRS + least:
+        if not _is_floor(floor) and not _gains(floor) and left >= 4 * COARSE_PAIRS + least:
             floor = look(FACTOR * floor.sigma, COARSE_PAIRS)
     if all(each.alike for each in looks):
         return _found(looks, floor, guess, guess, f"{_NOTHING}: {_GUESSED}", False)
@@ -186,11 +187,11 @@ def search(ask: Callable[[float, int], Look], scale: float, members: int) -> Fou
     best = max((each.gain for each in whole if each.shows(SEEN)), default=0.0)
     if not best or pairs < ENOUGH_PAIRS:
         # Without signal the updates' steps are noise. Members may then be as far from the model as these may lead.
-        sigma = min(max(each.sigma for each in whole), 2 * tolerated)
+        sigma = min(max(each.sigma for each in whole), tolerated)
         why = (
             "too few pairs to compare signals" if pairs < ENOUGH_PAIRS else "no signal beside the noise of the prompts"
         )
-        return _found(looks, floor, sigma, tolerated, f"{why}: the largest sigma that does not break members")
+        return _found(looks, floor, sigma, tolerated, f"{why}: the largest sigma at which members lose a tenth at most")
     sigma = max(each.sigma for each in whole if each.gain >= NEARLY * best)
     return _found(looks, floor, sigma, tolerated, "the largest sigma with most of the gain that does not break members")
 
@@ -232,6 +233,12 @@ def share(look: Look, floor: Look) -> float:
 def _is_floor(floor: Look) -> bool:
     lost, error = floor.lost
     return lost > SURE * error and lost > 0
+
+
+def _gains(look: Look) -> bool:
+    """Whether members get surely more than the model."""
+    lost, error = look.lost
+    return lost < -SURE * error and lost < 0
 
 
 def _tolerated(looks: Sequence[Look], floor: Look) -> float:

@@ -258,7 +258,9 @@ class ESTrainer(SavesLikeTRL):
         if self.es.generation < c.generations:
             self.batches.check_fresh(self.engine, self.es.generation, c.progress)
         if c.open_questions():
-            self._find()
+            found = self._find()
+            for line in found.lines() if leads else ():
+                log.log(logging.INFO if found.learns else logging.WARNING, "%s", line)
         if self._evaluates:
             self._open()
         with tqdm(
@@ -310,8 +312,6 @@ class ESTrainer(SavesLikeTRL):
         c.check()
         if self.team.rank == 0:
             write_whole(self.folder.tuning, json.dumps(found.to_json(), indent=1) + "\n")
-            for line in found.lines():
-                log.log(logging.INFO if found.learns else logging.WARNING, "%s", line)
         # weights="inplace" keeps the rounding errors of members.
         self.movement.norms()
         self.clock.record("tune")
