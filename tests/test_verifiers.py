@@ -1,13 +1,14 @@
 """An unmodified environment of verifiers v1: a taskset with a harness that talks in this process."""
 
-import json
+import contextlib
 import shutil
 import sys
 
 import pytest
-from playing import play, small_engine
+from playing import play, small_engine, small_model
 
 from esfast.cli import main
+from esfast.rollout.episodes import Episodes, Limits, Settings
 from esfast.tasks import get
 from esfast.tasks.verifiers import Verifiers
 
@@ -53,6 +54,41 @@ __all__ = ["Sums", "Twice"]
 """
 
 
+TOOLS = """
+import verifiers.v1 as vf
+
+
+class Adder(vf.Toolset[vf.ToolsetConfig]):
+    @vf.tool
+    async def add(self, a: int, b: int) -> str:
+        \"\"\"The sum of two numbers.\"\"\"
+        return str(a + b)
+
+
+class Sum(vf.Task):
+    @classmethod
+    def toolsets(cls, config):
+        return [Adder(vf.ToolsetConfig())]
+
+    @vf.reward
+    async def right(self, trace) -> float:
+        return float(trace.assistant_messages[-1].content == "21!")
+
+
+class Sums(vf.Taskset[Sum, vf.TasksetConfig]):
+    def load(self):
+        for i in range(8):
+            yield Sum(vf.TaskData(prompt=f"{i}+{i}"), self.config.task)
+
+
+__all__ = ["Sums"]
+
+if __name__ == "__main__":
+    Adder.run()
+"""
+needs_uv = pytest.mark.skipif(shutil.which("uv") is None, reason="the harness null is a program that the tool uv runs")
+
+
 @pytest.fixture(scope="module")
 def engine():
     return small_engine()
@@ -65,7 +101,7 @@ def sums(tmp_path, monkeypatch):
     (tmp_path / "bare_vf.py").write_text(MINE.replace('"Sums", "Twice"', '"Sums"'))
     monkeypatch.syspath_prepend(tmp_path)
     yield "sums_vf"
-    for name in ("sums_vf", "bare_vf"):
+    for name in ("sums_vf", "bare_vf", "tools_vf"):
         sys.modules.pop(name, None)
 
 
@@ -120,11 +156,38 @@ def test_no_agent_runs_here_what_the_model_writes(sums):
     assert Verifiers("bare_vf?agent.harness.id=bash&agent.runtime.type=docker").rows(0, 1, 1)
 
 
-@pytest.mark.skipif(shutil.which("uv") is None, reason="the harness null is a program that the tool uv runs")
+@needs_uv
 def test_the_librarys_own_harness_talks_with_a_member(engine, sums):
     (episode,) = play(engine, Verifiers("bare_vf"), [{"task": 3}], limits={"seconds": 300.0})
     assert (episode.error, episode.reward, episode.turns) == (None, 1.0, 1)
-    assert json.loads(json.dumps(episode.messages))[0]["content"] == "3+3"
+    assert episode.messages[0]["content"] == "3+3"
+
+
+@needs_uv
+def test_the_model_calls_the_tools_of_an_environment(sums, tmp_path, monkeypatch):
+    (tmp_path / "tools_vf.py").write_text(TOOLS)
+    # a tool server is a process that imports the environment, as it would an installed one
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    tokenizer = small_model()[1]
+    tokenizer.chat_template = (
+        "{{ tools[0].function.name }}|{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
+    )
+
+    class Caller:
+        max_new_tokens, tokens = 40, 0
+
+        def generate(self, prompts, seeds=None):
+            call = '<tool_call>{"name": "NAME", "arguments": {"a": 20, "b": 1}}</tool_call>'
+            return ["21!" if "tool:21" in p else call.replace("NAME", p.split("|")[0]) for p in prompts]
+
+        def close(self):
+            pass
+
+    episodes = Episodes(Verifiers("tools_vf"), Caller(), tokenizer, Settings(Limits(seconds=300)))
+    with contextlib.closing(episodes):
+        (episode,) = episodes.generate([{"task": 1}])
+    assert (episode.error, episode.reward, episode.turns) == (None, 1.0, 2)
+    assert [m["role"] for m in episode.messages] == ["user", "assistant", "tool", "assistant"]
 
 
 def test_another_api_of_verifiers_is_named(sums, monkeypatch):
