@@ -1,7 +1,7 @@
 """Members of a fleet as LoRA adapters, and engines that die, hang or run out of memory, on stand-ins for vLLM and Ray."""
 
 import re
-import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from transformers import Qwen2ForCausalLM
 import esfast
 from esfast import cli
 from esfast.integrations import actors
+from esfast.integrations import fleet as fleets
 from esfast.integrations.actors import TimeLimits
 from esfast.integrations.fleet import FleetStore
 from esfast.integrations.ray import Fleet
@@ -79,18 +80,27 @@ def test_both_ways_are_measured_and_the_faster_one_is_kept(folder, tmp_path, cap
     """Four generations try them in turn; then the run goes on as was faster. A resumed run has the same groups."""
     caplog.set_level("INFO")
     slow = {"at once": 0.0, "one by one": 0.0}
-    original = Fleet.packets, Fleet.members
-    monkeypatch.setattr(Fleet, "packets", lambda *a: [time.sleep(slow["at once"]), *original[0](*a)][1:])
-    monkeypatch.setattr(Fleet, "members", lambda *a: [time.sleep(slow["one by one"]), *original[1](*a)][1:])
+    now = [0.0]
+    monkeypatch.setattr(fleets, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def taking(way, original):
+        def method(*arguments):
+            now[0] += slow[way]
+            return original(*arguments)
+
+        return method
+
+    monkeypatch.setattr(Fleet, "packets", taking("at once", Fleet.packets))
+    monkeypatch.setattr(Fleet, "members", taking("one by one", Fleet.members))
     records = []
     for way in slow:
-        slow.update(dict.fromkeys(slow, 0.3), **{way: 0.0})
+        slow.update(dict.fromkeys(slow, 2.0), **{way: 1.0})
         vllm_stand_in.LLM.made.clear()
         made = trainer(tmp_path / way, folder(), generations=6, members_at_once="auto", **LOW_RANK)
         made.train()
         assert made.evaluator.way == way and f"members_at_once: {way} (6 members in one batch: " in caplog.text
         counts = [a for llm in vllm_stand_in.LLM.made for a in llm.adapters]
-        turns = [6, *[1] * 6]
+        turns = [6, *[0] * 6]
         assert counts == turns * 2 + (turns[:1] if way == "at once" else turns[1:]) * 2
         records.append(journal.read(tmp_path / way / "journal.jsonl").records)
     assert records[0] == records[1]
@@ -104,6 +114,24 @@ def test_both_ways_are_measured_and_the_faster_one_is_kept(folder, tmp_path, cap
     assert again.args.groups == groups
     again.train()
     assert journal.read(tmp_path / way / "journal.jsonl").records == records[0]
+
+
+def test_a_run_that_tunes_what_slots_do_not_carry_goes_on_one_after_another(folder, tmp_path):
+    run = tmp_path / "run"
+    wanted = trainer(run, folder(), generations=2, members_at_once="1", **LOW_RANK)
+    wanted.train()
+    records = journal.read(run / "journal.jsonl").records
+    for name in ("journal.jsonl", "metrics.jsonl"):
+        (run / name).write_bytes(b"".join((run / name).read_bytes().splitlines(keepends=True)[:2]))
+    before = (run / "journal.jsonl").read_bytes()
+    for at_once in ("auto", "3"):
+        with pytest.raises(
+            ValueError, match="and its members went one after another; set members_at_once to 1 to go on"
+        ):
+            trainer(run, folder(), generations=2, members_at_once=at_once, resume=True, **LOW_RANK)
+    assert (run / "journal.jsonl").read_bytes() == before
+    trainer(run, folder(), generations=2, members_at_once="1", resume=True, **LOW_RANK).train()
+    assert journal.read(run / "journal.jsonl").records == records
 
 
 def test_the_command_line_trains_and_goes_on(folder, tmp_path, same_bits):

@@ -10,11 +10,11 @@ import vllm_stand_in
 from fleets import ROWS, letters, train_a_fleet, trainer
 from fleets import folder as folder  # noqa: PLC0414  a fixture
 from fleets import vllm as vllm  # noqa: PLC0414  a fixture
-from transformers import AutoTokenizer, Qwen2ForCausalLM
+from transformers import Qwen2ForCausalLM
 
 import esfast
 from esfast import cli
-from esfast.integrations.fleet import FleetStore, FleetTrainer
+from esfast.integrations.fleet import FleetStore
 from esfast.integrations.ray import Fleet
 from esfast.journal import journal
 from esfast.tasks import embedded
@@ -198,46 +198,6 @@ def test_the_loops_of_the_docs(folder, tmp_path, monkeypatch):
     assert all(member.reward is not None for member in names["members"].members)
 
 
-class Talk:
-    """Two turns; the reward depends on both."""
-
-    async def episode(self, client, row):
-        said, messages = [], [{"role": "user", "content": row["prompt"]}]
-        for turn in range(2):
-            answer = await client.chat.completions.create(model=client.model, messages=messages)
-            said.append(answer.choices[0].message.content)
-            messages += [{"role": "assistant", "content": said[-1]}, {"role": "user", "content": str(turn)}]
-        return float(sum(map(ord, "".join(said))) % 101)
-
-
-def test_members_of_a_fleet_play_episodes(folder, tmp_path):
-    """All engines make the same member, which answers as the model here does."""
-    pytest.importorskip("openai", reason="episodes ask through the package openai")
-    model = folder()
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}={% endfor %}"
-    settings = {"generations": 2, "population_size": 4, "sigma": 0.1, "lr": 0.1, "prompts_per_generation": 6,
-                "max_completion_length": 4, "eval_every": 0, "progress": False, "weights": "base"}  # fmt: skip
-    options = {"train_dataset": ROWS, "eval_dataset": ROWS[:2], "environment": Talk(), "processing_class": tokenizer}
-    fleet = FleetTrainer(model, None, esfast.ESConfig(output_dir=str(tmp_path / "fleet"), **settings), 2, **options)
-    fleet.train()
-    assert any(llm.asked for llm in vllm_stand_in.LLM.made)
-    here = esfast.ESTrainer(str(model), args=esfast.ESConfig(output_dir=str(tmp_path / "here"), **settings), **options)
-    here.train()
-    rewards = [[r.rewards for r in journal.read(tmp_path / f / "journal.jsonl").records] for f in ("fleet", "here")]
-    assert rewards[0] == rewards[1] and len(rewards[0]) == 2
-
-    class Hot(Talk):
-        async def episode(self, client, row):
-            message = [{"role": "user", "content": row["prompt"]}]
-            await client.chat.completions.create(model=client.model, messages=message, temperature=0.3)
-
-    options["environment"] = Hot()
-    config = esfast.ESConfig(output_dir=str(tmp_path / "hot"), **settings)
-    with pytest.raises(ValueError, match="temperature: Fleet answers all requests alike"):
-        FleetTrainer(model, None, config, 1, **options).train()
-
-
 @pytest.mark.parametrize("settings", [{}, {"noise": "low_rank", "members_at_once": "2"}], ids=["gaussian", "slots"])
 def test_a_fleet_finds_sigma_and_lr(folder, tmp_path, settings):
     """Engines ask the search's members, and have the model's weights again afterwards."""
@@ -257,3 +217,16 @@ def test_a_fleet_makes_no_groups(folder, tmp_path):
         trainer(tmp_path / "run", folder(), groups="auto")
     # no engine was started
     assert vllm_stand_in.LLM.made == [] and not (tmp_path / "run").exists()
+
+
+def test_more_engines_than_gpus_are_refused(folder, monkeypatch):
+    """Ray would wait for further GPUs without a word."""
+    import ray
+
+    machines = [{"Alive": True, "Resources": {"GPU": 3.0}}, {"Alive": False, "Resources": {"GPU": 8.0}}]
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": 3.0})
+    monkeypatch.setattr(ray, "nodes", lambda: machines, raising=False)
+    with pytest.raises(ValueError, match="num_engines: 2 with 2 GPUs each .* Ray has room for 1, its machines have 3"):
+        Fleet(folder(), 4, num_engines=2, tensor_parallel_size=2)
+    assert not vllm_stand_in.LLM.made
+    Fleet(folder(), 4, tensor_parallel_size=2).close()

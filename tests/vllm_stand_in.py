@@ -74,6 +74,8 @@ class SamplingParams:
     temperature: float
     max_tokens: int = 3
     seed: int | None = None
+    top_p: float = 1.0
+    detokenize: bool = True
 
 
 class LLM:
@@ -144,8 +146,9 @@ class LLM:
             else:
                 chances = (logits / params.temperature).softmax(-1)
                 new.append(int(torch.multinomial(chances, 1, generator=sampling)))
-        text = self._tokenizer.decode(new, skip_special_tokens=True)
-        return SimpleNamespace(outputs=[SimpleNamespace(token_ids=new, text=text)])
+        text = self._tokenizer.decode(new, skip_special_tokens=True) if params.detokenize else ""
+        ended = "stop" if self._tokenizer.eos_token_id in new else "length"
+        return SimpleNamespace(outputs=[SimpleNamespace(token_ids=new, text=text, finish_reason=ended)])
 
 
 class RayError(Exception): ...
@@ -187,7 +190,7 @@ class Actor:
         return SimpleNamespace(remote=remote)
 
 
-def get(reference):
+def get(reference, timeout=None):
     if reference.actor is not None and not reference.actor.alive:
         raise RayActorError("the actor died")
     if reference.actor is not None and reference.actor.error is not None:

@@ -85,18 +85,24 @@ class Actors:
         return sorted(self.running)
 
     def hand_out(
-        self, method: str, jobs: Iterable[Job], split: Callable[[Job], list[Job]] | None = None
+        self,
+        method: str,
+        jobs: Iterable[Job],
+        split: Callable[[Job], list[Job]] | None = None,
+        given: bool = True,
     ) -> Iterator[tuple[Any, Any]]:
         """Yields (key, answer) for each job, which it takes when an actor is free. A job that was not finished is done
-        again elsewhere; if memory ran out, in the parts that `split` makes of it."""
+        again elsewhere; if memory ran out, in the parts that `split` makes of it. `given`: whether the limit that the
+        user gave counts."""
         self.check_open()
+        limit_of = self._limits.of if given else self._limits.usual
         waiting, again, idle = iter(jobs), deque[Job](), deque(self.alive)
         busy: dict[Any, _Call] = {}
         while True:
             while idle and (job := again.popleft() if again else next(waiting, None)) is not None:
                 number = idle.popleft()
                 reference = getattr(self.running[number], method).remote(*job.arguments)
-                busy[reference] = _Call(number, job, time.monotonic(), self._limits.of(method, job.size))
+                busy[reference] = _Call(number, job, time.monotonic(), limit_of(method, job.size))
             if not busy:
                 return
             nearest = min(call.began + call.limit for call in busy.values())

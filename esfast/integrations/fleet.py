@@ -16,6 +16,7 @@ from ..es.store import WeightStore
 from ..rewards.scorer import RewardFunc
 from ..rollout.engine import Engine
 from ..trainer.config import ESConfig
+from ..trainer.run_folder import RunFolder
 from ..trainer.trainer import ESTrainer
 from ..trainer.tuned import check_store_settings
 from ..update.updater import Group, Rule, UpdateRecord, check_groups
@@ -169,7 +170,7 @@ class FleetTrainer(ESTrainer):
         **others,
     ):
         args = args if args is not None else ESConfig()
-        check_store_settings(args)
+        check_store_settings(args, "vLLM engines")
         if args.weights not in MODES:
             known = ", ".join(map(repr, MODES))
             raise BadValue(f"weights: with vLLM engines expected one of {known}, got {args.weights!r}")
@@ -197,7 +198,9 @@ class FleetTrainer(ESTrainer):
         try:
             store = FleetStore(fleet, args.weights)
             if at_once > 1:
-                args = dataclasses.replace(args, groups=with_frozen(args, fleet, store.whole_names))
+                groups = with_frozen(args, fleet, store.whole_names)
+                check_resumed(args, groups)
+                args = dataclasses.replace(args, groups=groups)
             super().__init__(
                 store,
                 reward_funcs,
@@ -247,6 +250,19 @@ def slot_options(args: ESConfig, at_once: int, given: Mapping[str, Any]) -> dict
     # As many as may run at the same time, since all requests of a member come before those of the next.
     running = 1 + -(-int(given.get("max_num_seqs", REQUESTS_AT_ONCE)) // responses)
     return lora_options(args.rank, min(at_once, running, MOST_SLOTS))
+
+
+def check_resumed(args: ESConfig, groups: Sequence[str]) -> None:
+    """ValueError for a run whose members went one after another, and so tunes what `groups` freeze."""
+    folder = RunFolder(args.output_dir)
+    if not args.resume or not folder.begun():
+        return
+    found, given = (groups or [] for groups in (folder.read_config().get("groups"), args.groups))
+    if list(found) == list(given) != list(groups):
+        raise BadValue(
+            "members_at_once: the run that is resumed tunes weights that vLLM's LoRA slots do not carry, and its "
+            "members went one after another; set members_at_once to 1 to go on with it"
+        )
 
 
 def with_frozen(args: ESConfig, fleet: Fleet, names: Sequence[str]) -> list[str]:

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from ..es.es import Member
+from ..rollout.completion import OWN, Asked, Completion
 from ..rollout.encoding import PromptReader
 from ..trainer.door import open_tokenizer
 from ..update.updater import Rule, UpdateRecord
 from ..utils.errors import BadImport, BadState, BadValue
 from ..utils.interrupts import kept_handlers
-from .actors import Actors, Job, TimeLimits
+from .actors import FIRST_LIMIT, Actors, Job, TimeLimits
 
 # Prompts of an evaluation that one engine gets at a time, for any number of engines.
 CHUNK = 256
@@ -41,7 +42,7 @@ class Fleet:
 
     If no Ray runs, it is started on this machine; the environment variable RAY_ADDRESS names a cluster.
 
-    Raises ValueError for numbers below 1, RuntimeError if an engine can't start.
+    Raises ValueError for numbers below 1 or beyond the GPUs that Ray has, RuntimeError if an engine can't start.
     """
 
     def __init__(
@@ -74,6 +75,8 @@ class Fleet:
             with kept_handlers():
                 ray.init(include_dashboard=False, log_to_driver=False)
         gpus = tensor_parallel_size if ray.cluster_resources().get("GPU") else 0
+        if gpus:
+            _check_room(ray, num_engines, gpus)
         actor = ray.remote(num_gpus=gpus, num_cpus=0)(VLLMEngine)
         environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | (
             {} if gpus else _on_cpu(num_engines, tensor_parallel_size)
@@ -86,7 +89,7 @@ class Fleet:
         # An engine that can't start is an error: it would fail every time.
         for number, engine in list(engines.items()):
             try:
-                ray.get(engine.__ray_ready__.remote())
+                ray.get(engine.__ray_ready__.remote(), timeout=FIRST_LIMIT)
             except ray.exceptions.RayError as error:
                 self.close()
                 raise BadState(f"engine {number} of {num_engines} can't start: {error}") from None
@@ -134,7 +137,7 @@ class Fleet:
 
     def save(self, folder: str | Path) -> None:
         """Writes a Hugging Face folder; one engine does it."""
-        list(self._actors.hand_out("call", [Job(folder, ("save_self_weights_to_disk", str(folder)))]))
+        list(self._actors.hand_out("call", [Job(folder, ("save_self_weights_to_disk", str(folder)))], given=False))
 
     def members(
         self, members: Iterable[Member], sigma: float, prompts: Sequence[str], seeds: Sequence[int] | None = None
@@ -143,7 +146,7 @@ class Fleet:
         Errors of prompts as in `generate`."""
         # Sent to each engine once.
         rows = self._ray.put(self.prompts(prompts))
-        jobs = (Job(m, (m.seed, m.sign * sigma, rows, seeds)) for m in members)
+        jobs = (Job(m, (m.seed, m.sign * sigma, rows, seeds), len(prompts)) for m in members)
         for member, (completions, tokens) in self._actors.hand_out("member", jobs):
             self.tokens += tokens
             yield member, completions
@@ -163,7 +166,8 @@ class Fleet:
         rows = self._ray.put(self.prompts(prompts))
 
         def job(packet: Sequence[Member]) -> Job:
-            return Job(packet, ([(m.seed, m.sign * sigma) for m in packet], rows, seeds), len(packet))
+            pairs = [(m.seed, m.sign * sigma) for m in packet]
+            return Job(packet, (pairs, rows, seeds), len(packet) * len(prompts))
 
         def halves(whole: Job) -> list[Job]:
             middle = (len(whole.key) + 1) // 2
@@ -177,11 +181,21 @@ class Fleet:
     def generate(self, prompts: Sequence[str], seeds: Sequence[int] | None = None) -> list[str]:
         """Completions from the present weights; all engines share the prompts. Raises TypeError or ValueError for
         prompts, as PromptReader does."""
-        rows = self.prompts(prompts)
+        return [completion.text for completion in self.complete_texts(prompts, seeds)]
+
+    def complete_texts(
+        self, prompts: Sequence[str], seeds: Sequence[int] | None = None, asked: Asked = OWN
+    ) -> list[Completion]:
+        """As `generate`, with settings of this call: a Completion for each prompt, in order. Raises ValueError also for
+        settings that are out of range or exceed max_new_tokens."""
+        rows = self.prompts.of_call(prompts, asked)
         starts = range(0, len(rows), CHUNK)
-        jobs = [Job(i, (rows[i : i + CHUNK], seeds and seeds[i : i + CHUNK])) for i in starts]
-        parts = dict(self._actors.hand_out("complete", jobs))
-        return [text for i in starts for text in parts[i]]
+        parts = [(rows[i : i + CHUNK], seeds and seeds[i : i + CHUNK], asked) for i in starts]
+        jobs = [Job(i, part, len(part[0])) for i, part in zip(starts, parts, strict=True)]
+        found = dict(self._actors.hand_out("complete", jobs))
+        completions = [completion for i in starts for completion in found[i]]
+        self.tokens += sum(completion.tokens for completion in completions)
+        return completions
 
     def check(self, prompts: Sequence[str]) -> None:
         """Raises ValueError for the first prompt that `generate` would refuse."""
@@ -193,6 +207,17 @@ class Fleet:
     def _all(self, method: str, *args):
         """The answer of all engines; it must be the same from each."""
         return self._actors.all(method, *args)
+
+
+def _check_room(ray, engines: int, gpus: int) -> None:
+    """ValueError if the machines have too few GPUs: Ray would wait for more without a word."""
+    found = [int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"]]
+    room = sum(count // gpus for count in found)
+    if room < engines:
+        raise BadValue(
+            f"num_engines: {engines} with {gpus} GPUs each (tensor_parallel_size), which must be on one machine; Ray "
+            f"has room for {room}, its machines have {', '.join(map(str, found))}"
+        )
 
 
 def _on_cpu(engines: int, ranks: int) -> dict[str, str]:

@@ -242,6 +242,11 @@ class WorkerExtension:
                 "esfast's vLLM plugin is not loaded, so nobody would reset the prefix cache: install esfast where vLLM "
                 "runs (pip install), and name esfast in VLLM_PLUGINS if that is set"
             )
+        if getattr(self.vllm_config, "kv_transfer_config", None) is not None:
+            raise BadState(
+                "the engine keeps keys and values elsewhere, too (kv_transfer_config), where those of other weights "
+                "would stay: start it without"
+            )
         model = self.vllm_config.model_config
         self._esfast_weights = WorkerWeights(self.get_model(), model.hf_config, model.model, get_tp_group())
         return self._esfast_weights

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..rollout.completion import OWN, Asked, Completion, decoded
 from ..rollout.encoding import PromptReader
 
 EXTENSION = "esfast.integrations.vllm.WorkerExtension"
@@ -45,9 +47,6 @@ class VLLMEngine:
         options = {"worker_extension_cls": EXTENSION, "disable_log_stats": True} | options
         self.llm = LLM(str(model), tensor_parallel_size=tensor_parallel_size, dtype=dtype, **options)
         self.max_new_tokens, self.temperature, self.tokens = max_new_tokens, temperature, 0
-        config = self.llm.llm_engine.vllm_config
-        # On a CPU vLLM gives a request without an adapter what is in the last slot. An empty adapter is the base.
-        self._base_needs_adapter = config.lora_config is not None and config.device_config.device_type == "cpu"
 
     @functools.cached_property
     def prompts(self) -> PromptReader:
@@ -68,22 +67,29 @@ class VLLMEngine:
         those of TransformersEngine.
 
         Raises ValueError or TypeError for prompts as PromptReader does."""
-        return self.complete(self.prompts(prompts), seeds)
+        return [completion.text for completion in self.complete_texts(prompts, seeds)]
 
-    def complete(self, rows: Sequence[Sequence[int]], seeds: Sequence[int] | None = None) -> list[str]:
-        """Like `generate`, for prompts given as token ids."""
-        adapters = self._adapters([(0, 0.0)]) * len(rows) if self._base_needs_adapter else None
-        return [text for text, _ in self._complete(rows, seeds, adapters)]
+    def complete_texts(
+        self, prompts: Sequence[str], seeds: Sequence[int] | None = None, asked: Asked = OWN
+    ) -> list[Completion]:
+        """As `generate`, with settings of this call: a Completion for each prompt, in order. Raises ValueError also for
+        settings that are out of range or exceed max_new_tokens."""
+        return self.complete(self.prompts.of_call(prompts, asked), seeds, asked)
+
+    def complete(
+        self, rows: Sequence[Sequence[int]], seeds: Sequence[int] | None = None, asked: Asked = OWN
+    ) -> list[Completion]:
+        """Like `complete_texts`, for prompts given as token ids, which are not checked."""
+        return self._complete(rows, seeds, None, asked)
 
     def member(
         self, seed: int, coeff: float, rows: Sequence[Sequence[int]], seeds: Sequence[int] | None = None
     ) -> tuple[list[str], int]:
-        """Perturbs the model by coeff * noise(seed), and returns the result of `complete` and its number of tokens. The
-        weights are restored when it returns or raises."""
-        before = self.tokens
+        """Perturbs the model by coeff * noise(seed), and returns the texts of `complete` and how many tokens they have.
+        The weights are restored when it returns or raises."""
         try:
             self.call("perturb_self_weights", seed, coeff)
-            return self.complete(rows, seeds), self.tokens - before
+            return _texts(self.complete(rows, seeds))
         finally:
             self.call("esfast_restore")
 
@@ -100,8 +106,7 @@ class VLLMEngine:
         adapters = [adapter for adapter in self._adapters(members) for _ in rows]
         again = len(members)
         done = self._complete(list(rows) * again, None if seeds is None else list(seeds) * again, adapters)
-        parts = [done[i * len(rows) : (i + 1) * len(rows)] for i in range(again)]
-        return [([text for text, _ in part], sum(tokens for _, tokens in part)) for part in parts]
+        return [_texts(done[i * len(rows) : (i + 1) * len(rows)]) for i in range(again)]
 
     def _adapters(self, members: Sequence[tuple[int, float]]) -> list:
         from vllm.lora.request import LoRARequest
@@ -110,23 +115,40 @@ class VLLMEngine:
         return [LoRARequest(**fields) for fields in given]
 
     def _complete(
-        self, rows: Sequence[Sequence[int]], seeds: Sequence[int] | None, adapters: list | None
-    ) -> list[tuple[str, int]]:
-        """The text of each prompt and its number of tokens."""
+        self, rows: Sequence[Sequence[int]], seeds: Sequence[int] | None, adapters: list | None, asked: Asked = OWN
+    ) -> list[Completion]:
         from vllm import SamplingParams
 
-        if seeds is None:
-            settings = SamplingParams(temperature=0.0, max_tokens=self.max_new_tokens)
+        most = self.max_new_tokens if asked.max_tokens is None else asked.max_tokens
+        if seeds is None or asked.temperature == 0:
+            settings = SamplingParams(temperature=0.0, max_tokens=most, detokenize=False)
         else:
+            sampled = {"temperature": asked.temperature or self.temperature, "top_p": asked.top_p}
             settings = [
-                SamplingParams(temperature=self.temperature, max_tokens=self.max_new_tokens, seed=s % 2**63)
-                for s in seeds
+                SamplingParams(seed=seed % 2**63, max_tokens=most, detokenize=False, **sampled) for seed in seeds
             ]
-        asked = [{"prompt_token_ids": list(row)} for row in rows]
-        done = self.llm.generate(asked, settings, use_tqdm=False, lora_request=adapters)
-        found = [(d.outputs[0].text, len(d.outputs[0].token_ids)) for d in done]
-        self.tokens += sum(tokens for _, tokens in found)
+        prompts = [{"prompt_token_ids": list(row)} for row in rows]
+        try:
+            done = self.llm.generate(prompts, settings, use_tqdm=False, lora_request=adapters)
+        except BaseException:
+            self._abort()
+            raise
+        outputs = [d.outputs[0] for d in done]
+        # vLLM's own text leaves out the part of a character that the end cut off.
+        texts = decoded(self.llm.get_tokenizer(), [o.token_ids for o in outputs])
+        found = [
+            Completion(text, len(output.token_ids), output.finish_reason == "stop")
+            for text, output in zip(texts, outputs, strict=True)
+        ]
+        self.tokens += sum(completion.tokens for completion in found)
         return found
+
+    def _abort(self) -> None:
+        """Ends the requests of a call that was cut short: weights can't change before they are done."""
+        engine = self.llm.llm_engine
+        # An engine that has died has none.
+        with contextlib.suppress(Exception):
+            engine.abort_request(list(engine.output_processor.request_states), internal=True)
 
     def call(self, method: str, *args, **kwargs):
         """Calls WorkerExtension.`method` on all ranks; returns the first rank's answer."""
@@ -134,3 +156,7 @@ class VLLMEngine:
 
     def close(self) -> None:
         self.llm.llm_engine.engine_core.shutdown()
+
+
+def _texts(completions: Sequence[Completion]) -> tuple[list[str], int]:
+    return [completion.text for completion in completions], sum(completion.tokens for completion in completions)

@@ -18,8 +18,8 @@ from ..utils.errors import BadState, BadValue
 from . import vllm_patches
 from .vllm_slots import Slots, groups_that_freeze
 
-# Numbers of vLLM's own adapters are small.
-FIRST_NUMBER = 2**24
+# Numbers of other adapters are small, or hashes of 32 bits.
+FIRST_NUMBER = 2**48
 
 
 class Drawn(NamedTuple):
@@ -117,6 +117,7 @@ class Members:
                 f"esfast_members: the noise of seed {next(iter(weights.offsets.terms))} is still in place; restore "
                 "first"
             )
+        weights.offsets.follow()
         if rule.noise != "low_rank" or rule.rank != rank:
             of_rank = f" of rank {rule.rank}" if rule.noise == "low_rank" else ""
             raise BadValue(

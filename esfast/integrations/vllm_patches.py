@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from ..utils.errors import BadState
+from .vllm_cpu_slots import CpuSlots
 
 # How the names and paths of esfast's adapters begin. vLLM's prefix cache is keyed by them, so none is used twice.
 PREFIX = "esfast-member-"
@@ -95,6 +96,16 @@ PATCHES: list[Patch] = [
         "chooses the slot",
         {"0.30.0": "3601a6eceb7209dc", "0.31.0": "3601a6eceb7209dc", "0.32.0": "3601a6eceb7209dc"},
     ),
+    *(
+        Patch(f"vllm.lora.punica_wrapper.{of}", "CPU slots cost less; without one: the base", {"0.32.0": digest})
+        for of, digest in (
+            ("punica_base:PunicaWrapperBase.update_metadata", "86f04c6554c626f1"),
+            ("punica_cpu:PunicaWrapperCPU._shrink_prefill", "930e92633b0945a8"),
+            ("punica_cpu:PunicaWrapperCPU._expand_prefill", "c22904c1d974986b"),
+            ("punica_cpu:PunicaWrapperCPU._expand_slice_prefill", "a1004e162218ca68"),
+            ("punica_cpu:PunicaWrapperCPU.add_lora_logits", "3b92417da6382f86"),
+        )
+    ),
 ]
 
 
@@ -107,7 +118,7 @@ def patch_vllm(extension: type) -> None:
 
     core: Any = EngineCore
     front: Any = LLMEngine
-    core.collective_rpc = _noting_members(_then_reset(core.collective_rpc, extension), extension)
+    core.collective_rpc = _noting_members(_resetting(core.collective_rpc, extension), extension)
     core.preprocess_add_request = _of_members(core.preprocess_add_request, lambda request: request.lora_request)
     front.collective_rpc = _noting_members(front.collective_rpc, extension)
     front.add_request = _of_members(front.add_request, lambda *a, lora_request=None, **k: lora_request)
@@ -119,20 +130,19 @@ def _extended(vllm_config, extension: type) -> bool:
     return bool(name) and issubclass(pkgutil.resolve_name(name), extension)
 
 
-def _then_reset(original, extension):
-    """Resets the prefix cache after a call that changes weights, also after an error, which may have left others."""
+def _resetting(original, extension):
+    """Resets the prefix cache before a call that changes weights; nothing is computed in between. Refuses the call
+    while there are requests: they would mix keys of two weights, or wait for members that are gone."""
 
     @functools.wraps(original)
     def collective_rpc(self, method, timeout=None, args=(), kwargs=None):
-        changes = method in extension.CHANGES_WEIGHTS and _extended(self.vllm_config, extension)
-        try:
-            return original(self, method, timeout, args, kwargs)
-        finally:
-            if changes and not self.reset_prefix_cache():
+        if method in extension.CHANGES_WEIGHTS and _extended(self.vllm_config, extension):
+            if self.scheduler.has_unfinished_requests() or not self.reset_prefix_cache():
                 raise BadState(
-                    f"{method}: requests are running, with keys and values of the weights of before; wait for them, or "
-                    "abort them, before weights change"
+                    f"{method}: requests are not finished, which began with the weights as they are; wait for them, or "
+                    "abort them (llm_engine.abort_request), before weights change. None has changed"
                 )
+        return original(self, method, timeout, args, kwargs)
 
     return collective_rpc
 
@@ -143,11 +153,11 @@ def _noting_members(original, extension):
     @functools.wraps(original)
     def collective_rpc(self, method, timeout=None, args=(), kwargs=None):
         if method in extension.CHANGES_WEIGHTS:
-            self._esfast_members = set()
+            self._esfast_members = {}
         answers = original(self, method, timeout, args, kwargs)
         if method == "esfast_members":
-            known = self.__dict__.setdefault("_esfast_members", set())
-            known.update(adapter["lora_int_id"] for adapter in answers[0])
+            known = self.__dict__.setdefault("_esfast_members", {})
+            known.update((adapter["lora_int_id"], adapter["lora_name"]) for adapter in answers[0])
         return answers
 
     return collective_rpc
@@ -160,9 +170,11 @@ def _of_members(original, lora_of: Callable[..., Any]):
     @functools.wraps(original)
     def add(self, *args, **kwargs):
         asked = lora_of(*args, **kwargs)
-        if asked is not None and asked.lora_path.startswith(PREFIX):
-            if asked.lora_int_id not in self.__dict__.get("_esfast_members", ()):
-                raise BadState(unknown(asked.lora_name))
+        if asked is not None:
+            name = self.__dict__.get("_esfast_members", {}).get(asked.lora_int_id)
+            ours = asked.lora_path.startswith(PREFIX)
+            if name != (asked.lora_name if ours else None):
+                raise BadState(unknown(asked.lora_name) if ours else number_taken(asked))
         return original(self, *args, **kwargs)
 
     return add
@@ -172,6 +184,13 @@ def unknown(name: str) -> str:
     return (
         f"{name!r} is no member of now: the weights have changed since, or esfast_members did not give it; ask "
         "esfast_members for the members of this generation"
+    )
+
+
+def number_taken(request) -> str:
+    return (
+        f"{request.lora_name!r}: lora_int_id {request.lora_int_id} is that of a member, which would answer; give your "
+        "adapter another number"
     )
 
 
@@ -243,5 +262,8 @@ def draw_adapters(manager, members: Mapping[int, Any], write: Callable[[int, int
             adapters._registered_adapters.touch(number)
             adapters._active_adapters.touch(number)
 
+    for wrapper in adapters.punica_wrapper_mapping.values():
+        if type(wrapper).__name__ == "PunicaWrapperCPU":
+            CpuSlots(wrapper)
     manager._load_adapter, manager._apply_adapters = load_adapter, apply_adapters
     adapters._add_adapter, adapters.activate_adapter = add_adapter, activate_adapter

@@ -44,6 +44,17 @@ def decoded(tokenizer, rows: Sequence[Sequence[int]]) -> list[str]:
     return [text_of[tuple(ids)] for ids in rows]
 
 
+def check_asked(asked: Asked, longest: int, setting: str) -> int:
+    """How many tokens a completion may have. ValueError for more than `longest`, which `setting` names, and for a top_p
+    out of range."""
+    most = longest if asked.max_tokens is None else asked.max_tokens
+    if not 1 <= most <= longest:
+        raise BadValue(f"max_tokens: expected 1 to {longest} ({setting}), got {most}")
+    if not 0 < asked.top_p <= 1:
+        raise BadValue(f"top_p: expected more than 0 and at most 1, got {asked.top_p}")
+    return most
+
+
 def complete(
     engine: Any, prompts: Sequence[str], seeds: Sequence[int] | None = None, asked: Asked = OWN
 ) -> list[Completion]:

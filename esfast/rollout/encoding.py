@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from ..utils.errors import BadType, BadValue
 from ..utils.rows import check_text
+from .completion import Asked, check_asked
 
 # Samples: the first one that the vocabulary knows shows what the tokenizer puts around a text.
 KNOWN_TEXTS = ("a", "1", "A", "the", ".", "\u4e00")
@@ -117,6 +118,16 @@ class PromptReader:
             distinct = list(dict.fromkeys(prompts))
             self._tokens = dict(zip(distinct, self.encode(distinct), strict=True))
         return [self._tokens[prompt] for prompt in prompts]
+
+    def of_call(self, prompts: Sequence[str], asked: Asked) -> list[list[int]]:
+        """Token ids of prompts that a call asks to continue with settings of its own. Raises ValueError also for
+        settings out of range."""
+        own, most = self.max_new_tokens, check_asked(asked, self.max_new_tokens, self.length_setting)
+        self.set_longest(most)
+        try:
+            return self(prompts)
+        finally:
+            self.set_longest(own)
 
     def set_longest(self, max_new_tokens: int) -> None:
         """Changes how many tokens a completion may have."""

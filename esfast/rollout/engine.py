@@ -22,7 +22,7 @@ from transformers import GenerationConfig
 from ..core.dtensors import in_shards
 from ..utils.errors import BadType, BadValue
 from ..utils.names import DECODINGS
-from .completion import OWN, Asked, Completion, decoded
+from .completion import OWN, Asked, Completion, check_asked, decoded
 from .decoding import WAYS, choose_ways
 from .encoding import PromptReader, context_limit, embedded_tokens
 from .models import check_generates
@@ -232,13 +232,7 @@ class TransformersEngine:
     @contextlib.contextmanager
     def _as_asked(self, asked: Asked) -> Iterator[None]:
         """In the block the settings are those of one call. Decodings read them from the generation config."""
-        most = self.max_new_tokens if asked.max_tokens is None else asked.max_tokens
-        if not 1 <= most <= self.max_new_tokens:
-            raise BadValue(
-                f"max_tokens: expected 1 to {self.max_new_tokens} ({self.prompts.length_setting}), got {most}"
-            )
-        if not 0 < asked.top_p <= 1:
-            raise BadValue(f"top_p: expected more than 0 and at most 1, got {asked.top_p}")
+        most = check_asked(asked, self.max_new_tokens, self.prompts.length_setting)
         own = self.max_new_tokens, self.temperature, self.top_p
         try:
             self._set(most, asked.temperature or self.temperature, asked.top_p)

@@ -98,7 +98,7 @@ class _Store:
     def __init__(self, store: WeightStore, peft_config, config: ESConfig):
         if peft_config is not None:
             raise BadType("peft_config: expected a model to put adapters into, got weights in a store")
-        check_store_settings(config)
+        check_store_settings(config, f"a {type(store).__name__}")
         self.model, self.name = store, store.source
 
     def identity(self) -> dict[str, Any]:
@@ -113,13 +113,11 @@ class _Store:
         return None
 
 
-def check_store_settings(config: ESConfig) -> None:
-    """ValueError for settings that need the weights in this process."""
+def check_store_settings(config: ESConfig, store: str) -> None:
+    """ValueError for settings that need the weights in this process, and not in `store`."""
     needs = {"kl_to_base": False, "perturb_rounding": "nearest", "include": None, "exclude": None}
     for name, only in (needs | {"prompts_per_member": "shared"}).items():
         if getattr(config, name) != only:
-            raise BadValue(
-                f"{name}: with the weights in vLLM engines only {only!r} works, got {getattr(config, name)!r}"
-            )
+            raise BadValue(f"{name}: with the weights in {store} only {only!r} works, got {getattr(config, name)!r}")
     if config.groups == [AUTO]:
         raise BadValue("groups: 'auto' needs the weights in this process; name the groups, or leave them out")

@@ -107,6 +107,7 @@ def test_what_is_refused_changes_nothing(engine, tmp_path):
         (RuntimeError, "seed 1 is still in place", ("update_weights_from_seeds", [1], [1.0], 0.1, 1)),
         (RuntimeError, "still in place", ("load_weights_from_disk", str(engine.path))),
         (ValueError, "seed", ("perturb_self_weights", -1, 0.05)),
+        (RuntimeError, "enable_lora=True, max_loras=", ("esfast_members", [1], [0.1], 1)),
         (ValueError, "finite", ("perturb_self_weights", 2, float("inf"))),
     ):
         with pytest.raises(error, match=words):

@@ -47,11 +47,64 @@ def test_other_slots_and_weights_under_an_old_name(population, monkeypatch):
     (second,) = engine.members([2], [0.05], rank)
     assert first.lora_name != second.lora_name and first.lora_int_id != second.lora_int_id
     assert engine.ask([first, second], ROWS) == fresh
-    worker = engine.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
-    drawn = worker._esfast_adapters._drawn
+    core = engine.llm.llm_engine.engine_core.engine_core
+    drawn = core.model_executor.driver_worker.worker._esfast_adapters._drawn
     drawn[second.lora_int_id] = drawn[second.lora_int_id]._replace(name=first.lora_name)
+    for door in (core, engine.llm.llm_engine):
+        door._esfast_members[second.lora_int_id] = first.lora_name
     second.lora_name = second.lora_path = first.lora_name
     assert engine.ask([second], ROWS)[0] != fresh[1]
+
+
+def test_requests_without_an_adapter_are_the_base(population):
+    """Beside members in a batch, too, where vLLM's CPU kernels take the last slot for them; and after members."""
+    engine, rank, count = population
+    alone = engine.ask([None], ROWS)
+    engine.assert_greedy(ROWS, alone[0])
+    adapters = engine.members(list(range(count)), [0.05] * count, rank)
+    assert engine.ask([*adapters, None], ROWS)[-1] == alone[0] == engine.ask([None], ROWS)[0]
+    engine.rpc("esfast_restore")
+    assert engine.ask([None], ROWS) == alone
+
+
+def test_requests_that_no_member_answers(population):
+    """They are refused before they are scheduled, so the engine goes on."""
+    from vllm.lora.request import LoRARequest
+
+    engine, rank, _ = population
+    (member,) = engine.members([1], [0.05], rank)
+    answers = engine.ask([member], ROWS)
+    name, number = member.lora_name, member.lora_int_id
+    for fields, words in (
+        ((name, 5, name), "is no member of now"),
+        ((f"{name}0", number, f"{name}0"), "is no member of now"),
+        (("mine", number, name), "is no member of now"),
+        (("mine", number, "/nowhere"), f"'mine': lora_int_id {number} is that of a member"),
+    ):
+        with pytest.raises(RuntimeError, match=words):
+            engine.ask([LoRARequest(*fields)], ROWS)
+    assert engine.ask([member], ROWS) == answers
+
+
+def test_weights_do_not_change_under_requests(population):
+    """Neither under one that runs nor under one that waits, which would then find its member gone."""
+    from vllm import SamplingParams
+
+    engine, rank, _ = population
+    (member,) = engine.members([1], [0.05], rank)
+    wanted, before = engine.ask([member], ROWS)[0][1], engine.fingerprint()
+    requests = engine.llm.llm_engine
+    for steps in (0, 1):
+        settings = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+        requests.add_request(f"of {steps}", {"prompt_token_ids": ROWS[1]}, settings, lora_request=member)
+        done = [output for _ in range(steps) for output in requests.step()]
+        with pytest.raises(RuntimeError, match="esfast_update: requests are not finished, .* None has changed"):
+            engine.rpc("esfast_update", vars(UpdateRecord(0, [1], [0.1], [], 0.05, 0.02)))
+        while requests.has_unfinished_requests():
+            done += requests.step()
+        assert list(done[-1].outputs[0].token_ids) == wanted and engine.fingerprint() == before
+        # It is still a member, but the engine has forgotten it.
+        (member,) = engine.members([1], [0.05], rank)
 
 
 def test_es_at_scale_s_driver_in_population_batches(population):

@@ -15,11 +15,13 @@ pytest.importorskip("vllm", reason="vLLM is not installed here; `make test-vllm`
 
 # An engine of several processes takes a while to start. These two are of both kinds, tied and not, with LoRA slots.
 USUAL, FURTHER = ["llama-tied", "qwen2-untied"], ["qwen2-tied", "llama-untied"]
-# Rank of the members, and options.
-RANKS = {"llama-tied": 8, "qwen2-untied": 1}
+# Rank of the members, slots, and options.
+RANKS = {"llama-tied": 8, "qwen2-untied": 1, "qwen2-tied": 8, "llama-untied": 1}
 SLOTS = {
     "llama-tied": lora(8, 4, fully_sharded_loras=True),
     "qwen2-untied": lora(1, 8),
+    "qwen2-tied": lora(8, 8),
+    "llama-untied": lora(1, 3),
 }
 
 
@@ -29,7 +31,7 @@ def engine(request, start):
         patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
         if request.param == "qwen2-untied":
             patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")  # the engine in a process too: vLLM's default
-        engine = start(request.param, tensor_parallel_size=2, **SLOTS.get(request.param, {}))
+        engine = start(request.param, tensor_parallel_size=2, **SLOTS[request.param])
         yield engine
         engine.close()
 
@@ -95,11 +97,7 @@ def test_updates_from_a_master_save_and_load(engine, tmp_path):
 
 def test_members_in_lora_slots(engine):
     """Of layers that are divided by rows, by columns, fused, and fully sharded."""
-    rank = RANKS.get(engine.path.name)
-    if rank is None:
-        with pytest.raises(Exception, match="enable_lora=True, max_loras="):
-            engine.rpc("esfast_members", [1], [0.1], 1)
-        return
+    rank = RANKS[engine.path.name]
     groups = engine.rpc("esfast_adapters")[0]["frozen"]
     rule = Rule(noise="low_rank", rank=rank, groups=tuple(map(Group.parse, groups)))
     engine.rpc("esfast_begin", rule.to_json())

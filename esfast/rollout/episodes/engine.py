@@ -52,7 +52,7 @@ class Episodes:
         environment: an object with `async episode(client, row) -> float`, or such a function. `client` is an
             openai.AsyncOpenAI, `client.model` the name to ask for. If its attribute `needs_port` is true there is a
             port, any one unless the settings name one.
-        engine: generates the answers. One that has fixed settings (vLLM's, a function) refuses others.
+        engine: generates the answers. One that has fixed settings (a function) refuses others.
         tokenizer: whose chat template turns messages into texts.
         settings: limits, temperature, port.
 
