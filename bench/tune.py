@@ -27,7 +27,6 @@ from ..trainer.tuning import BUDGET
 from ..utils.child import child
 from . import BenchmarkError, add_choices, count
 from .countdown import call, train_command
-from .forgetting import PROBE as ARITHMETIC
 from .forgetting import TASK as SPELL_BACKWARD
 from .kept_runs import add_jobs, add_keep, run_all, run_folder
 
@@ -42,7 +41,7 @@ WAYS: dict[str, float | None] = {
 # By their short names.
 TASKS = {name: name for name in MODULES} | {
     "spell_backward": SPELL_BACKWARD,
-    "basic_arithmetic": ARITHMETIC,
+    "chain_sum": "gym:chain_sum?min_terms=2&max_terms=2&min_digits=1&max_digits=1",
 }
 # Where the gain is clear after fewer generations than the recipe's.
 SHORTER = {"countdown": {"generations": 60}, "sudoku": {"generations": 15}, "math": {"generations": 50}}
@@ -168,7 +167,7 @@ def table(result: dict) -> tuple[list[str], list[list[str]]]:
                     f"{mean(row['reward_before'] for row in rows):.3f}",
                     _spread(after),
                     f"{_gain(rows):+.3f}",
-                    f"{_gain(rows) / by_hand:.0%}" if by_hand else "",
+                    f"{_gain(rows) / by_hand:.0%}" if by_hand > 0 else "",
                     f"{mean(row['searched'] for row in rows):.1%}" if WAYS[way] is None else "",
                 ]
             )

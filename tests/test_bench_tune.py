@@ -51,6 +51,9 @@ def test_the_table_has_the_losers_and_what_a_gain_is_of_that_by_hand():
     headers, lines = tune.table({"rows": [*rows, row("ten times", 0.1, 0.1)]})
     found = [dict(zip(headers, line, strict=True)) for line in lines]
     assert [f["sigma, lr"] for f in found] == ["by hand", "auto", "ten times"]
+    # of a loss there is no part
+    lost = [row("by hand", 0.2, 0.01), row("auto", 0.4, 0.01)]
+    assert {line[headers.index("of the gain by hand")] for line in tune.table({"rows": lost})[1]} == {""}
     assert found[1]["of the gain by hand"] == "100%" and found[1]["sigma"] == "0.01 to 0.02"
     assert found[1]["search, of all responses"] == "3.0%" and found[2]["of the gain by hand"] == "-100%"
 
