@@ -148,6 +148,14 @@ def test_what_cannot_be_shared_is_asked_one_after_another_or_refused(caplog):
     assert "members are asked one after another" in caplog.text
 
 
+def test_a_model_in_train_mode():
+    """Members share it in eval mode, and it has its mode again afterwards."""
+    es, engine = make(population=3)
+    engine.model.train()
+    assert answers(PopulationEvaluator(engine, 3), es) == answers(SequentialEvaluator(engine), es)
+    assert engine.model.training
+
+
 def test_who_asks(monkeypatch):
     _, engine = make()
     assert type(asking(engine)) is type(asking(engine, "3")) is PopulationEvaluator

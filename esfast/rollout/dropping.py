@@ -19,23 +19,27 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from .cache import cache_with_room
 from .decoding import CACHE, Tokens
 from .encoding import embedded_tokens
+from .memory import peak_bytes
 from .probe import Carried, same_but_for_rounding
 from .sampling import SeededSampling
 
 # Rows are dropped when no member has more than this share of its rows unfinished: each time costs a copy of the cache.
 SHARE = 0.8
+MEASURED_ROWS = 8
 
 
 class Dropping:
     """model.generate for rows of several members, member by member, the same number for each.
 
     drops  whether rows that have ended leave the batch; the model's cache must allow it, see `can_drop`
+    room   whether the cache takes its memory once, see `cache_with_room`
     """
 
-    def __init__(self, model, config: GenerationConfig, drops: bool = True):
-        self.model, self.drops = model, drops
+    def __init__(self, model, config: GenerationConfig, drops: bool = True, room: bool = False):
+        self.model, self.drops, self.room = model, drops, room
         self.config = copy.deepcopy(config)
         self.config.return_dict_in_generate = True
         self._ends = torch.tensor(config.eos_token_id or [], device=model.device)
@@ -55,7 +59,7 @@ class Dropping:
         which = torch.arange(len(rows), device=device).view(members, -1)
         unfinished = torch.ones_like(which, dtype=torch.bool)
         done, config = 0, copy.copy(self.config)
-        cache: dict = {}
+        cache = self._cache(width)
         while True:
             finite, watch = RowsFinite(), Unfinished(self._ends, unfinished, SHARE if self.drops else 0.0)
             processors = [finite] if sampling is None else [finite, sampling.of_rows(which.flatten(), width)]
@@ -89,6 +93,40 @@ class Dropping:
         tokens = [row[:length] for row, length in zip(texts.tolist(), lengths.tolist(), strict=True)]
         return tokens, fine.view(members, -1).all(1).tolist()
 
+    def row_bytes(self, tokens: int, sampling: SeededSampling | None = None) -> int:
+        """Bytes that a row of so many prompt tokens takes at most: to read the prompt and, if the cache has room, to
+        generate the last token. Measured with a few rows."""
+        device, config, longest = self.model.device, copy.copy(self.config), tokens + self.config.max_new_tokens - 1
+        ids, rows = torch.ones(MEASURED_ROWS, longest, dtype=torch.long, device=device), torch.arange(MEASURED_ROWS)
+        config.max_new_tokens = 1
+        processors = LogitsProcessorList(
+            [RowsFinite(), *([] if sampling is None else [sampling.of_rows(rows.to(device), tokens)])]
+        )
+
+        def one_token(given: int, cache: dict) -> None:
+            with torch.no_grad():
+                self.model.generate(
+                    input_ids=ids[:, :given],
+                    attention_mask=torch.ones_like(ids[:, :given]),
+                    generation_config=config,
+                    logits_processor=processors,
+                    **cache,
+                )
+
+        def first_and_last() -> None:
+            cache = self._cache(tokens)
+            one_token(tokens, cache)
+            if cache and longest > tokens:
+                for layer in cache[CACHE].layers:
+                    layer.show(longest - 1)
+                one_token(longest, cache)
+
+        return peak_bytes(first_and_last) // MEASURED_ROWS
+
+    def _cache(self, width: int) -> dict:
+        """The argument of `generate` for prompts of `width` tokens."""
+        return {CACHE: cache_with_room(self.model, width + self.config.max_new_tokens - 1)} if self.room else {}
+
 
 class RowsFinite(LogitsProcessor):
     """Leaves scores as they are, and remembers of which rows all were numbers."""
@@ -117,8 +155,9 @@ class Unfinished(StoppingCriteria):
         return torch.full((len(input_ids),), stop, device=input_ids.device)
 
 
-def can_drop(model, config: GenerationConfig) -> bool:
-    """Whether generating in two parts, the second with fewer rows, gives the logits of generating at once."""
+def can_drop(model, config: GenerationConfig, room: bool = False) -> bool:
+    """Whether generating in two parts, the second with fewer rows, gives the logits of generating at once; with `room`
+    from a cache of `cache_with_room`, otherwise from the one that `generate` makes."""
     device, steps = model.device, 4
     usual = range(3, max(4, min(embedded_tokens(model), 200)))
     rows = [[usual[(31 * i + 17 * j) % len(usual)] for j in range(5)] for i in range(4)]
@@ -144,7 +183,10 @@ def can_drop(model, config: GenerationConfig) -> bool:
             whole, _ = logits(ids, steps)
             carried.find()
             carried.forget()
-            first, output = logits(ids, steps // 2)
+            given = {CACHE: cache_with_room(model, ids.shape[1] + steps - 1)} if room else {}
+            if None in given.values():
+                return False
+            first, output = logits(ids, steps // 2, **given)
             output[CACHE].reorder_cache(kept)
             second, _ = logits(output.sequences[kept], steps - steps // 2, **{CACHE: output[CACHE]})
     except torch.OutOfMemoryError:

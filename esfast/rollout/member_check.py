@@ -49,7 +49,7 @@ class Learned:
 
 
 def check_language_model(stack: StackedModel, learned: Learned) -> None:
-    """Learns from a few tokens of generated text. Raises Unsupported."""
+    """Learns from a few tokens of text that the model generates in eval mode. Raises Unsupported."""
     model = stack.module
     usual = range(3, max(4, min(embedded_tokens(model), 200)))
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
@@ -60,21 +60,17 @@ def check_language_model(stack: StackedModel, learned: Learned) -> None:
         texts = [[usual[(31 * i + 17 * j) % len(usual)] for j in range(n)] for i, n in enumerate(lengths)]
         return [first_logits(model, config, texts * members)]
 
-    equal, was_training = False, model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            try:
-                with stack.alone(0):
-                    run(2, 1)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception:
-                # Some can't be given prompts of several lengths.
-                equal = True
-            _learn(stack, learned, run, _prime(stack.module), _same_logits)
-    finally:
-        model.train(was_training)
+    equal = False
+    with torch.no_grad():
+        try:
+            with stack.alone(0):
+                run(2, 1)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:
+            # Some can't be given prompts of several lengths.
+            equal = True
+        _learn(stack, learned, run, _prime(stack.module), _same_logits)
 
 
 def _same_logits(alone: list[torch.Tensor], together: list[torch.Tensor], dtype: torch.dtype) -> bool:

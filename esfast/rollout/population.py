@@ -8,7 +8,6 @@ in float32 on one thread, the texts are those of one member after another.
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Generator, Sequence
 
@@ -20,11 +19,10 @@ from ..utils.errors import BadValue
 from ..utils.memory import total_memory
 from .adapters import is_peft
 from .completion import decoded
-from .dropping import Dropping, can_drop
+from .dropping import MEASURED_ROWS, Dropping, can_drop
 from .engine import TransformersEngine, is_small
 from .evaluator import SequentialEvaluator
 from .low_rank_model import LowRankModel
-from .memory import peak_bytes
 from .probe import ALONE, ANY
 from .sampling import LogitsError
 from .stacked_model import StackedModel, Unsupported
@@ -35,7 +33,6 @@ log = logging.getLogger(__name__)
 WEIGHTS_SHARE = TEXTS_SHARE = 0.25
 # A batch of more rows takes longer for each of them on a CPU, whose caches it leaves.
 MOST_ROWS_ON_CPU = 2048
-MEASURED_ROWS = 8
 
 Answers = Generator[tuple[Member, "list[str] | LogitsError"], None, None]
 
@@ -85,7 +82,7 @@ class PopulationEvaluator:
         self._tokens = self._bytes_of_member = self._bytes_to_write = self._bytes_to_check = 0
         self._stack: StackedModel | None = None
         self._way: Dropping | None = None
-        self._bytes_of_row: dict[int, int] = {}
+        self._bytes_of_row: dict[tuple[int, bool], int] = {}
         self._sequential = SequentialEvaluator(engine)
 
     @property
@@ -95,7 +92,7 @@ class PopulationEvaluator:
     def evaluate(self, members: Population, prompts: Sequence[str], seeds: Sequence[int] | None) -> Answers:
         """See MemberEvaluator. Raises Unsupported if members can't share the model and K is a number."""
         if self.at_once is None:
-            self._settle(members, prompts)
+            self._settle(members, prompts, seeds is not None)
         if self.at_once == 1:
             yield from self._sequential.evaluate(members, prompts, seeds)
             return
@@ -108,7 +105,7 @@ class PopulationEvaluator:
 
     # ---- how many ----------------------------------------------------------------------------------------------------
 
-    def _settle(self, members: Population, prompts: Sequence[str]) -> None:
+    def _settle(self, members: Population, prompts: Sequence[str], sampled: bool) -> None:
         """Chooses K for the first population, and says so."""
         es, engine = members.es, self.engine
         processes = max(1, es.team.size // es.team.shards)
@@ -127,7 +124,7 @@ class PopulationEvaluator:
             # Sigma breaks the members that it was tried out with. Asked one after another, each is named.
             self.at_once = 1
             return
-        row = self._row_bytes(max(map(len, engine.prompts(prompts))))
+        row = self._row_bytes(max(map(len, engine.prompts(prompts))), sampled)
         if self.members_at_once == "auto":
             memory = total_memory(es.plan.device)
             rows = engine.batch_size or int(TEXTS_SHARE * memory / row)
@@ -170,9 +167,10 @@ class PopulationEvaluator:
         self._bytes_to_check = stack.nbytes + stack.bytes_to_check
         self._stack = None
         with engine.own_settings():
-            drops = can_drop(engine.model, engine.generation_config)
+            room = can_drop(engine.model, engine.generation_config, room=True)
+            drops = room or can_drop(engine.model, engine.generation_config)
         self.one_by_one = set(stack.learned.one_by_one)
-        self._way = Dropping(engine.model, engine.generation_config, drops)
+        self._way = Dropping(engine.model, engine.generation_config, drops, room)
 
     def _stack_of(self, es, at_once: int) -> StackedModel:
         if self._stack is None or self._stack.at_once < at_once:
@@ -181,25 +179,20 @@ class PopulationEvaluator:
             self._stack = kind(es.plan, at_once, es.store.source_of_members, es.rule, es.perturb_rounding)
         return self._stack
 
-    def _row_bytes(self, tokens: int) -> int:
+    def _row_bytes(self, tokens: int, sampled: bool) -> int:
         """Bytes that a row of so many prompt tokens takes at most while its text is generated."""
-        engine = self.engine
-
-        def generate() -> None:
-            model, config = engine.model, copy.copy(engine.generation_config)
-            config.max_new_tokens = 1
-            ids = torch.ones(MEASURED_ROWS, tokens, dtype=torch.long, device=model.device)
-            with torch.no_grad():
-                model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
-
-        if tokens not in self._bytes_of_row:
+        engine, way = self.engine, self._way
+        if (tokens, sampled) not in self._bytes_of_row:
             with engine.own_settings():
-                prefill = peak_bytes(generate) // MEASURED_ROWS
-            traits, longest = engine.traits, tokens + engine.max_new_tokens
-            # Appending a token to a cache copies it: of one layer there are two.
-            cache = 2 * (traits.bytes_fixed + traits.bytes_per_token * longest) if traits.bytes_fixed is not None else 0
-            self._bytes_of_row[tokens] = max(prefill, cache)
-        return self._bytes_of_row[tokens]
+                sampling = engine.begin_batch([0] * MEASURED_ROWS if sampled else None)
+                found = way.row_bytes(tokens, sampling)
+            traits = engine.traits
+            if not way.room and traits.bytes_fixed is not None:
+                # Appending a token to a cache copies it: of one layer there are two.
+                longest = tokens + engine.max_new_tokens
+                found = max(found, 2 * (traits.bytes_fixed + traits.bytes_per_token * longest))
+            self._bytes_of_row[tokens, sampled] = found
+        return self._bytes_of_row[tokens, sampled]
 
     def _prompts_each(self, prompts: int, members: int, row: int) -> int:
         """How many prompts of each of so many members are generated at once."""
@@ -248,7 +241,7 @@ class PopulationEvaluator:
         flat = None if seeds is None else [seed for of_member in seeds for seed in of_member]
         texts = [""] * len(encoded)
         fine = [True] * count
-        each = self._prompts_each(most, count, self._row_bytes(max(lengths)))
+        each = self._prompts_each(most, count, self._row_bytes(max(lengths), seeds is not None))
         with stack.in_place(), engine.own_settings():
             done = 0
             while done < most:

@@ -237,10 +237,18 @@ class StackedModel:
         Raises Unsupported, and any exception of the model when it generates a text. For other modules, and for one
         member, it does nothing; the first call finds out.
         """
-        learned = self.learned
-        if self._count > 1 and "generate" not in learned.calls and callable(getattr(self.module, "generate", None)):
-            check_language_model(self, learned)
-            learned.calls.add("generate")
+        if self._count < 2 or not callable(getattr(self.module, "generate", None)):
+            return
+        # Texts are generated in eval mode, in which a module may do other operations.
+        was_training = self.module.training
+        self.module.eval()
+        try:
+            learned = self.learned
+            if "generate" not in learned.calls:
+                check_language_model(self, learned)
+                learned.calls.add("generate")
+        finally:
+            self.module.train(was_training)
 
     @property
     def learned(self) -> Learned:
