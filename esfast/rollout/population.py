@@ -242,7 +242,7 @@ class PopulationEvaluator:
         texts = [""] * len(encoded)
         fine = [True] * count
         each = self._prompts_each(most, count, self._row_bytes(max(lengths), seeds is not None))
-        with stack.in_place(), engine.own_settings():
+        with engine.own_settings(), stack.in_place():
             done = 0
             while done < most:
                 step = engine.traits.batchable([lengths[i] for i in order[0][done : done + each]])
