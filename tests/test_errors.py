@@ -26,6 +26,7 @@ NOT_MENDABLE = {
     ("utils/lock.py", "OSError"): "stands for the operating system's, with its number",
     ("tasks/countdown.py", "TypeError"): "is caught two lines below",
     ("tasks/records.py", "ValueError"): "_NoJSON, which the reader of the file makes one of",
+    ("tasks/verifiers.py", "RuntimeError"): "stands for the environment's own, and the episode's failure names it",
     ("rewards/worker.py", "TypeError"): "NotRewards, which the scorer makes a RewardError",
 }
 

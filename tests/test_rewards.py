@@ -86,7 +86,8 @@ def test_a_worker_that_hangs_is_killed_with_what_it_started(scorer, tmp_path, mo
         future.result()
     assert time.monotonic() - since[0] > 1.0
     for pid in (int(first), int(hung.read_text())):
-        assert not _runs(pid)
+        while _runs(pid):  # a signal that was sent takes its time on a busy machine
+            time.sleep(0.01)
     assert s.submit([scoring.where], ROWS, TEXTS).result()[0][0] not in (first, os.getpid())
 
 
