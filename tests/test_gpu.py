@@ -196,7 +196,7 @@ def test_a_failed_launch_names_the_kernel():
     require("cuda")
     from esfast import _cuda
 
-    numbers = dict.fromkeys(("tiles", "extras", "seeds", "coeffs", "members", "low", "device", "stream"), 0)
+    numbers = dict.fromkeys(("tiles", "extras", "segments", "seeds", "coeffs", "members", "low", "device", "stream"), 0)
     with pytest.raises(RuntimeError, match=r"add_noise_kernel \(gaussian, bfloat16\) on 0 tiles: cudaError"):
         _cuda.add_noise(
             **numbers,
@@ -204,6 +204,8 @@ def test_a_failed_launch_names_the_kernel():
             src_format=1,
             dst_format=1,
             kind=0,
+            rank=0,
+            scale=1.0,
             stochastic=False,
             decay=0.0,
             moments=(0, 0),
