@@ -49,6 +49,18 @@ def folder(tmp_path_factory):
     return make
 
 
+SETTINGS = {
+    "generations": 2,
+    "population_size": 4,
+    "sigma": 0.1,
+    "lr": 0.1,
+    "prompts_per_generation": 6,
+    "max_completion_length": 4,
+    "eval_every": 0,
+    "progress": False,
+}
+
+
 def asked():
     """The token ids of all prompts that engines were given."""
     return [row for llm in vllm_stand_in.LLM.made for rows in llm.asked for row in rows]
@@ -70,17 +82,7 @@ def trainer(
     engine_timeout=None,
     **changes,
 ):
-    settings = {
-        "generations": 2,
-        "population_size": 4,
-        "sigma": 0.1,
-        "lr": 0.1,
-        "prompts_per_generation": 6,
-        "max_completion_length": 4,
-        "eval_every": 0,
-        "progress": False,
-    }
-    config = esfast.ESConfig(output_dir=str(path), **settings | changes)
+    config = esfast.ESConfig(output_dir=str(path), **SETTINGS | changes)
     return FleetTrainer(
         model,
         functions,

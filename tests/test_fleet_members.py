@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import vllm_stand_in
-from fleets import PROMPTS, ROWS, letters, train_a_fleet, trainer
+from fleets import PROMPTS, ROWS, SETTINGS, letters, train_a_fleet, trainer
 from fleets import folder as folder  # noqa: PLC0414  a fixture
 from fleets import vllm as vllm  # noqa: PLC0414  a fixture
 from transformers import Qwen2ForCausalLM
@@ -27,17 +27,7 @@ LOW_RANK = {"noise": "low_rank", "rank": 2, "population_size": 6}
 
 def alone(path, folder, groups, **changes):
     """The records of ESTrainer on the Hugging Face model, one member after another."""
-    settings = {
-        "generations": 3,
-        "sigma": 0.1,
-        "lr": 0.1,
-        "prompts_per_generation": 6,
-        "max_completion_length": 4,
-        "eval_every": 0,
-        "progress": False,
-        "members_at_once": "1",
-        **LOW_RANK,
-    }
+    settings = SETTINGS | {"generations": 3, "members_at_once": "1"} | LOW_RANK
     model = Qwen2ForCausalLM.from_pretrained(folder)
     config = esfast.ESConfig(output_dir=str(path), groups=groups, **settings | changes)
     esfast.ESTrainer(model, letters, config, ROWS, ROWS[:2], embedded.make_tokenizer()).train()

@@ -119,7 +119,7 @@ class VLLMEngine:
     ) -> list[Completion]:
         from vllm import SamplingParams
 
-        most = self.max_new_tokens if asked.max_tokens is None else asked.max_tokens
+        most = asked.most(self.max_new_tokens)
         if seeds is None or asked.temperature == 0:
             settings = SamplingParams(temperature=0.0, max_tokens=most, detokenize=False)
         else:

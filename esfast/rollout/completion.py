@@ -22,6 +22,10 @@ class Asked:
     temperature: float | None = None
     top_p: float = 1.0
 
+    def most(self, longest: int) -> int:
+        """How many tokens a completion may have, `longest` being the engine's own setting."""
+        return longest if self.max_tokens is None else self.max_tokens
+
 
 @dataclass(frozen=True)
 class Completion:
@@ -47,7 +51,7 @@ def decoded(tokenizer, rows: Sequence[Sequence[int]]) -> list[str]:
 def check_asked(asked: Asked, longest: int, setting: str) -> int:
     """How many tokens a completion may have. ValueError for more than `longest`, which `setting` names, and for a top_p
     out of range."""
-    most = longest if asked.max_tokens is None else asked.max_tokens
+    most = asked.most(longest)
     if not 1 <= most <= longest:
         raise BadValue(f"max_tokens: expected 1 to {longest} ({setting}), got {most}")
     if not 0 < asked.top_p <= 1:
