@@ -252,6 +252,22 @@ def summary(result: dict) -> Table:
     return [headers[c] for c in columns], [[line[c] for c in columns] for line in lines]
 
 
+def short(result: dict) -> Table:
+    """README's table: one large model in bfloat16, from a base, with the backend that "auto" takes."""
+    kept = ("perturb_base", "perturb_restore_base", "update")
+    if {r["device"] for r in result["rows"]} != {"cuda"}:
+        raise BadValue("noise_gpu.json was not measured on a GPU")
+    rows = [r for r in result["rows"] if (r["model"], r["dtype"]) == ("Qwen2.5-7B", "bfloat16") and r["op"] in kept]
+    backend = "cuda" if any(r["backend"] == "cuda" for r in rows) else "triton"
+    headers = ["operation", "noise", "esfast, ms", "of copy's speed", "times as fast as today", "as tl.randn4x"]
+    lines = []
+    for r in (r for r in rows if r["backend"] == backend):
+        members = f", {r['members']} members" if r["op"] == "update" else ""
+        cells = [_ms(r["ms_median"]), _share(r["share_of_copy"]), _ratio(r["ratio_to_today"])]
+        lines.append([LABELS[r["op"]] + members, r["noise"], *cells, _ratio(r["ratio_to_randn4x"])])
+    return headers, lines
+
+
 def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
 

@@ -53,6 +53,7 @@ TABLES: dict[str, tuple[str, Callable[..., Table]]] = {
     "noise-kinds": ("noise_cpu.json", noise.kinds_table),
     "noise-gpu": ("noise_gpu.json", gpu.readme_table),
     "noise-gpu-summary": ("noise_gpu.json", gpu.summary),
+    "noise-gpu-short": ("noise_gpu.json", gpu.short),
     "profile-gpu": ("profile_gpu.json", profile.table),
     "statistics": ("statistics.json", lambda result: statistics.table(statistics.summary(result))),
     "sass": ("sass.json", sass.table),

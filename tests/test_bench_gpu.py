@@ -261,6 +261,24 @@ def test_the_summary_keeps_the_rows_where_a_rival_is_faster(result):
         slow[f"ratio_to_{rival}"] = 2.0
 
 
+def test_readmes_rows_are_of_a_gpu(result):
+    rows = [
+        dict(r, device="cuda", model="Qwen2.5-7B", backend="cuda", ratio_to_today=3.0, ratio_to_today_kept=2.5)
+        | {"ratio_to_randn4x": None if r["op"] == "update" else 1.5}
+        for r in result["rows"]
+        if r["op"] != "memory"
+    ]
+    headers, lines = gpu.short({"rows": rows})
+    assert {line[1] for line in lines} <= {"gaussian", "rademacher", "low_rank"} and all(
+        len(line) == len(headers) for line in lines
+    )
+    assert {line[-2] for line in lines} == {"3.00"}
+    assert {line[-1] for line in lines if line[0].startswith("update")} == {"-"}
+    assert {line[-1] for line in lines if line[0].startswith("perturb")} == {"1.50"}
+    with pytest.raises(ValueError, match="not measured on a GPU"):
+        gpu.short({"rows": [dict(r, device="cpu") for r in rows]})
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="a CUDA device is here")
 def test_without_a_gpu_it_says_so(capsys):
     assert main(["gpu"]) == 1
