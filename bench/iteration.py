@@ -1,12 +1,13 @@
 """`esfast bench iteration`: a whole generation of ES, compared with generating its text alone, and with the loop of
 today's ES code on plain PyTorch.
 
-In one process, on one model, each round runs the three once:
+In one process, on one model, each round runs these once:
 
-    esfast  ESTrainer's generation: perturb, generate, score, restore, journal, update
-    frozen  the same engine generates as many times with frozen weights, and nothing is scored
-    plain   torch.randn added and subtracted for every member, model.generate on all prompts at once, torch.randn for
-            every member once more for the update
+    esfast      ESTrainer's generation, one member after another: perturb, generate, score, restore, journal, update
+    together    the same with members in one batch, where `esfast train` does so by itself
+    frozen      the same engine generates as many times with frozen weights, and nothing is scored
+    plain       torch.randn added and subtracted for every member, model.generate on all prompts at once, torch.randn
+                for every member once more for the update
 
 The overhead ratio is esfast / frozen. All texts have the same number of tokens: no token ends one. All models but the
 embedded one have random weights. The plain loop has as many threads as esfast, one for the embedded model. With float32
@@ -25,9 +26,11 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+from transformers import GenerationConfig
 
 from ..rollout.engine import TransformersEngine, is_small
+from ..rollout.evaluator import SequentialEvaluator
+from ..rollout.population import PopulationEvaluator, asking
 from ..tasks import countdown, embedded
 from ..trainer.clock import PHASES
 from ..trainer.config import ESConfig
@@ -35,6 +38,7 @@ from ..trainer.trainer import ESTrainer
 from . import BenchmarkError, clocks, count, today
 from .clocks import Clocks
 from .isolated import isolated, reason_of
+from .made import model_of
 from .models import MODELS
 from .noise import note
 
@@ -163,8 +167,31 @@ def events(job: dict) -> Iterator[dict]:
     gc.collect()
 
 
+class Asking:
+    """The MemberEvaluator of the contender whose turn it is."""
+
+    own_prompts = True
+
+    def __init__(self, engine: TransformersEngine):
+        self.engine, self.turn = engine, "esfast"
+        self.ways = {"esfast": SequentialEvaluator(engine)}
+        if isinstance(found := asking(engine), PopulationEvaluator):
+            self.ways["together"] = found
+
+    @property
+    def tokens(self) -> int:
+        return self.engine.tokens + sum(way.tokens - self.engine.tokens for way in self.ways.values())
+
+    def evaluate(self, *arguments):
+        return self.ways[self.turn].evaluate(*arguments)
+
+    def close(self) -> None:
+        for way in self.ways.values():
+            way.close()
+
+
 class Work:
-    """One model and its three contenders."""
+    """One model and its contenders."""
 
     def __init__(
         self,
@@ -190,6 +217,7 @@ class Work:
             self.rows = [{**row, "prompt": (row["prompt"] * prompt_tokens)[:prompt_tokens]} for row in self.rows]
         self.prompts = [row["prompt"] for row in self.rows]
         self.engine = TransformersEngine(self.model, self.tokenizer, new_tokens, decoding=decoding)
+        self.asking = Asking(self.engine)
         self.config = GenerationConfig(
             max_new_tokens=new_tokens, do_sample=False, pad_token_id=self.tokenizer.pad_token_id
         )
@@ -209,7 +237,7 @@ class Work:
             args,
             lambda generation, size: self.rows[:size],
             processing_class=self.tokenizer,
-            engine=self.engine,
+            evaluator=self.asking,
         )
 
     def __enter__(self) -> Work:
@@ -217,27 +245,30 @@ class Work:
 
     def __exit__(self, *exc) -> None:
         self.trainer.scorer.close()
-        self.engine.close()
+        self.asking.close()
         self._folder.cleanup()
         torch.set_num_threads(self._threads)
 
     def measure(self, repeats: int, deadline: float) -> dict:
         self.check()
-        contenders = {"esfast": self.esfast, "frozen": self.frozen, "plain": self.plain}
-        self.esfast()  # what is compiled, captured or imported once a run
+        ours = {way: functools.partial(self.ours, way) for way in self.asking.ways}
+        contenders = {**ours, "frozen": self.frozen, "plain": self.plain}
+        for contender in ours.values():
+            contender()  # what is compiled, captured or imported once a run
         seconds: dict[str, list[float]] = {name: [] for name in contenders}
         phases: list[dict] = []
         for _ in range(repeats):
             for name, contender in contenders.items():
-                began, tokens = self._now(), self.engine.tokens
+                began, tokens = self._now(), self.asking.tokens
                 result = contender()
                 seconds[name].append(self._now() - began)
                 if name == "plain":  # ES refuses to go on from weights that something else moved
                     self.trainer.es.store.restore()
                 if name == "esfast":
                     phases.append(result)
-                if name != "plain" and self.engine.tokens - tokens != self.tokens:
-                    raise BenchmarkError(f"{name}: expected {self.tokens} tokens, got {self.engine.tokens - tokens}")
+                made = self.asking.tokens - tokens
+                if name != "plain" and made != self.tokens:
+                    raise BenchmarkError(f"{name}: expected {self.tokens} tokens, got {made}")
             if now() > deadline:
                 break
         figures = {name: median(values) for name, values in seconds.items()}
@@ -258,6 +289,7 @@ class Work:
             "all_seconds": seconds,
             "overhead_ratio": ratio,
             "times_as_fast": gain,
+            "times_as_fast_together": figures["plain"] / figures["together"] if "together" in figures else None,
             "seconds_by_phase": {p: median(r[f"seconds_{p}"] for r in phases) for p in PHASES},
             "tokens_per_second": self.tokens / figures["esfast"],
             "tokens_per_second_frozen": self.tokens / figures["frozen"],
@@ -275,7 +307,8 @@ class Work:
         if self.dtype == "float32" and self.engine.generate(self.prompts) != self._generate():
             raise BenchmarkError(f"{self.name}: the plain loop gives other texts than the engine. No figures are given")
 
-    def esfast(self) -> dict:
+    def ours(self, way: str) -> dict:
+        self.asking.turn = way
         return self.trainer._generation()
 
     def frozen(self) -> None:
@@ -309,30 +342,11 @@ class Work:
         return now()
 
 
-def model_of(name: str, dtype: torch.dtype, device: str):
-    if name == "embedded":
-        model = AutoModelForCausalLM.from_pretrained(embedded.cached(progress=False))
-    else:
-        shape = MODELS[name]
-        config = Qwen2Config(
-            vocab_size=max(shape.vocab, 512),
-            hidden_size=shape.hidden,
-            intermediate_size=shape.intermediate,
-            num_hidden_layers=shape.layers,
-            num_attention_heads=shape.heads,
-            num_key_value_heads=shape.kv_heads,
-            max_position_embeddings=4096,
-            tie_word_embeddings=shape.tied,
-        )
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)
-        try:
-            with torch.device(device):
-                model = Qwen2ForCausalLM(config)
-        finally:
-            torch.set_default_dtype(before)
-    model.generation_config = GenerationConfig()
-    return model.to(device).eval()
+def _together(row: dict) -> list[str]:
+    """Cells of the members in one batch; empty where they were asked one after another alone."""
+    if not row.get("times_as_fast_together"):
+        return ["", ""]
+    return [f"{row['seconds']['together']:.3g}", f"{row['times_as_fast_together']:.2f}"]
 
 
 def table(result: dict) -> Table:
@@ -342,6 +356,8 @@ def table(result: dict) -> Table:
         "members, prompts, new tokens",
         "plain loop, s",
         "esfast, s",
+        "times as fast",
+        "members together, s",
         "times as fast",
         "frozen weights, s",
         "overhead ratio",
@@ -368,6 +384,7 @@ def table(result: dict) -> Table:
                 f"{s['plain']:.3g}",
                 f"{s['esfast']:.3g}",
                 f"{r['times_as_fast']:.2f}",
+                *_together(r),
                 f"{s['frozen']:.3g}",
                 f"{r['overhead_ratio']:.3f}",
                 f"{r['tokens_per_second']:.0f}",

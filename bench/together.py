@@ -31,7 +31,7 @@ from ..rollout.models import load_model, load_tokenizer
 from ..rollout.population import PopulationEvaluator
 from ..tasks import countdown, embedded
 from . import DTYPES, BenchmarkError, add_choices, count
-from .iteration import model_of
+from .made import model_of
 from .models import MODELS
 from .noise import note
 

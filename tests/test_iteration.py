@@ -37,12 +37,13 @@ def test_rows_add_up(tmp_path, capsys, monkeypatch):
     assert torch.get_num_threads() == threads
     for row, name, dtype in zip(result["rows"], ("embedded", "tiny"), ("float32", "bfloat16"), strict=True):
         assert (row["model"], row["dtype"], row["pass"]) == (name, dtype, name == "embedded")
-        assert (
-            row["rounds"] == 2 and row["decoding"] == "plain" and row["seconds"].keys() == {"esfast", "frozen", "plain"}
-        )
+        assert row["rounds"] == 2 and row["decoding"] == "plain"
+        # both models are so small that `esfast train` asks their members together
+        assert row["seconds"].keys() == {"esfast", "together", "frozen", "plain"}
         assert all(len(v) == 2 and min(v) > 0 for v in row["all_seconds"].values())
         s = row["seconds"]
         assert row["overhead_ratio"] == s["esfast"] / s["frozen"] and row["times_as_fast"] == s["plain"] / s["esfast"]
+        assert row["times_as_fast_together"] == s["plain"] / s["together"]
         assert row["tokens_per_second"] == 2 * 3 * 4 / s["esfast"]
     headers, lines = iteration.table(result)
     assert all(len(line) == len(headers) for line in lines)
