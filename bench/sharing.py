@@ -72,7 +72,7 @@ def _compare(name: str) -> dict:
     )
     if alone != shared:
         raise BenchmarkError(f"texts differ: {alone} and {shared}")
-    return {"one_by_one": sorted(together.one_by_one), "drops": together._way.drops}
+    return {"one_by_one": sorted(together.one_by_one), "drops": together.batches.way.drops}
 
 
 def table(result: dict) -> Table:

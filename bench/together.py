@@ -181,7 +181,7 @@ def measure(case: Case, repeats: int, seconds: float = float("inf")) -> dict:
         **case._asdict(),
         "at_once": forced.at_once,
         "bytes": forced.need,
-        "drops": forced._way.drops,
+        "drops": forced.batches.way.drops,
         "same_texts": same,
         "seconds": figures,
         "all_seconds": rounds,

@@ -84,14 +84,15 @@ def test_members_together_answer_their_own_prompts(at_once, seeds):
     assert expected == {i: texts[2 * i : 2 * i + 2] for i, texts in whole.items()}
 
 
-def test_models_that_take_one_length_at_a_time_are_asked_one_by_one(caplog):
-    caplog.set_level("INFO")
-    es, engine = make("xlnet", population=2)
-    members = es.population()
-    members.prompts_of = lambda member: slice(member.index, member.index + 1)
-    evaluator = PopulationEvaluator(engine)
-    assert len(list(evaluator.evaluate(members, ["a", "12+3="], None))) == 2
-    assert evaluator.at_once == 1 and "prompts of their own" in caplog.text
+def test_models_that_take_one_length_at_a_time_answer_own_prompts_together():
+    es, engine = make("xlnet", population=3)
+
+    def own_answers(evaluator):
+        members = es.population()
+        members.prompts_of = lambda member: slice(2 * member.index, 2 * member.index + 2)
+        return {m.index: texts for m, texts in evaluator.evaluate(members, ["a", "12+3=", "b", "xyz", "c", "d"], None)}
+
+    assert own_answers(PopulationEvaluator(engine, 3)) == own_answers(SequentialEvaluator(engine))
 
 
 @pytest.mark.parametrize("mirrored", [False, True])

@@ -17,6 +17,7 @@ from esfast.rollout.member_tensor import Unsupported
 from esfast.rollout.memory import peak_bytes
 from esfast.rollout.population import PopulationEvaluator, asking
 from esfast.rollout.sampling import LogitsError
+from esfast.rollout.shared_batches import SharedBatches
 from esfast.tasks import embedded
 
 TOKENIZER = embedded.make_tokenizer()
@@ -65,7 +66,7 @@ def test_architectures(name):
     es, engine = make(name, population=3)
     evaluator = PopulationEvaluator(engine, 3)
     assert answers(evaluator, es) == answers(SequentialEvaluator(engine), es)
-    assert evaluator._way.drops == (name in ("gpt2", "qwen3_moe", "jamba"))
+    assert evaluator.batches.way.drops == (name in ("gpt2", "qwen3_moe", "jamba"))
 
 
 def test_rows_that_have_ended_leave_the_batch(monkeypatch):
@@ -89,13 +90,13 @@ def test_mini_batches_are_cut_over_members_and_prompts(monkeypatch):
     es, engine = make(batch_size=6)
     expected, rows = answers(SequentialEvaluator(engine), es), []
     evaluator = PopulationEvaluator(engine, 3)
-    generate = PopulationEvaluator._generate
+    generate = SharedBatches._generate
     monkeypatch.setattr(
-        PopulationEvaluator,
+        SharedBatches,
         "_generate",
-        lambda self, some, count, seeds: (
+        lambda self, some, count, *others: (
             rows.append((count, list(map(len, some)))),
-            generate(self, some, count, seeds),
+            generate(self, some, count, *others),
         )[1],
     )
     assert answers(evaluator, es) == expected
@@ -107,14 +108,14 @@ def test_mini_batches_are_cut_over_members_and_prompts(monkeypatch):
 def test_out_of_memory_halves_the_members(monkeypatch, caplog):
     es, engine = make()
     expected = answers(SequentialEvaluator(engine), es)
-    evaluator, generate = PopulationEvaluator(engine, 7), PopulationEvaluator._generate
+    evaluator, generate = PopulationEvaluator(engine, 7), SharedBatches._generate
 
-    def scarce(self, some, count, seeds):
+    def scarce(self, some, count, *others):
         if count > 2:
             raise torch.OutOfMemoryError("no")
-        return generate(self, some, count, seeds)
+        return generate(self, some, count, *others)
 
-    monkeypatch.setattr(PopulationEvaluator, "_generate", scarce)
+    monkeypatch.setattr(SharedBatches, "_generate", scarce)
     with caplog.at_level(logging.WARNING):
         assert answers(evaluator, es) == expected
     assert "out of memory with 7 members at once: going on with 4" in caplog.text and evaluator.at_once == 2

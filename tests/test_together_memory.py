@@ -98,7 +98,7 @@ def memory(key):
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key))
 
-evaluator._settle(es.population(), texts, False)
+evaluator._settle(es.population(), False, prompts, texts)
 gc.collect()
 before = memory("VmRSS")
 for _ in range(3):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..utils.errors import BadValue
+from .sampling import LogitsError
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,10 @@ class Completion:
 
 
 OWN = Asked()
+
+# (numbers of members, texts, seeds, how the texts are asked) -> what each member answers to its text. A member whose
+# weights give no text has a LogitsError in the place of each completion.
+Complete = Callable[[Sequence[int], Sequence[str], "Sequence[int] | None", Asked], "Sequence[Completion | LogitsError]"]
 
 
 def decoded(tokenizer, rows: Sequence[Sequence[int]]) -> list[str]:

@@ -45,21 +45,28 @@ class Dropping:
         self._ends = torch.tensor(config.eos_token_id or [], device=model.device)
 
     def __call__(
-        self, rows: Sequence[Sequence[int]], members: int, sampling: SeededSampling | None = None
+        self,
+        rows: Sequence[Sequence[int]],
+        members: int,
+        sampling: SeededSampling | None = None,
+        most: int | None = None,
+        counts: Sequence[bool] | None = None,
     ) -> tuple[Tokens, list[bool]]:
         """New tokens of each row, up to and including the one that ended it; and for each member, whether all of its
-        logits were numbers."""
+        logits were numbers. A row has at most `most` tokens, by default the config's. With `counts` rows that don't
+        count are carried only as long as their places are needed."""
         pad, device, width = self.config.pad_token_id, self.model.device, max(map(len, rows))
-        most = self.config.max_new_tokens
+        most = self.config.max_new_tokens if most is None else most
         ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows], device=device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
         texts = ids.new_full((len(rows), most), pad)
         fine = torch.ones(len(rows), dtype=torch.bool, device=device)
         # numbers of the rows in the batch, and which of them are unfinished: (members, rows of each)
         which = torch.arange(len(rows), device=device).view(members, -1)
-        unfinished = torch.ones_like(which, dtype=torch.bool)
+        counting = torch.tensor([True] * len(rows) if counts is None else list(counts), device=device)
+        unfinished = counting.view(members, -1)
         done, config = 0, copy.copy(self.config)
-        cache = self._cache(width)
+        cache = self._cache(width, most)
         while True:
             finite, watch = RowsFinite(), Unfinished(self._ends, unfinished, SHARE if self.drops else 0.0)
             processors = [finite] if sampling is None else [finite, sampling.of_rows(which.flatten(), width)]
@@ -91,7 +98,7 @@ class Dropping:
         ended = torch.isin(texts, self._ends).cumsum(1)
         lengths = (ended == 0).sum(1) + ended.gt(0).any(1)
         tokens = [row[:length] for row, length in zip(texts.tolist(), lengths.tolist(), strict=True)]
-        return tokens, fine.view(members, -1).all(1).tolist()
+        return tokens, (fine | ~counting).view(members, -1).all(1).tolist()
 
     def row_bytes(self, tokens: int, sampling: SeededSampling | None = None) -> int:
         """Bytes that a row of so many prompt tokens takes at most: to read the prompt and, if the cache has room, to
@@ -114,7 +121,7 @@ class Dropping:
                 )
 
         def first_and_last() -> None:
-            cache = self._cache(tokens)
+            cache = self._cache(tokens, self.config.max_new_tokens)
             one_token(tokens, cache)
             if cache and longest > tokens:
                 for layer in cache[CACHE].layers:
@@ -123,9 +130,9 @@ class Dropping:
 
         return peak_bytes(first_and_last) // MEASURED_ROWS
 
-    def _cache(self, width: int) -> dict:
-        """The argument of `generate` for prompts of `width` tokens."""
-        return {CACHE: cache_with_room(self.model, width + self.config.max_new_tokens - 1)} if self.room else {}
+    def _cache(self, width: int, most: int) -> dict:
+        """The argument of `generate` for prompts of `width` tokens and at most so many new ones."""
+        return {CACHE: cache_with_room(self.model, width + most - 1)} if self.room else {}
 
 
 class RowsFinite(LogitsProcessor):

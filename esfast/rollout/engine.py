@@ -182,7 +182,7 @@ class TransformersEngine:
 
         Raises ValueError also for settings that are out of range or exceed max_new_tokens.
         """
-        with self._as_asked(asked):
+        with self.as_asked(asked):
             return self._complete(prompts, None if asked.temperature == 0 else seeds)
 
     def _complete(self, prompts: Sequence[str], seeds: Sequence[int] | None) -> list[Completion]:
@@ -229,8 +229,13 @@ class TransformersEngine:
             return None
         return SeededSampling(list(seeds), self.temperature, self.max_new_tokens, self.model.device, self.top_p)
 
+    def completions(self, rows: Sequence[Sequence[int]]) -> list[Completion]:
+        """A Completion for each row of new tokens."""
+        texts, ends = decoded(self.tokenizer, rows), self.generation_config.eos_token_id or ()
+        return [Completion(t, len(ids), bool(ids) and ids[-1] in ends) for t, ids in zip(texts, rows, strict=True)]
+
     @contextlib.contextmanager
-    def _as_asked(self, asked: Asked) -> Iterator[None]:
+    def as_asked(self, asked: Asked) -> Iterator[None]:
         """In the block the settings are those of one call. Decodings read them from the generation config."""
         most = check_asked(asked, self.max_new_tokens, self.prompts.length_setting)
         own = self.max_new_tokens, self.temperature, self.top_p
@@ -256,12 +261,7 @@ class TransformersEngine:
                 raise
         else:
             self.tokens += sum(map(len, new))
-            texts = decoded(self.tokenizer, new)
-            ends = self.generation_config.eos_token_id or ()
-            return [
-                Completion(text, len(ids), ids[-1:] != [] and ids[-1] in ends)
-                for text, ids in zip(texts, new, strict=True)
-            ]
+            return self.completions(new)
         # Outside the except block, whose traceback keeps the failed batch's tensors alive.
         self.close()
         if torch.cuda.is_available():

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Protocol
 
 from ..es.population import Member, Population
+from .completion import Complete, complete
 from .engine import Engine
 from .sampling import LogitsError
 
@@ -85,6 +86,18 @@ class SequentialEvaluator:
             except LogitsError as error:
                 completions = error
             yield member, completions
+
+    def placed(self, members: Population, sampled: bool) -> Iterator[tuple[list[Member], Complete]]:
+        """Yields each member, alone in a list, while it is in place, and how its texts are completed. For those who ask
+        a member many times; `sampled` says whether there are seeds."""
+        for member in members:
+            yield [member], self._complete
+
+    def _complete(self, owners, texts, seeds, asked):
+        try:
+            return complete(self.engine, texts, seeds, asked)
+        except LogitsError as error:
+            return [error] * len(texts)
 
     def close(self) -> None:
         self.engine.close()

@@ -42,7 +42,12 @@ class Factors:
 
     @property
     def nbytes(self) -> int:
-        return self.a.nbytes + self.b.nbytes
+        return sum(part.nbytes for part in self.parts)
+
+    @property
+    def parts(self) -> tuple[torch.Tensor, ...]:
+        """What members have of their own, by member."""
+        return self.a, self.b
 
     @property
     def mT(self) -> Factors:

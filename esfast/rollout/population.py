@@ -2,14 +2,15 @@
 
 A member's texts alone are a small batch, and each batch waits for its longest text. `PopulationEvaluator` writes the
 weights of K members into stacked tensors (`stacked_model`), or the factors of low-rank noise (`low_rank_model`), gives
-all of their prompts to the model in shared batches, and drops texts that have ended (`dropping`). With stacked tensors,
-in float32 on one thread, the texts are those of one member after another.
+all of their prompts to the model in shared batches (`shared_batches`), and drops texts that have ended (`dropping`).
+With stacked tensors, in float32 on one thread, the texts are those of one member after another.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 
 import torch
 
@@ -18,21 +19,20 @@ from ..es.population import Member, Population
 from ..utils.errors import BadValue
 from ..utils.memory import total_memory
 from .adapters import is_peft
-from .completion import decoded
-from .dropping import MEASURED_ROWS, Dropping, can_drop
+from .completion import Asked, Complete, Completion
+from .dropping import Dropping, can_drop
 from .engine import TransformersEngine, is_small
 from .evaluator import SequentialEvaluator
 from .low_rank_model import LowRankModel
-from .probe import ALONE, ANY
+from .probe import ALONE
 from .sampling import LogitsError
+from .shared_batches import TEXTS_SHARE, SharedBatches
 from .stacked_model import StackedModel, Unsupported
 
 log = logging.getLogger(__name__)
 
-# Shares of the device's memory that "auto" gives to the weights of members and to their texts.
-WEIGHTS_SHARE = TEXTS_SHARE = 0.25
-# A batch of more rows takes longer for each of them on a CPU, whose caches it leaves.
-MOST_ROWS_ON_CPU = 2048
+# Share of the device's memory that "auto" gives to the weights of members; their texts get TEXTS_SHARE.
+WEIGHTS_SHARE = 0.25
 
 Answers = Generator[tuple[Member, "list[str] | LogitsError"], None, None]
 
@@ -79,25 +79,36 @@ class PopulationEvaluator:
         self.at_once: int | None = None
         self.need = 0
         self.one_by_one: set[str] = set()
-        self._tokens = self._bytes_of_member = self._bytes_to_write = self._bytes_to_check = 0
+        self.batches: SharedBatches | None = None
+        self._bytes_of_member = self._bytes_to_write = self._bytes_to_check = 0
         self._stack: StackedModel | None = None
-        self._way: Dropping | None = None
-        self._bytes_of_row: dict[tuple[int, bool], int] = {}
         self._sequential = SequentialEvaluator(engine)
 
     @property
     def tokens(self) -> int:
-        return self._tokens + self.engine.tokens
+        return self.engine.tokens + (0 if self.batches is None else self.batches.tokens)
 
     def evaluate(self, members: Population, prompts: Sequence[str], seeds: Sequence[int] | None) -> Answers:
         """See MemberEvaluator. Raises Unsupported if members can't share the model and K is a number."""
-        if self.at_once is None:
-            self._settle(members, prompts, seeds is not None)
+        own = len(prompts[members.prompts_of(members.members[0])])
+        self._settle(members, seeds is not None, own, prompts)
         if self.at_once == 1:
             yield from self._sequential.evaluate(members, prompts, seeds)
             return
         for packet in members.packets(self.at_once):
             yield from self._ask(members, packet, prompts, seeds)
+
+    def placed(self, members: Population, sampled: bool) -> Iterator[tuple[list[Member], Complete]]:
+        """Yields members while they are in place, up to K in a list, and how their texts are completed: each text has
+        the number of its member in the list. For those who ask members many times; `sampled` says whether there are
+        seeds. Raises Unsupported as `evaluate`."""
+        self._settle(members, sampled)
+        if self.at_once == 1:
+            yield from self._sequential.placed(members, sampled)
+            return
+        for packet in members.packets(self.at_once):
+            for some, stack in self._written(members, packet):
+                yield some, functools.partial(self._complete, stack)
 
     def close(self) -> None:
         self._stack = None
@@ -105,8 +116,11 @@ class PopulationEvaluator:
 
     # ---- how many ----------------------------------------------------------------------------------------------------
 
-    def _settle(self, members: Population, prompts: Sequence[str], sampled: bool) -> None:
-        """Chooses K for the first population, and says so."""
+    def _settle(self, members: Population, sampled: bool, own: int = 1, prompts: Sequence[str] | None = None) -> None:
+        """Chooses K for the first population, and says so. `own` is the number of prompts of a member. If the prompts
+        are not known yet, texts may take all of their share of the memory."""
+        if self.at_once is not None:
+            return
         es, engine = members.es, self.engine
         processes = max(1, es.team.size // es.team.shards)
         # A trial has other members than a generation, which K is for.
@@ -124,21 +138,23 @@ class PopulationEvaluator:
             # Sigma breaks the members that it was tried out with. Asked one after another, each is named.
             self.at_once = 1
             return
-        row = self._row_bytes(max(map(len, engine.prompts(prompts))), sampled)
+        memory, batches = total_memory(es.plan.device), self.batches
+        most_rows, texts, told = most * own, int(TEXTS_SHARE * memory), ""
+        if prompts is not None:
+            longest = max(map(len, engine.prompts(prompts)))
+            most_rows = batches.room(longest, sampled)
         if self.members_at_once == "auto":
-            memory = total_memory(es.plan.device)
-            rows = engine.batch_size or int(TEXTS_SHARE * memory / row)
-            asked = min(asked, int(WEIGHTS_SHARE * memory / max(1, self._bytes_of_member)), rows)
+            asked = min(asked, int(WEIGHTS_SHARE * memory / max(1, self._bytes_of_member)), most_rows)
         self.at_once = max(1, min(asked, most))
-        own = len(prompts[members.prompts_of(members.members[0])])
-        rows = self.at_once * self._prompts_each(own, self.at_once, row)
-        answering = self.at_once * self._bytes_of_member + self._bytes_to_write + rows * row
-        self.need = max(answering, self._bytes_to_check)
+        if prompts is not None:
+            rows = self.at_once * max(1, min(own, most_rows // self.at_once))
+            texts, told = rows * batches.row_bytes(longest, sampled), f", {rows} rows at once"
+        self.need = max(self.at_once * self._bytes_of_member + self._bytes_to_write + texts, self._bytes_to_check)
         log.info(
-            "members_at_once: %d of %d members answer together, %d rows at once; their weights and texts take %.2f GB",
+            "members_at_once: %d of %d members answer together%s; their weights and texts take at most %.2f GB",
             self.at_once,
             max(len(members), es.population_size),
-            rows,
+            told,
             self.need / 1e9,
         )
 
@@ -153,13 +169,6 @@ class PopulationEvaluator:
                 if engine.traits is not None
                 else "the model is in shards"
             )
-        if engine.traits.together != ANY and members.prompts_of(members.members[0]) != members.prompts_of(
-            members.members[-1]
-        ):
-            raise Unsupported(
-                f"a {type(engine.model).__name__} answers prompts of one length at a time, and members have prompts of "
-                "their own"
-            )
         stack = self._stack_of(es, 2)
         stack.write([(0, es.sigma), (1, es.sigma)])
         stack.check()
@@ -170,7 +179,7 @@ class PopulationEvaluator:
             room = can_drop(engine.model, engine.generation_config, room=True)
             drops = room or can_drop(engine.model, engine.generation_config)
         self.one_by_one = set(stack.learned.one_by_one)
-        self._way = Dropping(engine.model, engine.generation_config, drops, room)
+        self.batches = SharedBatches(engine, Dropping(engine.model, engine.generation_config, drops, room))
 
     def _stack_of(self, es, at_once: int) -> StackedModel:
         if self._stack is None or self._stack.at_once < at_once:
@@ -179,83 +188,76 @@ class PopulationEvaluator:
             self._stack = kind(es.plan, at_once, es.store.source_of_members, es.rule, es.perturb_rounding)
         return self._stack
 
-    def _row_bytes(self, tokens: int, sampled: bool) -> int:
-        """Bytes that a row of so many prompt tokens takes at most while its text is generated."""
-        engine, way = self.engine, self._way
-        if (tokens, sampled) not in self._bytes_of_row:
-            with engine.own_settings():
-                sampling = engine.begin_batch([0] * MEASURED_ROWS if sampled else None)
-                found = way.row_bytes(tokens, sampling)
-            traits = engine.traits
-            if not way.room and traits.bytes_fixed is not None:
-                # Appending a token to a cache copies it: of one layer there are two.
-                longest = tokens + engine.max_new_tokens
-                found = max(found, 2 * (traits.bytes_fixed + traits.bytes_per_token * longest))
-            self._bytes_of_row[tokens, sampled] = found
-        return self._bytes_of_row[tokens, sampled]
-
-    def _prompts_each(self, prompts: int, members: int, row: int) -> int:
-        """How many prompts of each of so many members are generated at once."""
-        device = self.engine.model.device
-        rows = self.engine.batch_size or int(TEXTS_SHARE * total_memory(device) / row)
-        if device.type == "cpu":
-            rows = min(rows, MOST_ROWS_ON_CPU)
-        return max(1, min(prompts, rows // members))
-
     # ---- asking ------------------------------------------------------------------------------------------------------
+
+    def _written(self, members: Population, packet: list[Member]) -> Iterator[tuple[list[Member], StackedModel]]:
+        """Yields the members of a packet, at most K in a list, and the stack that they were written to."""
+        while packet:
+            some, packet = packet[: self.at_once], packet[self.at_once :]
+            yield some, self._write(members, some)
+
+    def _write(self, members: Population, some: list[Member]) -> StackedModel:
+        stack = self._stack_of(members.es, self.at_once)
+        stack.write([(member.seed, member.sign * members.sigma) for member in some])
+        members.on_placed()
+        return stack
 
     def _ask(
         self, members: Population, packet: list[Member], prompts: Sequence[str], seeds: Sequence[int] | None
     ) -> Answers:
-        while packet:
-            some, packet = packet[: self.at_once], packet[self.at_once :]
-            stack = self._stack_of(members.es, self.at_once)
-            stack.write([(member.seed, member.sign * members.sigma) for member in some])
-            members.on_placed()
+        for some, stack in self._written(members, packet):
             own = [members.prompts_of(member) for member in some]
+            owners = [k for k, o in enumerate(own) for _ in prompts[o]]
+            texts = [prompt for o in own for prompt in prompts[o]]
+            own_seeds = None if seeds is None else [seed for o in own for seed in seeds[o]]
             try:
-                own_seeds = None if seeds is None else [seeds[o] for o in own]
-                answers = self._answers(stack, [prompts[o] for o in own], own_seeds)
+                found = self.batches(stack, owners, texts, own_seeds)
             except torch.OutOfMemoryError:
                 if len(some) == 1:
                     raise
-                answers = None
-            if answers is None:  # outside the except block, whose traceback keeps the failed batch's tensors alive
+                found = None
+            if found is None:  # outside the except block, whose traceback keeps the failed batch's tensors alive
                 self._stack = stack = None
-                self.at_once, packet = -(-len(some) // 2), some + packet
+                self.at_once = -(-len(some) // 2)
                 log.warning("out of memory with %d members at once: going on with %d", len(some), self.at_once)
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
+                _free_memory()
+                yield from self._ask(members, some, prompts, seeds)
                 continue
-            yield from zip(some, answers, strict=True)
+            each = len(found) // len(some)
+            for k, member in enumerate(some):
+                yield member, _texts(found[k * each : (k + 1) * each])
 
-    def _answers(
-        self, stack: StackedModel, prompts: Sequence[Sequence[str]], seeds: Sequence[Sequence[int]] | None
-    ) -> list[list[str] | LogitsError]:
-        """Of each of the members that were written, to its prompts; all have equally many."""
-        engine, count, most = self.engine, len(prompts), len(prompts[0])
-        encoded = engine.prompts([prompt for own in prompts for prompt in own])
-        lengths = list(map(len, encoded))
-        # of each member, numbers of its prompts among all, the longest first
-        order = [sorted(range(k * most, (k + 1) * most), key=lambda i: -lengths[i]) for k in range(count)]
-        flat = None if seeds is None else [seed for of_member in seeds for seed in of_member]
-        texts = [""] * len(encoded)
-        fine = [True] * count
-        each = self._prompts_each(most, count, self._row_bytes(max(lengths), seeds is not None))
-        with engine.own_settings(), stack.in_place():
-            done = 0
-            while done < most:
-                step = engine.traits.batchable([lengths[i] for i in order[0][done : done + each]])
-                batch = [i for own in order for i in own[done : done + step]]
-                own_seeds = None if flat is None else [flat[i] for i in batch]
-                new, numbers = self._generate([encoded[i] for i in batch], count, own_seeds)
-                for i, text in zip(batch, decoded(engine.tokenizer, new), strict=True):
-                    texts[i] = text
-                fine = [a and b for a, b in zip(fine, numbers, strict=True)]
-                self._tokens += sum(map(len, new))
-                done += step
-        bad = LogitsError("the model's logits are NaN or infinite")
-        return [texts[k * most : (k + 1) * most] if fine[k] else bad for k in range(count)]
+    def _complete(
+        self,
+        stack: StackedModel,
+        owners: Sequence[int],
+        texts: Sequence[str],
+        seeds: Sequence[int] | None,
+        asked: Asked,
+    ) -> list[Completion | LogitsError]:
+        """If memory runs out, half as many rows are generated at once from then on."""
+        while True:
+            try:
+                return self.batches(stack, owners, texts, seeds, asked)
+            except torch.OutOfMemoryError:
+                if self.batches.rows == 1:
+                    raise
+            self.engine.batch_size = self.batches.rows // 2
+            log.warning(
+                "out of memory with %d rows at once: going on with %d", self.batches.rows, self.engine.batch_size
+            )
+            _free_memory()
 
-    def _generate(self, rows: list[list[int]], count: int, seeds: Sequence[int] | None):
-        return self._way(rows, count, self.engine.begin_batch(seeds))
+
+def _texts(found: Sequence[Completion | LogitsError]) -> list[str] | LogitsError:
+    texts = []
+    for answer in found:
+        if isinstance(answer, LogitsError):
+            return answer
+        texts.append(answer.text)
+    return texts
+
+
+def _free_memory() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -127,7 +127,7 @@ class StackedModel:
         stacks = [i for i, stack in enumerate(self._stacks) if isinstance(stack, torch.Tensor)]
         source = base if len(stacks) == len(base) else base.subset(stacks)
         self._parts = [rule.by_group(self._plan_of(k, stacks), source) if stacks else [] for k in range(at_once)]
-        self._count = 0
+        self._count, self._order = 0, list[int]()
         self._tensors: list[MemberTensor] = []
         self._replaced: list[torch.nn.Module] = []
 
@@ -159,7 +159,25 @@ class StackedModel:
             raise BadValue(f"stacked: expected 1 to {self.at_once} members, got {len(seeds)}")
         for k, (seed, coeff) in enumerate(zip(seeds.tolist(), coeffs.tolist(), strict=True)):
             self._write(k, seed, coeff)
-        self._count = len(seeds)
+        self._count, self._order = len(seeds), list(range(len(seeds)))
+
+    def choose(self, members: Sequence[int]) -> list[int]:
+        """Lets `in_place` answer for these members, given by their numbers in `write`, until the next call. Returns
+        them in the order of their rows. Weights are moved within the stacks, those of two members for each one that
+        comes from behind."""
+        wanted, order, count = set(members), self._order, len(members)
+        front = [place for place in range(count) if order[place] not in wanted]
+        behind = [place for place in range(count, len(order)) if order[place] in wanted]
+        for i, j in zip(front, behind, strict=True):
+            self._swap(i, j)
+            order[i], order[j] = order[j], order[i]
+        self._count = count
+        return order[:count]
+
+    def _swap(self, i: int, j: int) -> None:
+        for held in self._stacks:
+            for part in held.parts if isinstance(held, Factors) else (held,):
+                part[[i, j]] = part[[j, i]]
 
     def _write(self, k: int, seed: int, coeff: float) -> None:
         for group, mine, base in self._parts[k]:
