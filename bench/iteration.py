@@ -10,8 +10,9 @@ In one process, on one model, each round runs these once:
                 for every member once more for the update
 
 The overhead ratio is esfast / frozen. All texts have the same number of tokens: no token ends one. All models but the
-embedded one have random weights. The plain loop has as many threads as esfast, one for the embedded model. With float32
-weights both engines must give the same texts, which is checked before the rounds.
+embedded one have random weights. The plain loop and the frozen weights generate with as many threads as esfast does for
+one member: for the embedded model with one, which is fastest at this size. With float32 weights both engines must give
+the same texts, which is checked before the rounds.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from statistics import median
 import torch
 from transformers import GenerationConfig
 
-from ..rollout.engine import TransformersEngine, is_small
+from ..rollout.engine import TransformersEngine
 from ..rollout.evaluator import SequentialEvaluator
 from ..rollout.population import PopulationEvaluator, asking
 from ..tasks import countdown, embedded
@@ -209,9 +210,6 @@ class Work:
         self.tokenizer = embedded.make_tokenizer()
         self.tokenizer.eos_token = None  # no token ends a text
         self.model = model_of(name, getattr(torch, dtype), device)
-        self._threads = torch.get_num_threads()
-        if is_small(self.model):  # as `esfast train` does
-            torch.set_num_threads(1)
         self.rows = countdown.problems(prompts, 0, "train", "compact")
         if prompt_tokens is not None:  # of bytes
             self.rows = [{**row, "prompt": (row["prompt"] * prompt_tokens)[:prompt_tokens]} for row in self.rows]
@@ -247,7 +245,6 @@ class Work:
         self.trainer.scorer.close()
         self.asking.close()
         self._folder.cleanup()
-        torch.set_num_threads(self._threads)
 
     def measure(self, repeats: int, deadline: float) -> dict:
         self.check()

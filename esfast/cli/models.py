@@ -78,7 +78,6 @@ def load(args: argparse.Namespace | RunOptions, team: Team | None = None):
     import torch
     from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
-    from ..rollout.engine import is_small
     from ..rollout.models import load_model, load_tokenizer
     from ..tasks import embedded
 
@@ -96,8 +95,4 @@ def load(args: argparse.Namespace | RunOptions, team: Team | None = None):
         shard(model, team.mesh(device), device)
     else:
         model.to(device)
-    if is_small(model):
-        # The engine does this for generating; here it also holds for perturbing.
-        AFTERWARDS.callback(torch.set_num_threads, torch.get_num_threads())
-        torch.set_num_threads(1)
     return model, load_tokenizer(path)

@@ -215,9 +215,17 @@ def _reference(call: Call) -> None:
     reference.run(call)
 
 
+# Weights x members from which threads share a call: some 5 milliseconds of gaussian noise on one. A shorter call would
+# gain little, and where another process has a core, threads wait for it some 10 milliseconds.
+WORK_OF_THREADS = 4_000_000
+
+
 def _cpu(call: Call) -> None:
     from .. import _cpu as extension
 
+    threads = torch.get_num_threads()
+    if threads > 1 and call.plan.numel * max(1, len(call.seeds)) < WORK_OF_THREADS:
+        threads = 1
     m, v = (b.data_ptr() for b in call.adam.moments) if call.adam is not None else (0, 0)
     extension.add_noise(
         call.table.rows,
@@ -230,7 +238,7 @@ def _cpu(call: Call) -> None:
         m,
         v,
         call.adam.numbers if call.adam is not None else (0.0,) * 4,
-        torch.get_num_threads(),
+        threads,
         instruction_set(extension.instruction_sets()),
         call.rank,
     )

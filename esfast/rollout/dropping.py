@@ -25,6 +25,7 @@ from .encoding import embedded_tokens
 from .memory import peak_bytes
 from .probe import Carried, same_but_for_rounding
 from .sampling import SeededSampling
+from .threads import Threads
 
 # Rows are dropped when no member has more than this share of its rows unfinished: each time costs a copy of the cache.
 SHARE = 0.8
@@ -34,12 +35,15 @@ MEASURED_ROWS = 8
 class Dropping:
     """model.generate for rows of several members, member by member, the same number for each.
 
-    drops  whether rows that have ended leave the batch; the model's cache must allow it, see `can_drop`
-    room   whether the cache takes its memory once, see `cache_with_room`
+    drops    whether rows that have ended leave the batch; the model's cache must allow it, see `can_drop`
+    room     whether the cache takes its memory once, see `cache_with_room`
+    threads  chooses the number of threads before each forward pass; None: it stays as it is
     """
 
-    def __init__(self, model, config: GenerationConfig, drops: bool = True, room: bool = False):
-        self.model, self.drops, self.room = model, drops, room
+    def __init__(
+        self, model, config: GenerationConfig, drops: bool = True, room: bool = False, threads: Threads | None = None
+    ):
+        self.model, self.drops, self.room, self.threads = model, drops, room, threads
         self.config = copy.deepcopy(config)
         self.config.return_dict_in_generate = True
         self._ends = torch.tensor(config.eos_token_id or [], device=model.device)
@@ -68,9 +72,12 @@ class Dropping:
         done, config = 0, copy.copy(self.config)
         cache = self._cache(width, most)
         while True:
-            finite, watch = RowsFinite(), Unfinished(self._ends, unfinished, SHARE if self.drops else 0.0)
+            finite = RowsFinite()
+            watch = Unfinished(self._ends, unfinished, SHARE if self.drops else 0.0, self.threads)
             processors = [finite] if sampling is None else [finite, sampling.of_rows(which.flatten(), width)]
             config.max_new_tokens = most - done
+            if self.threads is not None:
+                self.threads.choose(ids.numel() if done == 0 else len(ids))
             with torch.no_grad():
                 output = self.model.generate(
                     input_ids=ids,
@@ -149,16 +156,19 @@ class RowsFinite(LogitsProcessor):
 
 
 class Unfinished(StoppingCriteria):
-    """Stops all rows when no member has more than `share` of its rows unfinished."""
+    """Stops all rows when no member has more than `share` of its rows unfinished. Chooses the threads of the next
+    forward pass."""
 
-    def __init__(self, ends: torch.Tensor, unfinished: torch.Tensor, share: float):
-        self.ends, self.unfinished = ends, unfinished
+    def __init__(self, ends: torch.Tensor, unfinished: torch.Tensor, share: float, threads: Threads | None = None):
+        self.ends, self.unfinished, self.threads = ends, unfinished, threads
         self.most = int(share * unfinished.shape[1])
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **options) -> torch.Tensor:
         ended = torch.isin(input_ids[:, -1], self.ends).view(self.unfinished.shape)
         self.unfinished = self.unfinished & ~ended
         stop = bool(self.unfinished.sum(1).max() <= self.most)
+        if self.threads is not None and not stop:
+            self.threads.choose(len(input_ids))
         return torch.full((len(input_ids),), stop, device=input_ids.device)
 
 

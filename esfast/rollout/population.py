@@ -28,6 +28,7 @@ from .probe import ALONE
 from .sampling import LogitsError
 from .shared_batches import TEXTS_SHARE, SharedBatches
 from .stacked_model import StackedModel, Unsupported
+from .threads import Threads
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +83,7 @@ class PopulationEvaluator:
         self.batches: SharedBatches | None = None
         self._bytes_of_member = self._bytes_to_write = self._bytes_to_check = 0
         self._stack: StackedModel | None = None
+        self._processes = 1
         self._sequential = SequentialEvaluator(engine)
 
     @property
@@ -122,9 +124,9 @@ class PopulationEvaluator:
         if self.at_once is not None:
             return
         es, engine = members.es, self.engine
-        processes = max(1, es.team.size // es.team.shards)
+        self._processes = max(1, es.team.size // es.team.shards)
         # A trial has other members than a generation, which K is for.
-        most = -(-max(len(members), es.population_size) // processes)
+        most = -(-max(len(members), es.population_size) // self._processes)
         asked = int(self.members_at_once) if self.members_at_once != "auto" else most
         try:
             self._check(members)
@@ -179,7 +181,9 @@ class PopulationEvaluator:
             room = can_drop(engine.model, engine.generation_config, room=True)
             drops = room or can_drop(engine.model, engine.generation_config)
         self.one_by_one = set(stack.learned.one_by_one)
-        self.batches = SharedBatches(engine, Dropping(engine.model, engine.generation_config, drops, room))
+        threads = Threads(sum(p.numel() for p in engine.model.parameters())) if is_small(engine.model) else None
+        way = Dropping(engine.model, engine.generation_config, drops, room, threads)
+        self.batches = SharedBatches(engine, way, self._processes)
 
     def _stack_of(self, es, at_once: int) -> StackedModel:
         if self._stack is None or self._stack.at_once < at_once:

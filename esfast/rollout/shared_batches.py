@@ -7,7 +7,10 @@ the batch.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
+
+import torch
 
 from ..utils.memory import total_memory
 from .completion import OWN, Asked, Completion
@@ -26,14 +29,15 @@ MOST_ROWS_ON_CPU = 2048
 class SharedBatches:
     """Generates for members whose weights a StackedModel holds.
 
-    engine  of the model: its tokenizer and settings apply
-    way     decodes a batch
+    engine     of the model: its tokenizer and settings apply
+    way        decodes a batch
+    processes  of the team; they may share the cores
 
     `tokens` is the number of tokens generated so far, `rows` the size of the last batch.
     """
 
-    def __init__(self, engine: TransformersEngine, way: Dropping):
-        self.engine, self.way = engine, way
+    def __init__(self, engine: TransformersEngine, way: Dropping, processes: int = 1):
+        self.engine, self.way, self.processes = engine, way, processes
         self.tokens = self.rows = 0
         self._bytes_of_row: dict[tuple[int, bool, bool], int] = {}
 
@@ -55,7 +59,7 @@ class SharedBatches:
         room = self.room(max(map(len, engine.prompts.tokens(texts))), seeds is not None, asked.top_p)
         new: list[list[int]] = [[]] * len(texts)
         broken: set[int] = set()
-        with engine.as_asked(asked), engine.own_settings():
+        with engine.as_asked(asked), self._threads(), engine.own_settings():
             encoded = engine.prompts(texts)
             for chosen in self._cut(list(map(len, encoded)), owners, room):
                 order = stack.choose(list(chosen))
@@ -102,6 +106,11 @@ class SharedBatches:
                 found = max(found, 2 * (traits.bytes_fixed + traits.bytes_per_token * (tokens + steps)))
             self._bytes_of_row[key] = found
         return self._bytes_of_row[key]
+
+    def _threads(self) -> contextlib.AbstractContextManager:
+        if self.way.threads is None:
+            return contextlib.nullcontext()
+        return self.way.threads.at_most(torch.get_num_threads() // self.processes)
 
     def _rounded(self, tokens: int) -> int:
         step = 1 << max(0, tokens.bit_length() - 3)
