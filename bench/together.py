@@ -79,6 +79,10 @@ class Frozen:
     """Stands for a StackedModel whose members are all the model as it is."""
 
     @staticmethod
+    def choose(members: list[int]) -> list[int]:
+        return members
+
+    @staticmethod
     @contextlib.contextmanager
     def in_place() -> Iterator[None]:
         yield
@@ -218,8 +222,9 @@ def _rounds(
         return [texts for _, texts in evaluator.evaluate(es.population(), prompts, None)]
 
     def batches() -> None:
+        owners = [k for k in range(forced.at_once) for _ in prompts]
         for _ in range(0, es.population_size, forced.at_once):
-            forced._answers(Frozen(), [prompts] * forced.at_once, None)
+            forced.batches(Frozen(), owners, prompts * forced.at_once, None)
 
     contenders: dict[str, Callable[[], object]] = {
         "together, all tokens": lambda: ask(forced),

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from esfast.bench import BenchmarkError, main, together
-from esfast.rollout.population import PopulationEvaluator
+from esfast.rollout import population
+from esfast.rollout.shared_batches import SharedBatches
 from esfast.tasks import embedded
 
 CASE = together.Case("embedded", "gaussian", 3, 2, 3)
@@ -40,8 +41,8 @@ def test_rows_add_up(tmp_path, capsys, monkeypatch):
 
 
 def test_other_texts_give_no_figures(monkeypatch):
-    answers = PopulationEvaluator._answers
-    monkeypatch.setattr(PopulationEvaluator, "_answers", lambda *a: [[t + "!" for t in ts] for ts in answers(*a)])
+    texts = population._texts
+    monkeypatch.setattr(population, "_texts", lambda found: [text + "!" for text in texts(found)])
     with pytest.raises(BenchmarkError, match=r"0\.0% of the texts"):
         together.measure(CASE, repeats=1)
 
@@ -50,19 +51,19 @@ def test_rates_of_several_noises_and_numbers_at_once(tmp_path, monkeypatch):
     """As on a GPU: what doesn't fit is left out and the rest is measured."""
     files = ["--json", str(tmp_path / "together.json")]
     options = "--models tiny --prompts 2 --new-tokens 2 --rates --repeats 1"
-    generate = PopulationEvaluator._generate
+    generate = SharedBatches._generate
 
-    def short_of_memory(self, rows, count, seeds):
-        if count == 3:
+    def short_of_memory(self, rows, members, *options):
+        if members == 3:
             raise torch.OutOfMemoryError
-        return generate(self, rows, count, seeds)
+        return generate(self, rows, members, *options)
 
     assert main(["together", *options.split(), "--noise", "gaussian", "low_rank", "--members", "3", *files]) == 0
     rows = json.loads((tmp_path / "together.json").read_text())["rows"]
     assert [(r["noise"], r["at_once"]) for r in rows] == [("gaussian", 3), ("low_rank", 3)]
     assert all(r["times_as_fast"] is r["same_texts"] is None and len(r["seconds"]) == 2 for r in rows)
     assert rows[1]["bytes"] < rows[0]["bytes"]
-    monkeypatch.setattr(PopulationEvaluator, "_generate", short_of_memory)
+    monkeypatch.setattr(SharedBatches, "_generate", short_of_memory)
     main(["together", *options.split(), "--members", "1", "3", *files])
     found = json.loads((tmp_path / "together.json").read_text())
     assert [r["at_once"] for r in found["rows"]] == [1]

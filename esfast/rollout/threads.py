@@ -59,7 +59,7 @@ class Threads:
         number = max(1, min(most, self.weights * tokens // WORK_OF_THREAD))
         if number == 1:
             self._began = None
-        elif self._began is None:
+        elif self._began is None or self._began[2] != number:
             self._began = now(), seconds_waited(), number, fewer
         torch.set_num_threads(number)
 
