@@ -2,8 +2,9 @@
 
 The embedded model learns its tasks, and two of reasoning-gym's. Each run is one `esfast train` in a process of its own,
 with fewer generations than the recipe's where the gain is clear without them. Ways differ in sigma, lr and groups
-alone: the recipe's, which were tuned by hand; "auto"; "auto" with groups by the tensors' scale; ten times, and a tenth
-of the recipe's. The search is part of the budget: "auto" trains 5 % fewer generations, the most that a search may take.
+alone: the recipe's, which were tuned by hand; "auto", which makes groups by the tensors' scale; "auto" with the same
+sigma for all weights; ten times, and a tenth of the recipe's. The search is part of the budget: "auto" trains 5 % fewer
+generations, the most that a search may take.
 
 Of each run by hand the best members of the last generation are asked too, alone and by vote, beside the tuned model.
 With `--keep` a benchmark that was cut short continues where it was.
@@ -18,7 +19,7 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 from typing import Any
 
 from ..tasks import MODULES
@@ -34,7 +35,7 @@ from .kept_runs import add_jobs, add_keep, run_all, run_folder
 WAYS: dict[str, float | None] = {
     "by hand": 1.0,
     "auto": None,
-    "auto, groups auto": None,
+    "auto, one sigma": None,
     "ten times": 10.0,
     "a tenth": 0.1,
 }
@@ -47,6 +48,8 @@ TASKS = {name: name for name in MODULES} | {
 SHORTER = {"countdown": {"generations": 60}, "sudoku": {"generations": 15}, "math": {"generations": 50}}
 # Settings of a run that are options of `esfast train`
 OPTIONS = ("task", "generations", "sigma", "lr", "groups", "eval_prompts")
+# All weights
+ONE_GROUP = "*:sigma=1"
 # Members of the last generation that vote.
 VOTERS = 8
 
@@ -92,7 +95,7 @@ def jobs(args: argparse.Namespace) -> list[dict]:
 def _numbers(recipe: dict[str, Any], way: str, share: float) -> dict[str, Any]:
     generations, factor = max(2, round(recipe["generations"] * share)), WAYS[way]
     if factor is None:
-        groups = {"groups": AUTO} if "groups" in way else {}
+        groups = {"groups": ONE_GROUP} if "one sigma" in way else {}
         return {"generations": math.floor(generations * (1 - BUDGET)), "sigma": AUTO, "lr": AUTO, **groups}
     return {"generations": generations, "sigma": recipe["sigma"] * factor, "lr": recipe["lr"] * factor}
 
@@ -147,11 +150,13 @@ def table(result: dict) -> tuple[list[str], list[list[str]]]:
         "gain",
         "of the gain by hand",
         "search, of all responses",
+        "seconds",
     ]
     lines = []
     for task in _tasks(result):
         by_hand = _gain(_of(result, task, "by hand"))
-        for way in WAYS:
+        # With those of a result whose ways had other names.
+        for way in dict.fromkeys([*WAYS, *(row["chosen"] for row in result["rows"])]):
             rows = _of(result, task, way)
             if not rows:
                 continue
@@ -168,7 +173,8 @@ def table(result: dict) -> tuple[list[str], list[list[str]]]:
                     _spread(after),
                     f"{_gain(rows):+.3f}",
                     f"{_gain(rows) / by_hand:.0%}" if by_hand > 0 else "",
-                    f"{mean(row['searched'] for row in rows):.1%}" if WAYS[way] is None else "",
+                    f"{mean(row['searched'] for row in rows):.1%}" if any(row["searched"] for row in rows) else "",
+                    f"{median(row['seconds'] for row in rows):.0f}",
                 ]
             )
     return headers, lines

@@ -25,11 +25,11 @@ def test_ways_differ_in_sigma_and_lr_alone_at_equal_budget():
     assert (by["by hand"]["sigma"], by["by hand"]["lr"]) == (recipe["sigma"], recipe["lr"])
     assert by["ten times"]["sigma"] == pytest.approx(10 * recipe["sigma"])
     assert by["a tenth"]["lr"] == pytest.approx(recipe["lr"] / 10)
-    for way in ("auto", "auto, groups auto"):
+    for way in ("auto", "auto, one sigma"):
         assert (by[way]["sigma"], by[way]["lr"]) == ("auto", "auto")
         # the search takes at most what auto trains less
         assert by[way]["generations"] <= 0.95 * recipe["generations"] < by[way]["generations"] + 1
-    assert [way for way, job in by.items() if "groups" in job] == ["auto, groups auto"]
+    assert {way: job["groups"] for way, job in by.items() if "groups" in job} == {"auto, one sigma": "*:sigma=1"}
     assert {j["generations"] for j in jobs if "auto" not in j["chosen"]} == {recipe["generations"]}
     assert len({j["way"]["name"] for j in jobs}) == len(tune.WAYS)
 
@@ -44,13 +44,20 @@ def test_runs_are_long_enough_for_a_whole_search():
 
 def test_the_table_has_the_losers_and_what_a_gain_is_of_that_by_hand():
     def row(chosen, after, sigma, seed=0, searched=0.0):
-        shared = {"task": "math", "generations": 95, "reward_before": 0.3, "lr": sigma / 2, "searched": searched}
+        shared = {
+            "task": "math",
+            "generations": 95,
+            "reward_before": 0.3,
+            "lr": sigma / 2,
+            "searched": searched,
+            "seconds": 9.0,
+        }
         return {**shared, "chosen": chosen, "seed": seed, "reward_after": after, "sigma": sigma}
 
     rows = [row("by hand", 0.5, 0.01), row("auto", 0.55, 0.02, 0, 0.04), row("auto", 0.45, 0.01, 1, 0.02)]
-    headers, lines = tune.table({"rows": [*rows, row("ten times", 0.1, 0.1)]})
+    headers, lines = tune.table({"rows": [row("a way of old", 0.4, 0.1), *rows, row("ten times", 0.1, 0.1)]})
     found = [dict(zip(headers, line, strict=True)) for line in lines]
-    assert [f["sigma, lr"] for f in found] == ["by hand", "auto", "ten times"]
+    assert [f["sigma, lr"] for f in found] == ["by hand", "auto", "ten times", "a way of old"]
     # of a loss there is no part
     lost = [row("by hand", 0.2, 0.01), row("auto", 0.4, 0.01)]
     assert {line[headers.index("of the gain by hand")] for line in tune.table({"rows": lost})[1]} == {""}
@@ -84,13 +91,13 @@ def test_a_run_and_its_members(tmp_path, monkeypatch):
         (tmp_path / "run" / "tuning.json").write_text(json.dumps(found))
 
     monkeypatch.setattr(tune, "call", call)
-    (job,) = tune.jobs(options("--seeds", "3", "--tasks", "spell_backward", "--ways", "auto, groups auto"))
+    (job,) = tune.jobs(options("--seeds", "3", "--tasks", "spell_backward", "--ways", "auto, one sigma"))
     row = tune.train(job, tmp_path / "run")
     words = called[0]
     assert (
         words[words.index("--task") + 1].startswith("gym:spell_backward?") and words[words.index("--seed") + 1] == "3"
     )
-    assert [words[words.index(o) + 1] for o in ("--sigma", "--lr", "--groups")] == ["auto"] * 3
+    assert [words[words.index(o) + 1] for o in ("--sigma", "--lr", "--groups")] == ["auto", "auto", "*:sigma=1"]
     assert (row["task"], row["sigma"], row["searched"]) == ("spell_backward", 0.02, 0.04) and "members" not in row
     # a folder of a run that was cut short is no hindrance
     assert tune.train(job, tmp_path / "run")["reward_after"] == 0.3

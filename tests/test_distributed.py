@@ -111,11 +111,13 @@ def test_modes_and_optimizers(processes, settings, tmp_path):
 def test_all_processes_find_the_same_sigma_and_lr(tmp_path):
     """Members of the search are handed out as they are in a generation; a resumed run searches no more."""
     one, shared = tmp_path / "one", tmp_path / "shared"
-    settings = {"sigma": "auto", "lr": "auto", "groups": "auto", "generations": 90, "checkpoint_every": 0}
-    for done in (alone(one, tmp_path, **settings), several(2, shared, tmp_path, pause=0.002, **settings)):
+    settings = {"sigma": "auto", "lr": "auto", "generations": 90, "checkpoint_every": 0}
+    for done in (alone(one, tmp_path, **settings), several(3, shared, tmp_path, pause=0.002, **settings)):
         assert done.returncode == 0 and "found sigma" in done.stderr, done.stderr[-3000:]
     assert outcome(one) == outcome(shared)
     assert json.loads((one / "tuning.json").read_text()) == json.loads((shared / "tuning.json").read_text())
+    # each of the three asked members, not one for all
+    assert len(asked := list(map(int, re.findall(r"rank \d: (\d+) members", done.stdout)))) == 3 and min(asked) > 90
     # a search that is killed begins again, and finds the same
     killed = tmp_path / "killed"
     assert alone(killed, tmp_path, at=[0, 0], fault="SIGKILL", **settings).returncode == -9

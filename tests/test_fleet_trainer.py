@@ -210,6 +210,8 @@ def test_a_fleet_finds_sigma_and_lr(folder, tmp_path, settings):
         tuned._close()
     assert found.rows and 0 < found.responses <= 0.05 * found.run
     assert found.settings == {"sigma": tuned.args.sigma, "lr": tuned.args.lr} and tuned.args.sigma > 0
+    # The weights are the engines': no groups are made of them, beside those that slots freeze.
+    assert all(group.frozen for group in tuned.es.rule.groups) and bool(tuned.es.rule.groups) == bool(settings)
 
 
 def test_a_fleet_makes_no_groups(folder, tmp_path):

@@ -372,6 +372,9 @@ def test_sigma_and_lr_are_found_for_adapters(tmp_path, same_bits):
     found = trainer.tune()
     assert same_bits(before, [p.detach() for p in trainer.model.parameters()])
     assert found.settings.keys() == {"sigma", "lr"} and max(row["of_rms"] for row in found.rows) >= 1
+    # B begins as zeros, of which nothing is known
+    factors = {g.pattern: g.sigma for g in trainer.es.rule.groups}
+    assert {f for pattern, f in factors.items() if "lora_B" in pattern} == {1.0} and len(factors) > 1
 
 
 def near(prompts, completions, **columns):

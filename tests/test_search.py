@@ -100,6 +100,51 @@ def test_a_model_that_is_no_better_than_noise_has_nothing_to_lose():
     assert found.sigma >= 0.02 and found.losses == (0.0,) * len(found.losses)
 
 
+def few_prompts(successes, slope, seed=0):
+    """A model that succeeds on a few of 14 prompts, whose members all answer as it does up to an eighth of the weights'
+    scale. At a quarter of it some differ, and from the scale itself on none succeeds."""
+    random, base = np.random.default_rng(seed), (np.arange(14) < successes).astype(float)
+
+    def ask(sigma, pairs):
+        rewards = np.tile(base, (pairs, 2, 1))
+        if sigma > SCALE / 8:
+            other = random.random(rewards.shape) < 0.1
+            rewards[other] = 1 - rewards[other]
+            rewards[: pairs // 2, 0] += slope
+        return Look(sigma, base, rewards if sigma < SCALE else np.zeros_like(rewards))
+
+    return ask
+
+
+def test_a_few_prompts_tell_the_model_from_noise():
+    """Three of 14 are within two standard errors of their own spread from none; but no member of noise gets one."""
+    found = search(few_prompts(3, 0.3), SCALE, 65)
+    assert found.learns and "that does not break members" in found.why
+    assert SCALE / 8 < found.sigma <= SCALE / 2 and found.losses[-1] == 1.0
+
+
+def test_members_that_gain_on_the_whole_need_no_larger_sigma():
+    """One of the first pair gets much more than the model and the other less, as where a reward pays for short text:
+    on every prompt alike, so that the pair gains surely."""
+    gained = np.array([10.0, -2.0])[None, :, None]
+    noise, base = np.random.default_rng(0).standard_normal((12, 2, 14)), np.zeros(14)
+
+    def ask(sigma, pairs):
+        if sigma > SCALE:
+            return Look(sigma, base, np.full((pairs, 2, 14), -30.0))
+        return Look(sigma, base, sigma / SCALE * (gained + noise[:pairs]))
+
+    found = search(ask, SCALE, 65)
+    assert found.learns and found.sigma <= SCALE / 2
+
+
+def test_no_guess_is_a_sigma_at_which_members_answer_alike():
+    """There no update would have a direction, and the run would end where it began."""
+    found = search(few_prompts(1, 0.0), SCALE, 65)
+    assert not found.learns and found.why.endswith("the smallest one at which members got other rewards than the model")
+    assert found.sigma == found.tolerated == SCALE / 4
+
+
 @pytest.mark.parametrize("rare", [False, True], ids=["noise", "rare success"])
 def test_a_model_of_which_nothing_can_be_told_gets_a_guess(rare):
     """Neither does it get more than noise does, nor do members differ by more than chance: the largest sigma would

@@ -201,7 +201,7 @@ def test_a_number_on_the_command_line_as_people_write_it(capsys):
 @pytest.mark.parametrize("given", ["auto", " Auto ", "AUTO"])
 def test_a_word_in_the_place_of_a_number(given, capsys):
     config = ESConfig(sigma=given, lr=given)
-    assert config.sigma == config.lr == "auto" and config.open_questions() == ["sigma", "lr"]
+    assert config.sigma == config.lr == "auto" and config.open_questions() == ["sigma", "lr", "groups"]
     assert ESConfig(learning_rate=given).lr == "auto"
     assert cli.main(["train", "--sigma", given, "--lr", "1e-3", "--print-config"]) == 0
     settings = yaml.safe_load(capsys.readouterr().out)

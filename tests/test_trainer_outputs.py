@@ -15,6 +15,7 @@ from esfast.report import load, page
 from esfast.tasks import embedded
 from esfast.trainer.loggers import Report
 from esfast.trainer.movement import Movement
+from esfast.update.updater import Rule
 from esfast.utils.files import write_whole
 
 ROWS = [{"prompt": f"{i}\n", "n": i} for i in range(1, 7)]
@@ -104,6 +105,12 @@ def test_metrics_tell_how_far_the_weights_moved(tmp_path, model):
         t.add_(2.0)
     assert movement.norms() == {"update_norm": pytest.approx(2 * 1015**0.5), "distance": pytest.approx(2 * 1015**0.5)}
     assert movement.norms()["update_norm"] == 0
+    # an update of groups is whole if each tensor moves as its group says
+    rule = Rule(groups=(esfast.Group("b", lr=3.0),))
+    movement = Movement(esfast.Plan(tensors), rule)
+    for (_, t), lr in zip(tensors, (1.0, 3.0), strict=True):
+        t.add_(0.5 * lr)
+    assert movement.norms([0.3, 0.4])["update_kept"] == pytest.approx(1.0)
 
 
 def test_weights_are_selected_by_name(tmp_path, model):

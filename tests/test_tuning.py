@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shlex
 
 import pytest
 import torch
@@ -81,11 +82,17 @@ def test_a_run_with_auto_is_the_run_with_the_numbers(tmp_path, caplog):
     config = yaml.safe_load(first.config.read_text())
     sigma, lr = config["sigma"], config["lr"]
     assert isinstance(sigma, float) and isinstance(lr, float)
-    plain = stop_after(make(tmp_path / "plain", sigma=sigma, lr=lr), 3)
+    groups = config["groups"]
+    assert (
+        len(groups) > 5
+        and groups == json.loads(first.tuning.read_text())["groups"]
+        and all(text.partition(":")[1] for text in groups)
+    )
+    plain = stop_after(make(tmp_path / "plain", sigma=sigma, lr=lr, groups=groups), 3)
     assert journal.read(plain.journal).records == journal.read(first.journal).records
     assert all((r.sigma, r.lr) == (sigma, lr) for r in journal.read(first.journal).records)
     # a resume, with "auto" and with the numbers
-    for folder, numbers in ((first.path, {}), (plain.path, {"sigma": sigma, "lr": lr})):
+    for folder, numbers in ((first.path, {}), (plain.path, {"sigma": sigma, "lr": lr, "groups": groups})):
         caplog.clear()
         trainer = make(folder, resume=True, **numbers)
         assert (trainer.args.sigma, trainer.args.lr) == (sigma, lr)
@@ -109,6 +116,8 @@ def test_what_is_given_is_not_searched_for(tmp_path, given):
     found = trainer.tune()
     (name,) = {"sigma", "lr"} - set(given)
     assert set(found.settings) == {name} and {n: getattr(trainer.args, n) for n in given} == given
+    # A sigma of one's own is one for all weights.
+    assert bool(trainer.args.groups) == (name == "sigma")
 
 
 def test_the_search_has_seeds_of_its_own(tmp_path):
@@ -278,11 +287,51 @@ def test_groups_in_proportion_to_the_tensors(tmp_path):
     assert again.args.groups == list(found.values()) and again.es.generation == 2
 
 
+@pytest.mark.parametrize("noise", [{}, {"noise": "low_rank"}], ids=["gaussian", "low-rank"])
+def test_with_sigma_auto_groups_are_made_unless_some_are_named(tmp_path, noise):
+    """One word does for both, and the weights' dtype does not matter."""
+    net = scaled_model().to(torch.bfloat16)
+    made = scales.groups(esfast.Plan(net))
+    trainer = make(tmp_path / "run", net, **noise)
+    assert trainer.args.groups == made == [str(g) for g in trainer.es.rule.groups] and trainer.args.sigma == "auto"
+    row = json.loads(stop_after(trainer, 1).metrics.read_text().splitlines()[-1])
+    # The doctor sees whether rounding takes updates away.
+    assert 0 < row["update_kept"] < 1.5
+    del trainer
+    for given in (["*embed*:sigma=0,lr=0"], ["*:sigma=1"]):
+        trainer = make(tmp_path / given[0][1:3], scaled_model(), groups=given, **noise)
+        assert [(g.pattern, g.sigma) for g in trainer.es.rule.groups] == [
+            (given[0].partition(":")[0], float(given[0][-1] != "0"))
+        ]
+        before = trainer.model.model.embed_tokens.weight.detach().clone()
+        stop_after(trainer, 1)
+        assert torch.equal(before, trainer.model.model.embed_tokens.weight) == given[0].endswith("lr=0")
+
+
+def test_a_run_from_before_groups_were_made_goes_on_without(tmp_path):
+    """Its config.yaml has a number for sigma, and no groups."""
+    folder = stop_after(make(tmp_path / "run", sigma=0.01, lr=0.01), 2)
+    trainer = make(folder.path, resume=True)
+    assert (trainer.args.sigma, trainer.args.lr, trainer.args.groups) == (0.01, 0.01, None)
+    assert trainer.es.generation == 2 and trainer.es.rule.groups == () and not trainer.args.open_questions()
+    del trainer
+    with pytest.raises(ValueError, match="resume: .*config.yaml does not say what groups was found to be"):
+        make(folder.path, resume=True, groups="auto")
+
+
+def test_a_file_of_groups_is_no_group(tmp_path):
+    (tmp_path / "groups.txt").write_text("*embed*:lr=0.1")
+    with pytest.raises(ValueError, match="ESConfig.groups: group: expected PATTERN:sigma=X,lr=Y.*groups.txt"):
+        ESConfig(sigma="auto", groups=[str(tmp_path / "groups.txt")])
+
+
 @pytest.mark.parametrize("given", ["Auto", " AUTO ", ["auto"], ("Auto ",)])
 def test_the_word_auto_is_read_in_any_form(given):
     assert ESConfig(groups=given).open_questions() == ["groups"]
     (word,) = given if isinstance(given, (list, tuple)) else [given]
-    assert ESConfig(sigma=word, lr=word).open_questions() == ["sigma", "lr"]
+    assert ESConfig(sigma=word, lr=word).open_questions() == ["sigma", "lr", "groups"]
+    assert ESConfig(lr=word).open_questions() == ["lr"]
+    assert ESConfig(sigma=word, groups=["*:sigma=1"]).open_questions() == ["sigma"]
 
 
 def test_groups_auto_stands_alone():
@@ -313,8 +362,10 @@ def test_the_command_prints_the_evidence_and_the_command(tmp_path, capsys, monke
     assert cli.main(["tune", *options]) == 0
     out = capsys.readouterr().out
     assert "signal" in out and "to train with it:" in out
-    command = out.strip().splitlines()[-1].split()
+    command = shlex.split(out.strip().splitlines()[-1])
     assert command[:2] == ["esfast", "train"] and "--sigma" in command and "--no-progress" in command
+    # what is found goes with the groups
+    assert command[command.index("--groups") + 1] == "auto"
     # and nothing was left behind
     assert sorted(p.name for p in tmp_path.iterdir() if p.name != "__pycache__") == [
         "model",
@@ -331,6 +382,10 @@ def test_the_command_prints_the_evidence_and_the_command(tmp_path, capsys, monke
     assert cli.main(["tune", *options, "--config", "config.yaml", "--sigma", "0.01"]) == 0
     command = capsys.readouterr().out.strip().splitlines()[-1].split()
     assert command[command.index("--sigma") + 1] == "0.01" and float(command[command.index("--lr") + 1]) < 1
+    assert "--groups" not in command
+    assert cli.main(["tune", *options, "--groups", "*:sigma=1"]) == 0
+    command = shlex.split(capsys.readouterr().out.strip().splitlines()[-1])
+    assert command.count("--groups") == 1 and command[command.index("--groups") + 1] == "*:sigma=1"
     assert cli.main(["tune", *options, "--out", "runs/x"]) == 1
     assert cli.main(["tune", *options, "--sigma", "0.01", "--lr", "0.1"]) == 1
     assert "nothing to find" in capsys.readouterr().err

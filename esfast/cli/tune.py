@@ -39,13 +39,14 @@ def run(args: argparse.Namespace) -> None:
         found = trainer.tune()
     if team.rank:
         return
-    groups = trainer.args.groups
+    # Groups that nobody named, and that the numbers go with.
+    implied = ["--groups", AUTO] if found.groups and not settings.get("groups") else []
     if args.json:
-        print(json.dumps({**found.to_json(), "groups": groups}))
+        print(json.dumps(found.to_json()))
         return
     print(found.table())
     print("\n".join(found.lines()))
-    command = ["esfast", "train", *_options(args, found.settings), *_numbers(found.settings)]
+    command = ["esfast", "train", *_options(args, found.settings), *implied, *_numbers(found.settings)]
     print("to train with it:\n  " + shlex.join(command))
 
 

@@ -73,7 +73,9 @@ class ESConfig:
     generations: int = option(500, "number of updates")
     population_size: int = option(30, "members (perturbed models) in a generation")
     sigma: float | Literal["auto"] = option(
-        1e-3, "standard deviation of the perturbation, in units of the weights; auto: found before the run"
+        1e-3,
+        "standard deviation of the perturbation, in units of the weights; auto: found before the run, as --groups "
+        "auto is, unless groups are named",
     )
     lr: float | Literal["auto"] = option(
         5e-4, "step size of the update (the paper's alpha); auto: found before the run"
@@ -112,7 +114,8 @@ class ESConfig:
     groups: list[str] | None = option(
         None,
         "give weights their own sigma and lr, as factors of the run's: PATTERN:sigma=X,lr=Y, such as "
-        "*embed*:lr=0.1; the first pattern that matches a name counts; auto: in proportion to each tensor's RMS",
+        "*embed*:lr=0.1; the first pattern that matches a name counts; auto: in proportion to each tensor's RMS "
+        "(default: with --sigma auto that, else all weights alike, as with '*:sigma=1')",
     )
     prompts_per_generation: int = option(200, "prompts that every member of a generation answers")
     prompts_per_member: str = option(
@@ -265,8 +268,15 @@ class ESConfig:
                 raise BadValue(f"resume: the run has {name} {theirs!r}, asked for is {mine!r}")
 
     def open_questions(self) -> list[str]:
-        """The settings that are "auto" and that the run must find: of sigma, lr and groups."""
-        return [name for name in ("sigma", "lr", "groups") if getattr(self, name) in (AUTO, [AUTO])]
+        """The settings that the run must find: of sigma, lr and groups those that are "auto". With sigma "auto" groups
+        are too, unless some are named."""
+        asked = [name for name in ("sigma", "lr", "groups") if getattr(self, name) in (AUTO, [AUTO])]
+        return asked + (["groups"] if self.implies_groups else [])
+
+    @property
+    def implies_groups(self) -> bool:
+        """Whether groups are to be found because sigma is. Weights that are elsewhere then have none."""
+        return self.sigma == AUTO and self.groups is None
 
     @property
     def members_per_batch(self) -> int:

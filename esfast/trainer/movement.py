@@ -9,6 +9,9 @@ import torch
 
 from ..core.plan import Plan
 from ..es.weights import sample
+from ..update.updater import Rule
+
+_ALIKE = Rule()
 
 
 class Movement:
@@ -16,13 +19,14 @@ class Movement:
 
     The norms are estimated from up to weights.DRIFT_SAMPLE weights of each whole, contiguous tensor, each of which
     stands for its share of the tensor. Call it while no member is in place. It reports nothing for
-    sharded weights, nor without a plan.
+    sharded weights, nor without a plan. The groups of the run's rule say how far an update should move each tensor.
     """
 
-    def __init__(self, plan: Plan | None):
+    def __init__(self, plan: Plan | None, rule: Rule = _ALIKE):
         found = [] if plan is None or plan.sharded else sample(plan)
         # Sampled weights, and how many weights of the tensor they stand for.
         self._views = [(view, math.prod(window.shape)) for _, view, window in found]
+        self._exact = math.fsum(math.prod(w.shape) * rule.group_of(name).lr ** 2 for name, _, w in found)
         self._initial = self._last = self._read()
 
     def norms(self, coeffs: Sequence[float] = ()) -> dict[str, float]:
@@ -37,7 +41,7 @@ class Movement:
         result = {"update_norm": self._norm(now, self._last), "distance": self._norm(now, self._initial)}
         self._last = now
         # Each of a seed's numbers has variance 1, whatever the kind of noise.
-        exact = math.sqrt(math.fsum(c * c for c in coeffs) * sum(n for _, n in self._views))
+        exact = math.sqrt(math.fsum(c * c for c in coeffs) * self._exact)
         return result | ({"update_kept": result["update_norm"] / exact} if exact else {})
 
     def _read(self) -> list[torch.Tensor]:

@@ -31,7 +31,8 @@ def groups(plan: Plan) -> list[str]:
     found = []
     # The longest pattern first: the first that matches a name counts.
     for pattern in sorted(kinds, key=lambda p: (-len(p), p)):
-        own = math.sqrt(math.fsum(s for s, _ in kinds[pattern]) / sum(n for _, n in kinds[pattern]))
+        # Of a tensor in shards this process may hold nothing.
+        own = math.sqrt(math.fsum(s for s, _ in kinds[pattern]) / max(1, sum(n for _, n in kinds[pattern])))
         factor = float(f"{min(MOST, max(1 / MOST, own / whole)):.2g}") if own and whole else 1.0
         found.append(str(Group(pattern, factor, factor)))
     return found

@@ -80,6 +80,17 @@ class Look:
             return math.inf, 0.0
         return float(apart.mean()), float(apart.std(ddof=1) / math.sqrt(len(apart))) if len(apart) > 1 else 0.0
 
+    @property
+    def by_chance(self) -> float:
+        """The standard error that `lost` has if the model is no better than a member, so that any of them could be in
+        its place (a permutation test). It holds, too, if the model succeeds on a few prompts of a dozen."""
+        base, rewards = self._told()
+        if self.dead:
+            return 0.0
+        everyone = np.concatenate([base[None], rewards.reshape(-1, len(base))])
+        apart = everyone.std(0) * len(everyone) / (len(everyone) - 1)
+        return math.sqrt((apart**2).sum()) / len(base)
+
     def _d(self) -> tuple[np.ndarray, np.ndarray]:
         """Each pair's mean of d over the prompts, and the variance of that mean."""
         rewards = self._told()[1]
@@ -197,6 +208,7 @@ def search(ask: Callable[[float, int], Look], scale: float, members: int) -> Fou
 
 
 _GUESSED = "sigma is a guess, a tenth of the weights' root mean square"
+_LEAST_GUESSED = "sigma is a guess, the smallest one at which members got other rewards than the model"
 _NOTHING = "members get the same rewards as the model at every sigma, so there is nothing to learn from"
 # Members that let a search compare signals.
 ENOUGH = 1 + 2 * COARSE_PAIRS * (2 + STEPS_UP + 2) + 2 * ENOUGH_PAIRS * len(FINE)
@@ -212,7 +224,10 @@ def _without_floor(
     clear = [each for each in fine if each.shows(CLEAR)] if pairs >= ENOUGH_PAIRS else []
     if not clear:
         why = "the model gets no more reward than noise does, and members differ by no more than chance"
-        return _found(looks, floor, scale / 10, scale / 10, f"{why}: {_GUESSED}", False)
+        # Where all members get the model's rewards, no update has a direction.
+        least = min((each.sigma for each in looks if not each.alike), default=0.0)
+        guess, from_where = (least, _LEAST_GUESSED) if least > scale / 10 else (scale / 10, _GUESSED)
+        return _found(looks, floor, guess, guess, f"{why}: {from_where}", False)
     best = max(each.gain for each in clear)
     sigma = max(each.sigma for each in clear if each.gain >= NEARLY * best)
     why = "the largest sigma with most of the gain; the model gets no more reward than noise does"
@@ -231,8 +246,7 @@ def share(look: Look, floor: Look) -> float:
 
 
 def _is_floor(floor: Look) -> bool:
-    lost, error = floor.lost
-    return lost > SURE * error and lost > 0
+    return floor.lost[0] > max(0.0, SURE * floor.by_chance)
 
 
 def _gains(look: Look) -> bool:

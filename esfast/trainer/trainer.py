@@ -25,7 +25,7 @@ from ..es.store import WeightStore
 from ..rewards.scorer import RewardFunc, check_metrics
 from ..rollout.engine import Engine
 from ..rollout.evaluator import MemberEvaluator
-from ..update.updater import UpdateRecord
+from ..update.updater import Rule, UpdateRecord, check_groups
 from ..utils.errors import BadType, BadValue
 from ..utils.files import check_writable, write_whole
 from ..utils.interrupts import Stops, stoppable
@@ -174,7 +174,8 @@ class ESTrainer(SavesLikeTRL):
         self.held_out = HeldOut(self.batches.texts, self.engine, self.scoring.judge, kl, self.folder, c.samples)
         prompts = self.batches.rendered
         self._probe = Probes(self.probes, prompts, self._speaks, self.scorer, self.folder, self.scoring.skips)
-        self.movement = Movement(weights if isinstance(weights, Plan) else weights.plan)
+        rule = Rule(groups=check_groups(c.groups or ()))
+        self.movement = Movement(weights if isinstance(weights, Plan) else weights.plan, rule)
         self.es = ES(
             weights,
             **c.es_settings(),
@@ -370,7 +371,7 @@ class ESTrainer(SavesLikeTRL):
         """The coefficients that the stored weights should have moved by; [] if they are not the whole of it. A master
         keeps what its rounded weights do not show yet."""
         rule = self.es.rule
-        simple = rule.optimizer.lr_in_coeffs and not rule.groups and self.es.store.mode != "master"
+        simple = rule.optimizer.lr_in_coeffs and self.es.store.mode != "master"
         return record.coeffs if simple else []
 
     def _evaluate(self) -> dict[str, float]:

@@ -64,6 +64,7 @@ class Tuning:
     """What was found.
 
     settings   by name, the numbers to run with
+    groups     that they were found with, as ESConfig.groups
     rows       a dict for each sigma that was tried, for `table`
     responses  that the search asked for, and `run` those of the whole run
     why        how sigma, and how lr was decided
@@ -71,6 +72,7 @@ class Tuning:
     """
 
     settings: dict[str, Any]
+    groups: list[str] | None
     rows: list[dict[str, float]]
     responses: int
     run: int
@@ -134,8 +136,15 @@ class Tuner:
             f"lr: the noise of all updates moves the weights as far as sigma {tolerated:.2g} does",
         ]
         settings = {n: v for n, v in (("sigma", sigma), ("lr", lr)) if getattr(self.config, n) == AUTO}
-        tuned = Tuning(settings, _rows(found, scale), self.responses, self.run, scale, why + tried, found.learns)
+        why += tried + self._of_groups()
+        groups = self.config.groups
+        tuned = Tuning(settings, groups, _rows(found, scale), self.responses, self.run, scale, why, found.learns)
         return Tuning(**self._from_process_0(tuned.to_json))
+
+    def _of_groups(self) -> list[str]:
+        factors = [group.sigma for group in self.es.rule.groups]
+        span = f"{min(factors):g} to {max(factors):g}" if factors else ""
+        return [f"groups: {len(factors)}, whose members have {span} times this sigma"] if factors else []
 
     def _from_process_0(self, value: Callable[[], Any]) -> Any:
         """The value that process 0 has, which JSON can hold."""
@@ -249,18 +258,21 @@ def _short(value: float) -> float:
 
 def adopt(config: ESConfig, folder: RunFolder, team: Team, weights: Plan | WeightStore) -> None:
     """Fills in what is known before a run begins: of a run that goes on, the numbers that it found; of a new one its
-    groups, which the journal's header holds. ValueError if that can't be known. All processes call it."""
+    groups, which the journal's header holds. With sigma "auto", weights that are not in this process have no groups.
+    ValueError if a number can't be known. All processes call it."""
     asked = config.open_questions()
     if not asked:
         return
-    plan = weights if isinstance(weights, Plan) else weights.plan
-    if "groups" in asked and plan is None:
+    plan, implied = weights if isinstance(weights, Plan) else weights.plan, config.implies_groups
+    if "groups" in asked and plan is None and not implied:
         raise BadValue("groups: 'auto' needs the weights in this process; name the groups, or leave them out")
 
     def known() -> bytes:
         found = folder.read_config() if folder.begun() else {}
         values = {name: found[name] for name in asked if name in found}
-        if folder.begun() and (missing := [name for name in asked if values.get(name) in (None, AUTO, [AUTO])]):
+        # Weights of an older run, and those that were elsewhere, are alike.
+        numbers = [name for name in asked if name != "groups" or not implied]
+        if folder.begun() and (missing := [name for name in numbers if values.get(name) in (None, AUTO, [AUTO])]):
             raise BadValue(f"resume: {folder.config} does not say what {missing[0]} was found to be; give the number")
         if "groups" in asked and "groups" not in values and plan is not None:
             values["groups"] = scales.groups(plan)
