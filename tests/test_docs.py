@@ -60,7 +60,7 @@ def test_a_first_sigma_is_a_tenth_of_the_weights(tiny):
 
     auto, code = blocks("choosing.md")
     exec(auto, scope := {"esfast": esfast})
-    assert scope["config"].open_questions() == ["sigma", "lr"]
+    assert scope["config"].open_questions() == ["sigma", "lr", "groups"]
     model = AutoModelForCausalLM.from_pretrained(tiny)
     exec(code, scope := {"model": model})
     matrices = torch.cat([p.detach().flatten() for p in model.parameters() if p.dim() > 1])
