@@ -163,8 +163,8 @@ def test_who_asks(monkeypatch):
     assert type(asking(engine, 1)) is SequentialEvaluator
     monkeypatch.setattr("esfast.rollout.population.is_small", lambda model: False)
     assert type(asking(engine)) is SequentialEvaluator and type(asking(engine, 2)) is PopulationEvaluator
-    engine.decoding = "static"
-    with pytest.raises(ValueError, match="decoding='plain', not 'static'"):
+    engine.decoding = "continuous"
+    with pytest.raises(ValueError, match="decoding='plain' or 'static', not 'continuous'"):
         asking(engine, 2)
 
 

@@ -137,6 +137,9 @@ class Dropping:
 
         return peak_bytes(first_and_last) // MEASURED_ROWS
 
+    def close(self) -> None:
+        """There is nothing to free."""
+
     def _cache(self, width: int, most: int) -> dict:
         """The argument of `generate` for prompts of `width` tokens and at most so many new ones."""
         return {CACHE: cache_with_room(self.model, width + most - 1)} if self.room else {}

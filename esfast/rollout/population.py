@@ -28,6 +28,7 @@ from .probe import ALONE
 from .sampling import LogitsError
 from .shared_batches import TEXTS_SHARE, SharedBatches
 from .stacked_model import StackedModel, Unsupported
+from .static_steps import StaticSteps
 from .threads import Threads
 
 log = logging.getLogger(__name__)
@@ -44,20 +45,19 @@ def asking(
     """The evaluator for `members_at_once`: "auto", or a number, also as text.
 
     "auto" asks several members at once where that was measured to be faster: on a CPU small models, and with low-rank
-    noise all. ValueError for a number above 1 with decoding="static" or "continuous".
+    noise all. ValueError for a number above 1 with decoding="continuous".
     """
     model = engine.model
-    generates_plainly = engine.decoding in ("auto", "plain")
     if members_at_once == "auto":
         faster = is_small(model) or (noise == "low_rank" and model.device.type == "cpu")
-        several = generates_plainly and faster and not in_shards(model)
+        several = engine.decoding in ("auto", "plain") and faster and not in_shards(model)
         return PopulationEvaluator(engine) if several else SequentialEvaluator(engine)
     if int(members_at_once) == 1:
         return SequentialEvaluator(engine)
-    if not generates_plainly:
+    if engine.decoding == "continuous":
         raise BadValue(
-            f"members_at_once: several members generate with decoding='plain', not {engine.decoding!r}; leave decoding "
-            "at 'auto', or members_at_once at 1"
+            "members_at_once: several members generate with decoding='plain' or 'static', not 'continuous'; leave "
+            "decoding at 'auto', or members_at_once at 1"
         )
     return PopulationEvaluator(engine, int(members_at_once))
 
@@ -113,8 +113,14 @@ class PopulationEvaluator:
                 yield some, functools.partial(self._complete, stack)
 
     def close(self) -> None:
-        self._stack = None
+        self._free()
         self.engine.close()
+
+    def _free(self) -> None:
+        """Frees the members' weights, and the graphs that read them."""
+        self._stack = None
+        if self.batches is not None:
+            self.batches.way.close()
 
     # ---- how many ----------------------------------------------------------------------------------------------------
 
@@ -183,11 +189,13 @@ class PopulationEvaluator:
         self.one_by_one = set(stack.learned.one_by_one)
         threads = Threads(sum(p.numel() for p in engine.model.parameters())) if is_small(engine.model) else None
         way = Dropping(engine.model, engine.generation_config, drops, room, threads)
-        self.batches = SharedBatches(engine, way, self._processes)
+        with engine.own_settings():
+            chosen = StaticSteps.instead_of(way) if engine.decoding == "static" else way
+        self.batches = SharedBatches(engine, chosen, self._processes)
 
     def _stack_of(self, es, at_once: int) -> StackedModel:
         if self._stack is None or self._stack.at_once < at_once:
-            self._stack = None
+            self._free()
             kind = LowRankModel if es.rule.noise == "low_rank" else StackedModel
             self._stack = kind(es.plan, at_once, es.store.source_of_members, es.rule, es.perturb_rounding)
         return self._stack
@@ -221,7 +229,8 @@ class PopulationEvaluator:
                     raise
                 found = None
             if found is None:  # outside the except block, whose traceback keeps the failed batch's tensors alive
-                self._stack = stack = None
+                stack = None
+                self._free()
                 self.at_once = -(-len(some) // 2)
                 log.warning("out of memory with %d members at once: going on with %d", len(some), self.at_once)
                 _free_memory()
@@ -246,6 +255,7 @@ class PopulationEvaluator:
             except torch.OutOfMemoryError:
                 if self.batches.rows == 1:
                     raise
+            self.batches.way.close()
             self.engine.batch_size = self.batches.rows // 2
             log.warning(
                 "out of memory with %d rows at once: going on with %d", self.batches.rows, self.engine.batch_size

@@ -88,8 +88,18 @@ class SeededSampling(LogitsProcessor):
         made._width, made._numbers = width, self._numbers[which]
         return made
 
+    @property
+    def numbers(self) -> torch.Tensor:
+        """The uniform numbers that pick the tokens: float32 (rows, steps)."""
+        return self._numbers
+
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         step = input_ids.shape[1] - self._width
+        token = self.pick(scores, self._numbers[:, step : step + 1])
+        return torch.full_like(scores, -torch.inf).scatter_(-1, token, 0)
+
+    def pick(self, scores: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+        """The token of each row, int64 (rows, 1), for scores (rows, vocabulary) and one number a row (rows, 1)."""
         probabilities = torch.softmax(scores.float() / self.temperature, -1)
         if self.top_p < 1:
             ordered, places = probabilities.sort(dim=-1, descending=True, stable=True)
@@ -97,10 +107,7 @@ class SeededSampling(LogitsProcessor):
             probabilities = probabilities.masked_fill(beyond.scatter(-1, places, beyond), 0)
         sums = probabilities.cumsum(-1)
         total = sums[:, -1:]
-        point = torch.minimum(
-            self._numbers[:, step : step + 1] * total, torch.nextafter(total, torch.zeros_like(total))
-        )
+        point = torch.minimum(numbers * total, torch.nextafter(total, torch.zeros_like(total)))
         # Take the first token whose cumulative sum exceeds `point`; its probability is not 0. If sums are NaN no token
         # qualifies; FiniteLogits raises for that.
-        token = torch.searchsorted(sums, point, right=True).clamp(max=scores.shape[-1] - 1)
-        return torch.full_like(scores, -torch.inf).scatter_(-1, token, 0)
+        return torch.searchsorted(sums, point, right=True).clamp(max=scores.shape[-1] - 1)

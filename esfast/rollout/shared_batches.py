@@ -19,6 +19,7 @@ from .dropping import MEASURED_ROWS, Dropping
 from .engine import TransformersEngine
 from .sampling import LogitsError, SeededSampling
 from .stacked_model import StackedModel
+from .static_steps import StaticSteps
 
 # Share of the device's memory that texts get.
 TEXTS_SHARE = 0.25
@@ -36,7 +37,7 @@ class SharedBatches:
     `tokens` is the number of tokens generated so far, `rows` the size of the last batch.
     """
 
-    def __init__(self, engine: TransformersEngine, way: Dropping, processes: int = 1):
+    def __init__(self, engine: TransformersEngine, way: Dropping | StaticSteps, processes: int = 1):
         self.engine, self.way, self.processes = engine, way, processes
         self.tokens = self.rows = 0
         self._bytes_of_row: dict[tuple[int, bool, bool], int] = {}

@@ -1,0 +1,374 @@
+"""Static decoding for several members: a step over fixed tensors gives the texts of one after another, and can be
+captured as a CUDA graph. tape.py stands in for the graph."""
+
+import contextlib
+import inspect
+import logging
+from unittest import mock
+
+import pytest
+import torch
+from tape import Tape, taped
+from test_population import PROMPTS, answers
+
+import esfast
+from esfast.bench.architectures import tiny_model
+from esfast.rollout import static_steps
+from esfast.rollout.dropping import Dropping
+from esfast.rollout.engine import TransformersEngine
+from esfast.rollout.evaluator import SequentialEvaluator
+from esfast.rollout.fixed import Arena, Steps
+from esfast.rollout.graphs import CaptureFailed, captured
+from esfast.rollout.low_rank_model import LowRankModel
+from esfast.rollout.member_tensor import Unsupported
+from esfast.rollout.population import PopulationEvaluator, asking
+from esfast.rollout.sampling import LogitsError, SeededSampling
+from esfast.rollout.stacked_model import StackedModel
+from esfast.rollout.static_steps import StaticSteps
+from esfast.tasks import embedded
+
+TOKENIZER = embedded.make_tokenizer()
+SEEDS = list(range(40, 46))
+MODELS = {"gaussian": StackedModel, "low_rank": LowRankModel}
+
+
+@pytest.fixture(autouse=True)
+def one_thread(same_threads):
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """The tapes that were recorded, as on a GPU."""
+    made, init = [], StaticSteps.__init__
+
+    def with_graphs(self, plain):
+        init(self, plain)
+        self._captures = True
+
+    monkeypatch.setattr(StaticSteps, "__init__", with_graphs)
+    monkeypatch.setattr(static_steps, "captured", lambda *a: (made.append(taped(*a)), made[-1])[1])
+    return made
+
+
+def make(name="qwen2", noise="gaussian", tokens=12, population=7, sigma=0.1, **options):
+    """Of a tiny model that ends some texts early: the ES, and an engine for each decoding."""
+    model = tiny_model(name, TOKENIZER)
+    es = esfast.ES(model, sigma=sigma, population_size=population, noise=noise)
+    engines = [TransformersEngine(model, TOKENIZER, tokens, decoding=way, **options) for way in ("plain", "static")]
+    for engine in engines:
+        engine.generation_config.eos_token_id = [TOKENIZER.eos_token_id, *range(0, 200, 3)]
+        engine._way._ends = torch.tensor(engine.generation_config.eos_token_id)
+    return es, *engines
+
+
+# rotary, learned and relative positions; windows shorter than the texts; experts
+MODELS_OF_NOISE = [
+    ("qwen2", "gaussian"),
+    ("qwen2", "low_rank"),
+    ("gpt2", "low_rank"),
+    ("bloom", "gaussian"),
+    ("gemma3_text", "gaussian"),
+    ("qwen3_moe", "low_rank"),
+]
+
+
+@pytest.mark.parametrize(("name", "noise"), MODELS_OF_NOISE)
+def test_texts_are_those_of_one_after_another(name, noise, graphs):
+    es, plain, static = make(name, noise, population=4)
+    evaluator = PopulationEvaluator(static, 3)
+    for seeds in (None, SEEDS):
+        expected = answers(SequentialEvaluator(plain), es, seeds)
+        assert answers(evaluator, es, seeds) == expected
+        assert evaluator.tokens == plain.tokens
+        lengths = [len(text) for texts in expected.values() for text in texts]
+        assert min(lengths) < max(lengths), "some end early"
+    assert graphs and evaluator.batches.way.drops and not evaluator.batches.way._failed
+
+
+def test_a_step_without_a_graph_gives_the_same_texts():
+    es, plain, static = make(population=4)
+    evaluator = PopulationEvaluator(static, 4)
+    assert answers(evaluator, es, SEEDS) == answers(SequentialEvaluator(plain), es, SEEDS)
+    assert isinstance(evaluator.batches.way, StaticSteps) and not evaluator.batches.way._graphs
+
+
+def test_graphs_follow_the_weights_of_the_next_members(graphs):
+    """Populations with other weights, batches with fewer members, and other prompts use graphs that are there."""
+    es, plain, static = make(population=4)
+    evaluator = PopulationEvaluator(static, 3)
+    answers(evaluator, es)
+    made, seen = len(graphs), []
+    assert made < 12, "packets of 3 members and of 1, batches of 6, 3, 2 and 1 rows for each"
+    for sigma in (0.1, 0.05, 0.02):
+        es.sigma = sigma
+        for prompts in (PROMPTS, PROMPTS[::-1]):
+            seen.append(answers(evaluator, es, None, prompts))
+            assert seen[-1] == answers(SequentialEvaluator(plain), es, None, prompts)
+    assert len({str(each) for each in seen}) == 6
+    shapes = {key[0] for key in evaluator.batches.way._graphs}
+    assert {rows for rows, *_ in shapes} <= {18, 9, 6, 3, 2, 1} and len(graphs) < 12
+
+
+def test_a_tape_that_keeps_old_weights_would_be_noticed(graphs, monkeypatch):
+    es, plain, static = make(population=3)
+    evaluator = PopulationEvaluator(static, 3)
+    assert answers(evaluator, es) == answers(SequentialEvaluator(plain), es)
+    copies = {}
+
+    def with_copies(call):
+        func, args, *rest = call
+        args = tuple(
+            copies.setdefault(id(x), x.clone()) if isinstance(x, torch.Tensor) and x.dim() == 3 and len(x) == 3 else x
+            for x in args
+        )
+        return (func, args, *rest)
+
+    for tape in graphs:
+        tape.calls = [with_copies(call) if call[0]._schema.name == "aten::bmm" else call for call in tape.calls]
+    es.sigma = 0.05
+    assert answers(evaluator, es) != answers(SequentialEvaluator(plain), es)
+
+
+def test_rows_that_have_ended_leave_the_batch(graphs):
+    es, plain, static = make(population=4)
+    evaluator = PopulationEvaluator(static, 4)
+    assert answers(evaluator, es) == answers(SequentialEvaluator(plain), es)
+    sizes = [key[0][0] for key in evaluator.batches.way._graphs]
+    assert sizes[0] == 24 and len(sizes) > 1 and set(sizes[1:]) <= {12, 8, 4}
+
+
+def test_rows_that_do_not_count_and_shapes_that_are_there(graphs):
+    """A call may ask for fewer tokens than the config allows; a member may have fewer texts than another."""
+    _, engine, _ = make()
+    plain = Dropping(engine.model, engine.generation_config)
+    static = StaticSteps(plain)
+    rows = [[i + 3 * k for i in range(5, 6 + n)] for k, n in enumerate((3, 1, 2, 5, 1, 1, 2, 2, 4, 1, 3, 2))]
+    drawn = lambda n: SeededSampling(list(range(n)), 0.7, 9)  # noqa: E731
+    with engine.own_settings():
+        for each, most, counts in ((6, 12, [True] * 12), (4, 9, [True] * 3 + [False] + [True] + [False] * 3)):
+            for sampling in (None, drawn(2 * each)) if each == 4 else (None,):
+                expected, fine = plain(rows[: 2 * each], 2, sampling, most, counts)
+                found, numbers = static(rows[: 2 * each], 2, sampling, most, counts)
+                compared = [(a, b) for a, b, own in zip(expected, found, counts, strict=True) if own]
+                assert all(a == b for a, b in compared) and fine == numbers == [True, True]
+    assert max(len(a) for a, _ in compared) == 9
+    greedy = {rows for rows, _, drawn in static._steps if drawn is None}
+    assert 12 in greedy and 8 not in greedy, "four rows of each take the shape for six"
+
+
+def test_prompts_of_several_widths_share_the_memory(graphs):
+    es, plain, static = make(population=3, tokens=6)
+    evaluator = PopulationEvaluator(static, 3)
+    for prompts in (["ab " * 30, "a"], ["a", "b"], ["ab " * 60, "ab " * 30], ["b", "ab " * 40]):
+        assert answers(evaluator, es, None, prompts) == answers(SequentialEvaluator(plain), es, None, prompts)
+    arena = evaluator.batches.way._arena._held
+    for layer in next(iter(evaluator.batches.way._steps.values())).layers:
+        assert layer.keys.data_ptr() == arena[layer.number, 0].data_ptr()
+        assert layer.values.data_ptr() == arena[layer.number, 1].data_ptr()
+
+
+def test_a_step_that_cannot_be_captured(graphs, caplog):
+    """Falcon indexes with a list, which would be copied to the device."""
+    es, plain, static = make("falcon", population=2, tokens=4)
+    evaluator, expected = PopulationEvaluator(static, 2), answers(SequentialEvaluator(plain), es)
+    for _ in range(2):
+        assert answers(evaluator, es) == expected
+    line = "static decoding doesn't work here for several members, going on plainly: aten.lift_fresh.default"
+    assert caplog.text.count(line) == 1 and not graphs and not evaluator.batches.way._steps
+
+
+@pytest.mark.parametrize(("name", "why"), [("mamba", "MambaForCausalLM"), ("jamba", "JambaForCausalLM")])
+def test_models_with_other_states_are_refused_by_name(name, why):
+    model = tiny_model(name, TOKENIZER)
+    plain = TransformersEngine(model, TOKENIZER, 4)
+    refused = rf"decoding='static' for several members: a {why} keeps other states than keys and values"
+    with plain.own_settings(), pytest.raises(Unsupported, match=refused):
+        StaticSteps.instead_of(Dropping(model, plain.generation_config))
+
+
+def test_a_model_that_answers_otherwise_is_refused(monkeypatch):
+    es, _, static = make(population=2)
+    forward = static.model.forward
+
+    def counts(*args, **options):
+        output = forward(*args, **options)
+        output.logits[:, :, ::2] += len(options["attention_mask"][0])
+        return output
+
+    counts.__signature__ = inspect.signature(forward)
+    monkeypatch.setattr(static.model, "forward", counts)
+    with pytest.raises(
+        Unsupported, match="a Qwen2ForCausalLM answers otherwise from fixed tensors; take decoding='plain'"
+    ):
+        answers(PopulationEvaluator(static, 2), es)
+
+
+def test_a_member_without_numbers_is_named_and_costs_no_other(graphs, monkeypatch):
+    """Neither in its batch nor in the next, whose keys and values lie where its own lay."""
+    es, plain, static = make()
+    expected = answers(SequentialEvaluator(plain), es)
+    evaluator = PopulationEvaluator(static, 7)
+    write = StackedModel.write
+
+    def spoiled(self, members):
+        write(self, members)
+        if len(members) == 7:
+            self._stacks[0][3].fill_(float("nan"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StackedModel, "write", spoiled)
+        found = answers(evaluator, es)
+    assert isinstance(found.pop(3), LogitsError) and found == {i: t for i, t in expected.items() if i != 3}
+    assert answers(evaluator, es) == expected
+
+
+def test_out_of_memory_frees_the_graphs(graphs, monkeypatch, caplog):
+    es, plain, static = make()
+    evaluator = PopulationEvaluator(static, 7)
+    generate, states = StaticSteps._generate, []
+
+    def scarce(self, rows, members, *more):
+        found = generate(self, rows, members, *more)
+        states.append(len(self._graphs))
+        if members == 7:
+            raise torch.OutOfMemoryError
+        return found
+
+    monkeypatch.setattr(StaticSteps, "_generate", scarce)
+    with caplog.at_level(logging.WARNING):
+        assert answers(evaluator, es) == answers(SequentialEvaluator(plain), es)
+    assert "out of memory with 7 members at once: going on with 4" in caplog.text and evaluator.at_once == 4
+    assert states[0] and all(key[0][0] <= 24 for key in evaluator.batches.way._graphs)
+    evaluator.close()
+    assert not evaluator.batches.way._graphs and not evaluator.batches.way._arena._held
+
+
+def test_who_is_asked():
+    _, plain, static = make(tokens=2)
+    assert type(asking(static, 4)) is PopulationEvaluator and type(asking(static, 1)) is SequentialEvaluator
+    assert type(asking(static, "auto")) is SequentialEvaluator, "not measured to be faster"
+    static.decoding = "continuous"
+    with pytest.raises(ValueError, match="decoding='plain' or 'static', not 'continuous'"):
+        asking(static, 4)
+
+
+# ---- what a step does -----------------------------------------------------------------------------------------------
+
+
+def tape_of(model, members, rows=2, sampling=None):
+    """Of a step for `members`, and its Steps."""
+    device = torch.tensor([TOKENIZER.eos_token_id])
+    steps = Steps(model, rows * members, 16, 6, device, 0, sampling, Arena())
+    with torch.no_grad():
+        return taped(steps.blank, steps.step), steps
+
+
+@pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
+def test_a_step_writes_nothing_but_its_own_tensors(sampled):
+    """What it changes beside its own intermediate results are the Steps' tensors, at the same places in every step."""
+    model = tiny_model("qwen2", TOKENIZER).eval()
+    sampling = SeededSampling([1, 2], 0.7, 6, top_p=0.9) if sampled else None
+    tape, steps = tape_of(model, 1, sampling=sampling)
+    own = {x.untyped_storage().data_ptr() for x in vars(steps).values() if isinstance(x, torch.Tensor)}
+    own |= {x.untyped_storage().data_ptr() for x in steps._states()}
+    made, before = set(), [(x.data_ptr(), x.shape) for x in (*steps._states(), steps.texts, steps.ids)]
+    for func, args, _, results, new in tape.calls:
+        if func._schema.is_mutable:
+            assert args[0].untyped_storage().data_ptr() in own | made, func
+        made |= {x.untyped_storage().data_ptr() for x, n in zip(results, new, strict=True) if n}
+    with torch.no_grad():
+        steps.read([[5, 6, 7], [8]], sampling and sampling.numbers)
+        texts = steps.texts.clone()
+        tape.replay()
+        tape.replay()
+    assert (steps.texts != texts).any() and int(steps.done) == 3 and int(steps.where) == 18
+    assert [(x.data_ptr(), x.shape) for x in (*steps._states(), steps.texts, steps.ids)] == before
+
+
+def operations(layers, noise):
+    """Of a step, for frozen weights or three members."""
+    torch.manual_seed(0)
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=128, num_hidden_layers=layers, **sizes)).eval()
+    if noise is None:
+        return len(tape_of(model, 3)[0].calls)
+    together = MODELS[noise](model, 3)
+    together.write([(1, 0.1), (2, 0.1), (3, 0.1)])
+    together.check()
+    with together.in_place():
+        return len(tape_of(model, 3)[0].calls)
+
+
+def test_members_cost_few_operations_more_than_frozen_weights():
+    each = {noise: operations(3, noise) - operations(2, noise) for noise in (None, *MODELS)}
+    print("operations of a layer in a step:", each)
+    assert each["gaussian"] <= each[None] + 4 and each["low_rank"] <= each[None] + 4 * 7
+    assert each["gaussian"] < each["low_rank"]
+
+
+@pytest.mark.parametrize("wrong", [None, "synchronizes", "memory", "warms up"])
+def test_capturing(monkeypatch, wrong):
+    """The calls of PyTorch, by stand-ins: what is prepared, captured and restored, also if the capture fails."""
+    told = []
+
+    class Graph:
+        def pool(self):
+            return f"pool of {self}"
+
+    class Capture:
+        def __init__(self, graph, pool=None, capture_error_mode="global"):
+            told.append(("capture", pool, capture_error_mode))
+
+        def __enter__(self):
+            pass
+
+        def __exit__(self, kind, error, trace):
+            told.append("end")
+            if error is not None and wrong == "synchronizes":
+                raise RuntimeError("capture invalidated")
+
+    stream = mock.MagicMock()
+    for name, value in {
+        "current_stream": lambda: mock.MagicMock(),
+        "Stream": lambda: stream,
+        "stream": lambda s: contextlib.nullcontext(),
+        "set_stream": lambda s: told.append("restored"),
+        "CUDAGraph": Graph,
+        "graph": Capture,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+
+    def work():
+        told.append("work")
+        if wrong == "memory":
+            raise torch.OutOfMemoryError("no")
+        if (wrong == "warms up" and told.count("work") == 2) or (wrong == "synchronizes" and told.count("work") == 4):
+            raise RuntimeError("operation not permitted\nmore")
+
+    beside = Graph()
+    expected = {None: contextlib.nullcontext(), "memory": pytest.raises(torch.OutOfMemoryError)}.get(
+        wrong, pytest.raises(CaptureFailed, match="^RuntimeError: operation not permitted$")
+    )
+    with expected:
+        captured(lambda: told.append("prepare"), work, beside)
+    assert told[-1] == "restored"
+    if wrong is None:
+        assert told[:6] == ["prepare", "work"] * 3
+        assert told[6:] == [("capture", beside.pool(), "thread_local"), "work", "end", "restored"]
+
+
+def test_the_tape_refuses_what_a_graph_cannot_hold():
+    x = torch.arange(4.0)
+    for work in (
+        lambda: x.sum().item(),
+        lambda: x[x > 1],
+        lambda: torch.tensor([1.0]),
+        lambda: x.nonzero(),
+        lambda: x.unique(),
+        lambda: bool((x > 1).all()),
+    ):
+        with pytest.raises(CaptureFailed), Tape():
+            work()
