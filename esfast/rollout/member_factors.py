@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from .member_ops import SHORT, Way
+from .member_ops import SHORT, BoundLinear, Linear, Way
 from .member_tensor import MemberTensor, rows_of_member
 
 
@@ -72,15 +72,25 @@ class Factors:
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x @ weight of each member + bias, for x (K * rows, ..., rows of the matrix)."""
-        # Two dimensions: of a slice with more, such as each text's last token, PyTorch would multiply the matrix with
-        # every row alone.
-        rows = x.reshape(-1, x.shape[-1])
-        y = F.linear(rows, self.weight.mT)
-        of_members = y.view(len(self), -1, y.shape[-1])
-        of_members.baddbmm_(torch.bmm(rows.view(len(self), -1, rows.shape[-1]), self.a.mT), self.b)
-        if bias is not None:
-            of_members += bias.unsqueeze(1)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return self.bound_product(None if bias is None else bias.unsqueeze(1))(x)
+
+    def bound_product(self, bias: torch.Tensor | None) -> Linear:
+        """`product` as a function of x alone, for a bias (K, 1, columns)."""
+        weight, a, b, members, (size, out) = self.weight, self.a.mT, self.b, len(self), self.weight.shape
+
+        def product(x: torch.Tensor) -> torch.Tensor:
+            # Two dimensions: of a slice with more, such as each text's last token, PyTorch would multiply the matrix
+            # with every row alone.
+            rows = x.reshape(-1, size)
+            thin = torch.bmm(rows.view(members, -1, size), a)
+            if bias is None:
+                y = rows @ weight
+                y.view(members, -1, out).baddbmm_(thin, b)
+            else:
+                y = torch.baddbmm(bias, thin, b).view(-1, out).addmm_(rows, weight)
+            return y.view(*x.shape[:-1], out)
+
+        return product
 
 
 def _are_factors(value) -> bool:
@@ -97,12 +107,19 @@ def _linear(args: tuple, kwargs: dict, dims: list) -> Way | None:
     if kwargs or dims[0] != 0 or x.dim() < 2 or not _are_factors(weight) or not _are_vectors(bias):
         return None
 
-    def way(func, args: tuple, kwargs: dict, first: MemberTensor) -> torch.Tensor:
-        held = args[1].held
-        rows_of_member(func, args[0].shape[0], len(held), args)
-        return held.mT.product(args[0], None if bias is None else args[2].stack)
+    return BoundLinear(factored_linear)
 
-    return way
+
+def factored_linear(weight: MemberTensor, bias: MemberTensor | None) -> Linear:
+    held, b = weight.held, None if bias is None else bias.stack.unsqueeze(1)
+    assert isinstance(held, Factors)
+    members, product = len(held), held.mT.bound_product(b)
+
+    def linear(x: torch.Tensor) -> torch.Tensor:
+        rows_of_member(F.linear, x.shape[0], members, (weight, bias))
+        return product(x)
+
+    return linear
 
 
 def _addmm(args: tuple, kwargs: dict, dims: list) -> Way | None:

@@ -21,22 +21,41 @@ def _are_weights(*values) -> bool:
     return all(type(value) is MemberTensor for value in values)
 
 
+Linear = Callable[[torch.Tensor], torch.Tensor]
+
+
+class BoundLinear:
+    """How to do F.linear for all members.
+
+    bind  gives the function of x for a weight and a bias or None, with all that needn't be done at every call
+    """
+
+    def __init__(self, bind: Callable[[MemberTensor, MemberTensor | None], Linear]):
+        self.bind = bind
+
+    def __call__(self, func, args: tuple, kwargs: dict, first: MemberTensor) -> torch.Tensor:
+        return self.bind(args[1], args[2] if len(args) > 2 else None)(args[0])
+
+
+def stacked_linear(weight: MemberTensor, bias: MemberTensor | None) -> Linear:
+    w, b = weight.stack.mT, None if bias is None else bias.stack.unsqueeze(1)
+    members, columns, out = w.shape
+
+    def linear(x: torch.Tensor) -> torch.Tensor:
+        rows_of_member(F.linear, x.shape[0], members, (weight, bias))
+        mine = x.reshape(members, -1, columns)
+        y = torch.bmm(mine, w) if b is None else torch.baddbmm(b, mine, w)
+        return y.view(*x.shape[:-1], out)
+
+    return linear
+
+
 def _linear(args: tuple, kwargs: dict, dims: list) -> Way | None:
     x, weight, bias = (*args, *[None] * (3 - len(args)))
     if kwargs or dims[0] != 0 or x.dim() < 2 or not _are_weights(weight) or not (bias is None or _are_weights(bias)):
         return None
 
-    def way(func, args: tuple, kwargs: dict, first: MemberTensor) -> torch.Tensor:
-        x, w = args[0], args[1].stack
-        rows_of_member(func, x.shape[0], w.shape[0], args)
-        mine = x.reshape(w.shape[0], -1, x.shape[-1])
-        if bias is None:
-            y = torch.bmm(mine, w.mT)
-        else:
-            y = torch.baddbmm(args[2].stack.unsqueeze(1), mine, w.mT)
-        return y.view(*x.shape[:-1], w.shape[1])
-
-    return way
+    return BoundLinear(stacked_linear)
 
 
 def _addmm(args: tuple, kwargs: dict, dims: list) -> Way | None:
@@ -80,7 +99,8 @@ def _elementwise(args: tuple, kwargs: dict, dims: list) -> Way | None:
 
     def way(func, args: tuple, kwargs: dict, first: MemberTensor) -> torch.Tensor:
         x, w = args[1 - at], args[at].stack
-        mine = x.unflatten(0, (w.shape[0], rows_of_member(func, x.shape[0], w.shape[0], args)))
+        rows = rows_of_member(func, x.shape[0], w.shape[0], args)
+        mine = x.reshape(w.shape[0], rows, *x.shape[1:])
         wide = w.reshape(w.shape[0], *[1] * (mine.dim() - w.dim()), *w.shape[1:])
         return (func(mine, wide) if at else func(wide, mine)).flatten(0, 1)
 

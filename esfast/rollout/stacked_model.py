@@ -26,6 +26,7 @@ from ..update.updater import Rule
 from ..utils.errors import BadType, BadValue
 from .member_check import Learned, check_language_model, check_module
 from .member_factors import Factors
+from .member_linear import direct
 from .member_modules import OneByOne, Places
 from .member_ops import SHORT
 from .member_tensor import MemberTensor, Unsupported, label_of
@@ -295,6 +296,9 @@ class StackedModel:
                 )
                 self._replaced.append((module, vars(module).get("forward")))
                 module.forward = one_by_one
+            elif learned.operations.prime is None and (forward := direct(module)) is not None:
+                self._replaced.append((module, vars(module).get("forward")))
+                module.forward = forward
 
     def _leave(self) -> None:
         for module, before in self._replaced:
