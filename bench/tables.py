@@ -70,6 +70,7 @@ TABLES: dict[str, tuple[str, Callable[..., Table]]] = {
     "countdown": ("countdown.json", countdown.table),
     "countdown-noise": ("countdown_noise.json", countdown.noise_table),
     "tune": ("tune.json", tune.table),
+    "tune-searches": ("tune.json", tune.searches_table),
     "tune-members": ("tune.json", tune.members_table),
     "ranks": ("ranks.json", ranks.table),
     "tasks": ("tasks.json", tasks.table),

@@ -6,6 +6,8 @@ alone: the recipe's, which were tuned by hand; "auto", which makes groups by the
 sigma for all weights; ten times, and a tenth of the recipe's. The search is part of the budget: "auto" trains 5 % fewer
 generations, the most that a search may take.
 
+Searches alone, which train nothing, say how much what is found depends on the seed.
+
 Of each run by hand the best members of the last generation are asked too, alone and by vote, beside the tuned model.
 With `--keep` a benchmark that was cut short continues where it was.
 """
@@ -13,6 +15,8 @@ With `--keep` a benchmark that was cut short continues where it was.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import math
 import os
@@ -60,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="a run each (default: 0 1 2)")
     parser.add_argument("--share", type=float, default=1.0, help="of the generations (default: 1)")
     parser.add_argument("--eval-prompts", type=count, default=300, help="held-out problems (default: 300)")
+    parser.add_argument("--searches", type=int, default=8, help="seeds of searches that train nothing (default: 8)")
     add_jobs(parser)
     add_keep(parser)
 
@@ -70,7 +75,10 @@ def run(args: argparse.Namespace) -> dict:
     for task in args.tasks:
         embedded.cached(task=TASKS[task])
     with run_folder(args) as runs:
-        return {"rows": run_all(train, jobs(args), runs, args.jobs, lambda row: f"{row['reward_after']:.3f}")}
+        return {
+            "rows": run_all(train, jobs(args), runs, args.jobs, lambda row: f"{row['reward_after']:.3f}"),
+            "searches": run_all(find, searches(args), runs, args.jobs, lambda row: f"sigma {row['sigma']}"),
+        }
 
 
 def jobs(args: argparse.Namespace) -> list[dict]:
@@ -100,13 +108,42 @@ def _numbers(recipe: dict[str, Any], way: str, share: float) -> dict[str, Any]:
     return {"generations": generations, "sigma": recipe["sigma"] * factor, "lr": recipe["lr"] * factor}
 
 
+def searches(args: argparse.Namespace) -> list[dict]:
+    """The searches of the runs with "auto", for further seeds."""
+    many = argparse.Namespace(**vars(args) | {"seeds": range(args.searches)})
+    return [
+        {**job, "way": {"name": f"search, {job['way']['name']}"}} for job in jobs(many) if WAYS[job["chosen"]] is None
+    ]
+
+
+def find(settings: dict, folder: Path) -> dict:
+    """What `esfast tune` finds, in one thread and in this process, where importing takes no time."""
+    import torch
+
+    from ..cli import main
+
+    folder.mkdir(parents=True, exist_ok=True)
+    said = io.StringIO()
+    torch.set_num_threads(1)
+    with contextlib.redirect_stdout(said):
+        failed = main(["tune", *_options(settings), "--seed", str(settings["seed"]), "--no-progress", "--json"])
+    if failed:
+        raise BenchmarkError(f"`esfast tune` of {folder.name} failed with exit status {failed}, see above")
+    found = json.loads(said.getvalue())
+    return {**settings, **found["settings"], "learns": found["learns"], "why": found["why"]}
+
+
+def _options(settings: dict) -> list[str]:
+    given = {name: settings[name] for name in OPTIONS if name in settings} | {"task": TASKS[settings["task"]]}
+    return [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+
+
 def train(settings: dict, folder: Path) -> dict:
     """One run, by `esfast train`, in one thread: its row."""
     if folder.exists():
         # Of a run that was cut short.
         shutil.rmtree(folder)
-    given = {name: settings[name] for name in OPTIONS if name in settings} | {"task": TASKS[settings["task"]]}
-    options = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    options = _options(settings)
     options += ["--eval-every", "0", "--no-save-best", "--checkpoint-every", "0", "--no-progress"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     call(f"`esfast train` of {folder.name}", train_command(settings["seed"], folder, options), environment)
@@ -177,6 +214,21 @@ def table(result: dict) -> tuple[list[str], list[list[str]]]:
                     f"{median(row['seconds'] for row in rows):.0f}",
                 ]
             )
+    return headers, lines
+
+
+def searches_table(result: dict) -> tuple[list[str], list[list[str]]]:
+    """How much what is found depends on the seed."""
+    headers = ["task", "sigma, lr", "seeds", "sigma", "lr", "guesses"]
+    lines = []
+    # Older results have none.
+    found = {"rows": result.get("searches", [])}
+    for task in _tasks(found):
+        for way in WAYS:
+            if not (rows := _of(found, task, way)):
+                continue
+            numbers = [_range([row[name] for row in rows]) for name in ("sigma", "lr")]
+            lines.append([task, way, str(len(rows)), *numbers, str(sum(not row["learns"] for row in rows))])
     return headers, lines
 
 

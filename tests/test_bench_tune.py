@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from esfast.bench import tune
+from esfast.bench import BenchmarkError, tune
 from esfast.tasks import embedded
 from esfast.trainer.search import ENOUGH
 from esfast.trainer.tuning import BUDGET, LEAST_PROMPTS, TRIALS
@@ -76,6 +76,35 @@ def test_the_members_beside_the_tuned_model():
     assert [(f["task"], f["measure"]) for f in found] == [("math", "reward"), ("math", "accuracy"), ("none", "reward")]
     assert found[1]["tuned model"] == "0.500 ± 0.141" and found[1]["best member"] == "0.200 ± 0.000"
     assert found[0]["before"] == "0.250" and found[2]["runs"] == "1"
+
+
+def test_searches_alone(tmp_path, monkeypatch, capsys):
+    """Those of the ways with "auto", for seeds of their own."""
+    jobs = tune.searches(options("--seeds", "5", "--tasks", "sudoku", "math", "--searches", "2"))
+    assert [(j["task"], j["chosen"], j["seed"]) for j in jobs] == [
+        (task, way, seed) for seed in (0, 1) for task in ("sudoku", "math") for way in ("auto", "auto, one sigma")
+    ]
+    runs = tune.jobs(options("--seeds", "0", "1", "--tasks", "sudoku", "math"))
+    assert not {j["way"]["name"] for j in jobs} & {j["way"]["name"] for j in runs}
+
+    def main(words):
+        assert words[0] == "tune" and words[words.index("--groups") + 1] == "*:sigma=1"
+        print(json.dumps({"settings": {"sigma": 0.02, "lr": 0.01}, "learns": False, "why": ["so"]}))
+        return 0
+
+    monkeypatch.setattr("torch.set_num_threads", lambda number: None)
+    monkeypatch.setattr("esfast.cli.main", main)
+    row = tune.find(jobs[-1], tmp_path / "run")
+    assert (row["sigma"], row["learns"], row["seed"]) == (0.02, False, 1) and not capsys.readouterr().out
+    found = [row, {**row, "sigma": 0.04, "learns": True}]
+    assert tune.searches_table({"rows": [], "searches": found})[1] == [
+        ["math", "auto, one sigma", "2", "0.02 to 0.04", "0.01", "1"]
+    ]
+    # of a result that is older there is nothing to show
+    assert tune.searches_table({"rows": []})[1] == []
+    monkeypatch.setattr("esfast.cli.main", lambda words: 1)
+    with pytest.raises(BenchmarkError, match="`esfast tune` of other failed with exit status 1"):
+        tune.find(jobs[-1], tmp_path / "other")
 
 
 def test_a_run_and_its_members(tmp_path, monkeypatch):

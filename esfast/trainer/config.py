@@ -265,7 +265,7 @@ class ESConfig:
         for name, theirs in convert_given(type(self), fixed).items():
             mine = getattr(self, name)
             if theirs != mine:
-                raise BadValue(f"resume: the run has {name} {theirs!r}, asked for is {mine!r}")
+                raise BadValue(f"resume: the run has {name} {theirs!r:.200}, asked for is {mine!r:.200}")
 
     def open_questions(self) -> list[str]:
         """The settings that the run must find: of sigma, lr and groups those that are "auto". With sigma "auto" groups
