@@ -139,8 +139,11 @@ def test_bad_arguments_are_errors_at_the_door(tmp_path, made):
         ({"metrics": {"x": lambda **k: [0]}}, "metrics"),
         ({"environment": three_turns}, "train_dataset: the environment has no method rows"),
         ({"settings": {"kl_to_base": True}}, "kl_to_base"),
-        ({"settings": {"members_at_once": 2}}, "members_at_once"),
-        ({"evaluator": object()}, "evaluator"),
+        (
+            {"settings": {"members_at_once": 2}, "engine": lambda prompts: list(prompts)},
+            "members_at_once: an engine of yo",
+        ),
+        ({"evaluator": object()}, "evaluator: .*asked many times, for which it needs a method `placed`"),
         ({"settings": {"max_episode_turns": 0}}, "max_episode_turns"),
         ({"settings": {"episode_timeout": 0}}, "episode_timeout"),
         ({"settings": {"endpoint_port": 70000}}, "endpoint_port"),

@@ -6,7 +6,7 @@ from collections.abc import Generator, Iterator, Sequence
 from typing import Protocol
 
 from ..es.population import Member, Population
-from .completion import Complete, complete
+from .completion import Asked, Complete, Completion, complete
 from .engine import Engine
 from .sampling import LogitsError
 
@@ -93,7 +93,9 @@ class SequentialEvaluator:
         for member in members:
             yield [member], self._complete
 
-    def _complete(self, owners, texts, seeds, asked):
+    def _complete(
+        self, owners: Sequence[int], texts: Sequence[str], seeds: Sequence[int] | None, asked: Asked
+    ) -> Sequence[Completion | LogitsError]:
         try:
             return complete(self.engine, texts, seeds, asked)
         except LogitsError as error:

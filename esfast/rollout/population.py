@@ -147,7 +147,7 @@ class PopulationEvaluator:
             self.at_once = 1
             return
         memory, batches = total_memory(es.plan.device), self.batches
-        most_rows, texts, told = most * own, int(TEXTS_SHARE * memory), ""
+        most_rows, texts, told = most * own, int(TEXTS_SHARE * memory), "at most"
         if prompts is not None:
             longest = max(map(len, engine.prompts(prompts)))
             most_rows = batches.room(longest, sampled)
@@ -156,14 +156,16 @@ class PopulationEvaluator:
         self.at_once = max(1, min(asked, most))
         if prompts is not None:
             rows = self.at_once * max(1, min(own, most_rows // self.at_once))
-            texts, told = rows * batches.row_bytes(longest, sampled), f", {rows} rows at once"
-        self.need = max(self.at_once * self._bytes_of_member + self._bytes_to_write + texts, self._bytes_to_check)
+            texts, told = rows * batches.row_bytes(longest, sampled), f"of {rows} rows at once"
+        weights = self.at_once * self._bytes_of_member + self._bytes_to_write
+        self.need = max(weights + texts, self._bytes_to_check)
         log.info(
-            "members_at_once: %d of %d members answer together%s; their weights and texts take at most %.2f GB",
+            "members_at_once: %d of %d members answer together; their weights take %.2f GB, their texts %s %.2f GB",
             self.at_once,
             max(len(members), es.population_size),
+            weights / 1e9,
             told,
-            self.need / 1e9,
+            texts / 1e9,
         )
 
     def _check(self, members: Population) -> None:

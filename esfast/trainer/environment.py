@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 from ..rewards.scorer import RewardError, RewardFunc
 from ..rollout.episodes.engine import Episodes, Settings, check_environment
 from ..rollout.episodes.episode import FIGURES, Episode, Limits
-from ..rollout.evaluator import MemberEvaluator, SequentialEvaluator
+from ..rollout.episodes.evaluator import EpisodesEvaluator
+from ..rollout.evaluator import MemberEvaluator
 from ..utils.errors import BadType, BadValue
 from ..utils.rows import Rows, by_row
 from .config import ESConfig
@@ -50,10 +51,11 @@ def of_environment(environment: Any, given: Given, config: ESConfig, shards: int
         raise BadType("metrics: an environment's episodes are measured by turns, tokens and seconds; leave metrics out")
     if config.kl_to_base:
         raise BadValue("kl_to_base: it is measured over single responses, not over episodes; leave it out")
-    if config.members_at_once not in ("auto", "1"):
-        raise BadValue("members_at_once: members play an environment one after another; leave it at auto")
-    if evaluator is not None:
-        raise BadType("evaluator: an environment's members are asked many times; give an engine")
+    if evaluator is not None and not callable(getattr(evaluator, "placed", None)):
+        raise BadType(
+            "evaluator: an environment's members are asked many times, for which it needs a method `placed` (see "
+            "esfast.rollout.episodes.Places); or give an engine"
+        )
     if shards > 1:
         # Limits on time could end an episode in one of the processes alone, which would then wait for ever.
         raise BadValue("tensor_parallel_size: an environment needs the whole model in each process; leave it at 1")
@@ -83,12 +85,12 @@ def with_prompts(what: str, rows: Any) -> Any:
 
 
 def playing(environment: Any, evaluator: MemberEvaluator, tokenizer: Any, config: ESConfig) -> MemberEvaluator:
-    """The evaluator whose members play episodes, one member after another, with the engine of the given one."""
+    """The evaluator whose members play episodes, where the given one puts them in place."""
     if environment is None:
         return evaluator
     # Its prompts are rows, and its completions episodes.
-    engine: Any = Episodes(environment, evaluator.engine, tokenizer, settings_of(config))
-    found: Any = SequentialEvaluator(engine)
+    given: Any = evaluator
+    found: Any = EpisodesEvaluator(Episodes(environment, evaluator.engine, tokenizer, settings_of(config)), given)
     return found
 
 

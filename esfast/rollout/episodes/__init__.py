@@ -9,5 +9,7 @@ __getattr__, __dir__ = lazily(
         "Limits": "episode",
         "Episodes": "engine",
         "Settings": "engine",
+        "EpisodesEvaluator": "evaluator",
+        "Places": "evaluator",
     },
 )

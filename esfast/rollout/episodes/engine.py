@@ -11,9 +11,9 @@ from typing import Any
 
 from ...utils.errors import BadType
 from .. import chat
-from ..completion import Asked, Completion, complete
+from ..completion import Asked, Complete, Completion, complete
 from ..engine import Engine
-from ..sampling import response_seeds
+from ..sampling import LogitsError, response_seeds
 from .app import Endpoint
 from .client import clients
 from .episode import FIGURES, Episode, Limits
@@ -82,6 +82,25 @@ class Episodes:
         where a request names no temperature.
 
         Raises what the engine raises, for example LogitsError."""
+        (found,) = self.of_members([rows], None if seeds is None else [seeds], self._alone)
+        if isinstance(found, LogitsError):
+            raise found
+        return found
+
+    def of_members(
+        self,
+        rows: Sequence[Sequence[Mapping[str, Any]]],
+        seeds: Sequence[Sequence[int]] | None,
+        complete: Complete,
+        names: Sequence[str] | None = None,
+    ) -> list[list[Episode] | LogitsError]:
+        """The episodes of members that play at the same time; of a member whose weights give no text its error.
+
+        Args:
+            rows, seeds: of each member, as for `generate`.
+            complete: how members complete texts.
+            names: of the members, which requests may use beside "member".
+        """
         default = 0.0 if seeds is None else self.settings.temperature
         runner = Runner(
             self._endpoint,
@@ -91,13 +110,18 @@ class Episodes:
             functools.partial(chat.render, tokenizer=self.tokenizer, options=self.settings.template),
             self._read,
             self._prepare,
-            functools.partial(self._answer, default),
+            functools.partial(self._answer, complete, default),
             None if self._port is None else self._port.serve,
         )
-        episodes = runner(rows, response_seeds(0, 0, len(rows), 1) if seeds is None else seeds)
+        found = runner(rows, [response_seeds(0, 0, len(own), 1) for own in rows] if seeds is None else seeds, names)
         if seeds is not None:
-            self._done += episodes
-        return episodes
+            self._done += [episode for own in found if not isinstance(own, LogitsError) for episode in own]
+        return found
+
+    def _alone(
+        self, owners: Sequence[int], texts: Sequence[str], seeds: Sequence[int] | None, asked: Asked
+    ) -> Sequence[Completion]:
+        return complete(self.engine, texts, seeds, asked)
 
     def take_figures(self) -> dict[str, float]:
         """Means over the episodes with seeds since the last call, those of training; {} if there were none."""
@@ -106,9 +130,12 @@ class Episodes:
         return {name: sum(values) / len(values) for name, values in means.items() if values}
 
     def close(self) -> None:
+        self.close_port()
+        self.engine.close()
+
+    def close_port(self) -> None:
         if self._port is not None:
             self._port.close()
-        self.engine.close()
 
     def _read(self, texts: Sequence[str]) -> None:
         """Encodes the texts together, which takes a fraction of one by one. What is wrong with one of them is said by
@@ -168,10 +195,15 @@ class Episodes:
                 )
 
     def _answer(
-        self, default: float, questions: Sequence[Question], texts: Sequence[str], asked: Sequence[Asked]
-    ) -> list[Completion]:
-        """Completions of all; those that are asked alike go to the engine together."""
-        found: list[Completion | None] = [None] * len(texts)
+        self,
+        complete: Complete,
+        default: float,
+        questions: Sequence[Question],
+        texts: Sequence[str],
+        asked: Sequence[Asked],
+    ) -> list[Completion | LogitsError]:
+        """Completions of all; those that are asked alike are completed together."""
+        found: list[Completion | LogitsError | None] = [None] * len(texts)
         groups: dict[Asked, list[int]] = {}
         for i, how in enumerate(asked):
             temperature = default if how.temperature is None else how.temperature
@@ -180,9 +212,8 @@ class Episodes:
             groups.setdefault(Asked(how.max_tokens, named, how.top_p), []).append(i)
         for how, places in groups.items():
             seeds = None if how.temperature == 0 else [questions[i].seed for i in places]
-            for i, completion in zip(
-                places, complete(self.engine, [texts[i] for i in places], seeds, how), strict=True
-            ):
+            owners = [questions[i].session.member for i in places]
+            for i, completion in zip(places, complete(owners, [texts[i] for i in places], seeds, how), strict=True):
                 found[i] = completion
         return [completion for completion in found if completion is not None]
 

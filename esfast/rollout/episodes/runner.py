@@ -1,4 +1,4 @@
-"""Runs the episodes of some rows together, and answers their requests in batches."""
+"""Runs the episodes of some rows together, those of one member or of several, and answers their requests in batches."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 from ...utils.errors import BadState, EsfastError
 from ...utils.time_limit import TooSlow, now
 from ..completion import Asked, Completion
+from ..sampling import LogitsError
 from .app import Endpoint
 from .episode import Episode, Limits, check_reward
 from .protocol import ApiError
@@ -26,17 +27,18 @@ PATIENCE, LONGEST_PATIENCE = 0.01, 1.0
 GRACE = 1.0
 
 Play = Callable[[Any, Mapping[str, Any]], Awaitable[Any]]
-Answers = Callable[[Sequence[Question], Sequence[str], Sequence[Asked]], Sequence[Completion]]
+Answers = Callable[[Sequence[Question], Sequence[str], Sequence[Asked]], "Sequence[Completion | LogitsError]"]
 
 
 class Runner:
-    """Plays one episode a row.
+    """Plays one episode a row and member.
 
-        episodes = Runner(endpoint, limits, play, client_of, render, read, prepare, answer)(rows, seeds)
+        (episodes,) = Runner(endpoint, limits, play, client_of, render, read, prepare, answer)([rows], [seeds])
 
     The loop runs in this thread. Requests wait until every episode that runs waits for an answer. Then the engine
-    answers all of them, in the order of their rows, and the loop goes on. So the batches are the same in every run.
-    Only if an episode waits for something outside (a tool, a sandbox) are the others' requests answered without it.
+    answers all of them, in the order of members and rows, and the loop goes on. So the batches are the same in every
+    run. Only if an episode waits for something outside (a tool, a sandbox) are the others' requests answered without
+    it.
 
     play       (client, row) -> reward, a coroutine function
     client_of  key -> the client of the episode with this key
@@ -44,7 +46,8 @@ class Runner:
     read       tells which texts will be prepared, so that they are encoded together
     prepare    (text, how it is to be continued, tokens that the episode has left) -> (tokens of the prompt, most tokens
                of the completion, or None); ApiError if that can't be done
-    answer     (questions, their texts, how each is asked) -> Completions; may raise, which ends the run
+    answer     (questions, their texts, how each is asked) -> Completions; a LogitsError for a member that gives no
+               text, whose episodes then end. May raise, which ends the run
     serve      a coroutine that serves the endpoint on a port until it is cancelled, or None
     """
 
@@ -63,16 +66,36 @@ class Runner:
         self._endpoint, self._limits, self._play, self._client_of = endpoint, limits, play, client_of
         self._render, self._read, self._prepare = render, read, prepare
         self._answer, self._serve = answer, serve
-        self._running: dict[int, Session] = {}
+        self._running: dict[tuple[int, int], Session] = {}
         self._questions: list[Question] = []
         self._looked = 0.0
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> list[Episode]:
-        """The rows' episodes, in order. Raises what the engine raises."""
-        if not rows:
-            return []
-        self._episodes: list[Episode | None] = [None] * len(rows)
-        self._left = deque(enumerate(zip(rows, seeds, strict=True)))
+    def __call__(
+        self,
+        rows: Sequence[Sequence[Mapping[str, Any]]],
+        seeds: Sequence[Sequence[int]],
+        names: Sequence[str] | None = None,
+    ) -> list[list[Episode] | LogitsError]:
+        """The episodes of each member's rows, in order; of a member that gives no text its error. `names` are names of
+        the members at the endpoint. Raises what the engine raises."""
+        self._episodes: list[list[Episode | None]] = [[None] * len(own) for own in rows]
+        self._broken: dict[int, LogitsError] = {}
+        # The first row of all members comes first: where only some episodes run at once, members have equally many.
+        self._left = deque(
+            (index, member, own[index], of_own[index])
+            for index in range(max(map(len, rows)))
+            for member, (own, of_own) in enumerate(zip(rows, seeds, strict=True))
+            if index < len(own)
+        )
+        self._names = names
+        if self._left:
+            self._run()
+        return [
+            self._broken.get(member) or [episode for episode in own if episode is not None]
+            for member, own in enumerate(self._episodes)
+        ]
+
+    def _run(self) -> None:
         loop_of_ours = event_loop(self._before_select, self._limits.seconds, self._charge)
         with stdout_is_stderr(), loop_of_ours as loop:
             self._loop, self._done = loop, loop.create_future()
@@ -90,16 +113,17 @@ class Runner:
             finally:
                 self._running, self._questions, self._left = {}, [], deque()
                 self._endpoint.speakers.clear()
-        return [episode for episode in self._episodes if episode is not None]
 
     # ---- episodes ----------------------------------------------------------------------------------------------------
 
     def _start(self) -> None:
         while self._left and len(self._running) < self._limits.at_once:
-            index, (row, seed) = self._left.popleft()
-            session, key = Session(index, row, seed, self._limits, self._ask), secrets.token_urlsafe(16)
+            index, member, row, seed = self._left.popleft()
+            name = None if self._names is None else self._names[member]
+            session = Session(member, index, row, seed, self._limits, self._ask, name)
+            key = secrets.token_urlsafe(16)
             self._endpoint.speakers[key] = session
-            self._running[index] = session
+            self._running[member, index] = session
             session.task = self._loop.create_task(self._episode(session, key))
             session.task.add_done_callback(functools.partial(self._ended, session, key))
 
@@ -109,7 +133,7 @@ class Runner:
     def _ended(self, session: Session, key: str, task: asyncio.Task) -> None:
         self._endpoint.speakers.pop(key, None)
         error = asyncio.CancelledError() if task.cancelled() else task.exception()
-        if session.index not in self._running:
+        if session.over:
             return
         if error is None and session.ended_at is None:
             self._note(session, session.episode(task.result(), None))
@@ -119,12 +143,22 @@ class Runner:
             self._note(session, session.episode(None, _words(error), error))
 
     def _note(self, session: Session, episode: Episode) -> None:
-        self._episodes[session.index] = episode
-        del self._running[session.index]
+        self._episodes[session.member][session.index] = episode
+        del self._running[session.member, session.index]
         if self._left:
             self._start()
         elif not self._running and not self._done.done():
             self._done.set_result(None)
+
+    def _give_up(self, member: int, error: LogitsError) -> None:
+        """Ends the episodes of a member that gives no text."""
+        if member in self._broken:
+            return
+        self._broken[member] = error
+        self._left = deque(left for left in self._left if left[1] != member)
+        for session in [s for s in self._running.values() if s.member == member]:
+            session.task.cancel()
+            self._note(session, session.episode(None, str(error), error))
 
     def _charge(self, task: asyncio.Task | None, seconds: float) -> None:
         """Takes a long step of one episode off the time of the others."""
@@ -174,7 +208,10 @@ class Runner:
 
     def _answer_questions(self) -> None:
         began = now()
-        questions, self._questions = sorted(self._questions, key=lambda q: (q.session.index, q.turn)), []
+        questions, self._questions = (
+            sorted(self._questions, key=lambda q: (q.session.member, q.session.index, q.turn)),
+            [],
+        )
         outer = asyncio._get_running_loop()
         asyncio._set_running_loop(None)
         try:
@@ -194,7 +231,13 @@ class Runner:
             if ready:
                 found = self._answer([q for q, *_ in ready], [t for _, t, *_ in ready], [a for *_, a in ready])
                 for (question, _, length, _), completion in zip(ready, found, strict=True):
-                    question.answer.set_result((completion, length))
+                    if not isinstance(completion, LogitsError):
+                        question.answer.set_result((completion, length))
+                        continue
+                    self._give_up(question.session.member, completion)
+                    # A request from outside is not cancelled with its episode.
+                    if not question.answer.done():
+                        question.answer.set_exception(ApiError(400, "episode_over", str(completion)))
         finally:
             asyncio._set_running_loop(outer)
         for session in self._running.values():
@@ -203,10 +246,15 @@ class Runner:
     def _texts(self, questions: Sequence[Question]) -> list[str | ApiError]:
         """The texts that the model continues; for a request that has none, why."""
         rows = [question.request.row for question in questions]
+        # Of several members many say the same. What is in a row came as JSON.
+        keys = list(map(repr, rows))
+        distinct = dict(zip(keys, rows, strict=True))
         try:
-            return list(self._render(rows))
+            texts: list[str | ApiError] = list(self._render(list(distinct.values())))
         except EsfastError:
-            return list(itertools.chain.from_iterable(self._text(row) for row in rows))
+            texts = list(itertools.chain.from_iterable(self._text(row) for row in distinct.values()))
+        text_of = dict(zip(distinct, texts, strict=True))
+        return [text_of[key] for key in keys]
 
     def _text(self, row: Mapping[str, Any]) -> list[str | ApiError]:
         try:

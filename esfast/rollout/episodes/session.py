@@ -34,22 +34,25 @@ class Question:
 class Session:
     """A Speaker of the endpoint.
 
+    member      which of the members that play at the same time answers
     index, row  the row's number, and the row
     seed        of the row's episode
     ask         hands a Question in; its future gets the answer
+    name        a further name of the member
     """
-
-    models: tuple[str, ...] = (MEMBER,)
 
     def __init__(
         self,
+        member: int,
         index: int,
         row: Mapping[str, Any],
         seed: int,
         limits: Limits,
         ask: Callable[[Question], Awaitable[tuple[Completion, int]]],
+        name: str | None = None,
     ):
-        self.index, self.row, self.seed, self.limits = index, row, seed, limits
+        self.member, self.index, self.row, self.seed, self.limits = member, index, row, seed, limits
+        self.models: tuple[str, ...] = (MEMBER,) if name is None else (MEMBER, name)
         self._ask = ask
         self.turns = self.tokens = self.waiting = 0
         self.task: asyncio.Task | None = None
