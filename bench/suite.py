@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TESTS = (
     "tests/test_gpu.py",
     "tests/test_gpu_rollout.py",
+    "tests/test_gpu_graphs.py",
     "tests/test_bench_gpu.py",
     "tests/test_bench_gpu_failures.py",
 )
@@ -125,11 +126,11 @@ def _iteration(site: Site, seconds: int) -> list[list[str]]:
 
 
 def _together(site: Site, seconds: int) -> list[list[str]]:
-    """One member at a time generates as `esfast train` does by itself; several generate plainly."""
+    """One member at a time generates as `esfast train` does by itself; several from CUDA graphs, and plainly."""
     sizes = "--members 1 4 16 30 --prompts 16 --new-tokens 64 --repeats 3 --dtype bfloat16".split()
     on_gpu = ["--models", "Qwen2.5-0.5B", "Qwen2.5-1.5B", *sizes, "--seconds", str(max(10, seconds - 60))]
     on_cpu = "--models tiny --members 1 3 --prompts 2 --new-tokens 2 --repeats 1".split()
-    rates = ["--rates", "--noise", "gaussian", "low_rank"]
+    rates = "--rates --noise gaussian low_rank --decoding static plain".split()
     return [site.bench("together", "together", [*rates, *on_gpu], [*rates, *on_cpu])]
 
 

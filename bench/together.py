@@ -7,6 +7,9 @@
 
 In the first two the texts end as the model ends them, and must be the same; with low-rank noise nearly all of them. For
 the comparison with frozen weights no token ends a text, so that both generate equally many tokens.
+
+With --decoding static several members, and frozen weights, generate from fixed tensors, on a GPU by CUDA graphs. Of one
+member at a time this row then compares Transformers' static decoding, which is compiled, with these graphs.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import functools
 import gc
 import time
 from collections.abc import Callable, Iterator
@@ -48,6 +52,7 @@ class Case(NamedTuple):
     device: str = "cpu"
     one_by_one: bool = True
     rank: int = 1
+    decoding: str = "plain"
 
 
 # The first is the run of `esfast bench countdown`.
@@ -102,6 +107,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--new-tokens", type=count, help="of each text, at most (default: 16)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default: float32)")
     parser.add_argument("--rank", type=count, default=1, help="of low_rank noise (default: 1)")
+    add_choices(
+        parser,
+        "--decoding",
+        ("plain", "static"),
+        "how several members generate, a row for each (default: plain)",
+        ("plain",),
+    )
     parser.add_argument("--rates", action="store_true", help="only the rates of tokens: nothing one after another")
     parser.add_argument("--repeats", type=count, default=9, help="rounds of each row, at most (default: 9)")
     parser.add_argument("--seconds", type=float, default=1800.0, help="for all rows, about (default: 1800)")
@@ -114,18 +126,21 @@ def run(args: argparse.Namespace) -> dict:
     rows: list[dict] = []
     left_out: list[dict] = []
     deadline = now() + args.seconds
+    made = functools.lru_cache(2)(_made)
     for i, case in enumerate(cases):
-        note("{}, {} noise, {} members, {} prompts, {} new tokens".format(*case))
+        note("{}, {} noise, {} members, {} prompts, {} new tokens".format(*case) + f", {case.decoding}")
         left = (deadline - now()) / (len(cases) - i)
         try:
             if left < 0:
                 raise BenchmarkError(f"no time was left of {args.seconds:g} s")
-            rows.append(measure(case, args.repeats, left))
+            rows.append(measure(case, args.repeats, left, made))
+            note("tokens/s {}, of frozen weights {}".format(*_rates(rows[-1])))
         except (torch.OutOfMemoryError, BenchmarkError) as error:
             if not args.rates:
                 raise
             reason = "out of memory" if isinstance(error, torch.OutOfMemoryError) else str(error)
-            left_out.append({"model": case.model, "noise": case.noise, "members": case.members, "reason": reason})
+            what = {"model": case.model, "noise": case.noise, "members": case.members, "decoding": case.decoding}
+            left_out.append({**what, "reason": reason})
             note(f"left out: {reason}")
         gc.collect()
         args.save({"rows": rows, "left_out": left_out})
@@ -136,39 +151,48 @@ def _cases(args: argparse.Namespace) -> list[Case]:
     if not (args.models or args.members or args.prompts or args.new_tokens):
         return [case._replace(device=args.device) for case in CASES]
     usual = CASES[0]
-    return [
+    models, members = args.models or [usual.model], args.members or [usual.members]
+    cases = [
         Case(
             model,
             noise,
-            members,
+            count,
             args.prompts or usual.prompts,
             args.new_tokens or usual.new_tokens,
             args.dtype,
             args.device,
             not args.rates,
             args.rank if noise == "low_rank" else 1,
+            decoding,
         )
-        for model in args.models or [usual.model]
+        for model in models
+        for decoding in sorted(args.decoding, reverse=True)
         for noise in args.noise
-        for members in args.members or [usual.members]
-        # One member at a time is the same for all kinds of noise
-        if members > 1 or not args.rates or noise == args.noise[0]
+        for count in members
+        # One member at a time is the same for all kinds of noise, and generates statically on a GPU in any case
+        if count > 1 or not args.rates or (noise == args.noise[0] and decoding == max(args.decoding))
     ]
+    # What tells most comes first, since time may run out: of each model the most members, and one at a time.
+    few = [count for count in members if count not in (1, max(members))]
+    return (
+        sorted(cases, key=lambda c: (c.members in few, models.index(c.model), c.members == 1)) if args.rates else cases
+    )
 
 
-def measure(case: Case, repeats: int, seconds: float = float("inf")) -> dict:
+def _made(name: str, dtype: str, device: str) -> tuple:
+    """A model and its tokenizer."""
+    if name in ("embedded", *MODELS):
+        return model_of(name, getattr(torch, dtype), device), embedded.make_tokenizer()
+    return load_model(name).to(device, getattr(torch, dtype)).eval(), load_tokenizer(name)
+
+
+def measure(case: Case, repeats: int, seconds: float = float("inf"), made: Callable[..., tuple] = _made) -> dict:
     """A row of figures, of `repeats` rounds or as many as fit in about `seconds`, at least one."""
-    if case.model in ("embedded", *MODELS):
-        folder = None
-        model = model_of(case.model, getattr(torch, case.dtype), case.device)
-        tokenizer = embedded.make_tokenizer()
-    else:
-        folder = case.model
-        model = load_model(folder).to(case.device, getattr(torch, case.dtype)).eval()
-        tokenizer = load_tokenizer(folder)
+    model, tokenizer = made(case.model, case.dtype, case.device)
     texts = [row["prompt"] for row in countdown.problems(case.prompts, 0, "train", "compact")]
-    engine = TransformersEngine(model, tokenizer, case.new_tokens)
-    endless = _endless(model, tokenizer, case.new_tokens)
+    decoding = "static" if case.decoding == "static" else "auto"
+    engine = TransformersEngine(model, tokenizer, case.new_tokens, decoding=decoding)
+    endless = _endless(model, tokenizer, case.new_tokens, decoding)
     sigma = SIGMA_OF_SHAPES if case.model in MODELS else SIGMA
     # A population has two members at least; then one answers after the other.
     members = max(2, case.members)
@@ -176,6 +200,7 @@ def measure(case: Case, repeats: int, seconds: float = float("inf")) -> dict:
     together, forced = (PopulationEvaluator(each, case.members) for each in (engine, endless))
     one_by_one = SequentialEvaluator(engine) if case.one_by_one else None
     same, rounds = _rounds(es, texts, one_by_one, together, forced, repeats, now() + seconds)
+    together.close(), forced.close()
     figures = {contender: median(values) for contender, values in rounds.items()}
     tokens = members * case.prompts * case.new_tokens
     overhead = figures["together, all tokens"] / figures["batch, all tokens"]
@@ -196,12 +221,12 @@ def measure(case: Case, repeats: int, seconds: float = float("inf")) -> dict:
     }
 
 
-def _endless(model, tokenizer, new_tokens: int) -> TransformersEngine:
+def _endless(model, tokenizer, new_tokens: int, decoding: str) -> TransformersEngine:
     """An engine for which no token ends a text."""
     tokenizer, before = copy.copy(tokenizer), model.generation_config
     tokenizer.eos_token, model.generation_config = None, GenerationConfig()
     try:
-        return TransformersEngine(model, tokenizer, new_tokens)
+        return TransformersEngine(model, tokenizer, new_tokens, decoding=decoding)
     finally:
         model.generation_config = before
 
@@ -236,6 +261,8 @@ def _rounds(
     found = {contender: work() for contender, work in contenders.items()}
     if forced.at_once != int(forced.members_at_once):
         raise BenchmarkError(f"out of memory with {forced.members_at_once} members at once")
+    if getattr(forced.batches.way, "failed", None):
+        raise BenchmarkError(f"static decoding went on plainly: {forced.batches.way.failed}")
     if one_by_one is not None:
         pairs = [
             a == b
@@ -265,6 +292,10 @@ def _now(es: ES) -> float:
     return now()
 
 
+def _rates(row: dict) -> list[str]:
+    return [f"{row['tokens_per_second'][name]:,.0f}" for name in ("together, all tokens", "batch, all tokens")]
+
+
 def table(result: dict) -> Table:
     headers = [
         "model, noise",
@@ -278,15 +309,15 @@ def table(result: dict) -> Table:
     ]
     lines = []
     for r in result["rows"]:
-        s, rates = r["seconds"], r["tokens_per_second"]
+        s = r["seconds"]
         lines.append(
             [
-                f"{r['model']}, {r['noise']}",
+                f"{r['model']}, {r['noise']}" + (", static" if r.get("decoding") == "static" else ""),
                 f"{r['members']}, {r['prompts']}, {r['new_tokens']}",
                 *(f"{s[name]:.3g}" if name in s else "" for name in ("one by one", "together")),
                 f"{r['times_as_fast']:.2f}" if r["times_as_fast"] else "",
                 f"{r['overhead_ratio']:.3f}",
-                ", ".join(f"{rates[name]:,.0f}" for name in ("together, all tokens", "batch, all tokens")),
+                ", ".join(_rates(r)),
                 f"{r['bytes'] / 1e6:.0f}",
             ]
         )

@@ -7,7 +7,9 @@ import torch
 
 from esfast.bench import BenchmarkError, main, together
 from esfast.rollout import population
+from esfast.rollout.graphs import CaptureFailed
 from esfast.rollout.shared_batches import SharedBatches
+from esfast.rollout.static_steps import StaticSteps
 from esfast.tasks import embedded
 
 CASE = together.Case("embedded", "gaussian", 3, 2, 3)
@@ -68,3 +70,27 @@ def test_rates_of_several_noises_and_numbers_at_once(tmp_path, monkeypatch):
     found = json.loads((tmp_path / "together.json").read_text())
     assert [r["at_once"] for r in found["rows"]] == [1]
     assert [r["reason"] for r in found["left_out"]] == ["out of memory with 3 members at once"]
+
+
+def test_what_tells_most_comes_first_and_static_rows_are_static(tmp_path, capsys, monkeypatch):
+    file = tmp_path / "together.json"
+    options = "--models tiny --prompts 2 --new-tokens 3 --rates --repeats 1 --decoding plain static --members 2 1 3"
+    main(["together", *options.split(), "--noise", "gaussian", "low_rank", "--json", str(file)])
+    rows = json.loads(file.read_text())["rows"]
+    found = [(r["members"], r["decoding"], r["noise"]) for r in rows]
+    several = [(way, noise) for way in ("static", "plain") for noise in ("gaussian", "low_rank")]
+    assert found == [*((3, *each) for each in several), (1, "static", "gaussian"), *((2, *each) for each in several)]
+    assert "tiny, low_rank, static" in {line[0] for line in together.table({"rows": rows})[1]}
+    printed = capsys.readouterr().err
+    assert printed.count("tokens/s") == len(rows), "each row is printed when it is there"
+
+    def fails(*arguments):
+        raise CaptureFailed("it waits")
+
+    monkeypatch.setattr(StaticSteps, "_generate", fails)
+    main(["together", *options.split(), "--json", str(file)])
+    result = json.loads(file.read_text())
+    assert {r["decoding"] for r in result["rows"]} == {"plain"}
+    assert {(r["decoding"], r["reason"]) for r in result["left_out"]} == {
+        ("static", "static decoding went on plainly: it waits")
+    }

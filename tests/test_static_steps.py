@@ -83,7 +83,7 @@ def test_texts_are_those_of_one_after_another(name, noise, graphs):
         assert evaluator.tokens == plain.tokens
         lengths = [len(text) for texts in expected.values() for text in texts]
         assert min(lengths) < max(lengths), "some end early"
-    assert graphs and evaluator.batches.way.drops and not evaluator.batches.way._failed
+    assert graphs and evaluator.batches.way.drops and not evaluator.batches.way.failed
 
 
 def test_a_step_without_a_graph_gives_the_same_texts():

@@ -55,7 +55,8 @@ class StaticSteps:
         self._steps: dict[tuple, Steps] = {}
         self._graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
         self._captures = self.model.device.type == "cuda"
-        self._failed = False
+        # why steps can't be captured, once that is known
+        self.failed: str | None = None
 
     @classmethod
     def instead_of(cls, plain: Dropping) -> StaticSteps:
@@ -74,13 +75,13 @@ class StaticSteps:
         counts: Sequence[bool] | None = None,
     ) -> tuple[Tokens, list[bool]]:
         """See Dropping."""
-        if not self._failed:
+        if self.failed is None:
             try:
                 with torch.no_grad(), grouped(self.model):
                     return self._generate(rows, members, sampling, most or self.most, counts or [True] * len(rows))
             except CaptureFailed as error:
                 log.warning("static decoding doesn't work here for several members, going on plainly: %s", error)
-                self._failed = True
+                self.failed = str(error)
             # outside the except block, whose traceback keeps tensors alive
             self.close()
         return self.plain(rows, members, sampling, most, counts)
