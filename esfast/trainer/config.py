@@ -128,8 +128,8 @@ class ESConfig:
     num_generations: int = option(1, "responses to each prompt; all are scored; more than 1 needs a temperature")
     decoding: str = option(
         "auto",
-        "how Transformers generates: plain, static (one cache), continuous (batching); auto: "
-        "plain on a CPU, else the fastest that works",
+        "how Transformers generates: plain, static (one cache; several members at once: from CUDA graphs), continuous "
+        "(batching); auto: plain on a CPU or with several members at once, else the fastest that works",
         DECODINGS,
     )
     batch_size: int | None = option(None, "most prompts generated at once (default: what fits a quarter of the memory)")
