@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from esfast.bench import BenchmarkError, gpu, gpu_race, gpu_rows, models, workload
+from esfast.bench import BenchmarkError, gpu, gpu_race, gpu_rows, main, models, workload
 from esfast.bench.isolated import isolated
 from esfast.core import ops
 
@@ -287,3 +287,9 @@ def test_what_a_gpu_is_asked_for(monkeypatch, quick):
     ]
     headers, lines = gpu.readme_table(found)
     assert all(len(line) == len(headers) for line in lines) and len(lines) == 10
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a CUDA device is here")
+def test_without_a_gpu_it_says_so(capsys):
+    assert main(["gpu"]) == 1
+    assert "PyTorch finds no CUDA device here" in capsys.readouterr().err

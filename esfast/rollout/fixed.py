@@ -83,6 +83,11 @@ def fixed_layers(model) -> list[type]:
     return [type(layer) for layer in cache.layers]
 
 
+def length_of(width: int, most: int) -> int:
+    """Tokens of a text for which there is room. The last one is not read. Attention kernels want multiples of 8."""
+    return -(-(width + most - 1) // 8) * 8
+
+
 class Steps:
     """Texts of `rows` prompts of `width` tokens, padded on the left, of which `step` adds a token to each.
 
@@ -111,7 +116,7 @@ class Steps:
         arena: Arena,
     ):
         self.model, self.rows, self.width, self.most = model, rows, width, most
-        self.length = width + most - 1
+        self.length = length_of(width, most)
         self.ends, self.pad_token_id, self.sampling, self.arena = ends, pad, sampling, arena
         options: dict[str, Any] = {"dtype": torch.long, "device": ends.device}
         self.pad = torch.full((rows, 1), pad, **options)

@@ -19,7 +19,7 @@ from .decoding import Static, Tokens
 from .dropping import MEASURED_ROWS, Dropping
 from .encoding import embedded_tokens
 from .engine import generating
-from .fixed import Arena, Steps, fixed_layers
+from .fixed import Arena, Steps, fixed_layers, length_of
 from .graphs import CaptureFailed, addresses, captured
 from .grouped_attention import grouped
 from .member_tensor import Unsupported
@@ -77,7 +77,7 @@ class StaticSteps:
         """See Dropping."""
         if self.failed is None:
             try:
-                with torch.no_grad(), grouped(self.model):
+                with torch.no_grad(), grouped(self.model), torch.cuda.device_of(self._ends):
                     return self._generate(rows, members, sampling, most or self.most, counts or [True] * len(rows))
             except CaptureFailed as error:
                 log.warning("static decoding doesn't work here for several members, going on plainly: %s", error)
@@ -118,9 +118,10 @@ class StaticSteps:
         width = _width(list(map(len, rows)))
         drawn = sampling and (sampling.temperature, sampling.top_p)
         size = self._size(members, each, (width, drawn))
-        if members * size * (width + self.most) > self._room:
+        room = members * size * length_of(width, self.most)
+        if room > self._room:
             self.close()
-            self._room = members * size * (width + self.most)
+            self._room = room
         # numbers of the rows in the batch, (members, rows of each); a member's first row fills its places up
         first = torch.arange(members, device=device)[:, None] * each
         place = torch.arange(size, device=device)
