@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 from tape import Tape, taped
-from test_population import PROMPTS, answers
+from test_population import PROMPTS, answers, told, train
 
 import esfast
 from esfast.bench.architectures import tiny_model
@@ -242,6 +242,15 @@ def test_out_of_memory_frees_the_graphs(graphs, monkeypatch, caplog):
     assert states[0] and all(key[0][0] <= 24 for key in evaluator.batches.way._graphs)
     evaluator.close()
     assert not evaluator.batches.way._graphs and not evaluator.batches.way._arena._held
+
+
+def test_a_run_is_the_same_as_of_one_after_another(graphs, tmp_path):
+    """With responses that are sampled, evaluations between, and a last packet that is smaller."""
+    settings = {"temperature": 1.0, "num_generations": 2}
+    _, journal, metrics = train(tmp_path / "one", members_at_once=1, decoding="plain", **settings)
+    trainer, found, numbers = train(tmp_path / "graphs", members_at_once=4, decoding="static", **settings)
+    assert found == journal and told(numbers) == told(metrics)
+    assert graphs and trainer.evaluator.batches.way.failed is None
 
 
 def test_who_is_asked():
