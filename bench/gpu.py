@@ -254,7 +254,7 @@ def summary(result: dict) -> Table:
 
 def short(result: dict) -> Table:
     """README's table: one large model in bfloat16, from a base, with the backend that "auto" takes."""
-    kept = ("perturb_base", "perturb_restore_base", "update")
+    kept = ("perturb_restore_base", "update")
     if {r["device"] for r in result["rows"]} != {"cuda"}:
         raise BadValue("noise_gpu.json was not measured on a GPU")
     rows = [r for r in result["rows"] if (r["model"], r["dtype"]) == ("Qwen2.5-7B", "bfloat16") and r["op"] in kept]
