@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..utils.errors import BadValue
 from .sampling import LogitsError
 
 
-@dataclass(frozen=True)
-class Asked:
+class Asked(NamedTuple):
     """How the prompts of one call are to be continued. None stands for the engine's own setting.
 
     max_tokens   longest completion, in tokens

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
+from contextvars import ContextVar
 from typing import Any, Protocol
 
 from .protocol import ApiError, Request, Write, chat_answer, chat_request, text_answer, text_request
@@ -18,6 +19,8 @@ CHAT_PATH, TEXT_PATH = "/v1/chat/completions", "/v1/completions"
 ROUTES = {CHAT_PATH: (chat_request, chat_answer), TEXT_PATH: (text_request, text_answer)}
 MODELS = "/v1/models"
 LARGEST = 64 * 2**20  # bytes of a request
+# An error that the requests of a context are answered with.
+REFUSED: ContextVar[ApiError | None] = ContextVar("REFUSED", default=None)
 
 
 class Speaker(Protocol):
@@ -25,8 +28,8 @@ class Speaker(Protocol):
 
     models: tuple[str, ...]
 
-    async def answer(self, request: Request, write: Write) -> dict[str, Any]:
-        """The JSON object that answers the request, as `write` makes it."""
+    def answer(self, request: Request, write: Write) -> Coroutine[Any, Any, dict[str, Any]]:
+        """Waits for the JSON object that answers the request, as `write` makes it."""
 
 
 class Endpoint:
@@ -36,13 +39,13 @@ class Endpoint:
     def __init__(self):
         self.speakers: dict[str, Speaker] = {}
 
-    async def respond(self, path: str, body: Any, key: str) -> dict[str, Any]:
-        """The JSON object that answers a request. Raises ApiError."""
+    def respond(self, path: str, body: Any, key: str) -> Coroutine[Any, Any, dict[str, Any]]:
+        """Waits for the JSON object that answers a request. ApiError, at once or later, for one that is refused."""
         speaker = self.speakers.get(key)
         if speaker is None:
             raise ApiError(401, "invalid_api_key", "the key belongs to no episode that is running")
         read, write = ROUTES[path]
-        return await speaker.answer(read(body, speaker.models), write)
+        return speaker.answer(read(body, speaker.models), write)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -64,6 +67,8 @@ class Endpoint:
 
     async def _serve(self, scope: Scope, receive: Receive) -> tuple[bytes, bytes]:
         """The type and the bytes of the answer. Raises ApiError."""
+        if (refused := REFUSED.get()) is not None:
+            raise refused
         path, key = scope["path"].rstrip("/"), _key(scope)
         if path not in ROUTES and path != MODELS and not path.startswith(f"{MODELS}/"):
             known = ", ".join([*ROUTES, MODELS])

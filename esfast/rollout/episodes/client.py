@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import importlib
+import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
 from ...utils.errors import BadImport
-from .app import CHAT_PATH, TEXT_PATH, Endpoint
+from .app import CHAT_PATH, REFUSED, TEXT_PATH, Endpoint
 from .protocol import ApiError
 from .session import MEMBER
 
@@ -19,8 +20,10 @@ IN_MEMORY = "http://esfast.invalid/v1"
 def clients(endpoint: Endpoint, base_url: str | None = None) -> Callable[[str], Any]:
     """Returns key -> the client with this key: an openai.AsyncOpenAI with the attribute `model`, the name to ask for.
 
-    Its requests reach the endpoint through memory: chat and text completions at once, everything else through the HTTP
-    client's ASGI transport. With `base_url` that is what the client states, for programs that connect from outside.
+    Its requests reach the endpoint through memory. Chat and text completions that are nothing but JSON go there at
+    once, which takes a tenth of the time. All others go through the library's HTTP client and its ASGI transport: those
+    that stream or have headers, and those of clients that `with_options` returns. With `base_url` that is what the
+    client states, for programs that connect from outside.
 
     Raises ImportError if openai is missing.
     """
@@ -36,32 +39,52 @@ def clients(endpoint: Endpoint, base_url: str | None = None) -> Callable[[str], 
     from openai.types import Completion
     from openai.types.chat import ChatCompletion
 
-    async def short_way(path: str, answer_type: Any, key: str, asked: dict[str, Any]) -> Any:
-        """The answer to a plain request, without HTTP and without the library's work on each field, which together take
-        ten times as long. None if the request is not plain, or is wrong: the caller then sends it through HTTP."""
-        try:
-            answer = await endpoint.respond(path, _body(asked, openai), key)
-        except (NotPlain, ApiError):
-            return None
-        return answer_type.model_validate(answer)
+    plain = _reader(openai)
 
-    class Chats(AsyncCompletions):
-        async def create(self, **asked: Any) -> Any:
-            answer = await short_way(CHAT_PATH, ChatCompletion, self._client.api_key, asked)
-            return await super().create(**asked) if answer is None else answer
+    def shortened(resource: Any, path: str, answer_type: Any) -> Any:
+        """The class of a resource, with a short way for what its `create` would send to this path."""
+        by_http = resource.create
+        known = frozenset(inspect.signature(by_http).parameters)
+        answer_type.model_rebuild()
+        # What model_validate calls.
+        made_of = answer_type.__pydantic_validator__.validate_python
 
-    class Texts(AsyncTextCompletions):
-        async def create(self, **asked: Any) -> Any:
-            answer = await short_way(TEXT_PATH, Completion, self._client.api_key, asked)
-            return await super().create(**asked) if answer is None else answer
+        class Shortened(resource):
+            @functools.wraps(by_http)
+            async def create(self, **asked: Any) -> Any:
+                client, error = self._client, None
+                if client.short and asked.keys() <= known:
+                    try:
+                        answer = await endpoint.respond(path, plain(asked), client.api_key)
+                    except NotPlain:
+                        pass
+                    except ApiError as refusal:
+                        error = refusal
+                    else:
+                        made = made_of(answer)
+                        # as the library does
+                        vars(made)["_request_id"] = None
+                        return made
+                # The library makes its exception of an error. The request is not asked again.
+                REFUSED.set(error)
+                try:
+                    return await by_http(self, **asked)
+                finally:
+                    REFUSED.set(None)
+
+        return Shortened
+
+    chat_completions = shortened(AsyncCompletions, CHAT_PATH, ChatCompletion)
+    text_completions = shortened(AsyncTextCompletions, TEXT_PATH, Completion)
 
     class Chat(AsyncChat):
         @functools.cached_property
         def completions(self) -> Any:
-            return Chats(self._client)
+            return chat_completions(self._client)
 
     class MemberClient(openai.AsyncOpenAI):
         model = MEMBER
+        short = False
 
         @functools.cached_property
         def chat(self) -> Any:
@@ -69,52 +92,85 @@ def clients(endpoint: Endpoint, base_url: str | None = None) -> Callable[[str], 
 
         @functools.cached_property
         def completions(self) -> Any:
-            return Texts(self)
+            return text_completions(self)
+
+        async def close(self) -> None:
+            # The HTTP client is the other episodes', too. This client gets a closed one.
+            self.short, self._client = False, http_client()
+            await super().close()
+
+    def http_client() -> Any:
+        return openai.DefaultAsyncHttpxClient(transport=_transport(openai, endpoint))
 
     first = MemberClient(
-        api_key="none",
-        base_url=base_url or IN_MEMORY,
-        http_client=openai.DefaultAsyncHttpxClient(transport=_transport(openai, endpoint)),
-        max_retries=0,
+        api_key="none", base_url=base_url or IN_MEMORY, http_client=http_client(), max_retries=0
     )
+    first.short = True
+    settings = vars(first)
 
     def with_key(key: str) -> MemberClient:
-        # with_options, which checks all settings anew, takes longer than an episode's request
-        client = copy.copy(first)
-        client.api_key = key
+        # A copy; with_options, which checks all settings anew, takes longer than an episode's request.
+        client = object.__new__(MemberClient)
+        vars(client).update(settings, api_key=key)
         return client
 
     return with_key
 
 
 class NotPlain(Exception):
-    """The request has something that is not of JSON, or more than a body."""
+    """A request is not only JSON, or the answer is not to be."""
 
 
-def _body(asked: dict[str, Any], openai: Any) -> dict[str, Any]:
-    """The JSON object of a request. Raises NotPlain."""
-    left_out = openai.NotGiven, openai.Omit
-    body = {name: value for name, value in asked.items() if not isinstance(value, left_out)}
-    # How long to wait for an answer is the run's to say.
-    body.pop("timeout", None)
-    further = body.pop("extra_body", None) or {}
-    headed = body.pop("extra_headers", None) or body.pop("extra_query", None)
-    if headed or not isinstance(further, dict) or body.get("stream"):
+# Arguments of `create` that are no fields of the request. How long to wait for an answer is the run's to say.
+NO_FIELDS = frozenset({"extra_headers", "extra_query", "extra_body", "timeout"})
+
+
+def _reader(openai: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Returns arguments of `create` -> the JSON object of the request, a copy. It raises NotPlain if the library
+    would do more than to send this object, or raise an error itself."""
+    left_out = frozenset({openai.NotGiven, openai.Omit})
+
+    @functools.cache
+    def is_answer(kind: type) -> bool:
+        return issubclass(kind, openai.BaseModel) and not getattr(kind, "__api_exclude__", None)
+
+    def json_of(value: Any) -> Any:
+        kind = type(value)
+        if kind is dict:
+            # TypeError if a name is no text
+            "".join(value)
+            return {
+                name: item if type(item) is str and item.isascii() else json_of(item) for name, item in value.items()
+            }
+        if kind is str:
+            # of half a character the library can't make a request
+            value.encode()
+            return value
+        if kind is list or kind is tuple:
+            return [json_of(item) for item in value]
+        if value is None or kind is int or kind is bool or (kind is float and math.isfinite(value)):
+            return value
+        if is_answer(kind):
+            # an answer, or a part of one, that is sent back
+            given = value.model_fields_set
+            fields = {name: item for name, item in vars(value).items() if name in given}
+            return json_of(fields | (value.model_extra or {}))
         raise NotPlain
-    return _plain({**body, **further})
 
+    def plain(asked: dict[str, Any]) -> dict[str, Any]:
+        fields = {name: v for name, v in asked.items() if name not in NO_FIELDS and type(v) not in left_out}
+        if (further := asked.get("extra_body")) is not None:
+            if type(further) is not dict:
+                raise NotPlain
+            fields |= further
+        if asked.get("extra_headers") or asked.get("extra_query") or fields.get("stream"):
+            raise NotPlain
+        try:
+            return json_of(fields)
+        except (UnicodeError, TypeError, RecursionError):
+            raise NotPlain from None
 
-def _plain(value: Any) -> Any:
-    """A copy of a JSON value; of the library's answers, which may be sent back, the JSON."""
-    if value is None or isinstance(value, (str, int, float)):
-        return value
-    if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if callable(getattr(value, "model_dump", None)):
-        return value.model_dump(mode="json", exclude_none=True)
-    raise NotPlain
+    return plain
 
 
 def _transport(openai: Any, endpoint: Endpoint) -> Any:

@@ -76,11 +76,12 @@ class Transcript:
     def __init__(self):
         self.messages: list[dict[str, Any]] = []
 
-    def add(self, asked: Sequence[Mapping[str, Any]], answer: Mapping[str, Any]) -> None:
+    def add(self, asked: list[dict[str, Any]], answer: dict[str, Any]) -> None:
+        """Adds the messages of a request, and that of its answer. Keeps these objects."""
         told = len(self.messages)
-        known = len(asked) >= told and all(map(_same, self.messages, asked))
-        self.messages += [dict(message) for message in asked[told if known else 0 :]]
-        self.messages.append(dict(answer))
+        known = asked[:told] == self.messages or (len(asked) >= told and all(map(_same, self.messages, asked)))
+        self.messages += asked[told if known else 0 :]
+        self.messages.append(answer)
 
 
 def turns(prompts, completions: Sequence[Episode], **columns) -> list[float]:

@@ -10,30 +10,6 @@ from typing import Any
 
 from ..completion import Asked, Completion
 
-# Fields whose only accepted values don't change the answer; None is accepted for each.
-NEUTRAL: dict[str, tuple] = {
-    "n": (1,),
-    "best_of": (1,),
-    "stream": (False, True),
-    "logprobs": (False,),
-    "top_logprobs": (),
-    "echo": (False,),
-    "suffix": ("",),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "logit_bias": ({},),
-    "response_format": ({"type": "text"},),
-    "tool_choice": ("auto", "none"),
-    "modalities": (["text"],),
-    "store": (False,),
-}
-# Fields about billing, caches and statistics of the service, which mean nothing here.
-WITHOUT_EFFECT = frozenset(
-    "user metadata service_tier safety_identifier prompt_cache_key parallel_tool_calls prompt_cache_retention".split()
-)
-COMMON = frozenset({"model", "temperature", "top_p", "max_tokens", "stop", "seed", "stream_options"})
-CHAT = COMMON | {"messages", "tools", "max_completion_tokens", "chat_template_kwargs"}
-TEXT = COMMON | {"prompt"}
 MOST_STOPS = 16
 TOOL_CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
 
@@ -51,7 +27,7 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Request:
     """A checked request. `row` has the prompt, a text or a chat, and what `chat.render` takes besides; `seed` is 0 if
     none was given."""
@@ -65,35 +41,26 @@ class Request:
     @property
     def messages(self) -> list[dict[str, Any]]:
         prompt = self.row["prompt"]
-        return list(prompt) if self.chat else [{"role": "user", "content": prompt}]
+        return prompt if self.chat else [{"role": "user", "content": prompt}]
 
 
 def chat_request(body: Any, models: Sequence[str]) -> Request:
-    """The request of /v1/chat/completions. Raises ApiError."""
-    _check(body, CHAT, models)
-    messages = body.get("messages")
-    if not isinstance(messages, list) or not messages or not all(isinstance(m, Mapping) for m in messages):
-        raise _wrong("messages", "a list of messages", messages)
-    tools = body.get("tools") if body.get("tool_choice") != "none" else None
-    if tools is not None and (not isinstance(tools, list) or not all(isinstance(t, Mapping) for t in tools)):
-        raise _wrong("tools", "a list of JSON schemas", tools)
-    options = body.get("chat_template_kwargs")
-    if options is not None and not isinstance(options, Mapping):
-        raise _wrong("chat_template_kwargs", "an object", options)
-    row = {"prompt": [_plain(m) for m in messages], "tools": tools, "chat_template_kwargs": options}
-    longest = "max_tokens" if body.get("max_completion_tokens") is None else "max_completion_tokens"
-    return Request(row, _asked(body, longest), _stops(body), _seed(body), True)
+    """The request of /v1/chat/completions, from its JSON. The request may keep parts of it. Raises ApiError."""
+    found = _read(body, CHAT, models)
+    if "messages" not in found:
+        raise _wrong("messages", "a list of messages", None)
+    tools = found.get("tools") if body.get("tool_choice") != "none" else None
+    row = {"prompt": found["messages"], "tools": tools, "chat_template_kwargs": found.get("chat_template_kwargs")}
+    longest = found.get("max_completion_tokens") or found.get("max_tokens")
+    return _request(row, found, longest, True)
 
 
 def text_request(body: Any, models: Sequence[str]) -> Request:
     """The request of /v1/completions. Raises ApiError."""
-    _check(body, TEXT, models)
-    prompt = body.get("prompt")
-    if isinstance(prompt, list) and len(prompt) == 1:
-        (prompt,) = prompt
-    if not isinstance(prompt, str):
-        raise _wrong("prompt", "one text; ask once for each prompt, and not with token ids", prompt)
-    return Request({"prompt": prompt}, _asked(body, "max_tokens"), _stops(body), _seed(body), False)
+    found = _read(body, TEXT, models)
+    if "prompt" not in found:
+        raise _wrong("prompt", ONE_TEXT, None)
+    return _request({"prompt": found["prompt"]}, found, found.get("max_tokens"), False)
 
 
 # (request, completion, id, time and model of the answer, tokens of the prompt) -> the JSON object of the answer
@@ -143,66 +110,151 @@ def tool_calls(text: str, unique: str) -> list[dict[str, Any]]:
     return found
 
 
-def _check(body: Any, known: frozenset[str], models: Sequence[str]) -> None:
-    if not isinstance(body, Mapping):
+def _request(row: dict[str, Any], found: Mapping[str, Any], longest: int | None, chat: bool) -> Request:
+    asked = Asked(longest, found.get("temperature"), found.get("top_p", 1.0))
+    return Request(row, asked, found.get("stop", ()), found.get("seed", 0), chat)
+
+
+# Reads a field of a request: (name, value that is not None) -> value, or an ApiError.
+Read = Callable[[str, Any], Any]
+
+
+def _read(body: Any, fields: Mapping[str, Read], models: Sequence[str]) -> dict[str, Any]:
+    """The fields of a request that say something. Raises ApiError."""
+    if not isinstance(body, dict):
         raise ApiError(400, "invalid_json", f"expected a JSON object, got {body!r:.60}")
+    found = {}
     for name, value in body.items():
-        if value is None or name in known or name in WITHOUT_EFFECT:
-            continue
-        if name not in NEUTRAL:
-            raise ApiError(400, "unsupported_parameter", f"{name}: esfast's endpoint doesn't know this field", name)
-        if not any(value == neutral for neutral in NEUTRAL[name]):
-            accepted = " or ".join(json.dumps(v) for v in NEUTRAL[name])
-            advice = f"only {accepted}" if accepted else "leave it out"
-            raise ApiError(
-                400, "unsupported_value", f"{name}: esfast's endpoint doesn't support {value!r:.60}: {advice}", name
-            )
-    options = body.get("stream_options")
-    if options is not None and not isinstance(options, Mapping):
-        raise _wrong("stream_options", "an object", options)
-    if body.get("model") not in models:
+        if value is not None:
+            found[name] = fields.get(name, _unknown)(name, value)
+    if found.get("model") not in models:
         known_models = ", ".join(map(repr, models))
         raise ApiError(
             404, "model_not_found", f"model: expected {known_models}, got {body.get('model')!r:.80}", "model"
         )
+    return found
 
 
-def _asked(body: Mapping[str, Any], longest: str) -> Asked:
-    temperature, top_p = _number(body, "temperature", 0, 100), _number(body, "top_p", 0, 1)
-    if top_p == 0:
-        raise _wrong("top_p", "more than 0", top_p)
-    return Asked(_integer(body, longest, 1), temperature, 1.0 if top_p is None else top_p)
+def _unknown(name: str, value: Any) -> Any:
+    raise ApiError(400, "unsupported_parameter", f"{name}: esfast's endpoint doesn't know this field", name)
 
 
-def _number(body: Mapping[str, Any], name: str, least: float, most: float) -> float | None:
-    value = body.get(name)
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
-        raise _wrong(name, f"a number from {least} to {most}", value)
-    return float(value)
-
-
-def _integer(body: Mapping[str, Any], name: str, least: int) -> int | None:
-    value = body.get(name)
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-        raise _wrong(name, f"a whole number of at least {least}", value)
+def _as_it_is(name: str, value: Any) -> Any:
     return value
 
 
-def _seed(body: Mapping[str, Any]) -> int:
-    value = body.get("seed")
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-        raise _wrong("seed", "a whole number", value)
-    return (value or 0) % 2**64
+def _only(*accepted: Any) -> Read:
+    """Reads a field whose accepted values don't change the answer."""
+
+    def read(name: str, value: Any) -> Any:
+        if value in accepted:
+            return value
+        shown = " or ".join(map(json.dumps, accepted))
+        advice = f"only {shown}" if accepted else "leave it out"
+        raise ApiError(
+            400, "unsupported_value", f"{name}: esfast's endpoint doesn't support {value!r:.60}: {advice}", name
+        )
+
+    return read
 
 
-def _stops(body: Mapping[str, Any]) -> tuple[str, ...]:
-    value = body.get("stop")
-    stops = [] if value is None else [value] if isinstance(value, str) else value
+def _number(least: float, most: float) -> Read:
+    def read(name: str, value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
+            raise _wrong(name, f"a number from {least:g} to {most:g}", value)
+        return float(value)
+
+    return read
+
+
+def _top_p(name: str, value: Any) -> float:
+    if value == 0:
+        raise _wrong(name, "more than 0", value)
+    return _number(0, 1)(name, value)
+
+
+def _length(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise _wrong(name, "a whole number of at least 1", value)
+    return value
+
+
+def _seed(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise _wrong(name, "a whole number", value)
+    return value % 2**64
+
+
+def _stops(name: str, value: Any) -> tuple[str, ...]:
+    stops = [value] if isinstance(value, str) else value
     if not isinstance(stops, list) or len(stops) > MOST_STOPS or not all(isinstance(s, str) and s for s in stops):
-        raise _wrong("stop", f"a text, or a list of at most {MOST_STOPS} texts, none of them empty", value)
+        raise _wrong(name, f"a text, or a list of at most {MOST_STOPS} texts, none of them empty", value)
     return tuple(stops)
+
+
+def _object(name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise _wrong(name, "an object", value)
+    return value
+
+
+def _tools(name: str, value: Any) -> list[dict[str, Any]]:
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise _wrong(name, "a list of JSON schemas", value)
+    return value
+
+
+def _messages(name: str, value: Any) -> list[dict[str, Any]]:
+    if not isinstance(value, list) or set(map(type, value)) != {dict}:
+        raise _wrong(name, "a list of messages", value)
+    return [m if None not in m.values() else _plain(m) for m in value]
+
+
+def _prompt(name: str, value: Any) -> str:
+    if isinstance(value, list) and len(value) == 1:
+        (value,) = value
+    if not isinstance(value, str):
+        raise _wrong(name, ONE_TEXT, value)
+    return value
+
+
+ONE_TEXT = "one text; ask once for each prompt, and not with token ids"
+# The fields of both kinds of requests. A field that is None is as one that is left out.
+COMMON: dict[str, Read] = {
+    "model": _as_it_is,
+    "temperature": _number(0, 100),
+    "top_p": _top_p,
+    "max_tokens": _length,
+    "stop": _stops,
+    "seed": _seed,
+    "stream": _only(False, True),
+    "stream_options": _object,
+    "n": _only(1),
+    "best_of": _only(1),
+    "logprobs": _only(False),
+    "top_logprobs": _only(),
+    "echo": _only(False),
+    "suffix": _only(""),
+    "presence_penalty": _only(0),
+    "frequency_penalty": _only(0),
+    "logit_bias": _only({}),
+    "response_format": _only({"type": "text"}),
+    "tool_choice": _only("auto", "none"),
+    "modalities": _only(["text"]),
+    "store": _only(False),
+}
+# About billing, caches and statistics of the service, which mean nothing here.
+WITHOUT_EFFECT = (
+    "user metadata service_tier safety_identifier prompt_cache_key parallel_tool_calls prompt_cache_retention"
+)
+COMMON |= dict.fromkeys(WITHOUT_EFFECT.split(), _as_it_is)
+CHAT = COMMON | {
+    "messages": _messages,
+    "tools": _tools,
+    "max_completion_tokens": _length,
+    "chat_template_kwargs": _object,
+}
+TEXT = COMMON | {"prompt": _prompt}
 
 
 def _stopped(request: Request, completion: Completion) -> tuple[str, str]:

@@ -172,9 +172,9 @@ class Runner:
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
 
-    async def _ask(self, question: Question) -> tuple[Completion, int]:
+    def _ask(self, question: Question) -> asyncio.Future[tuple[Completion, int]]:
         self._questions.append(question)
-        return await question.answer
+        return question.answer
 
     def _before_select(self, timeout: float | None) -> float | None:
         """Called when the loop looks for events: answers the requests if it is time to. Returns the new timeout."""
@@ -247,7 +247,7 @@ class Runner:
         """The texts that the model continues; for a request that has none, why."""
         rows = [question.request.row for question in questions]
         # Of several members many say the same. What is in a row came as JSON.
-        keys = list(map(repr, rows))
+        keys: list[Any] = list(range(len(rows)) if self._names is None else map(repr, rows))
         distinct = dict(zip(keys, rows, strict=True))
         try:
             texts: list[str | ApiError] = list(self._render(list(distinct.values())))

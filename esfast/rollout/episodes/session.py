@@ -19,6 +19,8 @@ MEMBER = "member"
 class Question:
     """A request that waits for the engine."""
 
+    __slots__ = "session", "request", "turn", "answer", "since"
+
     def __init__(self, session: Session, request: Request, turn: int):
         self.session, self.request, self.turn = session, request, turn
         self.answer: asyncio.Future[tuple[Completion, int]] = asyncio.get_running_loop().create_future()
@@ -53,7 +55,7 @@ class Session:
     ):
         self.member, self.index, self.row, self.seed, self.limits = member, index, row, seed, limits
         self.models: tuple[str, ...] = (MEMBER,) if name is None else (MEMBER, name)
-        self._ask = ask
+        self._ask, self._loop = ask, asyncio.get_running_loop()
         self.turns = self.tokens = self.waiting = 0
         self.task: asyncio.Task | None = None
         self.over = False
@@ -64,7 +66,13 @@ class Session:
 
     async def answer(self, request: Request, write: Write) -> dict[str, Any]:
         """See Speaker. Raises ApiError if the episode is over or has used up its limits."""
-        self._check()
+        if asyncio.get_running_loop() is not self._loop:
+            # The episode asks from a thread that has an event loop of its own.
+            asked = asyncio.run_coroutine_threadsafe(self.answer(request, write), self._loop)
+            return await asyncio.wrap_future(asked)
+        limits = self.limits
+        if self.over or self.turns >= limits.turns or self.tokens >= limits.tokens:
+            raise self._refusal()
         turn, self.turns = self.turns, self.turns + 1
         self._pause()
         try:
@@ -94,17 +102,12 @@ class Session:
         error = None if error is None else f"row {self.index} ({_shown(self.row)}): its episode {error}"
         return Episode(reward, error, self.turns, self.tokens, self.spent, self._transcript.messages, cause)
 
-    def _check(self) -> None:
+    def _refusal(self) -> ApiError:
         if self.over:
-            raise ApiError(400, "episode_over", f"row {self.index}: the episode is over")
-        used = {"turns": (self.turns, self.limits.turns), "tokens": (self.tokens, self.limits.tokens)}
-        for name, (have, most) in used.items():
-            if have >= most:
-                raise ApiError(
-                    400,
-                    f"{name}_limit",
-                    f"row {self.index}: the episode has used its {most} {name} (max_episode_{name})",
-                )
+            return ApiError(400, "episode_over", f"row {self.index}: the episode is over")
+        name = "turns" if self.turns >= self.limits.turns else "tokens"
+        used = f"the episode has used its {getattr(self.limits, name)} {name} (max_episode_{name})"
+        return ApiError(400, f"{name}_limit", f"row {self.index}: {used}")
 
     def _pause(self) -> None:
         if not self.waiting:
