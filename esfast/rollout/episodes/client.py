@@ -102,9 +102,7 @@ def clients(endpoint: Endpoint, base_url: str | None = None) -> Callable[[str], 
     def http_client() -> Any:
         return openai.DefaultAsyncHttpxClient(transport=_transport(openai, endpoint))
 
-    first = MemberClient(
-        api_key="none", base_url=base_url or IN_MEMORY, http_client=http_client(), max_retries=0
-    )
+    first = MemberClient(api_key="none", base_url=base_url or IN_MEMORY, http_client=http_client(), max_retries=0)
     first.short = True
     settings = vars(first)
 
@@ -131,11 +129,11 @@ def _reader(openai: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
     left_out = frozenset({openai.NotGiven, openai.Omit})
 
     @functools.cache
-    def is_answer(kind: type) -> bool:
+    def is_answer(kind: Any) -> bool:
         return issubclass(kind, openai.BaseModel) and not getattr(kind, "__api_exclude__", None)
 
     def json_of(value: Any) -> Any:
-        kind = type(value)
+        kind: Any = type(value)
         if kind is dict:
             # TypeError if a name is no text
             "".join(value)

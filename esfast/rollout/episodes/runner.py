@@ -120,7 +120,7 @@ class Runner:
         while self._left and len(self._running) < self._limits.at_once:
             index, member, row, seed = self._left.popleft()
             name = None if self._names is None else self._names[member]
-            session = Session(member, index, row, seed, self._limits, self._ask, name)
+            session = Session(member, index, row, seed, self._limits, self._ask, self._loop, name)
             key = secrets.token_urlsafe(16)
             self._endpoint.speakers[key] = session
             self._running[member, index] = session

@@ -40,6 +40,7 @@ class Session:
     index, row  the row's number, and the row
     seed        of the row's episode
     ask         hands a Question in; its future gets the answer
+    loop        the event loop that episodes run on
     name        a further name of the member
     """
 
@@ -51,11 +52,12 @@ class Session:
         seed: int,
         limits: Limits,
         ask: Callable[[Question], Awaitable[tuple[Completion, int]]],
+        loop: asyncio.AbstractEventLoop,
         name: str | None = None,
     ):
         self.member, self.index, self.row, self.seed, self.limits = member, index, row, seed, limits
         self.models: tuple[str, ...] = (MEMBER,) if name is None else (MEMBER, name)
-        self._ask, self._loop = ask, asyncio.get_running_loop()
+        self._ask, self._loop = ask, loop
         self.turns = self.tokens = self.waiting = 0
         self.task: asyncio.Task | None = None
         self.over = False
@@ -66,13 +68,13 @@ class Session:
 
     async def answer(self, request: Request, write: Write) -> dict[str, Any]:
         """See Speaker. Raises ApiError if the episode is over or has used up its limits."""
+        limits = self.limits
+        if self.over or self.turns >= limits.turns or self.tokens >= limits.tokens:
+            raise self._refusal()
         if asyncio.get_running_loop() is not self._loop:
             # The episode asks from a thread that has an event loop of its own.
             asked = asyncio.run_coroutine_threadsafe(self.answer(request, write), self._loop)
             return await asyncio.wrap_future(asked)
-        limits = self.limits
-        if self.over or self.turns >= limits.turns or self.tokens >= limits.tokens:
-            raise self._refusal()
         turn, self.turns = self.turns, self.turns + 1
         self._pause()
         try:
