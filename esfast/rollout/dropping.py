@@ -19,6 +19,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from ..utils.memory import out_of_memory
 from .cache import cache_with_room
 from .decoding import CACHE, Tokens
 from .encoding import embedded_tokens
@@ -29,7 +30,8 @@ from .threads import Threads
 
 # Rows are dropped when no member has more than this share of its rows unfinished: each time costs a copy of the cache.
 SHARE = 0.8
-MEASURED_ROWS = 8
+# Rows by which memory is measured, and so many tokens in all of them at most, if those are not fewer than two rows'.
+MEASURED_ROWS, MEASURED_TOKENS = 8, 4096
 
 
 class Dropping:
@@ -111,7 +113,8 @@ class Dropping:
         """Bytes that a row of so many prompt tokens takes at most: to read the prompt and, if the cache has room, to
         generate the last token. Measured with a few rows."""
         device, config, longest = self.model.device, copy.copy(self.config), tokens + self.config.max_new_tokens - 1
-        ids, rows = torch.ones(MEASURED_ROWS, longest, dtype=torch.long, device=device), torch.arange(MEASURED_ROWS)
+        count = max(2, min(MEASURED_ROWS, MEASURED_TOKENS // longest))
+        ids, rows = torch.ones(count, longest, dtype=torch.long, device=device), torch.arange(count)
         config.max_new_tokens = 1
         processors = LogitsProcessorList(
             [RowsFinite(), *([] if sampling is None else [sampling.of_rows(rows.to(device), tokens)])]
@@ -135,7 +138,7 @@ class Dropping:
                     layer.show(longest - 1)
                 one_token(longest, cache)
 
-        return peak_bytes(first_and_last) // MEASURED_ROWS
+        return peak_bytes(first_and_last) // count
 
     def close(self) -> None:
         """There is nothing to free."""
@@ -209,10 +212,10 @@ def can_drop(model, config: GenerationConfig, room: bool = False) -> bool:
             first, output = logits(ids, steps // 2, **given)
             output[CACHE].reorder_cache(kept)
             second, _ = logits(output.sequences[kept], steps - steps // 2, **{CACHE: output[CACHE]})
-    except torch.OutOfMemoryError:
-        raise
     # of models without a cache, or with one that can't go on
-    except Exception:
+    except Exception as error:
+        if out_of_memory(error):
+            raise
         return False
     finally:
         carried.forget()

@@ -21,6 +21,7 @@ from transformers import GenerationConfig
 
 from ..core.dtensors import in_shards
 from ..utils.errors import BadType, BadValue
+from ..utils.memory import out_of_memory
 from ..utils.names import DECODINGS
 from .completion import OWN, Asked, Completion, check_asked, decoded
 from .decoding import WAYS, choose_ways
@@ -255,9 +256,9 @@ class TransformersEngine:
         sampling = self.begin_batch(seeds)
         try:
             new = self._decode(rows, most, sampling)
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
             # A model in shards: the other processes may have had enough memory, and wait for this one.
-            if len(rows) == 1 or self._in_shards:
+            if len(rows) == 1 or self._in_shards or not out_of_memory(error):
                 raise
         else:
             self.tokens += sum(map(len, new))

@@ -16,6 +16,7 @@ from transformers import GenerationConfig
 
 from ..es.perturbation import unchanged_buffers
 from ..utils.errors import BadValue
+from ..utils.memory import out_of_memory
 from .encoding import embedded_tokens
 from .member_modules import first_difference, modules_on_the_way, recorded, rows_of_one
 from .member_tensor import Operations, Unsupported, label_of
@@ -65,9 +66,9 @@ def check_language_model(stack: StackedModel, learned: Learned) -> None:
         try:
             with stack.alone(0):
                 run(2, 1)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception:
+        except Exception as error:
+            if out_of_memory(error):
+                raise
             # Some can't be given prompts of several lengths.
             equal = True
         _learn(stack, learned, run, _prime(stack.module), _same_logits)
@@ -168,10 +169,10 @@ def _learn(stack: StackedModel, learned: Learned, run: Callable, prime: int, sam
             for _ in range(MODULES_TRIED):
                 try:
                     results = together()
-                except torch.OutOfMemoryError:
-                    raise
                 # Each member alone raises nothing, so whatever is raised comes of their being together.
                 except Exception as error:
+                    if out_of_memory(error):
+                        raise
                     reason = reason or _reason(error)
                     culprit = _outside(stack.module, modules_on_the_way(error), learned.one_by_one)
                 else:

@@ -22,6 +22,7 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..utils.errors import EsfastError
+from ..utils.memory import out_of_memory
 
 if TYPE_CHECKING:
     from .member_factors import Factors
@@ -258,9 +259,9 @@ class Mapped:
                 # vmap warns that it does some operations for one member after another.
                 warnings.filterwarnings("ignore", "There is a performance drop")
                 return torch.vmap(of_one_member, tuple(in_dims))(*given)
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:
+            if out_of_memory(error):
+                raise
             first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise Unsupported(f"{operation_name(func)} of {self.weight}: {first_line:.200}") from error
 

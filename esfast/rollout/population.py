@@ -17,9 +17,9 @@ import torch
 from ..core.dtensors import in_shards
 from ..es.population import Member, Population
 from ..utils.errors import BadValue
-from ..utils.memory import total_memory
+from ..utils.memory import give_back_freed_memory, out_of_memory, own_memory
 from .adapters import is_peft
-from .completion import Asked, Complete, Completion
+from .completion import OWN, Asked, Complete, Completion
 from .dropping import Dropping, can_drop
 from .engine import TransformersEngine, is_small
 from .evaluator import SequentialEvaluator
@@ -134,8 +134,12 @@ class PopulationEvaluator:
         # A trial has other members than a generation, which K is for.
         most = -(-max(len(members), es.population_size) // self._processes)
         asked = int(self.members_at_once) if self.members_at_once != "auto" else most
+        most_rows = most * own
         try:
             self._check(members)
+            if prompts is not None:
+                longest = max(map(len, engine.prompts(prompts)))
+                most_rows = self.batches.room(longest, sampled)
         except Unsupported as error:
             if self.members_at_once != "auto":
                 raise
@@ -146,19 +150,37 @@ class PopulationEvaluator:
             # Sigma breaks the members that it was tried out with. Asked one after another, each is named.
             self.at_once = 1
             return
-        memory, batches = total_memory(es.plan.device), self.batches
-        most_rows, texts, told = most * own, int(TEXTS_SHARE * memory), "at most"
-        if prompts is not None:
-            longest = max(map(len, engine.prompts(prompts)))
-            most_rows = batches.room(longest, sampled)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            self.at_once = 1
+        if self.at_once == 1:  # outside the except block, whose traceback keeps the tensors of the trial alive
+            self._free()
+            _free_memory()
+            log.warning("out of memory when two members were tried out together: members are asked one after another")
+            return
+        memory, batches = own_memory(es.plan.device), self.batches
+        texts, told = int(TEXTS_SHARE * memory), "at most"
         if self.members_at_once == "auto":
-            asked = min(asked, int(WEIGHTS_SHARE * memory / max(1, self._bytes_of_member)), most_rows)
+            fitting = int((WEIGHTS_SHARE * memory - self._bytes_to_write) / max(1, self._bytes_of_member))
+            if min(fitting, most_rows) < 2:
+                log.info(
+                    "members are asked one after another: the share of the memory for several at once, 2 times %.2f "
+                    "GB, holds the weights of %d or the texts of %d",
+                    WEIGHTS_SHARE * memory / 1e9,
+                    max(0, fitting),
+                    most_rows,
+                )
+            asked = min(asked, fitting, most_rows)
         self.at_once = max(1, min(asked, most))
+        if self.at_once == 1:
+            return
         if prompts is not None:
-            rows = self.at_once * max(1, min(own, most_rows // self.at_once))
+            rows = min(self.at_once, most_rows) * max(1, min(own, most_rows // self.at_once))
             texts, told = rows * batches.row_bytes(longest, sampled), f"of {rows} rows at once"
         weights = self.at_once * self._bytes_of_member + self._bytes_to_write
         self.need = max(weights + texts, self._bytes_to_check)
+        give_back_freed_memory()
         log.info(
             "members_at_once: %d of %d members answer together; their weights take %.2f GB, their texts %s %.2f GB",
             self.at_once,
@@ -180,10 +202,17 @@ class PopulationEvaluator:
                 else "the model is in shards"
             )
         stack = self._stack_of(es, 2)
+        self._bytes_to_check = stack.nbytes + stack.bytes_to_check
+        share = (WEIGHTS_SHARE + TEXTS_SHARE) * own_memory(es.plan.device)
+        if self.members_at_once == "auto" and self._bytes_to_check > share:
+            self._stack = None
+            raise Unsupported(
+                f"to try out two together takes {self._bytes_to_check / 1e9:.2f} GB, and their share of the memory is "
+                f"{share / 1e9:.2f} GB"
+            )
         stack.write([(0, es.sigma), (1, es.sigma)])
         stack.check()
         self._bytes_of_member, self._bytes_to_write = stack.bytes_of_member, stack.bytes_to_write
-        self._bytes_to_check = stack.nbytes + stack.bytes_to_check
         self._stack = None
         with engine.own_settings():
             room = can_drop(engine.model, engine.generation_config, room=True)
@@ -207,14 +236,36 @@ class PopulationEvaluator:
     def _written(self, members: Population, packet: list[Member]) -> Iterator[tuple[list[Member], StackedModel]]:
         """Yields the members of a packet, at most K in a list, and the stack that they were written to."""
         while packet:
-            some, packet = packet[: self.at_once], packet[self.at_once :]
-            yield some, self._write(members, some)
+            some = packet[: self.at_once]
+            if not self._write(members, some):
+                self._halve(some)
+                continue
+            packet = packet[len(some) :]
+            members.on_placed()
+            yield some, self._stack
 
-    def _write(self, members: Population, some: list[Member]) -> StackedModel:
-        stack = self._stack_of(members.es, self.at_once)
-        stack.write([(member.seed, member.sign * members.sigma) for member in some])
-        members.on_placed()
-        return stack
+    def _write(self, members: Population, some: list[Member]) -> bool:
+        """Writes members to the stack. False if there is not enough memory for so many."""
+        try:
+            self._stack_of(members.es, self.at_once).write([(m.seed, m.sign * members.sigma) for m in some])
+        except (RuntimeError, MemoryError) as error:
+            if len(some) == 1 or not out_of_memory(error):
+                raise
+            return False
+        return True
+
+    def _halve(self, some: list[Member]) -> None:
+        """Fewer members from now on than these, for which memory ran out. Call it outside an except block, whose
+        traceback keeps the tensors alive."""
+        self._free()
+        self.at_once = -(-len(some) // 2)
+        log.warning(
+            "out of memory with %d members at once: going on with %d (members_at_once=%d spares the next run this)",
+            len(some),
+            self.at_once,
+            self.at_once,
+        )
+        _free_memory()
 
     def _ask(
         self, members: Population, packet: list[Member], prompts: Sequence[str], seeds: Sequence[int] | None
@@ -225,17 +276,15 @@ class PopulationEvaluator:
             texts = [prompt for o in own for prompt in prompts[o]]
             own_seeds = None if seeds is None else [seed for o in own for seed in seeds[o]]
             try:
-                found = self.batches(stack, owners, texts, own_seeds)
-            except torch.OutOfMemoryError:
-                if len(some) == 1:
+                ask = self.batches if len(some) > 1 else self._complete
+                found = ask(stack, owners, texts, own_seeds, OWN)
+            except (RuntimeError, MemoryError) as error:
+                if len(some) == 1 or not out_of_memory(error):
                     raise
                 found = None
-            if found is None:  # outside the except block, whose traceback keeps the failed batch's tensors alive
+            if found is None:
                 stack = None
-                self._free()
-                self.at_once = -(-len(some) // 2)
-                log.warning("out of memory with %d members at once: going on with %d", len(some), self.at_once)
-                _free_memory()
+                self._halve(some)
                 yield from self._ask(members, some, prompts, seeds)
                 continue
             each = len(found) // len(some)
@@ -254,8 +303,8 @@ class PopulationEvaluator:
         while True:
             try:
                 return self.batches(stack, owners, texts, seeds, asked)
-            except torch.OutOfMemoryError:
-                if self.batches.rows == 1:
+            except (RuntimeError, MemoryError) as error:
+                if self.batches.rows <= 1 or not out_of_memory(error):
                     raise
             self.batches.way.close()
             self.engine.batch_size = self.batches.rows // 2

@@ -19,7 +19,7 @@ from transformers import GenerationConfig, PretrainedConfig
 
 from ..core.finite import check_finite
 from ..utils.errors import BadValue
-from ..utils.memory import total_memory
+from ..utils.memory import out_of_memory, own_memory
 from .sampling import LogitsError
 
 log = logging.getLogger(__name__)
@@ -101,7 +101,7 @@ class Traits:
         """
         if self.bytes_fixed is None:
             return ROWS_UNKNOWN
-        return max(1, total_memory(device) // 4 // max(1, self.bytes_fixed + self.bytes_per_token * tokens))
+        return max(1, own_memory(device) // 4 // max(1, self.bytes_fixed + self.bytes_per_token * tokens))
 
 
 def probe_texts(
@@ -128,9 +128,9 @@ def traits_of(model, config: GenerationConfig, texts: list[list[int]]) -> Traits
         return known[1]
     try:
         traits = measure(model, config, texts)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:
+        if out_of_memory(error):
+            raise
         check_finite(model.named_parameters())
         raise BadValue(f"model: this {kind} can't generate a text: {type(error).__name__}: {error!s:.300}") from error
     _KNOWN[model] = place, traits
@@ -170,10 +170,10 @@ def measure(model, config: GenerationConfig, texts: list[list[int]]) -> Traits:
     def as_alone(rows: list[list[int]]) -> bool:
         try:
             return same_but_for_rounding(expected, logits(rows), model.dtype)
-        except torch.OutOfMemoryError:
-            raise
         # ProphetNet raises an exception for a padded row.
-        except Exception:
+        except Exception as error:
+            if out_of_memory(error):
+                raise
             return False
 
     with torch.no_grad():
@@ -269,9 +269,9 @@ def _bytes_of(model, tokens: list[int]) -> int:
     """Bytes of the cache that a forward pass over one sequence returns; 0 if it returns none."""
     try:
         output = model(input_ids=torch.tensor([tokens], device=model.device), use_cache=True)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:
+    except Exception as error:
+        if out_of_memory(error):
+            raise
         return 0
     kept = {name: value for name, value in output.items() if name not in ("loss", "logits")}
     return sum({(t.data_ptr(), t.shape): t.numel() * t.element_size() for t in _tensors(kept, set())}.values())

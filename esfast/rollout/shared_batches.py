@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from ..utils.memory import total_memory
+from ..utils.memory import own_memory
 from .completion import OWN, Asked, Completion
 from .decoding import Tokens
 from .dropping import MEASURED_ROWS, Dropping
@@ -88,7 +88,7 @@ class SharedBatches:
         device = self.engine.model.device
         # Lengths are rounded up, so that few are measured.
         rows = self.engine.batch_size or int(
-            TEXTS_SHARE * total_memory(device) / self.row_bytes(self._rounded(tokens), sampled, top_p)
+            TEXTS_SHARE * own_memory(device) / self.row_bytes(self._rounded(tokens), sampled, top_p)
         )
         return max(1, min(rows, MOST_ROWS_ON_CPU) if device.type == "cpu" else rows)
 

@@ -1,18 +1,109 @@
-"""How much memory a device has."""
+"""How much memory there is, and how a process keeps to what it needs."""
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
+# From this size on an allocation gets pages of its own, which go back to the system as soon as it is freed.
+OWN_PAGES_FROM = 2**20
+# Free memory that the heap keeps at its end.
+KEPT_FREE = 2**22
+# Parameters of glibc's mallopt
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+
 
 def total_memory(device: torch.device) -> int:
-    """Bytes of the device's memory; for a CPU, of the machine's.
+    """Bytes of the device's memory; for a CPU, of the machine's, or less if a container (cgroup) or `ulimit -v`, `-d`
+    allows this process less.
 
     All of it, not what is free at the moment: what is chosen by it must be the same in the same run on the same
     machine.
     """
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_cgroup_limits(), *_process_limits()])
+
+
+def own_memory(device: torch.device) -> int:
+    """The part of `total_memory` that is for this process: processes that torchrun started on one machine share its
+    memory, while each has a GPU of its own."""
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return total_memory(device) // (int(processes) if device.type != "cuda" and processes.isdecimal() else 1)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception of torch says that memory ran out. On a CPU it is a plain RuntimeError."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    )
+
+
+def give_back_freed_memory() -> None:
+    """From now on glibc gives back the memory of large tensors when they are freed.
+
+    By itself it learns from the first ones to keep them all on its heap, up to 32 MB each. Between them lie small
+    objects, and the gaps are rarely of the size that is needed next: the process takes up to half as much again as its
+    tensors. It holds for the whole process. It changes nothing if the user has set how glibc allocates (MALLOC_*,
+    GLIBC_TUNABLES), or if the C library is another.
+    """
+    chosen = [name for name in os.environ if name.startswith("MALLOC_")]
+    if chosen or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
+        return
+    libc = _glibc()
+    if libc is not None:
+        libc.mallopt(_M_MMAP_THRESHOLD, OWN_PAGES_FROM)
+        libc.mallopt(_M_TRIM_THRESHOLD, KEPT_FREE)
+
+
+@functools.cache
+def _glibc() -> ctypes.CDLL | None:
+    if sys.platform != "linux":
+        return None
+    libc = ctypes.CDLL(None)
+    return libc if hasattr(libc, "gnu_get_libc_version") and hasattr(libc, "mallopt") else None
+
+
+def _process_limits() -> Iterator[int]:
+    try:
+        import resource
+    # on Windows
+    except ImportError:
+        return
+    for name in ("RLIMIT_AS", "RLIMIT_DATA"):
+        limit = resource.getrlimit(getattr(resource, name))[0]
+        if limit != resource.RLIM_INFINITY:
+            yield limit
+
+
+def _cgroup_limits(proc: str = "/proc/self/cgroup", root: str = "/sys/fs/cgroup") -> Iterator[int]:
+    """Memory limits of the control groups that this process is in, and of those around them.
+
+    A container may see its own group as the root while `proc` still gives the host's path: where a folder is not there,
+    those above it count.
+    """
+    try:
+        lines = Path(proc).read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        # version 2 has one tree, whose list of controllers is empty
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        tree, name = (Path(root, "memory"), "memory.limit_in_bytes") if controllers else (Path(root), "memory.max")
+        inside = Path(path.lstrip("/"))
+        for folder in (inside, *inside.parents):
+            try:
+                limit = (tree / folder / name).read_text().strip()
+            except OSError:
+                continue
+            # version 2 says "max" for none; version 1 a number larger than any memory
+            if limit.isdecimal():
+                yield int(limit)
