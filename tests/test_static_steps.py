@@ -4,15 +4,18 @@ captured as a CUDA graph. tape.py stands in for the graph."""
 import contextlib
 import inspect
 import logging
+import os
+import re
 from unittest import mock
 
 import pytest
 import torch
 from tape import Tape, taped
 from test_population import PROMPTS, answers, told, train
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import esfast
-from esfast.bench.architectures import tiny_model
+from esfast.bench.architectures import NOT_MADE, architectures, tiny_model
 from esfast.rollout import static_steps
 from esfast.rollout.dropping import Dropping
 from esfast.rollout.engine import TransformersEngine
@@ -84,6 +87,22 @@ def test_texts_are_those_of_one_after_another(name, noise, graphs):
         lengths = [len(text) for texts in expected.values() for text in texts]
         assert min(lengths) < max(lengths), "some end early"
     assert graphs and evaluator.batches.way.drops and not evaluator.batches.way.failed
+
+
+@pytest.mark.skipif(not os.environ.get("ESFAST_LONG_TESTS"), reason="takes minutes: set ESFAST_LONG_TESTS=1")
+def test_every_architecture_gives_the_same_texts_or_is_refused_by_name(graphs):
+    captured = 0
+    for name in sorted(set(architectures()) - NOT_MADE.keys()):
+        graphs.clear()
+        try:
+            es, plain, static = make(name, population=3)
+            found = answers(PopulationEvaluator(static, 3), es)
+        except (ValueError, Unsupported) as error:
+            assert re.search(r"[A-Z]\w+(LM|Model|Decoder|Generation)\w*", str(error)), error
+            continue
+        assert found == answers(SequentialEvaluator(plain), es), name
+        captured += bool(graphs)
+    assert captured >= 100
 
 
 def test_a_step_without_a_graph_gives_the_same_texts():
@@ -267,8 +286,7 @@ def test_who_is_asked():
 
 def tape_of(model, members, rows=2, sampling=None):
     """Of a step for `members`, and its Steps."""
-    device = torch.tensor([TOKENIZER.eos_token_id])
-    steps = Steps(model, rows * members, 16, 6, device, 0, sampling, Arena())
+    steps = Steps(model, rows * members, 16, 6, torch.tensor([TOKENIZER.eos_token_id]), 0, sampling, Arena())
     with torch.no_grad():
         return taped(steps.blank, steps.step), steps
 
@@ -298,8 +316,6 @@ def test_a_step_writes_nothing_but_its_own_tensors(sampled):
 def operations(layers, noise):
     """Of a step, for frozen weights or three members."""
     torch.manual_seed(0)
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
     model = Qwen2ForCausalLM(Qwen2Config(vocab_size=128, num_hidden_layers=layers, **sizes)).eval()
     if noise is None:
@@ -313,7 +329,6 @@ def operations(layers, noise):
 
 def test_members_cost_few_operations_more_than_frozen_weights():
     each = {noise: operations(3, noise) - operations(2, noise) for noise in (None, *MODELS)}
-    print("operations of a layer in a step:", each)
     assert each["gaussian"] <= each[None] + 4 and each["low_rank"] <= each[None] + 4 * 7
     assert each["gaussian"] < each["low_rank"]
 
