@@ -131,6 +131,8 @@ def test_the_users_own_settings_of_malloc_are_kept(monkeypatch):
             assert libc.calls == []
     memory.give_back_freed_memory()
     assert (-3, 2**20) in libc.calls
+    memory.keep_freed_memory()
+    assert libc.calls[-2:] == [(-3, 2**25), (-1, 2**31 - 1)]
     # musl, macOS, Windows
     monkeypatch.setattr(memory, "_glibc", lambda: None)
     memory.give_back_freed_memory()
@@ -326,3 +328,15 @@ def test_a_text_without_tokens_is_refused_before_anything_changes(same_bits):
     with pytest.raises(ValueError, match="prompt"):
         answers(PopulationEvaluator(engine, 3), es, ["a", ""])
     assert same_bits(es.plan.tensors, weights)
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.0, "give back"), (1.0, "keep")])
+def test_where_there_is_plenty_time_counts_for_more_than_memory(monkeypatch, share, expected):
+    chosen = []
+    monkeypatch.setattr(population, "LITTLE", share)
+    monkeypatch.setattr(population, "give_back_freed_memory", lambda: chosen.append("give back"))
+    monkeypatch.setattr(population, "keep_freed_memory", lambda: chosen.append("keep"))
+    es = esfast.ES(tiny_model("qwen2", TOKENIZER), sigma=0.1, population_size=4)
+    evaluator = PopulationEvaluator(TransformersEngine(es.plan.module, TOKENIZER, 3), 4)
+    list(evaluator.evaluate(es.population(), ["a", "b"], None))
+    assert chosen == [expected]

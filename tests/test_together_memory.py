@@ -82,9 +82,11 @@ import gc, sys
 import torch
 import esfast
 from esfast.rollout.engine import TransformersEngine
+from esfast.rollout import population
 from esfast.rollout.population import PopulationEvaluator
 from esfast.tasks import embedded
 
+population.LITTLE = 0.0
 noise, members, prompts, digits, tokens, width, layers = sys.argv[1], *map(int, sys.argv[2:])
 tokenizer = embedded.make_tokenizer()
 model = embedded.make_model(tokenizer)

@@ -17,7 +17,7 @@ import torch
 from ..core.dtensors import in_shards
 from ..es.population import Member, Population
 from ..utils.errors import BadValue
-from ..utils.memory import give_back_freed_memory, out_of_memory, own_memory
+from ..utils.memory import give_back_freed_memory, keep_freed_memory, out_of_memory, own_memory
 from .adapters import is_peft
 from .completion import OWN, Asked, Complete, Completion
 from .dropping import Dropping, can_drop
@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 
 # Share of the device's memory that "auto" gives to the weights of members; their texts get TEXTS_SHARE.
 WEIGHTS_SHARE = 0.25
+# Where weights and texts take less than this share, time counts for more than memory.
+LITTLE = 1 / 64
 
 Answers = Generator[tuple[Member, "list[str] | LogitsError"], None, None]
 
@@ -180,7 +182,7 @@ class PopulationEvaluator:
             texts, told = rows * batches.row_bytes(longest, sampled), f"of {rows} rows at once"
         weights = self.at_once * self._bytes_of_member + self._bytes_to_write
         self.need = max(weights + texts, self._bytes_to_check)
-        give_back_freed_memory()
+        (keep_freed_memory if self.need < LITTLE * memory else give_back_freed_memory)()
         log.info(
             "members_at_once: %d of %d members answer together; their weights take %.2f GB, their texts %s %.2f GB",
             self.at_once,
