@@ -37,6 +37,7 @@ BENCHMARKS = {
     "dropin": "loops of others, before and after esfast: what a generation costs beside its evaluations; MeZO learning",
     "tasks": "the embedded model learns each of the tasks: rewards before and after, and how long it took",
     "episodes": "the embedded model learns a game of three turns; what the endpoint costs beside the model's answers",
+    "playing": "members that play a game of three turns at the same time, against one after another",
     "forgetting": "what the embedded model forgets while it learns another task, and what decay to the start keeps",
     "simulate": "a generation on up to 10,000 workers, simulated from costs measured here, and its bytes on the wire",
     "replay": "the main job exported, and made again from the base model: bytes a generation, seconds, the same bits",
@@ -88,6 +89,7 @@ EXAMPLES = {
     ),
     "tasks": ("--json bench/results/tasks.json", "--tasks sudoku --keep runs/tasks"),
     "episodes": ("--json bench/results/episodes.json", "--seeds 7 --repeats 2   a first look"),
+    "playing": ("--json bench/results/playing.json", "--repeats 1   a first look"),
     "forgetting": (
         "--json bench/results/forgetting.json --keep runs/forgetting",
         "--seeds 0 --decays 0 -- --generations 10",
