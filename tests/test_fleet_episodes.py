@@ -30,22 +30,38 @@ class Talk:
         return float(sum(map(ord, "".join(said))) % 101)
 
 
-def test_members_of_a_fleet_play_episodes(folder, tmp_path):
-    """All engines make the same member, which answers as the model here does."""
+@pytest.mark.parametrize(
+    "how", [{}, {"noise": "low_rank", "members_at_once": 3}], ids=["one after another", "at the same time"]
+)
+def test_members_of_a_fleet_play_episodes(folder, tmp_path, how):
+    """All engines answer for the member that plays, or for three that play at the same time, as LoRA adapters. Each
+    answers as the model here does."""
     pytest.importorskip("openai", reason="episodes ask through the package openai")
     model = folder()
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}={% endfor %}"
     settings = {"generations": 2, "population_size": 4, "sigma": 0.1, "lr": 0.1, "prompts_per_generation": 6,
-                "max_completion_length": 4, "eval_every": 0, "progress": False, "weights": "base"}  # fmt: skip
+                "max_completion_length": 4, "eval_every": 0, "progress": False, "weights": "base"} | how  # fmt: skip
     options = {"train_dataset": ROWS, "eval_dataset": ROWS[:2], "environment": Talk(), "processing_class": tokenizer}
     fleet = FleetTrainer(model, None, esfast.ESConfig(output_dir=str(tmp_path / "fleet"), **settings), 2, **options)
     fleet.train()
     assert any(llm.asked for llm in vllm_stand_in.LLM.made)
+    assert fleet.evaluator._places.way == ("at once" if how else "one by one")
+    # What LoRA slots do not hold is frozen.
+    settings["groups"], settings["members_at_once"] = fleet.args.groups, 1
     here = esfast.ESTrainer(str(model), args=esfast.ESConfig(output_dir=str(tmp_path / "here"), **settings), **options)
     here.train()
     rewards = [[r.rewards for r in journal.read(tmp_path / f / "journal.jsonl").records] for f in ("fleet", "here")]
-    assert rewards[0] == rewards[1] and len(rewards[0]) == 2
+    assert rewards[0] == rewards[1] and len(rewards[0]) == 2 and len(set(rewards[0][0])) > 1
+
+
+def test_members_that_share_an_engine_are_refused_at_the_door_where_it_holds_none(folder, tmp_path):
+    """Before an engine starts."""
+    settings = {"output_dir": str(tmp_path / "run"), "members_at_once": 3, "progress": False}
+    vllm_stand_in.LLM.made.clear()
+    with pytest.raises(ValueError, match="members_at_once: several members in one vLLM engine are LoRA adapters"):
+        FleetTrainer(folder(), None, esfast.ESConfig(**settings), train_dataset=ROWS, environment=Talk())
+    assert not vllm_stand_in.LLM.made and not (tmp_path / "run").exists()
 
 
 class Particular:

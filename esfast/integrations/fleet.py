@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import functools
 import logging
 import shutil
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..es.population import Member, Population
 from ..es.store import WeightStore
 from ..rewards.scorer import RewardFunc
+from ..rollout.completion import Complete
 from ..rollout.engine import Engine
+from ..rollout.evaluator import SequentialEvaluator
 from ..trainer.config import ESConfig
 from ..trainer.run_folder import RunFolder
 from ..trainer.trainer import ESTrainer
@@ -92,7 +95,7 @@ class FleetEvaluator:
 
     def __init__(self, fleet: Fleet, at_once: int = 1, measure: bool = False):
         self.engine = self._fleet = fleet
-        self.at_once = at_once
+        self._alone, self.at_once = SequentialEvaluator(fleet), at_once
         self._seconds: list[float] = []
         self.way: str | None = "at once" if at_once > 1 else "one by one"
         if measure and at_once > 1:
@@ -105,12 +108,25 @@ class FleetEvaluator:
     def evaluate(
         self, members: Population, prompts: Sequence[str], seeds: Sequence[int] | None
     ) -> Generator[tuple[Member, list[str]], None, None]:
+        yield from self._measured(
+            lambda: self._fleet.packets(members.packets(self.at_once), members.sigma, prompts, seeds),
+            lambda: self._fleet.members(members.handed_out(), members.sigma, prompts, seeds),
+        )
+
+    def placed(self, members: Population, sampled: bool) -> Iterator[tuple[list[Member], Complete]]:
+        """See esfast.rollout.episodes.Places. All engines share the texts of the members in a list."""
+        yield from self._measured(lambda: self._adapters(members), lambda: self._alone.placed(members, sampled))
+
+    def _adapters(self, members: Population) -> Iterator[tuple[list[Member], Complete]]:
+        for packet in members.packets(self.at_once):
+            pairs = [(member.seed, member.sign * members.sigma) for member in packet]
+            members.on_placed()
+            yield packet, functools.partial(self._fleet.complete_members, pairs)
+
+    def _measured(self, at_once: Callable[[], Iterator], one_by_one: Callable[[], Iterator]) -> Generator:
         way = self.way or self.TRIED[len(self._seconds)]
         began, tokens = time.perf_counter(), self.tokens
-        if way == "at once":
-            yield from self._fleet.packets(members.packets(self.at_once), members.sigma, prompts, seeds)
-        else:
-            yield from self._fleet.members(members.handed_out(), members.sigma, prompts, seeds)
+        yield from at_once() if way == "at once" else one_by_one()
         if self.way is None:
             self._seconds.append((time.perf_counter() - began) / max(1, self.tokens - tokens))
             self._choose()
@@ -174,9 +190,8 @@ class FleetTrainer(ESTrainer):
         if args.weights not in MODES:
             known = ", ".join(map(repr, MODES))
             raise BadValue(f"weights: with vLLM engines expected one of {known}, got {args.weights!r}")
-        # Episodes ask many times of one member: all engines make the same one, and share its prompts.
-        alone = others.get("environment") is None
-        at_once = members_of_an_engine(args, num_engines) if alone else 1
+        # Members that play episodes are asked many times: all engines share the requests of all that play.
+        at_once = members_of_an_engine(args, num_engines if others.get("environment") is None else 1)
         options = dict(engine_options or {})
         if at_once > 1:
             options = slot_options(args, at_once, options) | options
@@ -193,8 +208,7 @@ class FleetTrainer(ESTrainer):
         )
         fleet.prompts.length_setting = "max_completion_length"
         self._fleet = fleet
-        evaluator = FleetEvaluator(fleet, at_once, args.members_at_once == "auto")
-        asked: dict[str, Any] = {"evaluator": evaluator} if alone else {"engine": fleet}
+        evaluator: Any = FleetEvaluator(fleet, at_once, args.members_at_once == "auto")
         try:
             store = FleetStore(fleet, args.weights)
             if at_once > 1:
@@ -206,7 +220,7 @@ class FleetTrainer(ESTrainer):
                 reward_funcs,
                 args,
                 processing_class=fleet.prompts.tokenizer,
-                **asked,
+                evaluator=evaluator,
                 **others,
             )
         except BaseException:

@@ -178,6 +178,36 @@ class Fleet:
                 self.tokens += tokens
                 yield member, completions
 
+    def complete_members(
+        self,
+        members: Sequence[tuple[int, float]],
+        owners: Sequence[int],
+        prompts: Sequence[str],
+        seeds: Sequence[int] | None = None,
+        asked: Asked = OWN,
+    ) -> list[Completion]:
+        """Like `complete_texts`, but prompt i is answered by the member with the number owners[i], each (seed, coeff),
+        as a LoRA adapter. All engines share the prompts; those of one member stay together. The engines need what
+        `packets` needs."""
+        rows = self.prompts.of_call(prompts, asked)
+        order = sorted(range(len(rows)), key=lambda i: owners[i])
+        size = min(CHUNK, -(-len(rows) // max(1, len(self.alive))))
+
+        def job(places: Sequence[int]) -> Job:
+            some = sorted({owners[i] for i in places})
+            numbers = [some.index(owners[i]) for i in places]
+            own_seeds = None if seeds is None else [seeds[i] for i in places]
+            part = [members[k] for k in some], numbers, [rows[i] for i in places], own_seeds, asked
+            return Job(places, part, len(places))
+
+        found: dict[int, Completion] = {}
+        for places, completions in self._actors.hand_out(
+            "complete_members", (job(order[i : i + size]) for i in range(0, len(order), size))
+        ):
+            found |= zip(places, completions, strict=True)
+        self.tokens += sum(completion.tokens for completion in found.values())
+        return [found[i] for i in range(len(rows))]
+
     def generate(self, prompts: Sequence[str], seeds: Sequence[int] | None = None) -> list[str]:
         """Completions from the present weights; all engines share the prompts. Raises TypeError or ValueError for
         prompts, as PromptReader does."""

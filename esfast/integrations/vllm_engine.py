@@ -108,6 +108,19 @@ class VLLMEngine:
         done = self._complete(list(rows) * again, None if seeds is None else list(seeds) * again, adapters)
         return [_texts(done[i * len(rows) : (i + 1) * len(rows)]) for i in range(again)]
 
+    def complete_members(
+        self,
+        members: Sequence[tuple[int, float]],
+        owners: Sequence[int],
+        rows: Sequence[Sequence[int]],
+        seeds: Sequence[int] | None = None,
+        asked: Asked = OWN,
+    ) -> list[Completion]:
+        """Like `complete`, but row i is answered by the member with the number owners[i], each (seed, coeff), as LoRA
+        adapters in one batch. No weight changes. Raises as `members`."""
+        adapters = self._adapters(members)
+        return self._complete(rows, seeds, [adapters[k] for k in owners], asked)
+
     def _adapters(self, members: Sequence[tuple[int, float]]) -> list:
         from vllm.lora.request import LoRARequest
 
