@@ -135,7 +135,8 @@ class ESConfig:
     batch_size: int | None = option(None, "most prompts generated at once (default: what fits a quarter of the memory)")
     members_at_once: str = option(
         "auto",
-        "members that answer in one batch; 1: one after another; auto: as many as fit, where that is faster",
+        "members that answer in one batch, or play episodes at the same time; 1: one after another; auto: as many as "
+        "fit, where that is faster",
     )
     chat_template_kwargs: dict | None = option(
         None, "variables of the tokenizer's chat template, such as enable_thinking; as JSON on the command line"
@@ -148,7 +149,7 @@ class ESConfig:
         None, "tokens that the model may generate in an episode (default: any number)"
     )
     episode_timeout: float = option(300.0, "seconds that an episode may take, without those in which the model answers")
-    episodes_at_once: int = option(256, "episodes that run at the same time")
+    episodes_at_once: int = option(256, "episodes that run at the same time, of all members that play")
     endpoint_port: int | None = option(
         None,
         "also serve the members on this port of 127.0.0.1, 0 for any, for agents that are programs of their own "
