@@ -112,7 +112,6 @@ RECIPE = Recipe(
         "lr": 0.03,
         "prompts_per_generation": 32,
         "max_completion_length": 5,
-        "episodes_at_once": 1024,
     },
     chat_template=TEMPLATE,
 )
