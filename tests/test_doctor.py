@@ -131,6 +131,14 @@ def test_no_illness_from_fewer_generations_than_the_window(planted):
     assert first == []
 
 
+@pytest.mark.parametrize(("lr", "advice"), [(0.006, "Lower lr, to 0.002 for example, or"), (None, "Lower lr, or")])
+def test_advice_of_a_run_of_two_generations_has_a_number_or_none(lr, advice):
+    rows = run_of({"lr": lr}, generations=2, every=1)
+    rows[-1]["eval_reward"] = -1.0
+    (found,) = diagnose(rows, CONFIG)
+    assert found.name == "steps too long" and advice in found.text
+
+
 def test_episodes_of_several_responses_are_longer_than_the_limit():
     assert diagnose(run_of({"response_tokens": 130.0}), CONFIG) == []
 

@@ -114,6 +114,10 @@ class Seen:
         False."""
         return mean([value for (value,) in self.all(name)])
 
+    def newest(self, name: str) -> float:
+        """The metric in the last generation; NaN if it is unknown."""
+        return self.recent[-1].get(name, math.nan) if self.recent else math.nan
+
     def number(self, name: str) -> float:
         """A setting that is a number; NaN if it is not set or something else."""
         return _numbers(self.config).get(name, math.nan)
@@ -179,9 +183,11 @@ def _rounded_away(seen: Seen) -> str:
 def _step_too_long(seen: Seen) -> str:
     if not seen.change(seen.best, seen.last) < -SURE or _overfits(seen):
         return ""
+    lr = seen.newest("lr")
+    lower = f"Lower lr, to {lr / 3:.2g} for example" if lr > 0 else "Lower lr"
     return (
         f"the held-out reward has fallen from {seen.best['eval_reward']:.4g} to {seen.last['eval_reward']:.4g}: steps "
-        f"are too long. Lower lr, to {seen.mean('lr') / 3:.2g} for example, or let a schedule do it "
+        f"are too long. {lower}, or let a schedule do it "
         "(lr_schedule='cosine'); the best model so far is in best/"
     )
 

@@ -26,7 +26,12 @@ class Talk:
         return float(sum(map(ord, "".join(said) + written.choices[0].text)) % 101)
 
 
-def test_members_of_engines_play_as_the_hugging_face_model_s_do(folder, tmp_path):
+# What LoRA slots do not carry, and so stays as it is where members of an engine play at the same time.
+WITHOUT_SLOTS = ["model.embed_tokens.weight:sigma=0,lr=0", "*bias:sigma=0,lr=0", "*norm.weight:sigma=0,lr=0"]
+
+
+@pytest.mark.parametrize(("at_once", "groups"), [("1", []), ("auto", WITHOUT_SLOTS)])
+def test_members_of_engines_play_as_the_hugging_face_model_s_do(folder, tmp_path, at_once, groups):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -46,6 +51,8 @@ def test_members_of_engines_play_as_the_hugging_face_model_s_do(folder, tmp_path
             lr=0.05,
             noise="low_rank",
             weights="base",
+            groups=groups,
+            members_at_once=at_once,
             max_completion_length=6,
             prompts_per_generation=6,
             eval_every=0,
