@@ -12,6 +12,7 @@ from test_trainer import config
 
 import esfast
 from esfast.rollout import TransformersEngine
+from esfast.rollout.completion import Completion
 from esfast.rollout.episodes import Episodes, EpisodesEvaluator, Limits, Settings
 from esfast.rollout.evaluator import SequentialEvaluator
 from esfast.rollout.population import PopulationEvaluator
@@ -249,6 +250,24 @@ def test_a_member_without_numbers_is_named_and_costs_no_other(made, monkeypatch,
     assert isinstance(found.pop(3), LogitsError) and expected.pop(3) and found == expected
     assert left and set(left) == {"CancelledError"} and weights_are_there(es)
     assert len(together.engine._done) == 24, "the figures are of the others' episodes"
+
+
+def test_a_member_may_give_no_text_to_some_requests_alone(made):
+    """Requests with other settings are answered after its episodes have ended, and some of them have text."""
+
+    async def of_two_lengths(client, row):
+        asked = [client.completions.create(model="member", prompt="1", max_tokens=n) for n in (2, 3)]
+        return float(sum(len(answer.choices[0].text) for answer in await asyncio.gather(*asked)))
+
+    _, _, together = players(made, of_two_lengths)
+
+    def complete(owners, texts, seeds, asked):
+        broken = {1} if asked.max_tokens == 2 else set()
+        return [LogitsError("no numbers") if k in broken else Completion("x", 1, True) for k in owners]
+
+    first, second, third = together.engine.of_members([ROWS[:2]] * 3, None, complete)
+    assert isinstance(second, LogitsError)
+    assert [(e.reward, e.error) for e in first + third] == [(2.0, None)] * 4
 
 
 def test_what_the_engine_raises_leaves_the_weights_as_they_were(made, monkeypatch, same_bits):

@@ -231,13 +231,16 @@ class Runner:
             if ready:
                 found = self._answer([q for q, *_ in ready], [t for _, t, *_ in ready], [a for *_, a in ready])
                 for (question, _, length, _), completion in zip(ready, found, strict=True):
-                    if not isinstance(completion, LogitsError):
-                        question.answer.set_result((completion, length))
+                    error = completion if isinstance(completion, LogitsError) else None
+                    if error is not None:
+                        self._give_up(question.session.member, error)
+                    # That cancels the requests of the member's episodes, but not those from outside.
+                    if question.answer.done():
                         continue
-                    self._give_up(question.session.member, completion)
-                    # A request from outside is not cancelled with its episode.
-                    if not question.answer.done():
-                        question.answer.set_exception(ApiError(400, "episode_over", str(completion)))
+                    if error is not None:
+                        question.answer.set_exception(ApiError(400, "episode_over", str(error)))
+                    else:
+                        question.answer.set_result((completion, length))
         finally:
             asyncio._set_running_loop(outer)
         for session in self._running.values():
