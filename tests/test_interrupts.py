@@ -10,7 +10,7 @@ import torch
 from esfast import ES, Plan
 from esfast.core import ops
 from esfast.journal import journal
-from esfast.utils.interrupts import defer_sigint
+from esfast.utils.interrupts import came_by_signal, defer_sigint, stoppable
 
 
 @pytest.fixture(autouse=True)
@@ -96,3 +96,11 @@ def test_held_keeps_out_of_other_threads_and_handlers():
     finally:
         signal.signal(signal.SIGINT, old)
     assert seen == [signal.default_int_handler, signal.SIG_IGN]
+
+
+@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN, signal.SIG_DFL])
+def test_code_that_raises_keyboard_interrupt_is_not_taken_for_a_signal(handler):
+    """Also in a job that a script began in its background, which ignores SIGINT."""
+    signal.signal(signal.SIGINT, handler)
+    with stoppable():
+        assert not came_by_signal(KeyboardInterrupt())
