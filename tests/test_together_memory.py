@@ -12,8 +12,11 @@ import torch
 import esfast
 from esfast.bench.architectures import tiny_model
 from esfast.rollout.engine import TransformersEngine
+from esfast.rollout.member_tensor import Unsupported
 from esfast.rollout.memory import peak_bytes
 from esfast.rollout.population import PopulationEvaluator
+from esfast.rollout.sampling import LogitsError
+from esfast.rollout.stacked_model import StackedModel
 from esfast.tasks import embedded
 
 TOKENIZER = embedded.make_tokenizer()
@@ -39,6 +42,23 @@ def alive():
 def resident():
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize("error", [Unsupported("an operation"), LogitsError("no numbers")])
+def test_the_trial_of_two_members_leaves_nothing_behind(monkeypatch, error):
+    """Where it fails, members are asked one after another, in the memory of one."""
+
+    def fails(stack):
+        raise error
+
+    es = esfast.ES(tiny_model("qwen2", TOKENIZER), sigma=0.1, lr=0.01, population_size=3)
+    evaluator = PopulationEvaluator(TransformersEngine(es.plan.module, TOKENIZER, 6))
+    monkeypatch.setattr(StackedModel, "check", fails)
+    before, _ = alive()
+    assert len(list(evaluator.evaluate(es.population(), ["1"], None))) == 3 and evaluator.at_once == 1
+    error.__traceback__ = None
+    after, _ = alive()
+    assert after - before < sum(p.nbytes for p in es.plan.tensors)
 
 
 @pytest.mark.parametrize("noise", ["gaussian", "low_rank"])

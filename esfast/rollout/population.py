@@ -203,11 +203,10 @@ class PopulationEvaluator:
                 if engine.traits is not None
                 else "the model is in shards"
             )
-        stack = self._stack_of(es, 2)
+        stack = self._new_stack(es, 2)
         self._bytes_to_check = stack.nbytes + stack.bytes_to_check
         share = (WEIGHTS_SHARE + TEXTS_SHARE) * own_memory(es.plan.device)
         if self.members_at_once == "auto" and self._bytes_to_check > share:
-            self._stack = None
             raise Unsupported(
                 f"to try out two together takes {self._bytes_to_check / 1e9:.2f} GB, and their share of the memory is "
                 f"{share / 1e9:.2f} GB"
@@ -215,7 +214,6 @@ class PopulationEvaluator:
         stack.write([(0, es.sigma), (1, es.sigma)])
         stack.check()
         self._bytes_of_member, self._bytes_to_write = stack.bytes_of_member, stack.bytes_to_write
-        self._stack = None
         with engine.own_settings():
             room = can_drop(engine.model, engine.generation_config, room=True)
             drops = room or can_drop(engine.model, engine.generation_config)
@@ -229,9 +227,12 @@ class PopulationEvaluator:
     def _stack_of(self, es, at_once: int) -> StackedModel:
         if self._stack is None or self._stack.at_once < at_once:
             self._free()
-            kind = LowRankModel if es.rule.noise == "low_rank" else StackedModel
-            self._stack = kind(es.plan, at_once, es.store.source_of_members, es.rule, es.perturb_rounding)
+            self._stack = self._new_stack(es, at_once)
         return self._stack
+
+    def _new_stack(self, es, at_once: int) -> StackedModel:
+        kind = LowRankModel if es.rule.noise == "low_rank" else StackedModel
+        return kind(es.plan, at_once, es.store.source_of_members, es.rule, es.perturb_rounding)
 
     # ---- asking ------------------------------------------------------------------------------------------------------
 
