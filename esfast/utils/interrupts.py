@@ -158,8 +158,8 @@ def kept_handlers() -> Iterator[None]:
 
 
 def came_by_signal(interrupt: KeyboardInterrupt) -> bool:
-    """Whether a signal raised this exception, and not the code that was running. This is certain in a `stoppable` block,
-    outside the main thread, and where SIGINT is ignored. If something else handles SIGINT, the answer is yes."""
+    """Whether a signal raised this exception, and not the code that was running. This is certain in a `stoppable` block
+    and outside the main thread. No is the answer where SIGINT is ignored, yes if something else handles it."""
     if isinstance(interrupt, Interrupted) or Stops.current is not None and Stops.current.signum is not None:
         return True
     if threading.current_thread() is not threading.main_thread():

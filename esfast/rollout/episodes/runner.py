@@ -231,14 +231,13 @@ class Runner:
             if ready:
                 found = self._answer([q for q, *_ in ready], [t for _, t, *_ in ready], [a for *_, a in ready])
                 for (question, _, length, _), completion in zip(ready, found, strict=True):
-                    error = completion if isinstance(completion, LogitsError) else None
-                    if error is not None:
-                        self._give_up(question.session.member, error)
+                    if isinstance(completion, LogitsError):
+                        self._give_up(question.session.member, completion)
                     # That cancels the requests of the member's episodes, but not those from outside.
                     if question.answer.done():
                         continue
-                    if error is not None:
-                        question.answer.set_exception(ApiError(400, "episode_over", str(error)))
+                    if isinstance(completion, LogitsError):
+                        question.answer.set_exception(ApiError(400, "episode_over", str(completion)))
                     else:
                         question.answer.set_result((completion, length))
         finally:
