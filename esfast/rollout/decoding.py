@@ -24,6 +24,13 @@ Tokens = list[list[int]]
 CACHE = "cache" if "cache" in getattr(transformers.generation.utils, "ALL_CACHE_NAMES", ()) else "past_key_values"
 
 
+def until_ended(texts: torch.Tensor, ends: torch.Tensor) -> Tokens:
+    """The tokens of each row of `texts`, up to and including the first of `ends`."""
+    ended = torch.isin(texts, ends).cumsum(1)
+    lengths = (ended == 0).sum(1) + ended.gt(0).any(1)
+    return [row[:length] for row, length in zip(texts.tolist(), lengths.tolist(), strict=True)]
+
+
 class Plain:
     """model.generate with a cache that grows: for CPUs, and for models that support nothing else."""
 
@@ -53,10 +60,7 @@ class Plain:
                 **self._cache(count, width),
             )
         finite.check()
-        new = output[: len(rows), width:]
-        ended = torch.isin(new, self._ends).cumsum(1)
-        lengths = (ended == 0).sum(1) + ended.gt(0).any(1)
-        return [row[:length] for row, length in zip(new.tolist(), lengths.tolist(), strict=True)]
+        return until_ended(output[: len(rows), width:], self._ends)
 
     def _cache(self, count: int, width: int) -> dict:
         return {}

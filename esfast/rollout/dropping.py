@@ -21,7 +21,7 @@ from transformers import (
 
 from ..utils.memory import out_of_memory
 from .cache import cache_with_room
-from .decoding import CACHE, Tokens
+from .decoding import CACHE, Tokens, until_ended
 from .encoding import embedded_tokens
 from .memory import peak_bytes
 from .probe import Carried, same_but_for_rounding
@@ -96,18 +96,14 @@ class Dropping:
             if done >= most or not unfinished.any():
                 break
             most_left = int(unfinished.sum(1).max())
-            # unfinished rows first, in their order
-            places = (~unfinished).to(torch.uint8).argsort(dim=1, stable=True)[:, :most_left]
+            places = unfinished_first(unfinished)[:, :most_left]
             kept = (places + torch.arange(members, device=device)[:, None] * unfinished.shape[1]).flatten()
             which, unfinished = which.gather(1, places), unfinished.gather(1, places)
             ids = output.sequences[kept]
             mask = torch.cat([mask, mask.new_ones(len(mask), new.shape[1])], 1)[kept]
             output[CACHE].reorder_cache(kept)
             cache = {CACHE: output[CACHE]}
-        ended = torch.isin(texts, self._ends).cumsum(1)
-        lengths = (ended == 0).sum(1) + ended.gt(0).any(1)
-        tokens = [row[:length] for row, length in zip(texts.tolist(), lengths.tolist(), strict=True)]
-        return tokens, (fine | ~counting).view(members, -1).all(1).tolist()
+        return until_ended(texts, self._ends), (fine | ~counting).view(members, -1).all(1).tolist()
 
     def row_bytes(self, tokens: int, sampling: SeededSampling | None = None) -> int:
         """Bytes that a row of so many prompt tokens takes at most: to read the prompt and, if the cache has room, to
@@ -146,6 +142,11 @@ class Dropping:
     def _cache(self, width: int, most: int) -> dict:
         """The argument of `generate` for prompts of `width` tokens and at most so many new ones."""
         return {CACHE: cache_with_room(self.model, width + most - 1)} if self.room else {}
+
+
+def unfinished_first(unfinished: torch.Tensor) -> torch.Tensor:
+    """The numbers of each member's rows (members, rows of each), unfinished ones first, otherwise in their order."""
+    return (~unfinished).to(torch.uint8).argsort(dim=1, stable=True)
 
 
 class RowsFinite(LogitsProcessor):

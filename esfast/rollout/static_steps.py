@@ -15,8 +15,8 @@ import torch
 from transformers import GenerationConfig
 from transformers.cache_utils import StaticLayer
 
-from .decoding import Static, Tokens
-from .dropping import MEASURED_ROWS, Dropping
+from .decoding import Static, Tokens, until_ended
+from .dropping import MEASURED_ROWS, Dropping, unfinished_first
 from .encoding import embedded_tokens
 from .engine import generating
 from .fixed import Arena, Steps, fixed_layers, length_of
@@ -151,18 +151,14 @@ class StaticSteps:
                 size = -(-size // 2)
             if left and size < had:
                 texts[which.flatten()], fine[which.flatten()] = steps.texts, steps.fine
-                # unfinished rows first, in their order
-                places = (~unfinished).to(torch.uint8).argsort(dim=1, stable=True)[:, :size]
+                places = unfinished_first(unfinished)[:, :size]
                 kept = steps.kept((places + torch.arange(members, device=device)[:, None] * had).flatten())
                 which = which.gather(1, places)
                 steps, step = self._ready(members * size, width, sampling, drawn)
                 steps.go_on(kept)
         texts[which.flatten()], fine[which.flatten()] = steps.texts, steps.fine
         texts = texts.view(members, -1, self.most)[:, :each, :most].flatten(0, 1)
-        ended = torch.isin(texts, self._ends).cumsum(1)
-        lengths = (ended == 0).sum(1) + ended.gt(0).any(1)
-        tokens = [row[:length] for row, length in zip(texts.tolist(), lengths.tolist(), strict=True)]
-        return tokens, fine.view(members, -1).all(1).tolist()
+        return until_ended(texts, self._ends), fine.view(members, -1).all(1).tolist()
 
     def _size(self, members: int, each: int, kind: tuple) -> int:
         """Rows of each member, of which `each` are needed."""

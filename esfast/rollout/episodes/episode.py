@@ -24,7 +24,7 @@ class Limits:
     turns: int = 64
     tokens: int = 2**31
     seconds: float = 300.0
-    at_once: int = 1024
+    at_once: int = 256
 
     def __post_init__(self):
         for name in ("turns", "tokens", "at_once"):

@@ -208,10 +208,8 @@ class Runner:
 
     def _answer_questions(self) -> None:
         began = now()
-        questions, self._questions = (
-            sorted(self._questions, key=lambda q: (q.session.member, q.session.index, q.turn)),
-            [],
-        )
+        questions = sorted(self._questions, key=lambda q: (q.session.member, q.session.index, q.turn))
+        self._questions = []
         outer = asyncio._get_running_loop()
         asyncio._set_running_loop(None)
         try:
