@@ -97,7 +97,7 @@ ILL = {
         "one member dominates",
         "centered_rank",
     ),
-    "steps too short": (run_of(STILL, {"eval_reward": 0.3}, generations=60), "no progress", "sigma='auto'"),
+    "steps too short": (run_of(STILL, {"eval_reward": 0.3}, generations=60), "no progress", "if it did, raise them"),
     "nothing is said any more": (
         run_of({}, {"eval_length": lambda g: 50.0 if not g else 0.0}),
         "empty responses",

@@ -118,6 +118,16 @@ def test_what_is_given_is_not_searched_for(tmp_path, given):
     assert set(found.settings) == {name} and {n: getattr(trainer.args, n) for n in given} == given
     # A sigma of one's own is one for all weights.
     assert bool(trainer.args.groups) == (name == "sigma")
+    # What is said about a number is about the one of the run.
+    assert found.why[0].startswith("sigma: 0.01 is given; the search would take ") == ("sigma" in given)
+    assert any(line.startswith("lr: ") for line in found.why) == (name == "lr")
+
+
+def test_groups_are_said_with_the_span_of_their_factors(tmp_path):
+    said = make(tmp_path / "run", groups=["*:sigma=1"], generations=1).tune().why[-1]
+    assert said == "groups: 1, whose weights have 1 times the run's sigma"
+    said = make(tmp_path / "two", groups=["*norm*:sigma=0,lr=0", "*embed*:sigma=0.5"], generations=1).tune().why[-1]
+    assert said == "groups: 2, whose weights have 0 to 0.5 times the run's sigma"
 
 
 def test_the_search_has_seeds_of_its_own(tmp_path):
@@ -146,7 +156,7 @@ def test_a_reward_function_that_fails(tmp_path):
 
     with pytest.raises(ValueError, match="mine"):
         make(tmp_path / "run", reward=fails).train()
-    with pytest.raises(ValueError, match="the model itself gives no text that a reward function judges"):
+    with pytest.raises(ValueError, match="gives no text that a reward function judges.*give sigma and lr as numbers"):
         make(tmp_path / "skips", reward=fails, on_reward_error="skip").train()
 
 
@@ -317,6 +327,12 @@ def test_a_run_from_before_groups_were_made_goes_on_without(tmp_path):
     del trainer
     with pytest.raises(ValueError, match="resume: .*config.yaml does not say what groups was found to be"):
         make(folder.path, resume=True, groups="auto")
+    # A config.yaml that is older than groups does not name them.
+    config = yaml.safe_load(folder.config.read_text())
+    del config["groups"]
+    folder.config.write_text(yaml.safe_dump(config))
+    trainer = make(folder.path, resume=True)
+    assert trainer.args.groups is None and trainer.es.generation == 2
 
 
 def test_a_file_of_groups_is_no_group(tmp_path):

@@ -52,8 +52,9 @@ def parser_of_all() -> argparse.ArgumentParser:
         help="find sigma and lr for a model and a task",
         **help_options(
             "Asks members at a ladder of sigmas, finds sigma and lr, and prints the evidence and the command to train "
-            "with them. A number for one of the two is kept. It trains nothing and leaves no files; at most 5 % of the "
-            "run's responses are generated. "
+            "with them. A number for one of the two is kept. A sigma that is found goes with groups by the tensors' "
+            "scale, unless --groups names some. It trains nothing and leaves no files; at most 5 % of the run's "
+            "responses are generated. "
             "`esfast train --sigma auto --lr auto` does the same, and then trains.",
             "esfast tune                                   the embedded small model",
             "esfast tune --model FOLDER --task countdown --population-size 30 --generations 300",

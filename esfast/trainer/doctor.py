@@ -277,8 +277,8 @@ def _stands_still(seen: Seen) -> str:
     if not abs(seen.change(seen.first, seen.last)) < SURE:
         return ""
     return (
-        f"in {done:.0f} generations neither the training reward nor the held-out reward has risen. Let the run find "
-        "sigma and lr (sigma='auto', lr='auto'), or raise them; with few members or prompts take more of them"
+        f"in {done:.0f} generations neither the training reward nor the held-out reward has risen. Let the run "
+        "find sigma and lr (sigma='auto', lr='auto'); if it did, raise them; with few members or prompts take more"
     )
 
 

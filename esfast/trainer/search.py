@@ -2,9 +2,8 @@
 
 For each sigma of a ladder a few mirrored pairs answer the same prompts. Their rewards R[pair, sign, prompt] say:
 
-loss     by how much the mean reward of members is below the unperturbed model's, as a fraction of what can be lost.
-What
-         can be lost is the model's reward minus that of members whose weights are mostly noise. 0: nothing, 1: all
+loss     by how much the mean reward of members is below the unperturbed model's, as a fraction of what can be lost:
+         the model's reward minus that of members whose weights are mostly noise. 0: nothing, 1: all
 signal   d = (R+ - R-) / 2 is the derivative along a pair's noise, times sigma. Signal is the part of the variance of d
          over the pairs on which prompts agree: the mean of d(a) d(b) over all pairs of different prompts a, b
 noise    the part of the variance of d that would change with other prompts
@@ -154,13 +153,12 @@ def search(ask: Callable[[float, int], Look], scale: float, members: int) -> Fou
     """Searches for sigma with at most `members` members.
 
     ask      (sigma, pairs) -> Look: asks two members for each pair, and in the first call also the unperturbed model,
-    which
-             counts as a member
+             which counts as a member
     scale    root mean square of the weights; members of this sigma are mostly noise
     """
     guess, least = scale / 10, 2 * LEAST_PAIRS * len(FINE)
     if members < 1 + 2 * COARSE_PAIRS * 3 + least:
-        return Found(guess, guess, (), (), f"{max(members, 0)} members are too few to search with: {_GUESSED}", False)
+        return Found(guess, guess, (), (), f"{_TOO_SHORT}: {_GUESSED}", False)
     left = members - 1
 
     def look(sigma: float, pairs: int) -> Look:
@@ -209,6 +207,7 @@ def search(ask: Callable[[float, int], Look], scale: float, members: int) -> Fou
 
 _GUESSED = "sigma is a guess, a tenth of the weights' root mean square"
 _LEAST_GUESSED = "sigma is a guess, the smallest one at which members got other rewards than the model"
+_TOO_SHORT = "the run is too short: the part of its responses that a search may take is too few members"
 _NOTHING = "members get the same rewards as the model at every sigma, so there is nothing to learn from"
 # Members that let a search compare signals.
 ENOUGH = 1 + 2 * COARSE_PAIRS * (2 + STEPS_UP + 2) + 2 * ENOUGH_PAIRS * len(FINE)

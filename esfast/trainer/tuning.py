@@ -131,20 +131,20 @@ class Tuner:
         if self.config.weight_decay:
             # More would be more than all of the weights.
             lr = min(lr, _short(0.9 / self.config.weight_decay))
-        why = [
-            f"sigma: {found.why}",
-            f"lr: the noise of all updates moves the weights as far as sigma {tolerated:.2g} does",
-        ]
         settings = {n: v for n, v in (("sigma", sigma), ("lr", lr)) if getattr(self.config, n) == AUTO}
-        why += tried + self._of_groups()
+        given = "" if "sigma" in settings else f"{sigma:g} is given; the search would take {found.sigma:.2g}: "
+        why = [f"sigma: {given}{found.why}"]
+        if "lr" in settings:
+            why += [f"lr: the noise of all updates moves the weights as far as sigma {tolerated:.2g} does", *tried]
+        why += self._of_groups()
         groups = self.config.groups
         tuned = Tuning(settings, groups, _rows(found, scale), self.responses, self.run, scale, why, found.learns)
         return Tuning(**self._from_process_0(tuned.to_json))
 
     def _of_groups(self) -> list[str]:
         factors = [group.sigma for group in self.es.rule.groups]
-        span = f"{min(factors):g} to {max(factors):g}" if factors else ""
-        return [f"groups: {len(factors)}, whose members have {span} times this sigma"] if factors else []
+        span = " to ".join(f"{factor:g}" for factor in sorted({min(factors), max(factors)})) if factors else ""
+        return [f"groups: {len(factors)}, whose weights have {span} times the run's sigma"] if factors else []
 
     def _from_process_0(self, value: Callable[[], Any]) -> Any:
         """The value that process 0 has, which JSON can hold."""
@@ -168,7 +168,10 @@ class Tuner:
         if self._base is None:
             self._base, rewards = rewards[0], rewards[1:]
             if np.isnan(self._base).all():
-                raise BadValue("sigma: the model itself gives no text that a reward function judges; nothing was found")
+                raise BadValue(
+                    "sigma: the model itself gives no text that a reward function judges, so nothing can be found; "
+                    "look at the reward function, or give sigma and lr as numbers"
+                )
         return Look(sigma, self._base, rewards.reshape(pairs, 2, width))
 
     def _seed(self, pair: int) -> int:
@@ -274,7 +277,7 @@ def adopt(config: ESConfig, folder: RunFolder, team: Team, weights: Plan | Weigh
         numbers = [name for name in asked if name != "groups" or not implied]
         if folder.begun() and (missing := [name for name in numbers if values.get(name) in (None, AUTO, [AUTO])]):
             raise BadValue(f"resume: {folder.config} does not say what {missing[0]} was found to be; give the number")
-        if "groups" in asked and "groups" not in values and plan is not None:
+        if "groups" in asked and not folder.begun() and plan is not None:
             values["groups"] = scales.groups(plan)
         return json.dumps(values).encode()
 
