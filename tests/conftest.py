@@ -3,6 +3,7 @@ threads is restored afterwards."""
 
 import logging
 import os
+import signal
 import time
 
 import hypothesis
@@ -12,6 +13,10 @@ import pytest
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch  # noqa: E402
+
+# A job in the background of a shell script ignores SIGINT, and Ctrl-C, which tests send, would do nothing there.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Triton reads this variable when it is first imported, and then interprets its kernels.
 if not torch.cuda.is_available():
