@@ -42,7 +42,7 @@ SLOW = """
     test_bench_training test_bench_tune test_bench_vllm test_build test_convergence test_cuda test_custom_op
     test_device_code test_distributed test_examples test_gpu_suite test_micro test_peft test_ptx test_ptx_faults
     test_ptx_machine test_resume test_sass test_shards test_signals test_site test_tensor_parallel
-    test_together_memory test_together_teams test_triton test_triton_mutants test_tuning test_zoo
+    test_together_memory test_together_teams test_triton test_triton_mutants test_tuning test_tuning_groups test_zoo
 """.split()
 
 
