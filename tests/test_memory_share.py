@@ -13,7 +13,7 @@ import torch
 
 import esfast
 from esfast.bench.architectures import tiny_model
-from esfast.rollout import population, probe, shared_batches
+from esfast.rollout import fixed, population, probe, shared_batches
 from esfast.rollout.engine import TransformersEngine
 from esfast.rollout.evaluator import SequentialEvaluator
 from esfast.rollout.memory import peak_bytes
@@ -266,13 +266,17 @@ def test_whatever_runs_out_of_memory_is_asked_again_by_fewer(moment, error, monk
     assert not any(type(p) is not torch.nn.Parameter for p in engine.model.parameters())
 
 
-@pytest.mark.parametrize("at_once", ["auto", 7])
-@pytest.mark.parametrize("where", ["check", "row_bytes"])
+# "read" is of static decoding, which is for a number of members alone.
+@pytest.mark.parametrize(
+    ("where", "at_once"), [("check", "auto"), ("check", 7), ("row_bytes", "auto"), ("row_bytes", 7), ("read", 7)]
+)
 def test_where_trying_out_runs_out_of_memory(where, at_once, monkeypatch, caplog, same_bits):
     es, engine = make()
     expected, weights = answers(SequentialEvaluator(engine), es), [p.clone() for p in es.plan.tensors]
-    owner = StackedModel if where == "check" else shared_batches.SharedBatches
-    short_of_memory(monkeypatch, owner, where, ERRORS[1])
+    if where == "read":
+        engine.decoding = "static"
+    owners = {"check": StackedModel, "row_bytes": shared_batches.SharedBatches, "read": fixed.Steps}
+    short_of_memory(monkeypatch, owners[where], where, ERRORS[1])
     evaluator = PopulationEvaluator(engine, at_once)
     with caplog.at_level(logging.WARNING):
         assert answers(evaluator, es) == expected

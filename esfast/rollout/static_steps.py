@@ -15,6 +15,7 @@ import torch
 from transformers import GenerationConfig
 from transformers.cache_utils import StaticLayer
 
+from ..utils.memory import out_of_memory
 from .decoding import Static, Tokens, until_ended
 from .dropping import MEASURED_ROWS, Dropping, unfinished_first
 from .encoding import embedded_tokens
@@ -213,9 +214,9 @@ def refusal(model, config: GenerationConfig) -> str | None:
             with grouped(model):
                 steps = Steps(model, len(rows), 8, STEPS, none, config.pad_token_id, None, Arena())
                 found = torch.stack([steps.read(rows), *(steps.step() for _ in range(STEPS - 1))], 1)
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:
+            if out_of_memory(error):
+                raise
             return f"a {kind} can't generate from fixed tensors: {type(error).__name__}: {error!s:.200}"
     if not same_but_for_rounding(expected, found.clamp(min=-1e4), model.dtype):
         return f"a {kind} answers otherwise from fixed tensors"
