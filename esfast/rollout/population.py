@@ -136,7 +136,7 @@ class PopulationEvaluator:
         # A trial has other members than a generation, which K is for.
         most = -(-max(len(members), es.population_size) // self._processes)
         asked = int(self.members_at_once) if self.members_at_once != "auto" else most
-        most_rows = most * own
+        most_rows, ran_out = most * own, False
         try:
             self._check(members)
             if prompts is not None:
@@ -155,8 +155,9 @@ class PopulationEvaluator:
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
+            ran_out = True
+        if ran_out:  # outside the except block, whose traceback keeps the tensors of the trial alive
             self.at_once = 1
-        if self.at_once == 1:  # outside the except block, whose traceback keeps the tensors of the trial alive
             self._free()
             _free_memory()
             log.warning("out of memory when two members were tried out together: members are asked one after another")
