@@ -7,14 +7,14 @@ import torch
 import esfast
 from esfast.rollout.dropping import Dropping
 from esfast.rollout.engine import TransformersEngine
-from esfast.rollout.population import PopulationEvaluator
+from esfast.rollout.population import PopulationEvaluator, asking
 from esfast.rollout.static_steps import StaticSteps
 from esfast.tasks import embedded
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(
-        not torch.cuda.is_available(), reason="needs a CUDA device: test_static_steps.py has a stand-in"
+        not torch.cuda.is_available(), reason="needs a CUDA device: test_static_capture.py has a stand-in"
     ),
 ]
 PROMPTS = ["1 2 3=6\n<think>", "a", "12 34 56 78=90\n<think>", "1 2 3=7\n<think>", "no tags here", "a b c"]
@@ -69,6 +69,16 @@ def test_members_from_graphs_answer_as_they_do_plainly(tiny, noise, seeds):
         answers(static, es, seeds)
     assert len(way._graphs) == before and torch.cuda.memory_allocated() <= allocated * 1.02
     static.close()
+
+
+def test_auto_takes_graphs(tiny):
+    model, tokenizer = tiny
+    es = esfast.ES(model, sigma=0.05, population_size=6)
+    auto = asking(TransformersEngine(model, tokenizer, 24))
+    plain = PopulationEvaluator(TransformersEngine(model, tokenizer, 24, decoding="plain"), 6)
+    assert same(answers(auto, es, None), answers(plain, es, None)) >= 0.95
+    assert auto.at_once == 6 and auto.batches.way._graphs and auto.batches.way.failed is None
+    auto.close()
 
 
 def test_frozen_weights_and_one_member(tiny):

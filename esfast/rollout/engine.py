@@ -109,6 +109,7 @@ class TransformersEngine:
 
     Attributes:
         traits: what was measured, esfast.rollout.probe.Traits; of a model in shards None before the first call.
+        ways: the decodings that have not failed, the one that is tried first in front.
 
     Raises:
         ValueError: an argument is out of range, the model is not a causal LM, or it can't generate a text.
@@ -157,8 +158,8 @@ class TransformersEngine:
                 f"decoding: a {type(model).__name__} reads padding as text, which decoding='static' fills prompts up "
                 "with; take 'plain'"
             )
-        self._ways = [decoding] if decoding != "auto" else list(choose_ways(model)) if padded else ["plain"]
-        self._way = None if len(self._ways) > 1 else WAYS[self._ways[0]](model, self.generation_config)
+        self.ways = [decoding] if decoding != "auto" else list(choose_ways(model)) if padded else ["plain"]
+        self._way = None if len(self.ways) > 1 else WAYS[self.ways[0]](model, self.generation_config)
 
     def generate(self, prompts: Sequence[str], seeds: Sequence[int] | None = None) -> list[str]:
         """The completion of each prompt, in order, without the prompt and without special tokens.
@@ -272,17 +273,17 @@ class TransformersEngine:
     def _decode(self, rows: list[list[int]], most: int, sampling: SeededSampling | None) -> list[list[int]]:
         # With decoding="auto" on a GPU, the first call tries one decoding after another.
         while self._way is None:
-            name = self._ways.pop(0)
+            name, *others = self.ways
             try:
                 way = WAYS[name](self.model, self.generation_config)
                 new = way(rows, most, sampling)
             except (torch.OutOfMemoryError, LogitsError):
-                self._ways.insert(0, name)
                 raise
             except Exception as error:
-                if not self._ways:
+                if not others:
                     raise
-                log.warning("%s decoding doesn't work here, going on with %s: %s", name, self._ways[0], error)
+                self.ways = others
+                log.warning("%s decoding doesn't work here, going on with %s: %s", name, others[0], error)
             else:
                 self._way = way
                 return new

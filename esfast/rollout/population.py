@@ -46,14 +46,16 @@ def asking(
 ) -> PopulationEvaluator | SequentialEvaluator:
     """The evaluator for `members_at_once`: "auto", or a number, also as text.
 
-    "auto" asks several members at once where that was measured to be faster: on a CPU small models, and with low-rank
-    noise all. ValueError for a number above 1 with decoding="continuous".
+    "auto" asks several members at once where that was measured to be faster: on one GPU, and on a CPU small models,
+    and with low-rank noise all. ValueError for a number above 1 with decoding="continuous".
     """
     model = engine.model
     if members_at_once == "auto":
-        faster = is_small(model) or (noise == "low_rank" and model.device.type == "cpu")
-        several = engine.decoding in ("auto", "plain") and faster and not in_shards(model)
-        return PopulationEvaluator(engine) if several else SequentialEvaluator(engine)
+        if model.device.type == "cpu":
+            faster = engine.decoding in ("auto", "plain") and (is_small(model) or noise == "low_rank")
+        else:
+            faster = engine.decoding != "continuous" and len({weight.device for weight in model.parameters()}) == 1
+        return PopulationEvaluator(engine) if faster and not in_shards(model) else SequentialEvaluator(engine)
     if int(members_at_once) == 1:
         return SequentialEvaluator(engine)
     if engine.decoding == "continuous":
@@ -222,8 +224,19 @@ class PopulationEvaluator:
         threads = Threads(sum(p.numel() for p in engine.model.parameters())) if is_small(engine.model) else None
         way = Dropping(engine.model, engine.generation_config, drops, room, threads)
         with engine.own_settings():
-            chosen = StaticSteps.instead_of(way) if engine.decoding == "static" else way
-        self.batches = SharedBatches(engine, chosen, self._processes)
+            self.batches = SharedBatches(engine, self._static_or(way), self._processes)
+
+    def _static_or(self, plain: Dropping) -> StaticSteps | Dropping:
+        """How batches are decoded: statically where one member's would be."""
+        if "static" not in self.engine.ways:
+            return plain
+        try:
+            return StaticSteps.instead_of(plain)
+        except Unsupported as error:
+            if "plain" not in self.engine.ways:
+                raise
+            log.info("several members generate plainly: %s", error)
+            return plain
 
     def _stack_of(self, es, at_once: int) -> StackedModel:
         if self._stack is None or self._stack.at_once < at_once:
