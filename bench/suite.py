@@ -32,6 +32,7 @@ TESTS = (
     "tests/test_gpu.py",
     "tests/test_gpu_rollout.py",
     "tests/test_gpu_graphs.py",
+    "tests/test_thin_product.py",
     "tests/test_bench_gpu.py",
     "tests/test_bench_gpu_failures.py",
 )

@@ -219,14 +219,13 @@ class Steps:
         output = self.model(
             input_ids=ids, attention_mask=mask, use_cache=True, return_dict=True, **self._cache, **self._last, **given
         )
-        return output.logits[:, -1].float()
+        return output.logits[:, -1]
 
     def _take(self, logits: torch.Tensor) -> None:
         # The greatest of a row tells: it is NaN if one is NaN, and infinite if one is inf or all are -inf.
-        self.fine.logical_and_(logits.amax(-1).isfinite() | self.ended)
-        if self.sampling is None:
-            token = logits.argmax(-1, keepdim=True)
-        else:
+        greatest, token = logits.max(-1, keepdim=True)
+        self.fine.logical_and_(greatest.squeeze(1).isfinite() | self.ended)
+        if self.sampling is not None:
             token = self.sampling.pick(logits, self.numbers.index_select(1, self.done))
         token = torch.where(self.ended[:, None], self.pad, token)
         self.ids.copy_(token)

@@ -7,6 +7,8 @@ gets the members' whole weights, made for that call.
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from collections.abc import Callable
 
 import torch
@@ -77,11 +79,16 @@ class Factors:
     def bound_product(self, bias: torch.Tensor | None) -> Linear:
         """`product` as a function of x alone, for a bias (K, 1, columns)."""
         weight, a, b, members, (size, out) = self.weight, self.a.mT, self.b, len(self), self.weight.shape
+        add = thin_product_for(self.a, self.b)
 
         def product(x: torch.Tensor) -> torch.Tensor:
             # Two dimensions: of a slice with more, such as each text's last token, PyTorch would multiply the matrix
             # with every row alone.
             rows = x.reshape(-1, size)
+            if add is not None and rows.dtype == weight.dtype and not rows.requires_grad:
+                y = rows @ weight
+                add(y, rows if rows.stride(1) == 1 else rows.contiguous(), self.a, b, bias)
+                return y.view(*x.shape[:-1], out)
             thin = torch.bmm(rows.view(members, -1, size), a)
             if bias is None:
                 y = rows @ weight
@@ -91,6 +98,27 @@ class Factors:
             return y.view(*x.shape[:-1], out)
 
         return product
+
+
+# Up to this rank a kernel of ours adds the noise. On an H200, for 30 members with 16 rows each and a matrix of 4864 x
+# 896, it takes 5 us with rank 1, 11 with rank 4 and 11 with rank 16. Two batched products take 20, 18 and 13.
+MOST_RANK = 16
+
+
+def thin_product_for(a: torch.Tensor, b: torch.Tensor) -> Callable | None:
+    """What adds (x A^T) B of all members at once to a tensor, in place; None where PyTorch's products must do it."""
+    if a.device.type != "cuda" or a.shape[1] > MOST_RANK or not (a.is_contiguous() and b.is_contiguous()):
+        return None
+    return _thin_product()
+
+
+@functools.cache
+def _thin_product() -> Callable | None:
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from ..kernels.thin_product import add_thin_product
+
+    return add_thin_product
 
 
 def _are_factors(value) -> bool:

@@ -16,7 +16,7 @@ from transformers import GenerationConfig
 from transformers.cache_utils import StaticLayer
 
 from ..utils.memory import out_of_memory
-from .decoding import Static, Tokens, until_ended
+from .decoding import Tokens, until_ended
 from .dropping import MEASURED_ROWS, Dropping, unfinished_first
 from .encoding import embedded_tokens
 from .engine import generating
@@ -39,8 +39,8 @@ MOST_GRAPHS = 64
 class StaticSteps:
     """Decodes rows of several members from fixed tensors, like Dropping; `plain` does it if a step can't be captured.
 
-    Prompts are padded to a multiple of 64 tokens, since each shape is captured by itself. A batch takes a shape that is
-    there, with up to twice as many rows, rather than a new one. When each member has at most half of its rows
+    Prompts are padded to a multiple of 16 to 64 tokens, since each shape is captured by itself. A batch takes a shape
+    that is there, with up to twice as many rows, rather than a new one. When each member has at most half of its rows
     unfinished, a batch goes on with half of its rows.
     """
 
@@ -189,8 +189,10 @@ class StaticSteps:
 
 
 def _width(lengths: Sequence[int]) -> int:
-    """Of prompts of these lengths, with padding."""
-    return -(-max(lengths) // Static.rounds_shapes_to) * Static.rounds_shapes_to
+    """Of prompts of these lengths, with padding: a third at most of long ones."""
+    longest = max(lengths)
+    unit = 16 if longest <= 64 else 32 if longest <= 256 else 64
+    return -(-longest // unit) * unit
 
 
 def refusal(model, config: GenerationConfig) -> str | None:
@@ -215,7 +217,7 @@ def refusal(model, config: GenerationConfig) -> str | None:
                 expected = first_logits(model, made, rows)
             with grouped(model):
                 steps = Steps(model, len(rows), 8, STEPS, none, config.pad_token_id, None, Arena())
-                found = torch.stack([steps.read(rows), *(steps.step() for _ in range(STEPS - 1))], 1)
+                found = torch.stack([steps.read(rows), *(steps.step() for _ in range(STEPS - 1))], 1).float()
         except Exception as error:
             if out_of_memory(error):
                 raise

@@ -1,0 +1,141 @@
+"""The kernel that adds low-rank noise to the results of linear layers, and where it is taken. Without a GPU it is
+interpreted."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed: its kernels can't be interpreted")
+from esfast.kernels.thin_product import add_thin_product  # noqa: E402
+from esfast.rollout import member_factors  # noqa: E402
+from esfast.rollout.member_factors import Factors, thin_product_for  # noqa: E402
+
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+
+
+def expected(y, x, a, b, bias):
+    members = len(a)
+    thin = torch.bmm(x.double().view(members, -1, a.shape[2]), a.double().mT)
+    noise = torch.bmm(thin, b.double())
+    return y.double() + (noise if bias is None else noise + bias.double()[:, None]).view(y.shape)
+
+
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+@pytest.mark.parametrize("rank", [1, 2, 3, 16])
+@pytest.mark.parametrize(
+    ("members", "rows", "size", "out"), [(3, 1, 7, 5), (2, 16, 64, 128), (2, 37, 530, 300), (1, 2, 33, 1030)]
+)
+def test_adds_each_members_product(members, rows, size, out, rank, dtype):
+    if rank > 1 and dtype is torch.bfloat16 and DEVICE == "cpu":
+        pytest.skip("Triton's interpreter multiplies the bits of bfloat16 in tl.dot: this case needs a GPU")
+    torch.manual_seed(0)
+
+    def some(*shape):
+        return torch.randn(*shape, device=DEVICE).to(dtype)
+
+    a, b, y = some(members, rank, size), some(members, rank, out), some(members * rows, out)
+    # x may be a part of longer rows
+    for x in (some(members * rows, size), some(members * rows, size + 9)[:, :size]):
+        for bias in (None, some(members, out)):
+            found = y.clone()
+            add_thin_product(found, x, a, b, bias)
+            want = expected(y, x.contiguous(), a, b, bias)
+            scale = x.double().norm(dim=1).max() * a.double().norm(dim=2).max() * b.double().abs().max() * rank
+            assert (found.double() - want).abs().max() <= ROUNDING[dtype] * scale
+            assert (found.double() - y.double()).abs().max() > 10 * ROUNDING[dtype] * scale / size, "nothing was added"
+
+
+def test_no_rows():
+    y, *others = (torch.ones(shape, device=DEVICE) for shape in ((0, 5), (0, 7), (3, 1, 7), (3, 1, 5)))
+    add_thin_product(y, *others)
+
+
+@pytest.mark.parametrize("rank", [1, 4])
+@pytest.mark.parametrize("bias", [False, True])
+def test_factors_multiply_with_it(rank, bias, monkeypatch):
+    """All ways to multiply give the same: also of each text's last token, and of a matrix that lies (in, out)."""
+    torch.manual_seed(1)
+    held = Factors(*(torch.randn(shape, device=DEVICE) for shape in ((9, 8), (3, rank, 9), (3, rank, 8))))
+    own = torch.randn(3, 9, device=DEVICE) if bias else None
+    x, calls = torch.randn(6, 4, 8, device=DEVICE), []
+
+    def counted(*given):
+        calls.append(1)
+        add_thin_product(*given)
+
+    for some in (x, x[:, -1:], x[:, -1], x[..., ::2].repeat(1, 1, 2)[..., ::1]):
+        with monkeypatch.context() as patch:
+            patch.setattr(member_factors, "thin_product_for", lambda a, b: None)
+            without = held.mT.product(some, own)
+            patch.setattr(member_factors, "thin_product_for", lambda a, b: counted)
+            torch.testing.assert_close(held.mT.product(some, own), without)
+            torch.testing.assert_close(held.product(without), without @ held.weight + _noise(without, held))
+    assert len(calls) == 8
+
+
+def _noise(x, held):
+    of_members = x.unflatten(0, (3, 2))
+    return torch.einsum("kr...i,kqi,kqo->kr...o", of_members, held.a, held.b).flatten(0, 1)
+
+
+def test_where_it_is_taken():
+    def found(device="meta", rank=1, shape=(3, 1, 8)):
+        a = torch.empty(3, rank, 9, device=device)
+        return a, torch.empty(*shape, device=device)
+
+    assert thin_product_for(*found("cpu")) is None, "on a CPU two products are as fast"
+
+    class OnGpu:
+        """Stands for a tensor on a GPU."""
+
+        device = torch.device("cuda")
+
+        def __init__(self, *shape, contiguous=True):
+            self.shape, self.is_contiguous = shape, lambda: contiguous
+
+    assert thin_product_for(OnGpu(3, 1, 9), OnGpu(3, 1, 8)) is add_thin_product
+    assert thin_product_for(OnGpu(3, 16, 9), OnGpu(3, 16, 8)) is add_thin_product
+    assert thin_product_for(OnGpu(3, 17, 9), OnGpu(3, 17, 8)) is None
+    assert thin_product_for(OnGpu(3, 1, 9, contiguous=False), OnGpu(3, 1, 8)) is None
+
+
+def test_gradients_go_through_pytorch(monkeypatch):
+    """The kernel has no backward pass."""
+    held = Factors(torch.randn(9, 8), torch.randn(3, 1, 9), torch.randn(3, 1, 8))
+    monkeypatch.setattr(member_factors, "thin_product_for", lambda a, b: pytest.fail)
+    x = torch.randn(6, 8, requires_grad=True)
+    held.mT.product(x).sum().backward()
+    assert x.grad.abs().min() > 0
+
+
+COMPILE = """
+import sys
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+import triton
+from esfast.kernels.thin_product import add_thin_product_kernel as kernel
+backend, arch, warp = sys.argv[1].split(":")
+target = GPUTarget(backend, int(arch) if arch.isdigit() else arch, int(warp))
+for dtype in ("bf16", "fp16", "fp32"):
+    for rank, tile in ((1, (16, 512, 1024)), (4, (16, 128 if dtype == "fp32" else 512, 256))):
+        names = kernel.arg_names
+        signature = dict(zip(names, [f"*{dtype}"] * 5 + ["i32"] * 5 + ["constexpr"] * 5))
+        constants = dict(zip(names[10:], (rank, True, *tile)))
+        source = ASTSource(kernel, signature, {(names.index(k),): v for k, v in constants.items()})
+        made = triton.compile(source, target=target, options={"num_warps": 8 if rank == 1 else 4})
+        print(len(made.asm["cubin" if backend == "cuda" else "hsaco"]))
+"""
+
+
+@pytest.mark.parametrize("target", ["cuda:90:32", "hip:gfx942:64"])
+def test_compiles_for(target):
+    """In a process of its own: an interpreted kernel does not compile."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    done = subprocess.run([sys.executable, "-c", COMPILE, target], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.split()) == 6 and all(int(n) > 1000 for n in done.stdout.split())
