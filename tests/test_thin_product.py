@@ -9,11 +9,13 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="Triton is not installed: its kernels can't be interpreted")
+from esfast.core.backends.triton import missing  # noqa: E402
 from esfast.kernels.thin_product import add_thin_product  # noqa: E402
 from esfast.rollout import member_factors  # noqa: E402
 from esfast.rollout.member_factors import Factors, thin_product_for  # noqa: E402
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+runs = pytest.mark.skipif(missing(torch.device(DEVICE)) is not None, reason=str(missing(torch.device(DEVICE))))
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 
@@ -24,6 +26,7 @@ def expected(y, x, a, b, bias):
     return y.double() + (noise if bias is None else noise + bias.double()[:, None]).view(y.shape)
 
 
+@runs
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
 @pytest.mark.parametrize("rank", [1, 2, 3, 16])
 @pytest.mark.parametrize(
@@ -49,11 +52,13 @@ def test_adds_each_members_product(members, rows, size, out, rank, dtype):
             assert (found.double() - y.double()).abs().max() > 10 * ROUNDING[dtype] * scale / size, "nothing was added"
 
 
+@runs
 def test_no_rows():
     y, *others = (torch.ones(shape, device=DEVICE) for shape in ((0, 5), (0, 7), (3, 1, 7), (3, 1, 5)))
     add_thin_product(y, *others)
 
 
+@runs
 @pytest.mark.parametrize("rank", [1, 4])
 @pytest.mark.parametrize("bias", [False, True])
 def test_factors_multiply_with_it(rank, bias, monkeypatch):
