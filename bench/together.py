@@ -172,10 +172,13 @@ def _cases(args: argparse.Namespace) -> list[Case]:
         # One member at a time is the same for all kinds of noise, and generates statically on a GPU in any case
         if count > 1 or not args.rates or (noise == args.noise[0] and decoding == max(args.decoding))
     ]
-    # What tells most comes first, since time may run out: of each model the most members, and one at a time.
+    if not args.rates:
+        return cases
+    # What tells most comes first, since time may run out: from graphs, the most members of each model, and one at a time
     few = [count for count in members if count not in (1, max(members))]
-    return (
-        sorted(cases, key=lambda c: (c.members in few, models.index(c.model), c.members == 1)) if args.rates else cases
+    usual_way = max(args.decoding)
+    return sorted(
+        cases, key=lambda c: (c.decoding != usual_way, c.members in few, models.index(c.model), c.members == 1)
     )
 
 

@@ -78,8 +78,17 @@ def test_what_tells_most_comes_first_and_static_rows_are_static(tmp_path, capsys
     main(["together", *options.split(), "--noise", "gaussian", "low_rank", "--json", str(file)])
     rows = json.loads(file.read_text())["rows"]
     found = [(r["members"], r["decoding"], r["noise"]) for r in rows]
-    several = [(way, noise) for way in ("static", "plain") for noise in ("gaussian", "low_rank")]
-    assert found == [*((3, *each) for each in several), (1, "static", "gaussian"), *((2, *each) for each in several)]
+
+    def several(count, way):
+        return [(count, way, noise) for noise in ("gaussian", "low_rank")]
+
+    assert found == [
+        *several(3, "static"),
+        (1, "static", "gaussian"),
+        *several(2, "static"),
+        *several(3, "plain"),
+        *several(2, "plain"),
+    ]
     assert "tiny, low_rank, static" in {line[0] for line in together.table({"rows": rows})[1]}
     printed = capsys.readouterr().err
     assert printed.count("tokens/s") == len(rows), "each row is printed when it is there"

@@ -120,5 +120,6 @@ class FactorBuffers:
         get_backend(backend, self.a.device)
         for plan, factors in ((self.a, coeffs * low_rank_scale(self.rank)), (self.b, [1.0])):
             if len(plan):
-                torch._foreach_zero_([tensor.detach() for tensor in plan.tensors])
+                with torch.no_grad():
+                    torch._foreach_zero_(plan.tensors)
                 add_noise_(plan, [seed], list(factors), backend=backend)
