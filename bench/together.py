@@ -174,7 +174,7 @@ def _cases(args: argparse.Namespace) -> list[Case]:
     ]
     if not args.rates:
         return cases
-    # What tells most comes first, since time may run out: from graphs, the most members of each model, and one at a time
+    # What tells most comes first, since time may run out: graphs, the most members of each model, and one at a time
     few = [count for count in members if count not in (1, max(members))]
     usual_way = max(args.decoding)
     return sorted(
