@@ -193,7 +193,7 @@ def measure(case: Case, repeats: int, seconds: float = float("inf"), made: Calla
     """A row of figures, of `repeats` rounds or as many as fit in about `seconds`, at least one."""
     model, tokenizer = made(case.model, case.dtype, case.device)
     texts = [row["prompt"] for row in countdown.problems(case.prompts, 0, "train", "compact")]
-    decoding = "static" if case.decoding == "static" else "auto"
+    decoding = case.decoding if case.members > 1 else "static" if case.decoding == "static" else "auto"
     engine = TransformersEngine(model, tokenizer, case.new_tokens, decoding=decoding)
     endless = _endless(model, tokenizer, case.new_tokens, decoding)
     sigma = SIGMA_OF_SHAPES if case.model in MODELS else SIGMA
