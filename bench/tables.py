@@ -63,6 +63,7 @@ TABLES: dict[str, tuple[str, Callable[..., Table]]] = {
     "iteration-gpu": ("iteration_gpu.json", iteration.table),
     "together": ("together.json", together.table),
     "together-gpu": ("together_gpu.json", together.table),
+    "together-gpu-short": ("together_gpu.json", together.short),
     "vllm": ("vllm.json", vllm.table),
     "dropin": ("dropin.json", dropin.table),
     "dropin-gpu": ("dropin_gpu.json", dropin.table),

@@ -300,6 +300,11 @@ def _rates(row: dict) -> list[str]:
 
 
 def table(result: dict) -> Table:
+    rates = all(r["times_as_fast"] is None for r in result["rows"])
+    return _table_of_rates(result["rows"]) if rates else _table_of_times(result["rows"])
+
+
+def _table_of_times(rows: list[dict]) -> Table:
     headers = [
         "model, noise",
         "members, prompts, most new tokens",
@@ -311,7 +316,7 @@ def table(result: dict) -> Table:
         "weights and texts, MB",
     ]
     lines = []
-    for r in result["rows"]:
+    for r in rows:
         s = r["seconds"]
         lines.append(
             [
@@ -324,4 +329,62 @@ def table(result: dict) -> Table:
                 f"{r['bytes'] / 1e6:.0f}",
             ]
         )
+    return headers, lines
+
+
+def _table_of_rates(rows: list[dict]) -> Table:
+    """One member at a time first, then more and more."""
+    headers = [
+        "model",
+        "members, prompts, new tokens",
+        "noise",
+        "decoding",
+        "tokens/s",
+        "times one at a time",
+        "tokens/s of frozen weights in the same batch",
+        "overhead",
+        "weights and texts, MB",
+    ]
+    alone = {r["model"]: r["tokens_per_second"]["together, all tokens"] for r in rows if r["members"] == 1}
+    models = list(dict.fromkeys(r["model"] for r in rows))
+    lines = []
+    for r in sorted(rows, key=lambda r: (models.index(r["model"]), r["decoding"] == "plain", r["members"])):
+        together, frozen = _rates(r)
+        several = r["members"] > 1
+        lines.append(
+            [
+                r["model"],
+                f"{r['members']}, {r['prompts']}, {r['new_tokens']}",
+                r["noise"] if several else "any",
+                r["decoding"],
+                together,
+                f"{r['tokens_per_second']['together, all tokens'] / alone[r['model']]:.1f}"
+                if r["model"] in alone
+                else "",
+                frozen,
+                f"{r['overhead_ratio']:.3f}",
+                f"{r['bytes'] / 1e6:.0f}" if several else "",
+            ]
+        )
+    return headers, lines
+
+
+def short(result: dict) -> Table:
+    """The most members at once from graphs, beside one at a time."""
+    rows = [r for r in result["rows"] if r["decoding"] == "static"]
+    rate = "together, all tokens"
+    alone = {r["model"]: r["tokens_per_second"][rate] for r in rows if r["members"] == 1}
+    most = max(r["members"] for r in rows)
+    headers = ["model", "noise", "one at a time, tokens/s", f"{most} in one batch, tokens/s", "times as fast"]
+    lines = [
+        [
+            r["model"],
+            r["noise"],
+            f"{one:,.0f}",
+            f"{r['tokens_per_second'][rate]:,.0f}",
+            f"{r['tokens_per_second'][rate] / one:.1f}",
+        ]
+        for r in rows
+        if r["members"] == most and (one := alone.get(r["model"]))
+    ]
     return headers, lines

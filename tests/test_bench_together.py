@@ -89,7 +89,20 @@ def test_what_tells_most_comes_first_and_static_rows_are_static(tmp_path, capsys
         *several(3, "plain"),
         *several(2, "plain"),
     ]
-    assert "tiny, low_rank, static" in {line[0] for line in together.table({"rows": rows})[1]}
+    headers, lines = together.table({"rows": rows})
+    assert [(int(line[1].split(",")[0]), line[3], line[2]) for line in lines] == [
+        (1, "static", "any"),
+        *several(2, "static"),
+        *several(3, "static"),
+        *several(2, "plain"),
+        *several(3, "plain"),
+    ]
+    rates = {(r["members"], r["decoding"], r["noise"]): r["tokens_per_second"]["together, all tokens"] for r in rows}
+    alone = rates[1, "static", "gaussian"]
+    assert lines[0][5] == "1.0" and lines[2][5] == f"{rates[2, 'static', 'low_rank'] / alone:.1f}"
+    assert all(len(line) == len(headers) for line in lines)
+    most = [f"{rates[3, 'static', noise] / alone:.1f}" for noise in ("gaussian", "low_rank")]
+    assert [line[-1] for line in together.short({"rows": rows})[1]] == most
     printed = capsys.readouterr().err
     assert printed.count("tokens/s") == len(rows), "each row is printed when it is there"
 
