@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-import math
 from collections.abc import Callable
 from typing import Any
 
 from ...utils.errors import BadImport
 from .app import CHAT_PATH, REFUSED, TEXT_PATH, Endpoint
+from .plain import NotPlain, Told, reader
 from .protocol import ApiError
 from .session import MEMBER
 
@@ -39,7 +39,7 @@ def clients(endpoint: Endpoint, base_url: str | None = None) -> Callable[[str], 
     from openai.types import Completion
     from openai.types.chat import ChatCompletion
 
-    plain = _reader(openai)
+    plain = reader(openai)
 
     def shortened(resource: Any, path: str, answer_type: Any) -> Any:
         """The class of a resource, with a short way for what its `create` would send to this path."""
@@ -55,7 +55,7 @@ def clients(endpoint: Endpoint, base_url: str | None = None) -> Callable[[str], 
                 client, error = self._client, None
                 if client.short and asked.keys() <= known:
                     try:
-                        answer = await endpoint.respond(path, plain(asked), client.api_key)
+                        answer = await endpoint.respond(path, plain(asked, client.told), client.api_key)
                     except NotPlain:
                         pass
                     except ApiError as refusal:
@@ -64,6 +64,9 @@ def clients(endpoint: Endpoint, base_url: str | None = None) -> Callable[[str], 
                         made = made_of(answer)
                         # as the library does
                         vars(made)["_request_id"] = None
+                        if path == CHAT_PATH and not (said := made.choices[0].message).tool_calls:
+                            # The next request mostly sends it back, with the fields in this order.
+                            client.told.append((vars(said).copy(), {"content": said.content, "role": "assistant"}))
                         return made
                 # The library makes its exception of an error. The request is not asked again.
                 REFUSED.set(error)
@@ -85,6 +88,7 @@ def clients(endpoint: Endpoint, base_url: str | None = None) -> Callable[[str], 
     class MemberClient(openai.AsyncOpenAI):
         model = MEMBER
         short = False
+        told: Told = []
 
         @functools.cached_property
         def chat(self) -> Any:
@@ -109,66 +113,18 @@ def clients(endpoint: Endpoint, base_url: str | None = None) -> Callable[[str], 
     def with_key(key: str) -> MemberClient:
         # A copy; with_options, which checks all settings anew, takes longer than an episode's request.
         client = object.__new__(MemberClient)
-        vars(client).update(settings, api_key=key)
+        vars(client).update(settings, api_key=key, told=[])
         return client
 
     return with_key
 
 
-class NotPlain(Exception):
-    """A request is not only JSON, or the answer is not to be."""
-
-
-# Arguments of `create` that are no fields of the request. How long to wait for an answer is the run's to say.
-NO_FIELDS = frozenset({"extra_headers", "extra_query", "extra_body", "timeout"})
-
-
-def _reader(openai: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """Returns arguments of `create` -> the JSON object of the request, a copy. It raises NotPlain if the library
-    would do more than to send this object, or raise an error itself."""
-    left_out = frozenset({openai.NotGiven, openai.Omit})
-
-    @functools.cache
-    def is_answer(kind: Any) -> bool:
-        return issubclass(kind, openai.BaseModel) and not getattr(kind, "__api_exclude__", None)
-
-    def json_of(value: Any) -> Any:
-        kind: Any = type(value)
-        if kind is dict:
-            # TypeError if a name is no text
-            "".join(value)
-            return {
-                name: item if type(item) is str and item.isascii() else json_of(item) for name, item in value.items()
-            }
-        if kind is str:
-            # of half a character the library can't make a request
-            value.encode()
-            return value
-        if kind is list or kind is tuple:
-            return [json_of(item) for item in value]
-        if value is None or kind is int or kind is bool or (kind is float and math.isfinite(value)):
-            return value
-        if is_answer(kind):
-            # an answer, or a part of one, that is sent back
-            given = value.model_fields_set
-            fields = {name: item for name, item in vars(value).items() if name in given}
-            return json_of(fields | (value.model_extra or {}))
-        raise NotPlain
-
-    def plain(asked: dict[str, Any]) -> dict[str, Any]:
-        fields = {name: v for name, v in asked.items() if name not in NO_FIELDS and type(v) not in left_out}
-        if (further := asked.get("extra_body")) is not None:
-            if type(further) is not dict:
-                raise NotPlain
-            fields |= further
-        if asked.get("extra_headers") or asked.get("extra_query") or fields.get("stream"):
-            raise NotPlain
-        try:
-            return json_of(fields)
-        except (UnicodeError, TypeError, RecursionError):
-            raise NotPlain from None
-
-    return plain
+def part_with(client: Any) -> None:
+    """Takes the parts that refer to it from the client of an episode that has ended. They make cycles, in which client
+    and messages would stay in memory until Python looks for such garbage. A part that is asked for later is made anew.
+    """
+    for part in ("chat", "completions"):
+        vars(client).pop(part, None)
 
 
 def _transport(openai: Any, endpoint: Endpoint) -> Any:

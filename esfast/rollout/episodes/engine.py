@@ -18,7 +18,7 @@ from .app import Endpoint
 from .client import clients
 from .episode import FIGURES, Episode, Limits
 from .port import Port
-from .protocol import ApiError
+from .protocol import ApiError, asking
 from .runner import Play, Runner
 from .session import Question
 
@@ -108,12 +108,11 @@ class Episodes:
             self._play,
             self._client_of,
             functools.partial(chat.render, tokenizer=self.tokenizer, options=self.settings.template),
-            self._read,
             self._prepare,
             functools.partial(self._answer, complete, default),
             None if self._port is None else self._port.serve,
         )
-        found = runner(rows, [response_seeds(0, 0, len(own), 1) for own in rows] if seeds is None else seeds, names)
+        found = runner(rows, [_seeds(len(own)) for own in rows] if seeds is None else seeds, names)
         if seeds is not None:
             self._done += [episode for own in found if not isinstance(own, LogitsError) for episode in own]
         return found
@@ -137,49 +136,49 @@ class Episodes:
         if self._port is not None:
             self._port.close()
 
-    def _read(self, texts: Sequence[str]) -> None:
-        """Encodes the texts together, which takes a fraction of one by one. What is wrong with one of them is said by
-        `_prepare`."""
-        reader = getattr(self.engine, "prompts", None)
-        if reader is not None and texts:
-            with contextlib.suppress(Exception):
-                reader.tokens(texts)
-
-    def _prepare(self, text: str, how: Asked, left: int) -> tuple[int, int | None]:
-        """Tokens of the prompt, and of the longest completion (None: the engine doesn't say). An ApiError if there is
-        no room for the prompt, or the engine can't answer as it was asked to."""
-        engine, asked = self.engine, how.max_tokens
+    def _prepare(
+        self, texts: Sequence[str], asked: Sequence[Asked], left: Sequence[int]
+    ) -> list[tuple[int, Asked] | ApiError]:
+        """Of each text the tokens of the prompt, and how it is asked, with the most tokens of the completion (None: the
+        engine doesn't say). An ApiError if there is no room for the prompt, or the engine can't answer as it was asked
+        to."""
+        engine = self.engine
         reader = getattr(engine, "prompts", None)
         longest = getattr(engine, "max_new_tokens", None) or getattr(reader, "max_new_tokens", None)
-        if not callable(getattr(engine, "complete_texts", None)):
-            self._check_alike(how, longest)
-            # Its answers can't be cut short.
-            asked, left = longest, longest or left
-        if asked is not None and longest is not None and asked > longest:
-            raise ApiError(
-                400,
-                "invalid_value",
-                f"max_tokens: expected at most {longest} (max_completion_length), got {asked}; without it, the most",
-                "max_tokens",
-            )
-        most = min(n for n in (left, longest, asked) if n is not None)
-        if reader is None:
-            return 0, longest and most
-        try:
-            (ids,) = reader.tokens([text])
-        except Exception as error:
-            # A tokenizer may refuse a text with any exception.
-            raise ApiError(400, "invalid_value", f"prompt: {error}", "messages") from None
-        room = most if reader.limit is None else reader.limit - len(ids)
-        if not ids or room < (1 if asked is None else most):
-            raise ApiError(
-                400,
-                "context_length_exceeded",
-                f"the prompt has {len(ids)} tokens and the model's context {reader.limit}, which leaves no room for "
-                f"{'a completion' if asked is None else f'{most} tokens'}",
-                "messages",
-            )
-        return len(ids), min(most, room)
+        alike = not callable(getattr(engine, "complete_texts", None))
+        rows = [None] * len(texts) if reader is None else self._encoded(reader, texts)
+        found: list[tuple[int, Asked] | ApiError] = []
+        for ids, how, tokens in zip(rows, asked, left, strict=True):
+            try:
+                if alike:
+                    self._check_alike(how, longest)
+                    # Its answers can't be cut short.
+                    most, wanted = longest or tokens, longest
+                else:
+                    most, wanted = _most(how.max_tokens, longest, tokens), how.max_tokens
+                if reader is None:
+                    length, most = 0, longest and most
+                else:
+                    length, most = _fitting(ids, reader.limit, most, wanted)
+            except ApiError as error:
+                found.append(error)
+            else:
+                found.append((length, asking(most, how.temperature, how.top_p)))
+        return found
+
+    def _encoded(self, reader: Any, texts: Sequence[str]) -> list[Any]:
+        """Token ids of the texts, encoded together, which takes a fraction of one by one. A text that the tokenizer
+        refuses has an ApiError instead."""
+        # A tokenizer may refuse a text with any exception.
+        with contextlib.suppress(Exception):
+            return reader.tokens(texts)
+        found: list[Any] = []
+        for text in texts:
+            try:
+                found += reader.tokens([text])
+            except Exception as error:
+                found.append(ApiError(400, "invalid_value", f"prompt: {error}", "messages"))
+        return found
 
     def _check_alike(self, how: Asked, longest: int | None) -> None:
         """An ApiError if the request asks for what an engine with fixed settings can't do."""
@@ -203,19 +202,61 @@ class Episodes:
         asked: Sequence[Asked],
     ) -> list[Completion | LogitsError]:
         """Completions of all; those that are asked alike are completed together."""
-        found: list[Completion | LogitsError | None] = [None] * len(texts)
-        groups: dict[Asked, list[int]] = {}
-        for i, how in enumerate(asked):
+
+        @functools.cache
+        def own(how: Asked) -> Asked:
             temperature = default if how.temperature is None else how.temperature
             # None: the engine's own, which is the run's.
             named = None if temperature and temperature == self.settings.temperature else temperature
-            groups.setdefault(Asked(how.max_tokens, named, how.top_p), []).append(i)
+            return Asked(how.max_tokens, named, how.top_p)
+
+        found: list[Completion | LogitsError | None] = [None] * len(texts)
+        groups: dict[Asked, list[int]] = {}
+        for i, how in enumerate(asked):
+            groups.setdefault(own(how), []).append(i)
         for how, places in groups.items():
             seeds = None if how.temperature == 0 else [questions[i].seed for i in places]
             owners = [questions[i].session.member for i in places]
             for i, completion in zip(places, complete(owners, [texts[i] for i in places], seeds, how), strict=True):
                 found[i] = completion
         return [completion for completion in found if completion is not None]
+
+
+def _most(asked: int | None, longest: int | None, left: int) -> int:
+    """The most tokens of a completion. ApiError if more are asked than the engine's longest has."""
+    if asked is None:
+        return left if longest is None else min(left, longest)
+    if longest is not None and asked > longest:
+        raise ApiError(
+            400,
+            "invalid_value",
+            f"max_tokens: expected at most {longest} (max_completion_length), got {asked}; without it, the most",
+            "max_tokens",
+        )
+    return min(left, asked)
+
+
+def _fitting(ids: Any, limit: int | None, most: int, asked: int | None) -> tuple[int, int]:
+    """Tokens of the prompt, and of the longest completion that has room behind it. ApiError if there is none."""
+    if isinstance(ids, ApiError):
+        raise ids
+    length = len(ids)
+    room = most if limit is None else limit - length
+    if not length or room < (1 if asked is None else most):
+        raise ApiError(
+            400,
+            "context_length_exceeded",
+            f"the prompt has {length} tokens and the model's context {limit}, which leaves no room for "
+            f"{'a completion' if asked is None else f'{most} tokens'}",
+            "messages",
+        )
+    return length, min(most, room)
+
+
+@functools.lru_cache(8)
+def _seeds(rows: int) -> tuple[int, ...]:
+    """Of the rows of an evaluation."""
+    return tuple(response_seeds(0, 0, rows, 1))
 
 
 def check_environment(environment: Any) -> Play:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ...utils.errors import BadValue
 from ...utils.settings import check_int
+from .protocol import said
 
 
 @dataclass(frozen=True)
@@ -77,10 +78,10 @@ class Transcript:
         self.messages: list[dict[str, Any]] = []
 
     def add(self, asked: list[dict[str, Any]], answer: dict[str, Any]) -> None:
-        """Adds the messages of a request, and that of its answer. Keeps these objects."""
+        """Adds the messages of a request, and that of its answer. Keeps these objects, unless a field is None."""
         told = len(self.messages)
         known = asked[:told] == self.messages or (len(asked) >= told and all(map(_same, self.messages, asked)))
-        self.messages += asked[told if known else 0 :]
+        self.messages += map(said, asked[told if known else 0 :])
         self.messages.append(answer)
 
 

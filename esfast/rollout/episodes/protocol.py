@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +12,8 @@ from typing import Any
 from ..completion import Asked, Completion
 
 MOST_STOPS = 16
+# Most requests ask alike, and share one object.
+asking = functools.lru_cache(Asked)
 TOOL_CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
 
 
@@ -86,11 +89,19 @@ def text_answer(request: Request, completion: Completion, head: Mapping[str, Any
     return {**head, "object": "text_completion", "choices": [choice], "usage": _usage(prompt_tokens, completion)}
 
 
-def said(answer: Mapping[str, Any]) -> dict[str, Any]:
+def answered(answer: Mapping[str, Any]) -> dict[str, Any]:
     """The assistant's message in an answer, without fields that are None."""
     (choice,) = answer["choices"]
     message = choice.get("message") or {"role": "assistant", "content": choice["text"]}
     return {name: value for name, value in message.items() if value is not None}
+
+
+def said(message: dict[str, Any]) -> dict[str, Any]:
+    """The message without fields that are None, such as those of an answer that is sent back; of a message without
+    text, as one of tool calls, the content stays."""
+    if None not in message.values():
+        return message
+    return {k: v for k, v in message.items() if v is not None or k == "content"}
 
 
 def tool_calls(text: str, unique: str) -> list[dict[str, Any]]:
@@ -111,7 +122,7 @@ def tool_calls(text: str, unique: str) -> list[dict[str, Any]]:
 
 
 def _request(row: dict[str, Any], found: Mapping[str, Any], longest: int | None, chat: bool) -> Request:
-    asked = Asked(longest, found.get("temperature"), found.get("top_p", 1.0))
+    asked = asking(longest, found.get("temperature"), found.get("top_p", 1.0))
     return Request(row, asked, found.get("stop", ()), found.get("seed", 0), chat)
 
 
@@ -207,7 +218,7 @@ def _tools(name: str, value: Any) -> list[dict[str, Any]]:
 def _messages(name: str, value: Any) -> list[dict[str, Any]]:
     if not isinstance(value, list) or set(map(type, value)) != {dict}:
         raise _wrong(name, "a list of messages", value)
-    return [m if None not in m.values() else _plain(m) for m in value]
+    return value
 
 
 def _prompt(name: str, value: Any) -> str:
@@ -268,12 +279,6 @@ def _stopped(request: Request, completion: Completion) -> tuple[str, str]:
 def _usage(prompt_tokens: int, completion: Completion) -> dict[str, int]:
     total = prompt_tokens + completion.tokens
     return {"prompt_tokens": prompt_tokens, "completion_tokens": completion.tokens, "total_tokens": total}
-
-
-def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
-    """The message without fields that are None, such as those of an answer that is sent back; of a message without
-    text, as one of tool calls, the content stays."""
-    return {k: v for k, v in message.items() if v is not None or k == "content"}
 
 
 def _wrong(name: str, expected: str, got: Any) -> ApiError:

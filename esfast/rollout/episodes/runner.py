@@ -11,10 +11,12 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 from ...utils.errors import BadState, EsfastError
+from ...utils.garbage import rare_collections
 from ...utils.time_limit import TooSlow, now
 from ..completion import Asked, Completion
 from ..sampling import LogitsError
 from .app import Endpoint
+from .client import part_with
 from .episode import Episode, Limits, check_reward
 from .protocol import ApiError
 from .session import Question, Session
@@ -25,15 +27,21 @@ from .watch import event_loop, stdout_is_stderr
 PATIENCE, LONGEST_PATIENCE = 0.01, 1.0
 # Seconds that an episode has to end once it was cancelled.
 GRACE = 1.0
+# Objects that an episode and its request keep until the answer is there are about 50; more have to be made before
+# Python looks for garbage.
+OBJECTS = 100
+# Random bytes of a key.
+KEY = 16
 
 Play = Callable[[Any, Mapping[str, Any]], Awaitable[Any]]
+Prepare = Callable[[Sequence[str], Sequence[Asked], Sequence[int]], "Sequence[tuple[int, Asked] | ApiError]"]
 Answers = Callable[[Sequence[Question], Sequence[str], Sequence[Asked]], "Sequence[Completion | LogitsError]"]
 
 
 class Runner:
     """Plays one episode a row and member.
 
-        (episodes,) = Runner(endpoint, limits, play, client_of, render, read, prepare, answer)([rows], [seeds])
+        (episodes,) = Runner(endpoint, limits, play, client_of, render, prepare, answer)([rows], [seeds])
 
     The loop runs in this thread. Requests wait until every episode that runs waits for an answer. Then the engine
     answers all of them, in the order of members and rows, and the loop goes on. So the batches are the same in every
@@ -43,9 +51,8 @@ class Runner:
     play       (client, row) -> reward, a coroutine function
     client_of  key -> the client of the episode with this key
     render     rows as in `chat.render` -> texts
-    read       tells which texts will be prepared, so that they are encoded together
-    prepare    (text, how it is to be continued, tokens that the episode has left) -> (tokens of the prompt, most tokens
-               of the completion, or None); ApiError if that can't be done
+    prepare    (texts, how each is to be continued, tokens that its episode has left) -> of each text (tokens of the
+               prompt, how it is continued with the most tokens of the completion), or an ApiError if that can't be done
     answer     (questions, their texts, how each is asked) -> Completions; a LogitsError for a member that gives no
                text, whose episodes then end. May raise, which ends the run
     serve      a coroutine that serves the endpoint on a port until it is cancelled, or None
@@ -58,13 +65,12 @@ class Runner:
         play: Play,
         client_of: Callable[[str], Any],
         render: Callable[[Sequence[Mapping[str, Any]]], list[str]],
-        read: Callable[[Sequence[str]], None],
-        prepare: Callable[[str, Asked, int], tuple[int, int | None]],
+        prepare: Prepare,
         answer: Answers,
         serve: Callable[[], Coroutine[Any, Any, None]] | None = None,
     ):
         self._endpoint, self._limits, self._play, self._client_of = endpoint, limits, play, client_of
-        self._render, self._read, self._prepare = render, read, prepare
+        self._render, self._prepare = render, prepare
         self._answer, self._serve = answer, serve
         self._running: dict[tuple[int, int], Session] = {}
         self._questions: list[Question] = []
@@ -88,6 +94,9 @@ class Runner:
             if index < len(own)
         )
         self._names = names
+        # One draw of all keys takes a fraction of the time; one says nothing of another.
+        drawn = secrets.token_hex(KEY * len(self._left))
+        self._keys = (drawn[i : i + 2 * KEY] for i in range(0, len(drawn), 2 * KEY))
         if self._left:
             self._run()
         return [
@@ -97,7 +106,8 @@ class Runner:
 
     def _run(self) -> None:
         loop_of_ours = event_loop(self._before_select, self._limits.seconds, self._charge)
-        with stdout_is_stderr(), loop_of_ours as loop:
+        at_once = min(self._limits.at_once, len(self._left))
+        with stdout_is_stderr(), rare_collections(OBJECTS * at_once), loop_of_ours as loop:
             self._loop, self._done = loop, loop.create_future()
             try:
                 server = None if self._serve is None else loop.create_task(self._serve())
@@ -121,14 +131,18 @@ class Runner:
             index, member, row, seed = self._left.popleft()
             name = None if self._names is None else self._names[member]
             session = Session(member, index, row, seed, self._limits, self._ask, self._loop, name)
-            key = secrets.token_urlsafe(16)
+            key = next(self._keys)
             self._endpoint.speakers[key] = session
             self._running[member, index] = session
             session.task = self._loop.create_task(self._episode(session, key))
             session.task.add_done_callback(functools.partial(self._ended, session, key))
 
     async def _episode(self, session: Session, key: str) -> float:
-        return check_reward(await self._play(self._client_of(key), session.row))
+        client = self._client_of(key)
+        try:
+            return check_reward(await self._play(client, session.row))
+        finally:
+            part_with(client)
 
     def _ended(self, session: Session, key: str, task: asyncio.Task) -> None:
         self._endpoint.speakers.pop(key, None)
@@ -213,35 +227,37 @@ class Runner:
         outer = asyncio._get_running_loop()
         asyncio._set_running_loop(None)
         try:
-            ready: list[tuple[Question, str, int, Asked]] = []
-            texts = self._texts(questions)
-            self._read([text for text in texts if isinstance(text, str)])
-            for question, text in zip(questions, texts, strict=True):
-                try:
-                    if isinstance(text, ApiError):
-                        raise text
-                    asked, left = question.request.asked, self._limits.tokens - question.session.tokens
-                    length, most = self._prepare(text, asked, left)
-                except ApiError as error:
-                    question.answer.set_exception(error)
-                    continue
-                ready.append((question, text, length, Asked(most, asked.temperature, asked.top_p)))
-            if ready:
-                found = self._answer([q for q, *_ in ready], [t for _, t, *_ in ready], [a for *_, a in ready])
-                for (question, _, length, _), completion in zip(ready, found, strict=True):
-                    if isinstance(completion, LogitsError):
-                        self._give_up(question.session.member, completion)
-                    # That cancels the requests of the member's episodes, but not those from outside.
-                    if question.answer.done():
-                        continue
-                    if isinstance(completion, LogitsError):
-                        question.answer.set_exception(ApiError(400, "episode_over", str(completion)))
-                    else:
-                        question.answer.set_result((completion, length))
+            questions, texts = _accepted(questions, self._texts(questions))
+            text_of = dict(zip(questions, texts, strict=True))
+            questions, prepared = _accepted(
+                questions,
+                self._prepare(
+                    texts,
+                    [question.request.asked for question in questions],
+                    [self._limits.tokens - question.session.tokens for question in questions],
+                ),
+            )
+            if questions:
+                self._answered(questions, [text_of[question] for question in questions], prepared)
         finally:
             asyncio._set_running_loop(outer)
         for session in self._running.values():
             session.not_charged(now() - began)
+
+    def _answered(
+        self, questions: Sequence[Question], texts: Sequence[str], prepared: Sequence[tuple[int, Asked]]
+    ) -> None:
+        found = self._answer(questions, texts, [how for _, how in prepared])
+        for question, (length, _), completion in zip(questions, prepared, found, strict=True):
+            if isinstance(completion, LogitsError):
+                self._give_up(question.session.member, completion)
+            # That cancels the requests of the member's episodes, but not those from outside.
+            if question.answer.done():
+                continue
+            if isinstance(completion, LogitsError):
+                question.answer.set_exception(ApiError(400, "episode_over", str(completion)))
+            else:
+                question.answer.set_result((completion, length))
 
     def _texts(self, questions: Sequence[Question]) -> list[str | ApiError]:
         """The texts that the model continues; for a request that has none, why."""
@@ -261,6 +277,17 @@ class Runner:
             return list(self._render([row]))
         except EsfastError as error:
             return [ApiError(400, "invalid_value", str(error), "messages")]
+
+
+def _accepted(questions: Sequence[Question], found: Sequence[Any]) -> tuple[list[Question], list[Any]]:
+    """The questions for which something was found, and that. Those with an ApiError are answered with it."""
+    accepted: list[Question] = []
+    for question, one in zip(questions, found, strict=True):
+        if isinstance(one, ApiError):
+            question.answer.set_exception(one)
+        else:
+            accepted.append(question)
+    return accepted, [one for one in found if not isinstance(one, ApiError)]
 
 
 def _words(error: BaseException | None) -> str:

@@ -10,7 +10,7 @@ from ...utils.time_limit import now
 from ..completion import Completion
 from ..sampling import response_seeds
 from .episode import Episode, Limits, Transcript
-from .protocol import ApiError, Request, Write, said
+from .protocol import ApiError, Request, Write, answered
 
 # Any client may use this name for the member that plays its episode.
 MEMBER = "member"
@@ -84,7 +84,7 @@ class Session:
         self.tokens += completion.tokens
         head = {"id": f"esfast-{self.index}-{turn}", "created": 0, "model": self.models[0]}
         answer = write(request, completion, head, prompt_tokens)
-        self._transcript.add(request.messages, said(answer))
+        self._transcript.add(request.messages, answered(answer))
         return answer
 
     @property
