@@ -78,16 +78,16 @@ def add_thin_product_kernel(
 def add_thin_product(
     y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None
 ) -> None:
-    """y += (x A^T) B + bias, in place, for tensors as in add_thin_product_kernel, of one dtype and on one device.
+    """y += (x A^T) B + bias, in place, for tensors as in add_thin_product_kernel, on one device.
 
-    The rank is 16 at most."""
+    x, a and b have one dtype; y and the bias may have another. The rank is 16 at most."""
     (members, rank, size), out = a.shape, b.shape[2]
     rows = len(x) // members
     # What was fastest of ten configurations on an H200
     if rank == 1:
         tile, options = (16, 512, min(1024, max(128, triton.next_power_of_2(out)))), {"num_warps": 8, "num_stages": 2}
     else:
-        tile, options = (16, 1024 // y.element_size(), 256), {"num_warps": 4, "num_stages": 3}
+        tile, options = (16, 1024 // x.element_size(), 256), {"num_warps": 4, "num_stages": 3}
     blocks = triton.cdiv(rows, tile[0])
     if not blocks:
         return

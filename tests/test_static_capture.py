@@ -64,7 +64,7 @@ def test_members_cost_few_operations_more_than_frozen_weights():
     assert each["gaussian"] < each["low_rank"]
 
 
-@pytest.mark.parametrize("wrong", [None, "synchronizes", "memory", "warms up"])
+@pytest.mark.parametrize("wrong", [None, "synchronizes", "memory", "memory of the graph", "warms up"])
 def test_capturing(monkeypatch, wrong):
     """The calls of PyTorch, by stand-ins: what is prepared, captured and restored, also if the capture fails."""
     told = []
@@ -82,7 +82,7 @@ def test_capturing(monkeypatch, wrong):
 
         def __exit__(self, kind, error, trace):
             told.append("end")
-            if error is not None and wrong == "synchronizes":
+            if error is not None:
                 raise RuntimeError("capture invalidated")
 
     stream = mock.MagicMock()
@@ -98,16 +98,18 @@ def test_capturing(monkeypatch, wrong):
 
     def work():
         told.append("work")
-        if wrong == "memory":
+        if wrong == "memory" or (wrong == "memory of the graph" and told.count("work") == 4):
             raise torch.OutOfMemoryError("no")
         if (wrong == "warms up" and told.count("work") == 2) or (wrong == "synchronizes" and told.count("work") == 4):
             raise RuntimeError("operation not permitted\nmore")
 
     beside = Graph()
-    expected = {None: contextlib.nullcontext(), "memory": pytest.raises(torch.OutOfMemoryError)}.get(
-        wrong, pytest.raises(CaptureFailed, match="^RuntimeError: operation not permitted$")
-    )
-    with expected:
+    expected = {
+        None: contextlib.nullcontext(),
+        "synchronizes": pytest.raises(CaptureFailed, match="^RuntimeError: operation not permitted$"),
+        "warms up": pytest.raises(CaptureFailed, match="^RuntimeError: operation not permitted$"),
+    }
+    with expected.get(wrong, pytest.raises(torch.OutOfMemoryError)):
         captured(lambda: told.append("prepare"), work, beside)
     assert told[-1] == "restored"
     if wrong is None:

@@ -5,6 +5,7 @@ import inspect
 import logging
 import os
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ import esfast
 from esfast.bench.architectures import NOT_MADE, architectures, tiny_model
 from esfast.rollout import static_steps
 from esfast.rollout.dropping import Dropping
+from esfast.rollout.encoding import context_limit
 from esfast.rollout.engine import TransformersEngine
 from esfast.rollout.evaluator import SequentialEvaluator
 from esfast.rollout.low_rank_model import LowRankModel
@@ -182,6 +184,19 @@ def test_prompts_of_several_widths_share_the_memory(graphs):
         assert layer.values.data_ptr() == arena[layer.number, 1].data_ptr()
 
 
+@pytest.mark.parametrize("name", ["gpt2", "bloom", "gemma3_text"])
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_texts_that_fill_the_context(name, tokens):
+    """With padding they are longer than the model's context, or than its windows."""
+    model = tiny_model(name, TOKENIZER)
+    engine, limit = TransformersEngine(model, TOKENIZER, tokens), context_limit(model) or 300
+    for longest in (limit - tokens, limit - tokens - 3):
+        rows = [[3 + (7 * i + j) % 90 for j in range(longest - 5 * i)] for i in range(2)]
+        with engine.own_settings():
+            plain = Dropping(model, engine.generation_config)
+            assert StaticSteps.instead_of(plain)(rows, 1) == plain(rows, 1)
+
+
 def test_a_step_that_cannot_be_captured(graphs, caplog):
     """Falcon indexes with a list, which would be copied to the device."""
     es, plain, static = make("falcon", population=2, tokens=4)
@@ -204,13 +219,17 @@ def test_models_with_other_states_are_refused_by_name(name, why):
 def test_what_auto_takes_on_a_gpu(graphs, monkeypatch, caplog):
     """Graphs if the model can, else plain decoding, with a message."""
     monkeypatch.setattr("esfast.rollout.engine.choose_ways", lambda model: ["static", "plain"])
-    for name, way in (("llama", StaticSteps), ("mamba", Dropping)):
+    for name, way in (("llama", StaticSteps), ("mamba", Dropping), ("gpt_neo", Dropping), ("moshi", Dropping)):
         model = tiny_model(name, TOKENIZER)
         evaluator = PopulationEvaluator(TransformersEngine(model, TOKENIZER, 4), 2)
         answers(evaluator, esfast.ES(model, sigma=0.01, population_size=2))
         assert type(evaluator.batches.way) is way
     assert graphs
-    assert caplog.text.count("several members generate plainly: decoding='static' for several members: a Mamba") == 1
+    line = "several members generate plainly: decoding='static' for several members: a"
+    assert caplog.text.count(f"{line} MambaForCausalLM keeps other states") == 1
+    for name in ("GPTNeo", "Moshi"):
+        # Their windows would hide other tokens.
+        assert caplog.text.count(f"{line} {name}ForCausalLM does not support a static cache") == 1
 
 
 def test_a_model_on_several_devices_is_refused(monkeypatch):
@@ -294,3 +313,15 @@ def test_who_is_asked():
     static.decoding = "continuous"
     with pytest.raises(ValueError, match="decoding='plain' or 'static', not 'continuous'"):
         asking(static, 4)
+
+
+@pytest.mark.parametrize("decoding", ["auto", "plain", "static", "continuous"])
+@pytest.mark.parametrize("devices", [["cuda:1"], ["cuda:0", "cuda:1"], ["mps"]], ids=str)
+def test_who_is_asked_on_a_gpu(devices, decoding):
+    """Several members where that was measured: on one GPU."""
+    weights = [SimpleNamespace(device=torch.device(name)) for name in devices]
+    model = SimpleNamespace(device=weights[0].device, parameters=lambda: iter(weights))
+    several = devices == ["cuda:1"] and decoding != "continuous"
+    for noise in ("gaussian", "low_rank"):
+        found = asking(SimpleNamespace(model=model, decoding=decoding), noise=noise)
+        assert type(found) is (PopulationEvaluator if several else SequentialEvaluator)

@@ -9,13 +9,17 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="Triton is not installed: its kernels can't be interpreted")
+import esfast  # noqa: E402
+from esfast.bench.architectures import tiny_model  # noqa: E402
 from esfast.core.backends.triton import missing  # noqa: E402
 from esfast.kernels.thin_product import add_thin_product  # noqa: E402
 from esfast.rollout import member_factors  # noqa: E402
 from esfast.rollout.member_factors import Factors, thin_product_for  # noqa: E402
+from esfast.tasks import embedded  # noqa: E402
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 runs = pytest.mark.skipif(missing(torch.device(DEVICE)) is not None, reason=str(missing(torch.device(DEVICE))))
+TOKENIZER = embedded.make_tokenizer()
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 
@@ -72,14 +76,15 @@ def test_factors_multiply_with_it(rank, bias, monkeypatch):
         calls.append(1)
         add_thin_product(*given)
 
-    for some in (x, x[:, -1:], x[:, -1], x[..., ::2].repeat(1, 1, 2)[..., ::1]):
+    # rows of one text, rows with gaps between their numbers, and one row that stands for all
+    for some in (x, x[:, -1:], x[:, -1], torch.randn(6, 4, 16, device=DEVICE)[..., ::2], x[0, :1].expand(6, 8)):
         with monkeypatch.context() as patch:
             patch.setattr(member_factors, "thin_product_for", lambda a, b: None)
             without = held.mT.product(some, own)
             patch.setattr(member_factors, "thin_product_for", lambda a, b: counted)
             torch.testing.assert_close(held.mT.product(some, own), without)
             torch.testing.assert_close(held.product(without), without @ held.weight + _noise(without, held))
-    assert len(calls) == 8
+    assert len(calls) == 10
 
 
 def _noise(x, held):
@@ -87,7 +92,44 @@ def _noise(x, held):
     return torch.einsum("kr...i,kqi,kqo->kr...o", of_members, held.a, held.b).flatten(0, 1)
 
 
-def test_where_it_is_taken():
+@runs
+@pytest.mark.parametrize("name", ["qwen2", "gpt2"])
+def test_models_answer_with_it(name, monkeypatch):
+    """Linear layers with and without a bias, Transformers' Conv1D, and tied heads."""
+    model = tiny_model(name, TOKENIZER).to(DEVICE).eval()
+    ids, calls = torch.arange(3, 45, device=DEVICE).view(6, 7), []
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pad_token_id": 0, "do_sample": False}
+    told = {"max_new_tokens": 1, "output_logits": True, "return_dict_in_generate": True}
+
+    def counted(y, *others):
+        calls.append(y.shape)
+        add_thin_product(y, *others)
+
+    def logits(add):
+        monkeypatch.setattr(member_factors, "thin_product_for", lambda a, b: add)
+        with torch.no_grad(), esfast.low_rank(model, [(seed, 0.1) for seed in range(3)], rank=2):
+            return torch.stack(model.generate(**given, **told).logits)
+
+    # The first run learns how operations are shared; interpreted kernels would take long for it.
+    expected = logits(None)
+    torch.testing.assert_close(logits(counted), expected, atol=1e-5, rtol=1e-5)
+    assert (6, model.config.vocab_size) in calls, "the head"
+    assert {(42, out) for out in (32, 64)} & set(calls), "layers"
+
+
+@runs
+def test_a_bias_that_is_a_part_of_a_longer_vector(monkeypatch):
+    torch.manual_seed(2)
+    held = Factors(*(torch.randn(shape, device=DEVICE) for shape in ((9, 8), (3, 1, 9), (3, 1, 8))))
+    x, longer = torch.randn(6, 8, device=DEVICE), torch.randn(3, 20, device=DEVICE)
+    for bias in (longer[:, 5:14], longer[:, :1].expand(3, 9), longer[:, 2:20:2]):
+        monkeypatch.setattr(member_factors, "thin_product_for", lambda a, b: None)
+        without = held.mT.product(x, bias)
+        monkeypatch.setattr(member_factors, "thin_product_for", lambda a, b: add_thin_product)
+        torch.testing.assert_close(held.mT.product(x, bias), without)
+
+
+def test_where_it_is_taken(monkeypatch):
     def found(device="meta", rank=1, shape=(3, 1, 8)):
         a = torch.empty(3, rank, 9, device=device)
         return a, torch.empty(*shape, device=device)
@@ -102,10 +144,17 @@ def test_where_it_is_taken():
         def __init__(self, *shape, contiguous=True):
             self.shape, self.is_contiguous = shape, lambda: contiguous
 
+    report = {"triton": "ready"}
+    monkeypatch.setattr(member_factors, "backend_report", lambda device: report)
+    member_factors._thin_product.cache_clear()
     assert thin_product_for(OnGpu(3, 1, 9), OnGpu(3, 1, 8)) is add_thin_product
     assert thin_product_for(OnGpu(3, 16, 9), OnGpu(3, 16, 8)) is add_thin_product
     assert thin_product_for(OnGpu(3, 17, 9), OnGpu(3, 17, 8)) is None
     assert thin_product_for(OnGpu(3, 1, 9, contiguous=False), OnGpu(3, 1, 8)) is None
+    report["triton"] = "Triton finds no usable GPU driver (Failed to find C compiler)"
+    member_factors._thin_product.cache_clear()
+    assert thin_product_for(OnGpu(3, 1, 9), OnGpu(3, 1, 8)) is None
+    member_factors._thin_product.cache_clear()
 
 
 def test_gradients_go_through_pytorch(monkeypatch):

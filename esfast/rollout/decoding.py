@@ -72,6 +72,12 @@ class Plain:
         pass
 
 
+def takes_static_cache(model) -> bool:
+    """Whether Transformers says that the model may have one. Others cut windows out of the keys that are there, and
+    would see other tokens if room for more is among them."""
+    return getattr(model, "_supports_static_cache", getattr(model, "_can_compile_fullgraph", True))
+
+
 class Static(Plain):
     """model.generate from one static cache, which Transformers compiles on GPUs, CUDA graphs included.
 
@@ -83,7 +89,7 @@ class Static(Plain):
     rounds_shapes_to = 64
 
     def __init__(self, model, config: GenerationConfig):
-        if not getattr(model, "_supports_static_cache", getattr(model, "_can_compile_fullgraph", True)):
+        if not takes_static_cache(model):
             raise BadValue(f"{type(model).__name__} does not support a static cache")
         super().__init__(model, config)
         self._made: tuple[int, int, StaticCache] | None = None

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from ..utils.errors import EsfastError
+from ..utils.memory import out_of_memory
 
 # Before a capture the work runs a few times: libraries load their kernels and take their workspaces.
 WARM_UPS = 3
@@ -42,11 +43,12 @@ def captured(
         # Other threads (rewards) may use CUDA meanwhile.
         with torch.cuda.graph(graph, pool=None if beside is None else beside.pool(), capture_error_mode="thread_local"):
             work()
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:
         # What interrupted the work says more than the error of ending the capture.
         cause = error.__context__ or error
+        for each in (error, cause):
+            if out_of_memory(each):
+                raise each from None
         first_line = next(iter(str(cause).strip().splitlines()), "")
         raise CaptureFailed(f"{type(cause).__name__}: {first_line:.200}") from error
     finally:

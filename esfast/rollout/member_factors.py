@@ -8,12 +8,12 @@ gets the members' whole weights, made for that call.
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
+from ..core.ops import backend_report
 from .member_ops import SHORT, BoundLinear, Linear, Way
 from .member_tensor import MemberTensor, rows_of_member
 
@@ -80,6 +80,8 @@ class Factors:
         """`product` as a function of x alone, for a bias (K, 1, columns)."""
         weight, a, b, members, (size, out) = self.weight, self.a.mT, self.b, len(self), self.weight.shape
         add = thin_product_for(self.a, self.b)
+        # The kernel wants rows without gaps; a bias that is a part of a longer vector has some.
+        bias = None if bias is None else bias.contiguous()
 
         def product(x: torch.Tensor) -> torch.Tensor:
             # Two dimensions: of a slice with more, such as each text's last token, PyTorch would multiply the matrix
@@ -109,12 +111,13 @@ def thin_product_for(a: torch.Tensor, b: torch.Tensor) -> Callable | None:
     """What adds (x A^T) B of all members at once to a tensor, in place; None where PyTorch's products must do it."""
     if a.device.type != "cuda" or a.shape[1] > MOST_RANK or not (a.is_contiguous() and b.is_contiguous()):
         return None
-    return _thin_product()
+    return _thin_product(a.device)
 
 
 @functools.cache
-def _thin_product() -> Callable | None:
-    if importlib.util.find_spec("triton") is None:
+def _thin_product(device: torch.device) -> Callable | None:
+    # Triton may be installed and yet not work: it needs a C compiler.
+    if backend_report(device)["triton"] != "ready":
         return None
     from ..kernels.thin_product import add_thin_product
 

@@ -46,15 +46,16 @@ def asking(
 ) -> PopulationEvaluator | SequentialEvaluator:
     """The evaluator for `members_at_once`: "auto", or a number, also as text.
 
-    "auto" asks several members at once where that was measured to be faster: on one GPU, and on a CPU small models,
-    and with low-rank noise all. ValueError for a number above 1 with decoding="continuous".
+    "auto" asks several members at once where that was measured to be faster: on one GPU that runs CUDA (or ROCm), and
+    on a CPU small models, and with low-rank noise all. ValueError for a number above 1 with decoding="continuous".
     """
     model = engine.model
     if members_at_once == "auto":
-        if model.device.type == "cpu":
-            faster = engine.decoding in ("auto", "plain") and (is_small(model) or noise == "low_rank")
-        else:
+        kind = model.device.type
+        if kind == "cuda":
             faster = engine.decoding != "continuous" and len({weight.device for weight in model.parameters()}) == 1
+        else:
+            faster = engine.decoding in ("auto", "plain") and (is_small(model) or (noise, kind) == ("low_rank", "cpu"))
         return PopulationEvaluator(engine) if faster and not in_shards(model) else SequentialEvaluator(engine)
     if int(members_at_once) == 1:
         return SequentialEvaluator(engine)

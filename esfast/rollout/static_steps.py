@@ -16,7 +16,7 @@ from transformers import GenerationConfig
 from transformers.cache_utils import StaticLayer
 
 from ..utils.memory import out_of_memory
-from .decoding import Tokens, until_ended
+from .decoding import Tokens, takes_static_cache, until_ended
 from .dropping import MEASURED_ROWS, Dropping, unfinished_first
 from .encoding import embedded_tokens
 from .engine import generating
@@ -189,7 +189,7 @@ class StaticSteps:
 
 
 def _width(lengths: Sequence[int]) -> int:
-    """Of prompts of these lengths, with padding: a third at most of long ones."""
+    """Of prompts of these lengths, with padding: of more than 64 tokens, it is a third at most."""
     longest = max(lengths)
     unit = 16 if longest <= 64 else 32 if longest <= 256 else 64
     return -(-longest // unit) * unit
@@ -206,6 +206,8 @@ def refusal(model, config: GenerationConfig) -> str | None:
         return f"Transformers makes no static cache for a {kind}: {error!s:.200}"
     if other:
         return f"a {kind} keeps other states than keys and values ({other[0]})"
+    if not takes_static_cache(model):
+        return f"a {kind} does not support a static cache"
     usual = range(3, max(4, min(embedded_tokens(model), 200)))
     rows = [[usual[(31 * i + 17 * j) % len(usual)] for j in range(n)] for i, n in enumerate((5, 3, 4))]
     made = GenerationConfig(pad_token_id=config.pad_token_id)

@@ -129,7 +129,7 @@ class ESConfig:
     decoding: str = option(
         "auto",
         "how Transformers generates: plain, static (one cache; several members at once: from CUDA graphs), continuous "
-        "(batching); auto: plain on a CPU or with several members at once, else the fastest that works",
+        "(batching); auto: plain on a CPU, on a GPU the fastest that works (several members at once: static)",
         DECODINGS,
     )
     batch_size: int | None = option(None, "most prompts generated at once (default: what fits a quarter of the memory)")
