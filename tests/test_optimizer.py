@@ -167,6 +167,14 @@ def test_names(monkeypatch):
         class Other(Optimizer, name="lion"):
             pass
 
+    with pytest.raises(TypeError, match="Stepless must have a method step"):
+
+        class Stepless(Optimizer, name="stepless"):
+            pass
+
+    assert "stepless" not in OPTIMIZERS
+    assert type(Optimizer) is type, "the metaclass of abc takes no argument called name in Python 3.10"
+
     class Nameless(Optimizer):
         def step(self, state, record, lr):
             return Step([], [])

@@ -7,7 +7,6 @@ added to the weights, or an epilogue (esfast.core.epilogue) makes something else
 
 from __future__ import annotations
 
-import abc
 import dataclasses
 import json
 from collections import deque
@@ -49,7 +48,7 @@ class State:
     past: deque[UpdateRecord] = dataclasses.field(default_factory=lambda: deque(maxlen=0))
 
 
-class Optimizer(abc.ABC):
+class Optimizer:
     """An optimizer and its numbers, as a frozen dataclass. Its name makes it known to ES, journals and `--optimizer`:
 
         @dataclass(frozen=True)
@@ -78,6 +77,9 @@ class Optimizer(abc.ABC):
         # In a notebook a class is often defined again; a dataclass with slots is made twice.
         if name in OPTIMIZERS and OPTIMIZERS[name].__qualname__ != cls.__qualname__:
             raise BadValue(f"optimizer: {name!r} is the name of {OPTIMIZERS[name].__qualname__}; choose another one")
+        # abc would say so too, but Python 3.10's takes no class with an argument called `name`.
+        if cls.step is Optimizer.step:
+            raise BadType(f"optimizer: {cls.__qualname__} must have a method step(state, record, lr)")
         cls.name = name
         OPTIMIZERS[name] = cls
 
@@ -85,7 +87,6 @@ class Optimizer(abc.ABC):
         """The state before the first generation, for the weights of `plan`."""
         return State()
 
-    @abc.abstractmethod
     def step(self, state: State, record: UpdateRecord, lr: float) -> Step:
         """The step of a generation, for one group of weights; it is called once for each group.
 
@@ -95,6 +96,7 @@ class Optimizer(abc.ABC):
             record: seeds, coefficients (float32 values), rewards, sigma and lr of the generation.
             lr: the group's factor of the learning rate; 1 without groups.
         """
+        raise NotImplementedError
 
     @property
     def travel(self) -> float:
