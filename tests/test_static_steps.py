@@ -184,6 +184,13 @@ def test_prompts_of_several_widths_share_the_memory(graphs):
         assert layer.values.data_ptr() == arena[layer.number, 1].data_ptr()
 
 
+def test_widths_are_few_and_near_the_prompts():
+    expected = {1: 16, 16: 16, 17: 32, 64: 64, 65: 96, 256: 256, 257: 320, 1000: 1024}
+    for longest, width in expected.items():
+        assert static_steps._width([3, longest]) == width
+    assert len({static_steps._width([n]) for n in range(1, 1025)}) == 22
+
+
 @pytest.mark.parametrize("name", ["gpt2", "bloom", "gemma3_text"])
 @pytest.mark.parametrize("tokens", [1, 9])
 def test_texts_that_fill_the_context(name, tokens):
