@@ -18,9 +18,12 @@ from .app import Endpoint
 from .client import clients
 from .episode import FIGURES, Episode, Limits
 from .port import Port
-from .protocol import ApiError, asking
+from .protocol import ApiError
 from .runner import Play, Runner
 from .session import Question
+
+# Most requests ask alike, and share one object.
+asking = functools.lru_cache(Asked)
 
 
 @dataclass(frozen=True)

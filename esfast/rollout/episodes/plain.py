@@ -65,10 +65,15 @@ def reader(openai: Any) -> Callable[[Mapping[str, Any], Told], dict[str, Any]]:
             found.append(json)
         del told[len(found) :]
         for message in messages[len(found) :]:
-            json = json_of(message)
-            # Only texts: a number may equal one of another type, and a list can be changed in place.
-            if type(message) is dict and len(told) == len(found) and set(map(type, json.values())) == TEXTS:
-                told.append((json, json))
+            if type(message) is dict and set(map(type, message.values())) == TEXTS:
+                json = message.copy()
+                # An error if a name is no text, or for half a character: the library can't make a request of them.
+                "".join((*json, *json.values())).encode()
+                # Only such messages: a number may equal one of another type, and a list can be changed in place.
+                if len(told) == len(found):
+                    told.append((json, json))
+            else:
+                json = json_of(message)
             found.append(json)
         return found
 

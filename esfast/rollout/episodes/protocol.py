@@ -7,13 +7,11 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..completion import Asked, Completion
 
 MOST_STOPS = 16
-# Most requests ask alike, and share one object.
-asking = functools.lru_cache(Asked)
 TOOL_CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
 
 
@@ -47,53 +45,53 @@ class Request:
         return prompt if self.chat else [{"role": "user", "content": prompt}]
 
 
-def chat_request(body: Any, models: Sequence[str]) -> Request:
+def chat_request(body: Any, models: tuple[str, ...]) -> Request:
     """The request of /v1/chat/completions, from its JSON. The request may keep parts of it. Raises ApiError."""
-    found = _read(body, CHAT, models)
-    if "messages" not in found:
+    found = _settings(body, "messages", models)
+    if (messages := body.get("messages")) is None:
         raise _wrong("messages", "a list of messages", None)
-    tools = found.get("tools") if body.get("tool_choice") != "none" else None
-    row = {"prompt": found["messages"], "tools": tools, "chat_template_kwargs": found.get("chat_template_kwargs")}
-    longest = found.get("max_completion_tokens") or found.get("max_tokens")
-    return _request(row, found, longest, True)
+    row = {"prompt": _messages("messages", messages), "tools": found.tools, "chat_template_kwargs": found.template}
+    return Request(row, found.asked, found.stop, found.seed, True)
 
 
-def text_request(body: Any, models: Sequence[str]) -> Request:
+def text_request(body: Any, models: tuple[str, ...]) -> Request:
     """The request of /v1/completions. Raises ApiError."""
-    found = _read(body, TEXT, models)
-    if "prompt" not in found:
+    found = _settings(body, "prompt", models)
+    if (prompt := body.get("prompt")) is None:
         raise _wrong("prompt", ONE_TEXT, None)
-    return _request({"prompt": found["prompt"]}, found, found.get("max_tokens"), False)
+    return Request({"prompt": _prompt("prompt", prompt)}, found.asked, found.stop, found.seed, False)
 
 
-# (request, completion, id, time and model of the answer, tokens of the prompt) -> the JSON object of the answer
-Write = Callable[[Request, Completion, Mapping[str, Any], int], dict[str, Any]]
+# The JSON object of an answer, and the assistant's message in it, without fields that are None.
+Written = tuple[dict[str, Any], dict[str, Any]]
+# (request, completion, id, time and model of the answer, tokens of the prompt) -> the answer
+Write = Callable[[Request, Completion, Mapping[str, Any], int], Written]
 
 
-def chat_answer(request: Request, completion: Completion, head: Mapping[str, Any], prompt_tokens: int) -> dict:
-    """The object of a chat completion. `head` has its id, time and model."""
+def chat_answer(request: Request, completion: Completion, head: Mapping[str, Any], prompt_tokens: int) -> Written:
+    """A chat completion. `head` has its id, time and model."""
     text, reason = _stopped(request, completion)
-    message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
-    calls = tool_calls(text, head["id"]) if request.row.get("tools") else []
+    message: dict[str, Any] = {"role": "assistant", "content": text}
+    calls = tool_calls(text, head["id"]) if request.row["tools"] else []
     if calls:
-        message |= {"content": TOOL_CALL.sub("", text).strip() or None, "tool_calls": calls}
-        reason = "tool_calls"
-    choice = {"index": 0, "message": message, "finish_reason": reason, "logprobs": None}
-    return {**head, "object": "chat.completion", "choices": [choice], "usage": _usage(prompt_tokens, completion)}
+        text, reason = TOOL_CALL.sub("", text).strip() or None, "tool_calls"
+        message = {"role": "assistant", **({} if text is None else {"content": text}), "tool_calls": calls}
+    choice = {
+        "index": 0,
+        "message": {"content": text, "refusal": None, **message},
+        "finish_reason": reason,
+        "logprobs": None,
+    }
+    answer = {**head, "object": "chat.completion", "choices": [choice], "usage": _usage(prompt_tokens, completion)}
+    return answer, message
 
 
-def text_answer(request: Request, completion: Completion, head: Mapping[str, Any], prompt_tokens: int) -> dict:
-    """The object of a text completion."""
+def text_answer(request: Request, completion: Completion, head: Mapping[str, Any], prompt_tokens: int) -> Written:
+    """A text completion."""
     text, reason = _stopped(request, completion)
     choice = {"index": 0, "text": text, "finish_reason": reason, "logprobs": None}
-    return {**head, "object": "text_completion", "choices": [choice], "usage": _usage(prompt_tokens, completion)}
-
-
-def answered(answer: Mapping[str, Any]) -> dict[str, Any]:
-    """The assistant's message in an answer, without fields that are None."""
-    (choice,) = answer["choices"]
-    message = choice.get("message") or {"role": "assistant", "content": choice["text"]}
-    return {name: value for name, value in message.items() if value is not None}
+    answer = {**head, "object": "text_completion", "choices": [choice], "usage": _usage(prompt_tokens, completion)}
+    return answer, {"role": "assistant", "content": text}
 
 
 def said(message: dict[str, Any]) -> dict[str, Any]:
@@ -121,29 +119,54 @@ def tool_calls(text: str, unique: str) -> list[dict[str, Any]]:
     return found
 
 
-def _request(row: dict[str, Any], found: Mapping[str, Any], longest: int | None, chat: bool) -> Request:
-    asked = asking(longest, found.get("temperature"), found.get("top_p", 1.0))
-    return Request(row, asked, found.get("stop", ()), found.get("seed", 0), chat)
-
-
 # Reads a field of a request: (name, value that is not None) -> value, or an ApiError.
 Read = Callable[[str, Any], Any]
 
 
-def _read(body: Any, fields: Mapping[str, Read], models: Sequence[str]) -> dict[str, Any]:
-    """The fields of a request that say something. Raises ApiError."""
+class Said(NamedTuple):
+    """What a request says besides its prompt."""
+
+    asked: Asked
+    stop: tuple[str, ...]
+    seed: int
+    tools: list[dict[str, Any]] | None
+    template: dict[str, Any] | None
+
+
+def _settings(body: Any, prompt: str, models: tuple[str, ...]) -> Said:
+    """What a request says besides its field `prompt`. Raises ApiError."""
     if not isinstance(body, dict):
         raise ApiError(400, "invalid_json", f"expected a JSON object, got {body!r:.60}")
-    found = {}
-    for name, value in body.items():
-        if value is not None:
-            found[name] = fields.get(name, _unknown)(name, value)
-    if found.get("model") not in models:
+    # With types: a number may equal one of another type.
+    given = [(name, type(v), v) for name, v in body.items() if v is not None and name != prompt]
+    try:
+        return _read_once(tuple(given), prompt, models)
+    except TypeError:
+        # It has lists or objects.
+        return _read(given, prompt, models)
+
+
+def _read(given: Sequence[tuple[str, type, Any]], prompt: str, models: tuple[str, ...]) -> Said:
+    fields = CHAT if prompt == "messages" else TEXT
+    found = {name: fields.get(name, _unknown)(name, value) for name, _, value in given}
+    if (model := found.get("model")) not in models:
         known_models = ", ".join(map(repr, models))
-        raise ApiError(
-            404, "model_not_found", f"model: expected {known_models}, got {body.get('model')!r:.80}", "model"
-        )
-    return found
+        raise ApiError(404, "model_not_found", f"model: expected {known_models}, got {model!r:.80}", "model")
+    return Said(
+        Asked(
+            found.get("max_completion_tokens") or found.get("max_tokens"),
+            found.get("temperature"),
+            found.get("top_p", 1.0),
+        ),
+        found.get("stop", ()),
+        found.get("seed", 0),
+        None if found.get("tool_choice") == "none" else found.get("tools"),
+        found.get("chat_template_kwargs"),
+    )
+
+
+# Most requests of a run say the same.
+_read_once = functools.lru_cache(256)(_read)
 
 
 def _unknown(name: str, value: Any) -> Any:
@@ -260,19 +283,19 @@ WITHOUT_EFFECT = (
 )
 COMMON |= dict.fromkeys(WITHOUT_EFFECT.split(), _as_it_is)
 CHAT = COMMON | {
-    "messages": _messages,
     "tools": _tools,
     "max_completion_tokens": _length,
     "chat_template_kwargs": _object,
 }
-TEXT = COMMON | {"prompt": _prompt}
+TEXT = COMMON
 
 
 def _stopped(request: Request, completion: Completion) -> tuple[str, str]:
     """The text up to the first stop string, and why it ends there."""
-    places = [place for stop in request.stop if (place := completion.text.find(stop)) >= 0]
-    if places:
-        return completion.text[: min(places)], "stop"
+    if request.stop:
+        places = [place for stop in request.stop if (place := completion.text.find(stop)) >= 0]
+        if places:
+            return completion.text[: min(places)], "stop"
     return completion.text, "stop" if completion.ended else "length"
 
 

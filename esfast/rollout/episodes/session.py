@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ from ...utils.time_limit import now
 from ..completion import Completion
 from ..sampling import response_seeds
 from .episode import Episode, Limits, Transcript
-from .protocol import ApiError, Request, Write, answered
+from .protocol import ApiError, Request, Write
 
 # Any client may use this name for the member that plays its episode.
 MEMBER = "member"
@@ -23,7 +24,7 @@ class Question:
 
     def __init__(self, session: Session, request: Request, turn: int):
         self.session, self.request, self.turn = session, request, turn
-        self.answer: asyncio.Future[tuple[Completion, int]] = asyncio.get_running_loop().create_future()
+        self.answer: asyncio.Future[tuple[Completion, int]] = session.loop.create_future()
         self.since = now()
 
     @property
@@ -40,7 +41,7 @@ class Session:
     index, row  the row's number, and the row
     seed        of the row's episode
     ask         hands a Question in; its future gets the answer
-    loop        the event loop that episodes run on
+    loop        the event loop that episodes run on, in this thread
     name        a further name of the member
     """
 
@@ -57,7 +58,7 @@ class Session:
     ):
         self.member, self.index, self.row, self.seed, self.limits = member, index, row, seed, limits
         self.models: tuple[str, ...] = (MEMBER,) if name is None else (MEMBER, name)
-        self._ask, self._loop = ask, loop
+        self._ask, self.loop, self._thread = ask, loop, threading.get_ident()
         self.turns = self.tokens = self.waiting = 0
         self.task: asyncio.Task | None = None
         self.over = False
@@ -71,9 +72,10 @@ class Session:
         limits = self.limits
         if self.over or self.turns >= limits.turns or self.tokens >= limits.tokens:
             raise self._refusal()
-        if asyncio.get_running_loop() is not self._loop:
+        # asyncio.get_running_loop would ask the system for the number of the process.
+        if threading.get_ident() != self._thread:
             # The episode asks from a thread that has an event loop of its own.
-            asked = asyncio.run_coroutine_threadsafe(self.answer(request, write), self._loop)
+            asked = asyncio.run_coroutine_threadsafe(self.answer(request, write), self.loop)
             return await asyncio.wrap_future(asked)
         turn, self.turns = self.turns, self.turns + 1
         self._pause()
@@ -83,8 +85,8 @@ class Session:
             self._resume()
         self.tokens += completion.tokens
         head = {"id": f"esfast-{self.index}-{turn}", "created": 0, "model": self.models[0]}
-        answer = write(request, completion, head, prompt_tokens)
-        self._transcript.add(request.messages, answered(answer))
+        answer, message = write(request, completion, head, prompt_tokens)
+        self._transcript.add(request.messages, message)
         return answer
 
     @property
