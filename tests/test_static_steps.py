@@ -184,6 +184,18 @@ def test_prompts_of_several_widths_share_the_memory(graphs):
         assert layer.values.data_ptr() == arena[layer.number, 1].data_ptr()
 
 
+def test_old_graphs_are_given_up_with_their_tensors(graphs, monkeypatch):
+    monkeypatch.setattr(static_steps, "MOST_GRAPHS", 3)
+    es, plain, static = make(population=3, tokens=6)
+    evaluator = PopulationEvaluator(static, 3)
+    for words in (60, 30, 16, 8, 1, 16, 60):
+        prompts = ["ab " * words, "a"]
+        assert answers(evaluator, es, None, prompts) == answers(SequentialEvaluator(plain), es, None, prompts)
+        way = evaluator.batches.way
+        assert len(way._graphs) <= 3 and set(way._steps) == {shape for shape, _ in way._graphs}
+    assert len(graphs) > 5
+
+
 def test_widths_are_few_and_near_the_prompts():
     expected = {1: 16, 16: 16, 17: 32, 64: 64, 65: 96, 256: 256, 257: 320, 1000: 1024}
     for longest, width in expected.items():

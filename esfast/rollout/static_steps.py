@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 # After so many steps the host asks which texts have ended, and waits for the device.
 LOOK = 8
-# The oldest of more graphs is given up.
+# The oldest of more graphs is given up, and the tensors of its shape with the last graph of that shape.
 MOST_GRAPHS = 64
 
 
@@ -180,7 +180,10 @@ class StaticSteps:
         if key not in self._graphs:
             beside = next(iter(self._graphs.values()), None)
             if len(self._graphs) >= MOST_GRAPHS:
-                del self._graphs[next(iter(self._graphs))]
+                oldest = next(iter(self._graphs))
+                del self._graphs[oldest]
+                if oldest[0] not in {shape, *(of_shape for of_shape, _ in self._graphs)}:
+                    del self._steps[oldest[0]]
             self._graphs[key] = captured(steps.blank, steps.step, beside)
         return steps, self._graphs[key].replay
 
