@@ -20,7 +20,7 @@ case $what in
 esac
 environment=.venv-floor-$what
 test -x "$environment/bin/python" || "$python" -m venv "$environment"
-"$environment/bin/python" -m pip install --quiet "$torch" -e '.[dev]'
+"$environment/bin/python" -m pip install --quiet "$torch" 'setuptools>=77' -e '.[dev]'
 "$environment/bin/python" -c 'import platform, torch, transformers
 print("Python", platform.python_version(), "PyTorch", torch.__version__, "Transformers", transformers.__version__)'
 "$environment/bin/python" -m pytest -n auto --dist worksteal -m "not slow" "$@"

@@ -104,6 +104,9 @@ def test_interrupts_at_every_place_restore(form, same_bits):
         def interrupt(frame, event, arg):
             nonlocal begun
             code = frame.f_code
+            # Before Python 3.11 an error raised here where a generator goes on skips its `finally`, and a signal's does not.
+            if sys.version_info < (3, 11) and frame.f_lasti >= 0:
+                return
             if event == "call" and os.path.join("esfast", "") in code.co_filename and code.co_name != "__exit__":
                 begun += 1
                 if begun == n:  # noqa: B023

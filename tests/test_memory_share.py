@@ -274,7 +274,7 @@ def test_where_trying_out_runs_out_of_memory(where, at_once, monkeypatch, caplog
     es, engine = make()
     expected, weights = answers(SequentialEvaluator(engine), es), [p.clone() for p in es.plan.tensors]
     if where == "read":
-        engine.decoding = "static"
+        engine.ways = ["static"]
     owners = {"check": StackedModel, "row_bytes": shared_batches.SharedBatches, "read": fixed.Steps}
     short_of_memory(monkeypatch, owners[where], where, ERRORS[1])
     evaluator = PopulationEvaluator(engine, at_once)

@@ -46,6 +46,9 @@ Complete = Callable[[Sequence[int], Sequence[str], "Sequence[int] | None", Asked
 
 def decoded(tokenizer, rows: Sequence[Sequence[int]]) -> list[str]:
     """The texts of token ids, without special tokens. Equal rows are decoded once: members have many."""
+    if not rows:
+        # Tokenizers of older Transformers make one empty text of them.
+        return []
     distinct = dict.fromkeys(map(tuple, rows))
     texts = tokenizer.batch_decode([list(ids) for ids in distinct], skip_special_tokens=True)
     text_of = dict(zip(distinct, texts, strict=True))

@@ -216,9 +216,10 @@ _CONVERTERS: dict[type, Callable[[str, Any], Any]] = {
 def check_int(what: str, value, low: int, high: int) -> int:
     """`value` as an int with low <= value < high; TypeError or ValueError that names `what` otherwise."""
     try:
-        # operator.index would take True, and a tensor or an array that holds it, for 1.
+        # operator.index would take True, and a tensor or an array that holds it, for 1. While torch.compile traces, a
+        # TypeError of its own is not caught in PyTorch 2.8.
         held = value if isinstance(value, int) else plain(value)
-        number = None if isinstance(held, bool) else operator.index(held)
+        number = operator.index(held) if hasattr(held, "__index__") and not isinstance(held, bool) else None
     except (TypeError, ValueError, RuntimeError):
         # RuntimeError: a tensor without memory.
         number = None
