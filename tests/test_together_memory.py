@@ -69,7 +69,8 @@ def test_nothing_grows_over_generations(noise):
     evaluator = PopulationEvaluator(engine, 4)
     after = []
     for generation in range(GENERATIONS + 2):
-        prompts = [f"{generation + i} = " for i in range(5)]
+        # of the same length: the memory of the cache is kept for the longest so far
+        prompts = [f"{100 + generation + i} = " for i in range(5)]
         for member, texts in evaluator.evaluate(es.population(), prompts, None):
             member.reward = float(len("".join(texts)) + member.index / 10)
         es.step()
@@ -93,9 +94,12 @@ def test_the_memory_that_is_said_holds_weights_and_texts(noise, rank, digits, to
     prompts = [f"{i}{'7' * digits} = " for i in range(10, 20)]
     evaluator = PopulationEvaluator(engine, 8)
     list(evaluator.evaluate(es.population(), prompts, seeds))
-    evaluator._stack = None
-    peak = peak_bytes(lambda: list(evaluator.evaluate(es.population(), prompts, seeds)))
-    assert 0.9 * evaluator.need <= peak <= 1.1 * evaluator.need, (peak, evaluator.need)
+    evaluator._free()
+    peak, said = (
+        peak_bytes(lambda: list(evaluator.evaluate(es.population(), prompts, seeds))),
+        evaluator.need - evaluator.gaps,
+    )
+    assert 0.9 * said <= peak <= 1.1 * said, (peak, said)
 
 
 PROCESS = """
@@ -152,8 +156,6 @@ LONG_CASES = [
 ]
 
 
-# Bytes that a process may take beyond what is said where it keeps what is freed.
-KEPT = 100 * 2**20
 GLIBC = pytest.mark.skipif(sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="is of glibc")
 
 
@@ -173,14 +175,20 @@ def said_and_taken(case, give_back):
 
 
 @GLIBC
-@pytest.mark.parametrize("case", [*CASES, *(pytest.param(case, marks=LONG) for case in LONG_CASES)])
-def test_a_process_takes_the_memory_that_is_said(case):
+@pytest.mark.parametrize("case", [pytest.param(case, marks=LONG) for case in LONG_CASES])
+def test_a_process_that_gives_back_takes_the_memory_that_is_said(case):
     said, taken = said_and_taken(case, "always")
-    assert 0.9 * said <= taken <= 1.1 * said, (taken / 1e6, said / 1e6)
+    assert 0.88 * said <= taken <= 1.12 * said, (taken / 1e6, said / 1e6)
 
 
 @GLIBC
-@pytest.mark.parametrize("case", [CASES[1], pytest.param(CASES[0], marks=LONG)])
-def test_where_little_is_taken_a_process_keeps_a_little_more(case):
-    said, taken = said_and_taken(case, "by default")
-    assert 0.9 * said <= taken <= 1.1 * said + KEPT, (taken / 1e6, said / 1e6)
+def test_a_process_that_keeps_freed_memory_takes_what_is_said():
+    said, taken = said_and_taken(CASES[0], "by default")
+    assert said < 100e6 and 0.9 * said <= taken <= 1.1 * said, (taken / 1e6, said / 1e6)
+
+
+@GLIBC
+def test_with_low_rank_noise_it_takes_up_to_a_third_more():
+    """The product of all members with a shared matrix has a workspace that it keeps."""
+    said, taken = said_and_taken(CASES[1], "by default")
+    assert said < 80e6 and 0.9 * said <= taken <= 1.33 * said, (taken / 1e6, said / 1e6)

@@ -18,12 +18,13 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
 )
+from transformers.utils import ModelOutput
 
 from ..utils.memory import out_of_memory
-from .cache import cache_with_room
+from .cache import KeptMemory, Room, cache_with_room, show_all
 from .decoding import CACHE, Tokens, until_ended
 from .encoding import embedded_tokens
-from .memory import peak_bytes
+from .memory import RowBytes, peak_bytes
 from .probe import Carried, same_but_for_rounding
 from .sampling import SeededSampling
 from .threads import Threads
@@ -32,6 +33,11 @@ from .threads import Threads
 SHARE = 0.8
 # Rows by which memory is measured, and so many tokens in all of them at most, if those are not fewer than two rows'.
 MEASURED_ROWS, MEASURED_TOKENS = 8, 4096
+# Prompts are read by parts of so many tokens on a CPU, so that what a forward pass takes and frees again stays little.
+# Of 1920 prompts with 8 tokens, parts of 4096 tokens take the time of all at once, of 2048 a tenth more.
+READ_AT_ONCE = 4096
+# Rows of each member that are read at once elsewhere
+ALL = 2**31
 
 
 class Dropping:
@@ -40,6 +46,8 @@ class Dropping:
     drops    whether rows that have ended leave the batch; the model's cache must allow it, see `can_drop`
     room     whether the cache takes its memory once, see `cache_with_room`
     threads  chooses the number of threads before each forward pass; None: it stays as it is
+
+    With `keeps_memory` the memory of the cache is kept for the next batch, until `close`.
     """
 
     def __init__(
@@ -48,6 +56,7 @@ class Dropping:
         self.model, self.drops, self.room, self.threads = model, drops, room, threads
         self.config = copy.deepcopy(config)
         self.config.return_dict_in_generate = True
+        self.keeps_memory, self._memory = False, KeptMemory()
         self._ends = torch.tensor(config.eos_token_id or [], device=model.device)
 
     def __call__(
@@ -57,6 +66,21 @@ class Dropping:
         sampling: SeededSampling | None = None,
         most: int | None = None,
         counts: Sequence[bool] | None = None,
+    ) -> tuple[Tokens, list[bool]]:
+        """See `_decode`."""
+        try:
+            return self._decode(rows, members, sampling, most, counts)
+        finally:
+            if not self.keeps_memory:
+                self._memory.free()
+
+    def _decode(
+        self,
+        rows: Sequence[Sequence[int]],
+        members: int,
+        sampling: SeededSampling | None,
+        most: int | None,
+        counts: Sequence[bool] | None,
     ) -> tuple[Tokens, list[bool]]:
         """New tokens of each row, up to and including the one that ended it; and for each member, whether all of its
         logits were numbers. A row has at most `most` tokens, by default the config's. With `counts` rows that don't
@@ -71,32 +95,25 @@ class Dropping:
         which = torch.arange(len(rows), device=device).view(members, -1)
         counting = torch.tensor([True] * len(rows) if counts is None else list(counts), device=device)
         unfinished = counting.view(members, -1)
-        done, config = 0, copy.copy(self.config)
-        cache = self._cache(width, most)
-        while True:
-            finite = RowsFinite()
+        done = 0
+        room = Room(width + most - 1, self._memory, members, which.shape[1])
+        cache = self._cache(room)
+        if cache and read_at_once(device, members, width) < len(rows):
+            ids, mask = self._read(ids, mask, cache, room, fine, sampling)
+            texts[:, 0], done = ids[:, -1], 1
+            unfinished = unfinished & ~torch.isin(ids[:, -1], self._ends).view(unfinished.shape)
+        while done < most and bool(unfinished.any()):
             watch = Unfinished(self._ends, unfinished, SHARE if self.drops else 0.0, self.threads)
-            processors = [finite] if sampling is None else [finite, sampling.of_rows(which.flatten(), width)]
-            config.max_new_tokens = most - done
-            if self.threads is not None:
-                self.threads.choose(ids.numel() if done == 0 else len(ids))
-            with torch.no_grad():
-                output = self.model.generate(
-                    input_ids=ids,
-                    attention_mask=mask,
-                    generation_config=config,
-                    logits_processor=LogitsProcessorList(processors),
-                    stopping_criteria=StoppingCriteriaList([watch]),
-                    **cache,
-                )
+            output, finite = self._generate(ids, mask, most - done, cache, which.flatten(), sampling, width, [watch])
             new = output.sequences[:, ids.shape[1] :]
-            fine[which.flatten()] &= finite.fine
+            fine[which.flatten()] &= finite
             texts[which.flatten(), done : done + new.shape[1]] = new
             done, unfinished = done + new.shape[1], watch.unfinished
             if done >= most or not unfinished.any():
                 break
             most_left = int(unfinished.sum(1).max())
-            places = unfinished_first(unfinished)[:, :most_left]
+            # In their order: they then move towards the beginning, within the same memory.
+            places = unfinished_first(unfinished)[:, :most_left].sort(1).values
             kept = (places + torch.arange(members, device=device)[:, None] * unfinished.shape[1]).flatten()
             which, unfinished = which.gather(1, places), unfinished.gather(1, places)
             ids = output.sequences[kept]
@@ -105,43 +122,88 @@ class Dropping:
             cache = {CACHE: output[CACHE]}
         return until_ended(texts, self._ends), (fine | ~counting).view(members, -1).all(1).tolist()
 
-    def row_bytes(self, tokens: int, sampling: SeededSampling | None = None) -> int:
-        """Bytes that a row of so many prompt tokens takes at most: to read the prompt and, if the cache has room, to
-        generate the last token. Measured with a few rows."""
-        device, config, longest = self.model.device, copy.copy(self.config), tokens + self.config.max_new_tokens - 1
+    def _generate(
+        self,
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        most: int,
+        cache: dict,
+        rows: torch.Tensor,
+        sampling: SeededSampling | None,
+        width: int,
+        criteria: Sequence[StoppingCriteria] = (),
+    ) -> tuple[ModelOutput, torch.Tensor]:
+        """At most so many tokens for rows with these numbers, whose prompts are `width` tokens long; and of which rows
+        all logits were numbers."""
+        finite, config = RowsFinite(), copy.copy(self.config)
+        config.max_new_tokens = most
+        if self.threads is not None:
+            self.threads.choose(ids.numel() if ids.shape[1] == width else len(ids))
+        with torch.no_grad():
+            output = self.model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=config,
+                logits_processor=LogitsProcessorList(
+                    [finite, *([] if sampling is None else [sampling.of_rows(rows, width)])]
+                ),
+                stopping_criteria=StoppingCriteriaList(criteria),
+                **cache,
+            )
+        return output, finite.fine
+
+    def _read(
+        self,
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        cache: dict,
+        room: Room,
+        fine: torch.Tensor,
+        sampling: SeededSampling | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Reads prompts by parts, a few rows of each member at once. Returns tokens and mask with the first token of
+        each text; notes in `fine` which logits were numbers."""
+        width, which = ids.shape[1], torch.arange(len(ids), device=ids.device).view(room.members, room.each)
+        first, size = ids.new_empty(len(ids), 1), read_at_once(ids.device, room.members, width) // room.members
+        for begin in range(0, room.each, size):
+            room.part = slice(begin, begin + size)
+            rows = which[:, room.part].flatten()
+            output, finite = self._generate(ids[rows], mask[rows], 1, cache, rows, sampling, width)
+            first[rows] = output.sequences[:, -1:]
+            fine[rows] &= finite
+        room.part = None
+        show_all(cache[CACHE], width)
+        return torch.cat([ids, first], 1), torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+
+    def row_bytes(self, tokens: int, sampling: SeededSampling | None = None) -> RowBytes:
+        """Bytes that a row of so many prompt tokens takes: to read the prompt and, if the cache has room, to generate
+        the last token. Measured with a few rows."""
+        device, longest = self.model.device, tokens + self.config.max_new_tokens - 1
         count = max(2, min(MEASURED_ROWS, MEASURED_TOKENS // longest))
-        ids, rows = torch.ones(count, longest, dtype=torch.long, device=device), torch.arange(count)
-        config.max_new_tokens = 1
-        processors = LogitsProcessorList(
-            [RowsFinite(), *([] if sampling is None else [sampling.of_rows(rows.to(device), tokens)])]
-        )
+        ids, rows = torch.ones(count, longest, dtype=torch.long, device=device), torch.arange(count, device=device)
+        cache = self._cache(Room(longest))
 
-        def one_token(given: int, cache: dict) -> None:
-            with torch.no_grad():
-                self.model.generate(
-                    input_ids=ids[:, :given],
-                    attention_mask=torch.ones_like(ids[:, :given]),
-                    generation_config=config,
-                    logits_processor=processors,
-                    **cache,
-                )
+        def one_token(given: int) -> None:
+            self._generate(ids[:, :given], torch.ones_like(ids[:, :given]), 1, cache, rows, sampling, tokens)
 
-        def first_and_last() -> None:
-            cache = self._cache(tokens, self.config.max_new_tokens)
-            one_token(tokens, cache)
-            if cache and longest > tokens:
-                for layer in cache[CACHE].layers:
-                    layer.show(longest - 1)
-                one_token(longest, cache)
-
-        return peak_bytes(first_and_last) // count
+        reading = peak_bytes(lambda: one_token(tokens)) // count
+        if not cache or longest == tokens:
+            return RowBytes(reading)
+        held = sum(layer.nbytes for layer in cache[CACHE].layers) // count
+        show_all(cache[CACHE], longest - 1)
+        return RowBytes(held, max(0, reading - held), peak_bytes(lambda: one_token(longest)) // count)
 
     def close(self) -> None:
-        """There is nothing to free."""
+        self._memory.free()
 
-    def _cache(self, width: int, most: int) -> dict:
-        """The argument of `generate` for prompts of `width` tokens and at most so many new ones."""
-        return {CACHE: cache_with_room(self.model, width + most - 1)} if self.room else {}
+    def _cache(self, room: Room) -> dict:
+        """The argument of `generate`."""
+        return {CACHE: cache_with_room(self.model, room)} if self.room else {}
+
+
+def read_at_once(device: torch.device, members: int, tokens: int) -> int:
+    """How many rows of so many members, equally many of each, are read at once if their prompts have so many tokens."""
+    return members * (max(1, READ_AT_ONCE // (members * tokens)) if device.type == "cpu" else ALL)
 
 
 def unfinished_first(unfinished: torch.Tensor) -> torch.Tensor:
@@ -207,12 +269,24 @@ def can_drop(model, config: GenerationConfig, room: bool = False) -> bool:
             whole, _ = logits(ids, steps)
             carried.find()
             carried.forget()
-            given = {CACHE: cache_with_room(model, ids.shape[1] + steps - 1)} if room else {}
-            if None in given.values():
-                return False
-            first, output = logits(ids, steps // 2, **given)
+            found, given = [], {}
+            if room:
+                # Prompts are read by parts.
+                shared = Room(ids.shape[1] + steps - 1, members=1, each=len(ids))
+                cache = cache_with_room(model, shared)
+                if cache is None:
+                    return False
+                given, parts = {CACHE: cache}, []
+                for shared.part in (slice(0, 3), slice(3, 4)):
+                    parts.append(logits(ids[shared.part], 1, **given))
+                shared.part = None
+                show_all(cache, ids.shape[1])
+                found.append(torch.cat([part for part, _ in parts])[kept])
+                ids = torch.cat([output.sequences for _, output in parts])
+            first, output = logits(ids, steps // 2 - len(found), **given)
+            found.append(first[kept])
             output[CACHE].reorder_cache(kept)
-            second, _ = logits(output.sequences[kept], steps - steps // 2, **{CACHE: output[CACHE]})
+            found.append(logits(output.sequences[kept], steps - steps // 2, **{CACHE: output[CACHE]})[0])
     # of models without a cache, or with one that can't go on
     except Exception as error:
         if out_of_memory(error):
@@ -220,4 +294,4 @@ def can_drop(model, config: GenerationConfig, room: bool = False) -> bool:
         return False
     finally:
         carried.forget()
-    return same_but_for_rounding(whole[kept], torch.cat([first[kept], second], 1), model.dtype)
+    return same_but_for_rounding(whole[kept], torch.cat(found, 1), model.dtype)

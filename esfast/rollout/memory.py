@@ -1,9 +1,10 @@
-"""Measures how much memory work takes at its peak."""
+"""Measures how much memory work takes at its peak, and tells what rows of a batch take by it."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,6 +17,36 @@ def peak_bytes(work: Callable[[], object]) -> int:
     with _Allocations() as made:
         work()
     return made.peak
+
+
+class RowBytes(NamedTuple):
+    """Bytes that a row takes while its text is generated.
+
+    held     from its prompt to its last token: keys and values, tokens
+    reading  beside that, while its prompt is read. Prompts can be read by parts, a few rows at once
+    step     beside that, in a step, which is of all rows
+    """
+
+    held: int
+    reading: int = 0
+    step: int = 0
+
+    @property
+    def whole(self) -> int:
+        """If the prompts of all rows are read at once."""
+        return self.held + max(self.reading, self.step)
+
+    def passing(self, rows: int, read_at_once: int) -> int:
+        """What so many rows take beside `held`, at most."""
+        return max(min(rows, read_at_once) * self.reading, rows * self.step)
+
+    def of(self, rows: int, read_at_once: int) -> int:
+        return rows * self.held + self.passing(rows, read_at_once)
+
+    def fitting(self, memory: int, read_at_once: int) -> int:
+        """How many rows such a memory holds."""
+        by_parts = min((memory - read_at_once * self.reading) // max(1, self.held), memory // (self.held + self.step))
+        return max(memory // self.whole, by_parts)
 
 
 class _Allocations(TorchDispatchMode):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from collections.abc import Generator, Iterator, Sequence
 
 import torch
@@ -74,8 +75,9 @@ class PopulationEvaluator:
     members_at_once  K, or "auto": as many as have their weights in a quarter of the device's memory and at least one
                      prompt each in another quarter. Where members can't share the model, "auto" asks one after another
 
-    Once the first population came, `at_once` is K, `need` the bytes that it takes at most, and `one_by_one` has the
-    names of the modules that are called for one member after another, with `*` for numbers.
+    Once the first population came, `at_once` is K, `need` the bytes that it takes at most, `gaps` the part of them that
+    freed tensors leave on glibc's heap, and `one_by_one` has the names of the modules that are called for one member
+    after another, with `*` for numbers.
     """
 
     own_prompts = True
@@ -83,11 +85,12 @@ class PopulationEvaluator:
     def __init__(self, engine: TransformersEngine, members_at_once: int | str = "auto"):
         self.engine, self.members_at_once = engine, members_at_once
         self.at_once: int | None = None
-        self.need = 0
+        self.need = self.gaps = 0
         self.one_by_one: set[str] = set()
         self.batches: SharedBatches | None = None
         self._bytes_of_member = self._bytes_to_write = self._bytes_to_check = 0
         self._stack: StackedModel | None = None
+        self._plain: Dropping | None = None
         self._processes = 1
         self._sequential = SequentialEvaluator(engine)
 
@@ -134,66 +137,82 @@ class PopulationEvaluator:
         are not known yet, texts may take all of their share of the memory."""
         if self.at_once is not None:
             return
-        es, engine = members.es, self.engine
-        self._processes = max(1, es.team.size // es.team.shards)
-        # A trial has other members than a generation, which K is for.
-        most = -(-max(len(members), es.population_size) // self._processes)
-        asked = int(self.members_at_once) if self.members_at_once != "auto" else most
-        most_rows, ran_out = most * own, False
+        self._processes = max(1, members.es.team.size // members.es.team.shards)
+        longest = None if prompts is None else max(map(len, self.engine.prompts(prompts)))
+        most_rows = self._try_out(members, longest, sampled)
+        self.at_once = 1 if most_rows is None else self._choose(members, most_rows, own)
+        if self.at_once > 1:
+            self._tell(members, sampled, own, longest)
+
+    def _try_out(self, members: Population, longest: int | None, sampled: bool) -> float | None:
+        """How many rows fit, if each is of another member; None: members are to be asked one after another. Raises
+        Unsupported if they can't share the model and K is a number."""
         try:
             self._check(members)
-            if prompts is not None:
-                longest = max(map(len, engine.prompts(prompts)))
-                most_rows = self.batches.room(longest, sampled)
+            return math.inf if longest is None else self.batches.room(longest, sampled)
         except Unsupported as error:
             if self.members_at_once != "auto":
                 raise
             log.info("members are asked one after another: %s", error)
-            self.at_once = 1
-            return
+            return None
         except LogitsError:
             # Sigma breaks the members that it was tried out with. Asked one after another, each is named.
-            self.at_once = 1
-            return
+            return None
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
-            ran_out = True
-        if ran_out:  # outside the except block, whose traceback keeps the tensors of the trial alive
-            self.at_once = 1
-            self._free()
-            _free_memory()
-            log.warning("out of memory when two members were tried out together: members are asked one after another")
-            return
-        memory, batches = own_memory(es.plan.device), self.batches
-        texts, told = int(TEXTS_SHARE * memory), "at most"
-        if self.members_at_once == "auto":
-            fitting = int((WEIGHTS_SHARE * memory - self._bytes_to_write) / max(1, self._bytes_of_member))
-            if min(fitting, most_rows) < 2:
-                log.info(
-                    "members are asked one after another: the share of the memory for several at once, 2 times %.2f "
-                    "GB, holds the weights of %d or the texts of %d",
-                    WEIGHTS_SHARE * memory / 1e9,
-                    max(0, fitting),
-                    most_rows,
-                )
-            asked = min(asked, fitting, most_rows)
-        self.at_once = max(1, min(asked, most))
-        if self.at_once == 1:
-            return
-        if prompts is not None:
-            rows = min(self.at_once, most_rows) * max(1, min(own, most_rows // self.at_once))
-            texts, told = rows * batches.row_bytes(longest, sampled), f"of {rows} rows at once"
-        weights = self.at_once * self._bytes_of_member + self._bytes_to_write
-        self.need = max(weights + texts, self._bytes_to_check)
-        (keep_freed_memory if self.need < LITTLE * memory else give_back_freed_memory)()
+        # outside the except block, whose traceback keeps the tensors of the trial alive
+        self._free()
+        _free_memory()
+        log.warning("out of memory when two members were tried out together: members are asked one after another")
+        return None
+
+    def _choose(self, members: Population, most_rows: float, own: int) -> int:
+        """K."""
+        # A trial has other members than a generation, which K is for.
+        most = -(-max(len(members), members.es.population_size) // self._processes)
+        if self.members_at_once != "auto":
+            return max(1, min(int(self.members_at_once), most))
+        memory = own_memory(members.es.plan.device)
+        fitting = int((WEIGHTS_SHARE * memory - self._bytes_to_write) / max(1, self._bytes_of_member))
+        rows = int(min(most_rows, most * own))
+        if min(fitting, rows) < 2:
+            log.info(
+                "members are asked one after another: the share of the memory for several at once, 2 times %.2f "
+                "GB, holds the weights of %d or the texts of %d",
+                WEIGHTS_SHARE * memory / 1e9,
+                max(0, fitting),
+                rows,
+            )
+        return max(1, min(most, fitting, rows))
+
+    def _tell(self, members: Population, sampled: bool, own: int, longest: int | None) -> None:
+        """Says what K members take. If it is little of the memory, freed memory is kept from now on, else it is given
+        back."""
+        memory, at_once, batches = own_memory(members.es.plan.device), self.at_once, self.batches
+        weights = at_once * self._bytes_of_member + self._bytes_to_write
+        texts, passing, told = int(TEXTS_SHARE * memory), 0, "at most"
+        if longest is not None:
+            room = batches.room(longest, sampled, members=at_once)
+            rows = min(at_once, room) * max(1, min(own, room // at_once))
+            texts, passing = batches.bytes_of(rows, at_once, longest, sampled)
+            told = f"of {rows} rows at once"
+        self.need, keeps = max(weights + texts, self._bytes_to_check), weights + texts < LITTLE * memory
+        (keep_freed_memory if keeps else give_back_freed_memory)()
+        if keeps and self.engine.model.device.type == "cpu":
+            # A tensor rarely fits where one of the same size was: its alignment takes a few bytes more than were freed.
+            # So there is about one gap for each tensor.
+            self._plain.keeps_memory, self.gaps = True, passing
+            self.need += passing
         log.info(
-            "members_at_once: %d of %d members answer together; their weights take %.2f GB, their texts %s %.2f GB",
-            self.at_once,
-            max(len(members), es.population_size),
+            "members_at_once: %d of %d members answer together; their weights take %.2f GB, their texts %s %.2f GB, "
+            "gaps between tensors %.2f GB",
+            at_once,
+            max(len(members), members.es.population_size),
             weights / 1e9,
             told,
             texts / 1e9,
+            self.gaps / 1e9,
         )
 
     def _check(self, members: Population) -> None:
@@ -223,9 +242,9 @@ class PopulationEvaluator:
             drops = room or can_drop(engine.model, engine.generation_config)
         self.one_by_one = set(stack.learned.one_by_one)
         threads = Threads(sum(p.numel() for p in engine.model.parameters())) if is_small(engine.model) else None
-        way = Dropping(engine.model, engine.generation_config, drops, room, threads)
+        self._plain = Dropping(engine.model, engine.generation_config, drops, room, threads)
         with engine.own_settings():
-            self.batches = SharedBatches(engine, self._static_or(way), self._processes)
+            self.batches = SharedBatches(engine, self._static_or(self._plain), self._processes)
 
     def _static_or(self, plain: Dropping) -> StaticSteps | Dropping:
         """How batches are decoded: statically where one member's would be."""

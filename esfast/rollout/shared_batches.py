@@ -15,8 +15,9 @@ import torch
 from ..utils.memory import own_memory
 from .completion import OWN, Asked, Completion
 from .decoding import Tokens
-from .dropping import MEASURED_ROWS, Dropping
+from .dropping import MEASURED_ROWS, Dropping, read_at_once
 from .engine import TransformersEngine
+from .memory import RowBytes
 from .sampling import LogitsError, SeededSampling
 from .stacked_model import StackedModel
 from .static_steps import StaticSteps
@@ -40,7 +41,7 @@ class SharedBatches:
     def __init__(self, engine: TransformersEngine, way: Dropping | StaticSteps, processes: int = 1):
         self.engine, self.way, self.processes = engine, way, processes
         self.tokens = self.rows = 0
-        self._bytes_of_row: dict[tuple[int, bool, bool], int] = {}
+        self._bytes_of_row: dict[tuple[int, bool, bool], RowBytes] = {}
 
     def __call__(
         self,
@@ -57,7 +58,8 @@ class SharedBatches:
         """
         engine = self.engine
         seeds = None if asked.temperature == 0 else seeds
-        room = self.room(max(map(len, engine.prompts.tokens(texts))), seeds is not None, asked.top_p)
+        longest, members = max(map(len, engine.prompts.tokens(texts))), len(set(owners))
+        room = self.room(longest, seeds is not None, asked.top_p, members)
         new: list[list[int]] = [[]] * len(texts)
         broken: set[int] = set()
         with engine.as_asked(asked), self._threads(), engine.own_settings():
@@ -83,17 +85,28 @@ class SharedBatches:
         bad = LogitsError("the model's logits are NaN or infinite")
         return [bad if k in broken else c for k, c in zip(owners, engine.completions(new), strict=True)]
 
-    def room(self, tokens: int, sampled: bool, top_p: float = 1.0) -> int:
-        """How many rows with prompts of at most so many tokens are generated at once."""
-        device = self.engine.model.device
-        # Lengths are rounded up, so that few are measured.
-        rows = self.engine.batch_size or int(
-            TEXTS_SHARE * own_memory(device) / self.row_bytes(self._rounded(tokens), sampled, top_p)
-        )
+    def room(self, tokens: int, sampled: bool, top_p: float = 1.0, members: int | None = None) -> int:
+        """How many rows with prompts of at most so many tokens are generated at once, of so many members; None: of as
+        many members as rows."""
+        device, rows = self.engine.model.device, self.engine.batch_size
+        if rows is None:
+            # Lengths are rounded up, so that few are measured.
+            tokens, share = self._rounded(tokens), int(TEXTS_SHARE * own_memory(device))
+            row = self.row_bytes(tokens, sampled, top_p)
+            rows = share // row.whole if members is None else row.fitting(share, self._read_at_once(members, tokens))
         return max(1, min(rows, MOST_ROWS_ON_CPU) if device.type == "cpu" else rows)
 
-    def row_bytes(self, tokens: int, sampled: bool, top_p: float = 1.0) -> int:
-        """Bytes that a row of so many prompt tokens takes at most while its text is generated."""
+    def bytes_of(self, rows: int, members: int, tokens: int, sampled: bool) -> tuple[int, int]:
+        """Bytes that so many rows of so many members take at most while their texts are generated, and the part of them
+        that is taken and freed again and again."""
+        row, read_at_once = self.row_bytes(tokens, sampled), self._read_at_once(members, tokens)
+        return row.of(rows, read_at_once), row.passing(rows, read_at_once)
+
+    def _read_at_once(self, members: int, tokens: int) -> int:
+        return read_at_once(self.engine.model.device, members, tokens)
+
+    def row_bytes(self, tokens: int, sampled: bool, top_p: float = 1.0) -> RowBytes:
+        """Bytes that a row of so many prompt tokens takes while its text is generated."""
         engine, way, key = self.engine, self.way, (tokens, sampled, top_p < 1)
         if key not in self._bytes_of_row:
             steps, seeds = way.config.max_new_tokens, [0] * MEASURED_ROWS
@@ -104,7 +117,8 @@ class SharedBatches:
             traits = engine.traits
             if not way.room and traits.bytes_fixed is not None:
                 # Appending a token to a cache copies it: of one layer there are two.
-                found = max(found, 2 * (traits.bytes_fixed + traits.bytes_per_token * (tokens + steps)))
+                grown = 2 * (traits.bytes_fixed + traits.bytes_per_token * (tokens + steps))
+                found = RowBytes(max(found.whole, grown))
             self._bytes_of_row[key] = found
         return self._bytes_of_row[key]
 

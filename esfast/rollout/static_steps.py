@@ -24,7 +24,7 @@ from .fixed import Arena, Steps, fixed_layers, length_of
 from .graphs import CaptureFailed, addresses, captured
 from .grouped_attention import grouped
 from .member_tensor import Unsupported
-from .memory import peak_bytes
+from .memory import RowBytes, peak_bytes
 from .probe import STEPS, first_logits, same_but_for_rounding
 from .sampling import SeededSampling
 
@@ -87,7 +87,7 @@ class StaticSteps:
             self.close()
         return self.plain(rows, members, sampling, most, counts)
 
-    def row_bytes(self, tokens: int, sampling: SeededSampling | None = None) -> int:
+    def row_bytes(self, tokens: int, sampling: SeededSampling | None = None) -> RowBytes:
         """See Dropping."""
         width, prompts = _width([tokens]), [[1] * tokens] * MEASURED_ROWS
 
@@ -98,7 +98,7 @@ class StaticSteps:
                 if self.most > 1:
                     steps.step()
 
-        return peak_bytes(first_and_next) // MEASURED_ROWS
+        return RowBytes(peak_bytes(first_and_next) // MEASURED_ROWS)
 
     def close(self) -> None:
         """Frees buffers and graphs."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -68,12 +69,33 @@ def keep_freed_memory() -> None:
     _set_malloc(KEEP_UP_TO, KEPT_FREE_AT_MOST)
 
 
+@contextlib.contextmanager
+def own_pages() -> Iterator[None]:
+    """In the block large tensors that find no place on glibc's heap get pages of their own, also after
+    `keep_freed_memory`: tensors that stay shall not lie between those that come and go."""
+    chosen = _chosen
+    if chosen is None:
+        yield
+        return
+    _set_malloc(OWN_PAGES_FROM, KEPT_FREE_AT_MOST)
+    try:
+        yield
+    finally:
+        _set_malloc(*chosen)
+
+
+# What `_set_malloc` set last.
+_chosen: tuple[int, int] | None = None
+
+
 def _set_malloc(own_pages_from: int, kept_free: int) -> None:
+    global _chosen
     chosen = [name for name in os.environ if name.startswith("MALLOC_")]
     if chosen or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
         return
     libc = _glibc()
     if libc is not None:
+        _chosen = own_pages_from, kept_free
         libc.mallopt(_M_MMAP_THRESHOLD, own_pages_from)
         libc.mallopt(_M_TRIM_THRESHOLD, kept_free)
 
