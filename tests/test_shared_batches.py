@@ -8,7 +8,9 @@ from test_population import make
 
 import esfast
 from esfast.bench.architectures import tiny_model
+from esfast.rollout import dropping
 from esfast.rollout.completion import Asked
+from esfast.rollout.engine import TransformersEngine
 from esfast.rollout.low_rank_model import LowRankModel
 from esfast.rollout.population import PopulationEvaluator
 from esfast.rollout.sampling import LogitsError
@@ -130,3 +132,23 @@ def test_any_members_are_chosen_in_any_order(kind):
             torch.testing.assert_close(found, torch.cat([alone[k] for k in order]), rtol=1e-4, atol=1e-5)
         stack.write(members[::-1])
         assert stack.choose([0, 5]) in ([0, 5], [5, 0])
+
+
+@pytest.mark.parametrize("noise", ["gaussian", "low_rank"])
+@pytest.mark.parametrize("sampled", [False, True])
+def test_prompts_read_by_parts_give_the_same_texts(noise, sampled, monkeypatch):
+    """Two rows of each member at once, some of which end with their first token or leave later."""
+    prompts, answers = ["a", "12+3=", "Name a colour, please: ", "xyz xyz", "12+4="], []
+    for tokens in (24 * 3 * 2, 4096):
+        monkeypatch.setattr(dropping, "READ_AT_ONCE", tokens)
+        torch.manual_seed(0)
+        es = esfast.ES(tiny_model("qwen2", TOKENIZER), sigma=0.1, population_size=3, noise=noise)
+        engine = TransformersEngine(es.plan.module, TOKENIZER, 8)
+        engine.generation_config.eos_token_id = [TOKENIZER.eos_token_id, *range(0, 200, 3)]
+        evaluator = PopulationEvaluator(engine, 3)
+        seeds = range(5) if sampled else None
+        answers.append({m.index: texts for m, texts in evaluator.evaluate(es.population(), prompts, seeds)})
+        width = max(map(len, engine.prompts(prompts)))
+        parts = dropping.read_at_once(torch.device("cpu"), 3, width) < 15
+        assert parts == (tokens < 4096) and evaluator.batches.way.room
+    assert answers[0] == answers[1]
