@@ -205,14 +205,13 @@ class PopulationEvaluator:
             self._plain.keeps_memory, self.gaps = True, passing
             self.need += passing
         log.info(
-            "members_at_once: %d of %d members answer together; their weights take %.2f GB, their texts %s %.2f GB, "
-            "gaps between tensors %.2f GB",
+            "members_at_once: %d of %d members answer together; their weights take %.2f GB, their texts %s %.2f GB%s",
             at_once,
             max(len(members), members.es.population_size),
             weights / 1e9,
             told,
             texts / 1e9,
-            self.gaps / 1e9,
+            f", gaps between tensors {self.gaps / 1e9:.2f} GB" if self.gaps else "",
         )
 
     def _check(self, members: Population) -> None:
@@ -226,10 +225,18 @@ class PopulationEvaluator:
                 if engine.traits is not None
                 else "the model is in shards"
             )
+        memory, auto = own_memory(es.plan.device), self.members_at_once == "auto"
+        two = 2 * sum(t.nbytes for t in es.plan.tensors)
+        # Before any memory is taken, which a GPU may not have
+        if auto and es.rule.noise != "low_rank" and two > WEIGHTS_SHARE * memory:
+            raise Unsupported(
+                f"the weights of two take {two / 1e9:.2f} GB, and their share of the memory is "
+                f"{WEIGHTS_SHARE * memory / 1e9:.2f} GB"
+            )
         stack = self._new_stack(es, 2)
         self._bytes_to_check = stack.nbytes + stack.bytes_to_check
-        share = (WEIGHTS_SHARE + TEXTS_SHARE) * own_memory(es.plan.device)
-        if self.members_at_once == "auto" and self._bytes_to_check > share:
+        share = (WEIGHTS_SHARE + TEXTS_SHARE) * memory
+        if auto and self._bytes_to_check > share:
             raise Unsupported(
                 f"to try out two together takes {self._bytes_to_check / 1e9:.2f} GB, and their share of the memory is "
                 f"{share / 1e9:.2f} GB"
