@@ -178,7 +178,9 @@ def said_and_taken(case, give_back):
 @pytest.mark.parametrize("case", [pytest.param(case, marks=LONG) for case in LONG_CASES])
 def test_a_process_that_gives_back_takes_the_memory_that_is_said(case):
     said, taken = said_and_taken(case, "always")
-    assert 0.88 * said <= taken <= 1.12 * said, (taken / 1e6, said / 1e6)
+    # of little memory a workspace is a larger part
+    most = 1.12 if said > 40e6 else 1.33
+    assert 0.88 * said <= taken <= most * said, (taken / 1e6, said / 1e6)
 
 
 @GLIBC
