@@ -334,7 +334,8 @@ def test_an_episode_leaves_no_cycles_and_seldom_looks_for_them(engine):
         assert [client() for client in clients] == [None] * 18
     finally:
         gc.enable()
-    assert gc.get_threshold() == before and set(seen) == {(1800, *before[1:])}
+    # Python 3.13 begins with 2000, others with 700.
+    assert gc.get_threshold() == before and set(seen) == {(max(1800, before[0]), *before[1:])}
     gc.set_threshold(0)
     try:
         seen.clear()
