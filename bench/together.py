@@ -299,6 +299,17 @@ def _rates(row: dict) -> list[str]:
     return [f"{row['tokens_per_second'][name]:,.0f}" for name in ("together, all tokens", "batch, all tokens")]
 
 
+def _one_at_a_time(rows: list[dict]) -> dict[str, dict]:
+    """By model, the row of one member at a time."""
+    return {r["model"]: r for r in rows if r["members"] == 1}
+
+
+def _times_one_at_a_time(rows: list[dict]) -> Callable[[dict], str]:
+    """row -> its rate of tokens, as a multiple of that of one member at a time; "" where there is none."""
+    alone, rate = _one_at_a_time(rows), lambda r: r["tokens_per_second"]["together, all tokens"]
+    return lambda r: f"{rate(r) / rate(alone[r['model']]):.1f}" if r["model"] in alone else ""
+
+
 def table(result: dict) -> Table:
     rates = all(r["times_as_fast"] is None for r in result["rows"])
     return _table_of_rates(result["rows"]) if rates else _table_of_times(result["rows"])
@@ -345,7 +356,7 @@ def _table_of_rates(rows: list[dict]) -> Table:
         "overhead",
         "weights and texts, MB",
     ]
-    alone = {r["model"]: r["tokens_per_second"]["together, all tokens"] for r in rows if r["members"] == 1}
+    times = _times_one_at_a_time(rows)
     models = list(dict.fromkeys(r["model"] for r in rows))
     lines = []
     for r in sorted(rows, key=lambda r: (models.index(r["model"]), r["decoding"] == "plain", r["members"])):
@@ -358,9 +369,7 @@ def _table_of_rates(rows: list[dict]) -> Table:
                 r["noise"] if several else "any",
                 r["decoding"],
                 together,
-                f"{r['tokens_per_second']['together, all tokens'] / alone[r['model']]:.1f}"
-                if r["model"] in alone
-                else "",
+                times(r),
                 frozen,
                 f"{r['overhead_ratio']:.3f}",
                 f"{r['bytes'] / 1e6:.0f}" if several else "",
@@ -372,19 +381,11 @@ def _table_of_rates(rows: list[dict]) -> Table:
 def short(result: dict) -> Table:
     """The most members at once from graphs, beside one at a time."""
     rows = [r for r in result["rows"] if r["decoding"] == "static"]
-    rate = "together, all tokens"
-    alone = {r["model"]: r["tokens_per_second"][rate] for r in rows if r["members"] == 1}
-    most = max(r["members"] for r in rows)
+    alone, times, most = _one_at_a_time(rows), _times_one_at_a_time(rows), max(r["members"] for r in rows)
     headers = ["model", "noise", "one at a time, tokens/s", f"{most} in one batch, tokens/s", "times as fast"]
     lines = [
-        [
-            r["model"],
-            r["noise"],
-            f"{one:,.0f}",
-            f"{r['tokens_per_second'][rate]:,.0f}",
-            f"{r['tokens_per_second'][rate] / one:.1f}",
-        ]
+        [r["model"], r["noise"], _rates(alone[r["model"]])[0], _rates(r)[0], times(r)]
         for r in rows
-        if r["members"] == most and (one := alone.get(r["model"]))
+        if r["members"] == most and r["model"] in alone
     ]
     return headers, lines

@@ -29,7 +29,7 @@ from .probe import ALONE
 from .sampling import LogitsError
 from .shared_batches import TEXTS_SHARE, SharedBatches
 from .stacked_model import StackedModel, Unsupported
-from .static_steps import StaticSteps
+from .static_steps import StaticSteps, on_one_device
 from .threads import Threads
 
 log = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ def asking(
     if members_at_once == "auto":
         kind = model.device.type
         if kind == "cuda":
-            faster = engine.decoding != "continuous" and len({weight.device for weight in model.parameters()}) == 1
+            faster = engine.decoding != "continuous" and on_one_device(model)
         else:
             faster = engine.decoding in ("auto", "plain") and (is_small(model) or (noise, kind) == ("low_rank", "cpu"))
         return PopulationEvaluator(engine) if faster and not in_shards(model) else SequentialEvaluator(engine)

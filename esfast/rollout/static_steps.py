@@ -198,10 +198,15 @@ def _width(lengths: Sequence[int]) -> int:
     return -(-longest // unit) * unit
 
 
+def on_one_device(model) -> bool:
+    """Whether all weights are. A graph holds the work of one device."""
+    return len({weight.device for weight in model.parameters()}) <= 1
+
+
 def refusal(model, config: GenerationConfig) -> str | None:
     """Why a model can't generate from fixed tensors; None if its logits are those of `generate`."""
     kind = type(model).__name__
-    if len({weight.device for weight in model.parameters()}) > 1:
+    if not on_one_device(model):
         return f"this {kind} lies on several devices, and a graph holds the work of one"
     try:
         other = [c.__name__ for c in fixed_layers(model) if not issubclass(c, StaticLayer) or _keeps_more(c)]
