@@ -7,6 +7,8 @@
 # make test-vllm   runs the tests of a real vLLM engine, in an environment of its own (3.7 GB), since vLLM pins its torch
 # Each sets up its environment first. ARGS="..." passes further arguments on.
 PYTHON ?= python3
+# Where this is set, as in many container images, each of the many processes that tests start would compile esfast anew.
+unexport PYTHONDONTWRITEBYTECODE
 VENV := .venv
 BIN := $(VENV)/bin
 
