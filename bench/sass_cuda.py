@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import importlib
 import re
+import struct
 import tempfile
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from . import BenchmarkError, sass
@@ -43,21 +44,42 @@ def missing() -> str | None:
     return extension.ABSENT or None
 
 
-def machine_code(arch: int) -> dict[str, Disassembly]:
-    """The functions that the build has for one compute capability."""
+def machine_code(arch: int, wanted: Callable[[str], object] = lambda name: True) -> dict[str, Disassembly]:
+    """The functions that the build has for one compute capability, of those whose name is `wanted`: as text all of them
+    are 120 MB."""
     extension = Path(importlib.import_module("esfast._cuda").__file__)
     with tempfile.TemporaryDirectory() as folder:
         tool(folder, "cuobjdump", "--extract-elf", f"sm_{arch}", extension)
         cubins = sorted(Path(folder).glob(f"*sm_{arch}*.cubin"))
         if not cubins:
             raise BenchmarkError(f"esfast._cuda has no machine code for sm_{arch}")
-        code = "".join(tool(folder, "nvdisasm", "-c", "-hex", cubin) for cubin in cubins)
+        chosen = {c: [str(i) for i, name in _functions(c.read_bytes()).items() if wanted(name)] for c in cubins}
+        code = "".join(
+            tool(folder, "nvdisasm", "-c", "-hex", "--cuda-function-index", ",".join(numbers), cubin)
+            for cubin, numbers in chosen.items()
+            if numbers
+        )
         usage = "".join(tool(folder, "cuobjdump", "--dump-resource-usage", cubin) for cubin in cubins)
     parts = re.split(r"^\s*\.section\s+\.text\.([^,\s]+),.*$", code, flags=re.MULTILINE)
     return {
         name: Disassembly(text, re.search(rf"{re.escape(name)}:\s*(.*)", usage)[1])
         for name, text in zip(parts[1::2], parts[2::2], strict=True)
     }
+
+
+def _functions(cubin: bytes) -> dict[int, str]:
+    """Functions of an ELF file, by their numbers in its table of symbols."""
+    start, size, count = *struct.unpack_from("<Q", cubin, 0x28), *struct.unpack_from("<HH", cubin, 0x3A)
+    # name, type, flags, address, offset, size, link, info, alignment, size of an entry
+    sections = [struct.unpack_from("<IIQQQQIIQQ", cubin, start + size * i) for i in range(count)]
+    (symbols,) = (s for s in sections if s[1] == 2)
+    names = sections[symbols[6]][4]
+    found = {}
+    for number in range(symbols[5] // symbols[9]):
+        name, kind = struct.unpack_from("<IB", cubin, symbols[4] + symbols[9] * number)
+        if kind & 15 == 2:
+            found[number] = cubin[names + name : cubin.index(0, names + name)].decode()
+    return found
 
 
 def weights_per_thread(noise: str, kernel: str) -> int:
@@ -77,11 +99,16 @@ def threads(noise: str, kernel: str) -> int:
 def kernels(arch: int, dtypes: Collection[str] = tuple(sass.DTYPES)) -> list[tuple[str, str, str, Disassembly]]:
     """Kernel ("perturb", "update"), noise, dtype and code of the kernels that read and write the same dtype."""
     found = []
-    for function, code in machine_code(arch).items():
+    for function, code in machine_code(arch, lambda name: _dtype_of(name) in dtypes).items():
         name = _KERNEL.search(function)
-        if name and name[1].lower() in dtypes:
-            found.append((_RULES[name[3]], _KINDS[name[2]], name[1].lower(), code))
+        found.append((_RULES[name[3]], _KINDS[name[2]], _dtype_of(function), code))
     return sorted(found, key=lambda k: (k[1], list(sass.DTYPES).index(k[2]), k[0]))
+
+
+def _dtype_of(function: str) -> str | None:
+    """What a kernel reads and writes, None for a function that is no such kernel."""
+    name = _KERNEL.search(function)
+    return name[1].lower() if name else None
 
 
 def rows(arch: int, dtypes: Collection[str] = tuple(sass.DTYPES)) -> list[dict]:
