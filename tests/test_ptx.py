@@ -1,7 +1,7 @@
 """The PTX that nvcc and Triton emit for an H100, run on the CPU by tests/ptx_machine and held to the cpu backend to the bit.
 
 What the GPU tests would launch is launched here: every CUDA kernel, and of the variants that Triton makes of its kernel some,
-since it takes more than a second for each. ESFAST_LONG_TESTS=1 runs all of them.
+since it takes more than a second for each. ESFAST_LONG_TESTS=1 runs all of them, and each with every rounding and decay.
 """
 
 import os
@@ -26,9 +26,8 @@ from esfast.core.noise import DOMAINS
 RULES = {"one": ONE, "add": ADD, "adam": ADAM}
 # Adam works in place, so there are no kernels with another source
 KERNELS = [(p, k, r) for p in PAIRS for k in KINDS for r in RULES if r != "adam" or len(set(PAIRS[p])) == 1]
-long_test = pytest.mark.skipif(
-    os.environ.get("ESFAST_LONG_TESTS") != "1", reason="ESFAST_LONG_TESTS=1 runs every variant, for some minutes"
-)
+LONG = os.environ.get("ESFAST_LONG_TESTS") == "1"
+long_test = pytest.mark.skipif(not LONG, reason="ESFAST_LONG_TESTS=1 runs every variant, for some minutes")
 
 
 # ---- CUDA -----------------------------------------------------------------------------------------------------------
@@ -38,7 +37,7 @@ long_test = pytest.mark.skipif(
 @pytest.mark.parametrize(("pair", "kind", "rule"), KERNELS)
 def test_every_cuda_kernel(pair, kind, rule):
     cuda = backends.CudaPtx(cuda_text())
-    hold(cuda, pair, kind, RULES[rule], calls_of(*PAIRS[pair], RULES[rule]))
+    hold(cuda, pair, kind, RULES[rule], calls_of(*PAIRS[pair], kind, RULES[rule], LONG))
     # without members no noise is drawn, and all kinds have one kernel
     without = {"gaussian"} if rule == "add" else set()
     assert cuda.launched == {cuda.find(*PAIRS[pair], DOMAINS[k], RULES[rule]) for k in {kind} | without}
@@ -99,7 +98,9 @@ def test_chosen_triton_kernels(pair, kind, rule, call):
 @long_test
 @pytest.mark.parametrize(("pair", "kind", "rule"), KERNELS)
 def test_every_triton_kernel(pair, kind, rule):
-    hold(backends.TritonPtx(triton_compiler()), pair, kind, RULES[rule], calls_of(*PAIRS[pair], RULES[rule]))
+    hold(
+        backends.TritonPtx(triton_compiler()), pair, kind, RULES[rule], calls_of(*PAIRS[pair], kind, RULES[rule], LONG)
+    )
 
 
 @needs_triton

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import ast
 import ctypes
+import filecmp
 import functools
 import importlib
+import importlib.util
 import json
 import os
 import re
@@ -14,6 +16,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +25,7 @@ from unittest import mock
 import numpy as np
 import torch
 
+from esfast.bench import disassembly
 from esfast.core.backends import cuda as cuda_backend
 from esfast.core.ops import Call
 from esfast.core.segments import BFLOAT16, FLOAT16
@@ -100,6 +104,33 @@ def nvcc_to_ptx(source: Path, target: Path, includes: Path = ROOT / "csrc") -> s
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return target.read_text()
+
+
+# Prints what the module esfast._cuda would be made of, as setup.py notes it beside the module that it keeps.
+MADE_OF = """
+import setuptools
+setuptools.setup = lambda ext_modules, **rest: print(made_of_what(ext_modules[1], None))
+exec(open("setup.py").read())
+"""
+
+
+def built_ptx() -> str | None:
+    """The PTX of all kernels that lies in esfast._cuda, or None where that is not PTX for an H100 that setup.py made of
+    the sources as they are now, or where Triton, which brings the tool that reads it, is not installed."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    module = Path(importlib.import_module("esfast._cuda").__file__)
+    kept = ROOT / "build" / "kept" / module.name
+    noted = kept.with_name(f"{kept.name}.made_of")
+    if not (noted.exists() and kept.exists() and filecmp.cmp(module, kept, shallow=False)):
+        return None
+    now = subprocess.run([sys.executable, "-c", MADE_OF], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    # The rest of the note is about compilers and settings, of which the PTX itself tells.
+    if ast.literal_eval(now)[0] != ast.literal_eval(noted.read_text())[0]:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        text = disassembly.tool(folder, "cuobjdump", "--dump-ptx", module)
+    return text if ".target sm_90" in text else None
 
 
 class CudaPtx:

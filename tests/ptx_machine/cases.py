@@ -43,7 +43,9 @@ needs_triton = pytest.mark.skipif(
 
 @functools.cache
 def cuda_text() -> str:
-    """PTX of all CUDA kernels."""
+    """PTX of all CUDA kernels: what the build has made of them, since nvcc takes half a minute to make it again."""
+    if built := backends.built_ptx():
+        return built
     with tempfile.TemporaryDirectory() as folder:
         sources = [backends.ROOT / "csrc" / f"{name}.cu" for name in ("cuda_kernel", "cuda_copy")]
         return "\n".join(backends.nvcc_to_ptx(source, Path(folder) / f"{source.stem}.ptx") for source in sources)
@@ -173,15 +175,19 @@ def one_call(members: int = 1, in_place: bool = True, stochastic: bool = False, 
     return {"members": members, "in_place": in_place, "stochastic": stochastic, "decay": decay}
 
 
-def calls_of(src: int, dst: int, rule: int) -> list[dict]:
-    """The calls that a kernel is tested with."""
+def calls_of(src: int, dst: int, kind: str, rule: int, every: bool) -> list[dict]:
+    """The calls that a kernel is tested with: every rounding with every decay, or each decay with one rounding, so that
+    the kernels for two kinds of noise, which share this code, have every pair."""
     in_place = src == dst
     if rule == ONE:
         # the plan of a split master has no other one of its kind to read from
         return [one_call(in_place=i) for i in ([False, True] if in_place and dst != SPLIT else [in_place])]
     counts = {ADD: (2, 7, 3), ADAM: (3, 2, 1)}[rule]
     roundings = (False, True) if dst in (BFLOAT16, FLOAT16) else (False,)
-    found = [one_call(counts[d], in_place, s, d) for s, d in itertools.product(roundings, (0, 1, 2))]
+    pairs = list(itertools.product(roundings, (0, 1, 2)))
+    if not every:
+        pairs = [(roundings[(d + KINDS.index(kind)) % len(roundings)], d) for d in (0, 1, 2)]
+    found = [one_call(counts[d], in_place, s, d) for s, d in pairs]
     return found + ([one_call(0, in_place, decay=1)] if rule == ADD else [])
 
 
