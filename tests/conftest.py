@@ -74,6 +74,15 @@ def same_threads():
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def warm_python():
+    """sys.executable is a Python that has imported torch, transformers and esfast already: tests/warm.py says how."""
+    import warm
+
+    with warm.python():
+        yield
+
+
 @pytest.fixture(scope="session")
 def cpu_seconds():
     """cpu_seconds(work): of this thread, for the fastest of three calls, so that other work of the machine hardly counts."""

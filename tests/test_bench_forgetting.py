@@ -7,7 +7,7 @@ from esfast.bench import forgetting
 from esfast.tasks import embedded, gym
 
 
-def test_each_decay_and_seed_is_a_row_and_both_tables_show_them(tmp_path, monkeypatch, capsys):
+def test_each_decay_and_seed_is_a_row_and_both_tables_show_them(warm_python, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(embedded, "CORPUS", 2)
     few = "--generations 1 --population-size 2 --prompts-per-generation 2 --eval-prompts 4 --max-completion-length 3"
     words = f"forgetting --seeds 3 --decays 0 10 --steps 2 --keep {tmp_path} --json {tmp_path / 'r.json'} -- {few}"

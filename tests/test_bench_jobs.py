@@ -127,7 +127,7 @@ def test_a_loop_of_ours_that_does_not_restore_is_left_out(tmp_path, monkeypatch)
     assert all(len(line) == len(headers) for line in lines)
 
 
-def test_replay_makes_the_same_model_again(tiny, tmp_path, monkeypatch):
+def test_replay_makes_the_same_model_again(warm_python, tiny, tmp_path, monkeypatch):
     command = replay._command
     monkeypatch.setattr(
         replay, "_command", lambda name, *rest: command(name, *rest, *["--base", tiny][: 2 * (name == "replay")])

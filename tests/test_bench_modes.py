@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm
 
 from esfast import Plan
 from esfast.bench import figures, main, memory, modes, tables, today
@@ -22,7 +23,8 @@ on_linux = pytest.mark.skipif(not memory.STATUS.exists(), reason="reads /proc")
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
     path = tmp_path_factory.mktemp("modes") / "modes.json"
-    main([*TINY, "--dtypes", "bfloat16", "--json", str(path)])  # so small that memory may miss the 2 %
+    with warm.python():
+        main([*TINY, "--dtypes", "bfloat16", "--json", str(path)])  # so small that memory may miss the 2 %
     return json.loads(path.read_text())
 
 
@@ -64,7 +66,7 @@ def test_a_generation_is_shown_with_what_it_takes_in_every_mode(result, tmp_path
 
 
 @on_linux
-def test_a_mode_that_takes_more_than_it_states_fails(monkeypatch, capsys):
+def test_a_mode_that_takes_more_than_it_states_fails(warm_python, monkeypatch, capsys):
     truth = weights.MasterWeights.cost(torch.bfloat16)
     monkeypatch.setattr(weights.MasterWeights, "cost", staticmethod(lambda dtype: truth._replace(device=3)))
     assert main([*TINY, "--numel", "2e7", "--dtypes", "bfloat16", "--noise", "rademacher"]) == 1

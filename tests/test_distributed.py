@@ -183,7 +183,7 @@ def test_a_scheduler_ends_torchrun_and_the_run_is_saved(single, tmp_path):
     assert read(out / "journal.jsonl").records == read(single / "journal.jsonl").records
 
 
-def test_two_machines_that_share_no_files(single, tmp_path):
+def test_two_machines_that_share_no_files(warm_python, single, tmp_path):
     """Each machine has a launcher, one of them two processes and the other one. To resume, the second machine gets the
     journal from the first."""
     for generations, resume in ((4, False), (6, True)):

@@ -271,7 +271,7 @@ def test_bad_options_of_an_evaluation_are_errors_at_the_door(here, capsys, optio
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_does(here):
+def test_two_processes_train_as_one_does(warm_python, here):
     command = ["-m", "esfast", "train", "--environment", "mine_env:Env", "--model", "model", "--no-progress"]
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--standalone"]
     started = [

@@ -13,7 +13,7 @@ SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py"))
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_it_runs(script, tiny, tmp_path):
+def test_it_runs(warm_python, script, tiny, tmp_path):
     more = ["--model", str(tiny)] if "--model" in (EXAMPLES / script).read_text(encoding="utf-8") else []
     command = [sys.executable, str(EXAMPLES / script), "--quick", *more]
     done = subprocess.run(

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from esfast.bench import fleet, main, simulate, tables
 from esfast.bench.fleet import Costs
 
+COLD = sys.executable
 FREE = Costs(operation=0.0, round_trip=0.0, member=0.0, weights=0.0, bandwidth=math.inf)
 
 
@@ -50,10 +52,20 @@ def test_costs_grow_as_they_should():
 
 
 @pytest.mark.slow
-def test_the_benchmark(tmp_path, monkeypatch, capsys):
+def test_the_benchmark(warm_python, tmp_path, monkeypatch, capsys):
     """Runs the benchmark, without the measurement of the embedded model, which takes half a minute."""
     monkeypatch.setattr(simulate, "embedded_model", lambda members: (np.linspace(0.05, 0.15, members), 1e-4, 5e5))
     monkeypatch.setattr(simulate, "check", functools.partial(simulate.check, generations=1, members=24))
+    measure = fleet.measure
+
+    def measured(jobs, isolated=False):
+        with pytest.MonkeyPatch.context() as patch:
+            if isolated:
+                # A fork would not be in the network namespace that the executable is started in.
+                patch.setattr(sys, "executable", COLD)
+            return measure(jobs, isolated)
+
+    monkeypatch.setattr(fleet, "measure", measured)
     path = tmp_path / "simulate.json"
     command = ["simulate", "--workers", "1", "8", "64", "--generations", "1", "--members", "8", "--json", str(path)]
     status = main([*command, "--plots", str(tmp_path)])

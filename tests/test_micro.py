@@ -33,6 +33,7 @@ def micro(folder, *options, **environment):
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, env=env)
 
 
+@pytest.mark.usefixtures("warm_python")
 def test_each_operation_stands_beside_today_s_way_and_a_copy(tmp_path):
     done = micro(tmp_path, "-k", "float32", "--benchmark-json", str(tmp_path / "result.json"))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -46,6 +47,7 @@ def test_each_operation_stands_beside_today_s_way_and_a_copy(tmp_path):
         assert all(info["GB/s"] > 0 for info in infos)
 
 
+@pytest.mark.usefixtures("warm_python")
 def test_a_slow_down_fails_the_comparison(tmp_path):
     """The comparison passes against the same code, and fails after a wait is planted into add_noise_."""
     chosen = "-k", "cpu-cpu-float32-gaussian-perturb"

@@ -11,6 +11,7 @@ import time
 import forks
 import pytest
 import torch
+import warm
 from forks import environment
 from job import free_port
 from test_distributed import outcome
@@ -65,13 +66,14 @@ def command(base, out, *more, **options):
 
 def launch(base, processes, out, *more, **options):
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(free_port())]
-    return subprocess.run(
-        [sys.executable, *launcher, "-m", "esfast", *command(base, out, *more, **options)],
-        env=environment(PYTHONPATH=str(base)),
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
+    with warm.python():
+        return subprocess.run(
+            [sys.executable, *launcher, "-m", "esfast", *command(base, out, *more, **options)],
+            env=environment(PYTHONPATH=str(base)),
+            capture_output=True,
+            text=True,
+            timeout=180,
+        )
 
 
 def team(base, processes, out, *more, folder, **options):

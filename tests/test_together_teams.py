@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+import warm
 from job import free_port
 
 from esfast.bench.architectures import tiny_model
@@ -41,14 +42,15 @@ def train(folder, at_once, *launcher, **environment):
     (folder / "tell.py").write_text(REWARD)
     prompts = ["a", "12+3=", "Name a colour, please: ", "xyz xyz", "12+4=", "b"]
     (folder / "prompts.jsonl").write_text("".join(f'{{"prompt": "{prompt}"}}\n' for prompt in prompts))
-    done = subprocess.run(
-        [sys.executable, *launcher, "-m", "esfast", *TRAIN, "--members-at-once", str(at_once)],
-        cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(folder)} | environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    with warm.python():
+        done = subprocess.run(
+            [sys.executable, *launcher, "-m", "esfast", *TRAIN, "--members-at-once", str(at_once)],
+            cwd=folder,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(folder)} | environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
     assert done.returncode == 0, done.stderr[-3000:]
     run = folder / "run"
     return done.stderr, (run / "journal.jsonl").read_bytes(), (run / "model" / "model.safetensors").read_bytes()
