@@ -13,7 +13,6 @@ import pytest
 
 TESTS = Path(__file__).parent
 FLAGS = [
-    "-O3",
     "-std=c++17",
     "-ffp-contract=off",
     "-fno-math-errno",
@@ -28,8 +27,9 @@ TOOLS = ("g++", "aarch64-linux-gnu-g++", "qemu-aarch64")
 def output_of(compiler, runner, folder):
     program = folder / compiler
     sources = [TESTS / "baseline_kernels.cpp", *(TESTS.parent / "csrc").glob("cpu_*.cpp")]
-    static = ["-static"] if runner else []
-    subprocess.run([compiler, *FLAGS, *static, *sources, "-o", program], check=True)
+    # As setup.py compiles for arm64. What is compared with is the same whatever a compiler makes of it, and quicker to make.
+    more = ["-O3", "-static"] if runner else ["-O1"]
+    subprocess.run([compiler, *FLAGS, *more, *sources, "-o", program], check=True)
     return subprocess.run([*runner, program], capture_output=True, text=True, check=True).stdout
 
 

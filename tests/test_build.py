@@ -39,7 +39,9 @@ def build(tmp_path, monkeypatch):
 
     def run(archs=None, status=0):
         log.write_text("")
-        environment = {**os.environ, "PATH": path, "CUDA_HOME": str(tmp_path / "cuda")}
+        # Where nvcc is of no use, a module in C++ takes its place; compiling that is left to test_cuda.py.
+        compilers = {"CC": "true", "CXX": "true"}
+        environment = {**os.environ, "PATH": path, "CUDA_HOME": str(tmp_path / "cuda"), **compilers}
         environment.pop("ESFAST_CUDA_ARCHS", None)
         environment |= {} if archs is None else {"ESFAST_CUDA_ARCHS": archs}
         done = subprocess.run(
