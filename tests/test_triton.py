@@ -63,9 +63,19 @@ def both(dtype, kind, seeds, coeffs, inplace=False, tile=512):
     return ours, theirs
 
 
-@pytest.mark.parametrize("kind", [GAUSSIAN, "rademacher"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("inplace", [False, True])
+# The interpreter takes seconds. Noise does not depend on the weights that it is added to, so that each dtype has one kind
+# in place and the other from a base.
+@pytest.mark.parametrize(
+    ("dtype", "kind", "inplace"),
+    [
+        (torch.float32, "rademacher", False),
+        pytest.param(torch.float32, *GAUSSIAN.values, True, marks=GAUSSIAN.marks),
+        pytest.param(torch.bfloat16, *GAUSSIAN.values, False, marks=GAUSSIAN.marks),
+        (torch.bfloat16, "rademacher", True),
+        (torch.float16, "rademacher", False),
+        pytest.param(torch.float16, *GAUSSIAN.values, True, marks=GAUSSIAN.marks),
+    ],
+)
 def test_equals_the_cpu_backend(dtype, kind, inplace, same_bits):
     ours, theirs = both(dtype, kind, [2**64 - 1, 5], [0.01, -0.3], inplace)
     for name, a, b in zip(ours.names, ours.tensors, theirs.tensors, strict=True):
@@ -98,7 +108,7 @@ def test_restoring_copies_every_bit_in_one_launch(dtype, monkeypatch, same_bits)
 
 
 @pytest.mark.parametrize("kind", [GAUSSIAN, "rademacher"])
-@pytest.mark.parametrize("members", [1, 3, 64])
+@pytest.mark.parametrize("members", [1, 3, 17])
 def test_member_counts(kind, members, same_bits):
     plan = esfast.Plan([("w", torch.linspace(-1, 1, 600).bfloat16())])
     ours, theirs = plan.clone(), plan.clone()
@@ -174,17 +184,19 @@ def matrices(dtype):
 
 
 LOW_RANK = [
-    # members, rank, rounding, decay, Adam
-    (1, 1, "nearest", 0, False),
-    (2, 2, "nearest", 0, False),
-    (1, 2, "stochastic", 2, False),
-    (1, 2, "stochastic", 1, True),
+    # dtype, members, rank, rounding, decay, Adam
+    (torch.float32, 1, 1, "nearest", 0, False),
+    (torch.float32, 2, 2, "nearest", 0, False),
+    (torch.bfloat16, 2, 2, "nearest", 0, False),
+    (torch.bfloat16, 1, 2, "stochastic", 2, False),
+    (torch.bfloat16, 1, 2, "stochastic", 1, True),
+    (torch.float16, 1, 1, "nearest", 0, False),
+    (torch.float16, 1, 2, "stochastic", 2, False),
 ]
 
 
 @pytest.mark.skipif(not EXACT_FMA, reason=f"the fma of Triton {triton.__version__}'s interpreter rounds twice")
-@pytest.mark.parametrize(("members", "rank", "rounding", "decay", "adam"), LOW_RANK)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "members", "rank", "rounding", "decay", "adam"), LOW_RANK)
 def test_low_rank(dtype, members, rank, rounding, decay, adam, same_bits):
     source = esfast.Plan(matrices(dtype))
     ours, theirs, anchor = source.clone(), source.clone(), source.clone() if decay == 2 else None
@@ -223,10 +235,10 @@ def test_low_rank(dtype, members, rank, rounding, decay, adam, same_bits):
 
 
 @pytest.mark.skipif(not EXACT_FMA, reason=f"the fma of Triton {triton.__version__}'s interpreter rounds twice")
-@pytest.mark.parametrize(("members", "rank"), [(5, 1), (64, 1), (2, 16)])
+@pytest.mark.parametrize(("members", "rank"), [(5, 1), (64, 1), (2, 5)])
 def test_low_rank_by_the_tiles_that_ship(members, rank, same_bits):
-    """Four factors a turn: two turns with three slots empty, sixteen turns, and
-    eight with a rank of 16."""
+    """Four factors a turn: two turns with three slots empty, sixteen turns, and three of which the second has factors of
+    both members."""
     plan = esfast.Plan([("w", torch.randn(129, 128, generator=torch.Generator().manual_seed(3)).bfloat16())])
     wanted, seeds, coeffs = plan.clone(), list(range(members)), [(-1) ** j * 0.1 * (j + 1) for j in range(members)]
     triton_backend.run(Call(plan, *check_members(seeds, coeffs), None, "low_rank", rank=rank))
