@@ -72,7 +72,7 @@ def single(tmp_path_factory):
 
 
 @pytest.mark.parametrize("processes", (2, 3, 4))
-def test_the_same_bits_and_journal_for_any_number_of_processes(processes, single, tmp_path):
+def test_the_same_bits_and_journal_for_any_number_of_processes(warm_python, processes, single, tmp_path):
     if processes == 3:
         done = torchrun(processes, tmp_path / "run", pause=0.005)
     else:
