@@ -150,7 +150,7 @@ def test_a_process_that_dies_ends_the_job_and_another_number_of_them_goes_on(sin
     assert outcome(tmp_path / "run") == outcome(single)
 
 
-def test_torchrun_starts_them_again_and_they_resume(single, tmp_path):
+def test_torchrun_starts_them_again_and_they_resume(warm_python, single, tmp_path):
     done = torchrun(2, tmp_path / "run", "--max-restarts", "1", fault="SIGKILL", at=[1, 3], pause=0.05)
     assert done.returncode == 0, done.stderr[-3000:]
     assert outcome(tmp_path / "run") == outcome(single) and "resuming after generation 3" in done.stderr
