@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import warm
 
 from esfast.bench import (
     BENCHMARKS,
@@ -48,7 +49,8 @@ def nothing_is_compiled():
 @pytest.fixture(scope="module")
 def noise_run(tmp_path_factory):
     path = tmp_path_factory.mktemp("noise") / "results" / "noise_cpu.json"
-    assert main([*NOISE, "--dtypes", "bfloat16", "float32", "--json", str(path)]) == 0
+    with warm.python():
+        assert main([*NOISE, "--dtypes", "bfloat16", "float32", "--json", str(path)]) == 0
     return path
 
 
@@ -103,7 +105,7 @@ def test_today_runs_less_often_when_its_time_is_up(tmp_path, monkeypatch, capsys
     assert shown.count("(1x)") == 8 and "?" in shown  # the strongest of an afternoon, too
 
 
-def test_a_way_that_takes_twice_as_long_runs_no_more(tmp_path, monkeypatch):
+def test_a_way_that_takes_twice_as_long_runs_no_more(warm_python, tmp_path, monkeypatch):
     ran = {"quick": 0, "slow": 0}
 
     def way(name, seconds):
