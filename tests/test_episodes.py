@@ -131,6 +131,13 @@ async def blocks_and_catches_all(client, row):
             pass
 
 
+async def blocks_catches_all_and_returns(client, row):
+    try:
+        time.sleep(1000)
+    except BaseException:
+        return 1.0
+
+
 async def computes(client, row):
     while True:
         pass
@@ -200,6 +207,7 @@ HOSTILE = {
     spins: "took more than 0.5 s",
     blocks: "took more than 0.5 s",
     blocks_and_catches_all: "took more than 0.5 s",
+    blocks_catches_all_and_returns: "took more than 0.5 s",
     computes: "took more than 0.5 s",
     blocks_a_thread: "took more than 0.5 s",
     blocks_in_a_task_of_its_own: "took more than 0.5 s|TooSlow",

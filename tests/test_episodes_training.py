@@ -14,6 +14,7 @@ from test_trainer import config
 import esfast
 from esfast.cli import main
 from esfast.report import load, page
+from esfast.rollout import SequentialEvaluator, TransformersEngine
 from esfast.rollout.episodes.engine import check_environment
 from esfast.tasks import embedded
 from esfast.utils.errors import BadType
@@ -117,6 +118,63 @@ def test_a_failing_episode_stops_the_run_or_its_member_is_left_out(tmp_path, mad
     assert trainer.es.generation == 1 and "is set aside: row 1" in caplog.text
 
 
+class Own(SequentialEvaluator):
+    def evaluate(self, members, prompts, seeds):
+        yield from super().evaluate(members, prompts, seeds)
+
+
+class Mixed:
+    evaluate = Own.evaluate
+
+
+class OfBoth(Mixed, SequentialEvaluator):
+    pass
+
+
+class Around:
+    """Has its own `evaluate`, and all else from another."""
+
+    evaluate = Own.evaluate
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+
+def replaced(evaluator):
+    evaluator.evaluate = lambda members, prompts, seeds: iter(())
+    return evaluator
+
+
+# Ways to an `evaluate` that an environment's members would not be asked through.
+OWN_EVALUATE = [
+    lambda made: Own(TransformersEngine(*made, 6)),
+    lambda made: OfBoth(TransformersEngine(*made, 6)),
+    lambda made: Around(SequentialEvaluator(TransformersEngine(*made, 6))),
+    lambda made: replaced(SequentialEvaluator(TransformersEngine(*made, 6))),
+]
+
+
+def test_an_evaluator_with_a_placed_of_its_own_plays(tmp_path, made):
+    class Both(Own):
+        asked = 0
+
+        def placed(self, members, sampled):
+            for some, complete in super().placed(members, sampled):
+                type(self).asked += len(some)
+                yield some, complete
+
+    model = embedded.make_model(made[1])
+    settings = config(tmp_path / "own", generations=1, max_completion_length=8)
+    evaluator = Both(TransformersEngine(model, made[1], 8))
+    trainer = esfast.ESTrainer(model, args=settings, environment=Env(), processing_class=made[1], evaluator=evaluator)
+    trainer.train()
+    trainer.folder.release()
+    assert Both.asked > 0
+
+
 def test_bad_arguments_are_errors_at_the_door(tmp_path, made):
     def sync(client, row):
         return 1.0
@@ -144,6 +202,10 @@ def test_bad_arguments_are_errors_at_the_door(tmp_path, made):
             "members_at_once: an engine of yo",
         ),
         ({"evaluator": object()}, "evaluator: .*asked many times, for which it needs a method `placed`"),
+        *(
+            ({"evaluator": own(made)}, "evaluator: .*has an `evaluate` of its own, but not a `placed`")
+            for own in OWN_EVALUATE
+        ),
         ({"settings": {"max_episode_turns": 0}}, "max_episode_turns"),
         ({"settings": {"episode_timeout": 0}}, "episode_timeout"),
         ({"settings": {"endpoint_port": 70000}}, "endpoint_port"),

@@ -30,14 +30,31 @@ def render(rows: Rows, tokenizer, options: Mapping[str, Any] | None = None) -> l
     Raises ValueError for a chat without messages, an unknown role, content other than text, a chat that ends with a
     system message, a tokenizer without a template, and whatever the template refuses.
     """
-    form, rendered = None, []
-    for row in rows:
-        prompt = row["prompt"]
-        if is_chat(prompt):
-            form = _forms(tokenizer) if form is None else form
-            prompt = _render(prompt, tokenizer, form, {**(options or {}), **_options(row)}, _tools(row))
-        rendered.append(prompt)
-    return rendered
+    return Renderer(tokenizer, options)(rows)
+
+
+class Renderer:
+    """`render` for one batch of rows after another. What form of messages the template reads is found out once."""
+
+    def __init__(self, tokenizer, options: Mapping[str, Any] | None = None):
+        self._tokenizer, self._options = tokenizer, options or {}
+        self._form: tuple[Any, tuple[bool, bool]] | None = None
+
+    def __call__(self, rows: Rows) -> list[str]:
+        form, rendered = None, []
+        for row in rows:
+            prompt = row["prompt"]
+            if is_chat(prompt):
+                form = form or self._form_of_messages()
+                prompt = _render(prompt, self._tokenizer, form, {**self._options, **_options(row)}, _tools(row))
+            rendered.append(prompt)
+        return rendered
+
+    def _form_of_messages(self) -> tuple[bool, bool]:
+        template = getattr(self._tokenizer, "chat_template", None)
+        if self._form is None or self._form[0] != template:
+            self._form = template, _forms(self._tokenizer)
+        return self._form[1]
 
 
 def answered(rows: Rows, responses: Sequence[str]) -> tuple[Rows, list]:

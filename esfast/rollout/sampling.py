@@ -8,6 +8,8 @@ their weights alone (common random numbers).
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,6 +48,14 @@ def response_seeds(seed: int, generation: int, prompts: int, responses: int) -> 
     blocks = np.arange(prompts, dtype=np.uint64) | np.uint64(generation << 32)
     words = [philox(seed, blocks, response, DOMAINS["response_seeds"]) for response in range(responses)]
     return [int(w[0][prompt]) | int(w[1][prompt]) << 32 for prompt in range(prompts) for w in words]
+
+
+def turn_seeds(seeds: Sequence[int], turns: Sequence[int]) -> list[int]:
+    """The seed of each answer of a batch, from the seed of its episode and its turn: what response_seeds(seed, turn, 1,
+    1) gives for each pair, all at once."""
+    keys: Any = np.array(seeds, dtype=np.uint64)
+    low, high, *_ = philox(keys, np.array(turns, dtype=np.uint64) << np.uint64(32), 0, DOMAINS["response_seeds"])
+    return [int(word) | int(upper) << 32 for word, upper in zip(low, high, strict=True)]
 
 
 def uniforms(seed: int, count: int) -> np.ndarray:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from ..rewards.scorer import RewardError, RewardFunc
 from ..rollout.episodes.engine import Episodes, Settings, check_environment
 from ..rollout.episodes.episode import FIGURES, Episode, Limits
-from ..rollout.episodes.evaluator import EpisodesEvaluator
+from ..rollout.episodes.evaluator import EpisodesEvaluator, check_places
 from ..rollout.evaluator import MemberEvaluator
 from ..utils.errors import BadType, BadValue
 from ..utils.rows import Rows, by_row
@@ -51,11 +51,8 @@ def of_environment(environment: Any, given: Given, config: ESConfig, shards: int
         raise BadType("metrics: an environment's episodes are measured by turns, tokens and seconds; leave metrics out")
     if config.kl_to_base:
         raise BadValue("kl_to_base: it is measured over single responses, not over episodes; leave it out")
-    if evaluator is not None and not callable(getattr(evaluator, "placed", None)):
-        raise BadType(
-            "evaluator: an environment's members are asked many times, for which it needs a method `placed` (see "
-            "esfast.rollout.episodes.Places); or give an engine"
-        )
+    if evaluator is not None:
+        check_places(evaluator)
     if shards > 1:
         # Limits on time could end an episode in one of the processes alone, which would then wait for ever.
         raise BadValue("tensor_parallel_size: an environment needs the whole model in each process; leave it at 1")

@@ -8,15 +8,14 @@ from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
 from contextvars import ContextVar
 from typing import Any, Protocol
 
-from .protocol import ApiError, Request, Write, chat_answer, chat_request, text_answer, text_request
+from .protocol import CHAT, TEXT, ApiError, Request, Written, read_request
 from .stream import events
 
 Scope = MutableMapping[str, Any]
 Send = Callable[[Scope], Awaitable[None]]
 Receive = Callable[[], Awaitable[Scope]]
 
-CHAT_PATH, TEXT_PATH = "/v1/chat/completions", "/v1/completions"
-ROUTES = {CHAT_PATH: (chat_request, chat_answer), TEXT_PATH: (text_request, text_answer)}
+ROUTES = {"/v1/chat/completions": CHAT, "/v1/completions": TEXT}
 MODELS = "/v1/models"
 LARGEST = 64 * 2**20  # bytes of a request
 # An error that the requests of a context are answered with.
@@ -28,8 +27,8 @@ class Speaker(Protocol):
 
     models: tuple[str, ...]
 
-    def answer(self, request: Request, write: Write) -> Coroutine[Any, Any, dict[str, Any]]:
-        """Waits for the JSON object that answers the request, as `write` makes it."""
+    def answer(self, request: Request) -> Coroutine[Any, Any, Written]:
+        """Waits for the answer, and the message in it. Raises ApiError for a request that is refused."""
 
 
 class Endpoint:
@@ -39,13 +38,11 @@ class Endpoint:
     def __init__(self):
         self.speakers: dict[str, Speaker] = {}
 
-    def respond(self, path: str, body: Any, key: str) -> Coroutine[Any, Any, dict[str, Any]]:
-        """Waits for the JSON object that answers a request. ApiError, at once or later, for one that is refused."""
-        speaker = self.speakers.get(key)
-        if speaker is None:
+    def speaker(self, key: str) -> Speaker:
+        """The owner of the key. ApiError if there is none."""
+        if (speaker := self.speakers.get(key)) is None:
             raise ApiError(401, "invalid_api_key", "the key belongs to no episode that is running")
-        read, write = ROUTES[path]
-        return speaker.answer(read(body, speaker.models), write)
+        return speaker
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -82,13 +79,12 @@ class Endpoint:
             body = json.loads(await _body(receive))
         except (ValueError, RecursionError):
             raise ApiError(400, "invalid_json", "the body of the request is no JSON") from None
-        answer = await _unless_gone(self.respond(path, body, key), receive)
+        speaker = self.speaker(key)
+        answer, _ = await _unless_gone(speaker.answer(read_request(ROUTES[path], body, speaker.models)), receive)
         return (b"text/event-stream", events(answer, body)) if body.get("stream") else _json(answer)
 
     def _models(self, path: str, key: str) -> dict[str, Any]:
-        if key not in self.speakers:
-            raise ApiError(401, "invalid_api_key", "the key belongs to no episode that is running")
-        models = self.speakers[key].models
+        models = self.speaker(key).models
         found = [{"id": name, "object": "model", "created": 0, "owned_by": "esfast"} for name in models]
         if path == MODELS:
             return {"object": "list", "data": found}
@@ -106,7 +102,7 @@ class Disconnected(Exception):
     """The client went away."""
 
 
-async def _unless_gone(answer: Awaitable[dict[str, Any]], receive: Receive) -> dict[str, Any]:
+async def _unless_gone(answer: Awaitable[Written], receive: Receive) -> Written:
     """The answer; if the client disconnects before it is there, withdraws the request and raises Disconnected."""
 
     async def gone() -> None:

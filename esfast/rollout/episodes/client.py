@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 import importlib
-import inspect
 from collections.abc import Callable
 from typing import Any
 
 from ...utils.errors import BadImport
-from .app import CHAT_PATH, REFUSED, TEXT_PATH, Endpoint
-from .plain import NotPlain, Told, reader
-from .protocol import ApiError
+from .app import REFUSED, Endpoint
+from .arguments import NotPlain, Told, reader
+from .protocol import CHAT, TEXT, ApiError, Kind
 from .session import MEMBER
 
 IN_MEMORY = "http://esfast.invalid/v1"
@@ -39,37 +38,49 @@ def clients(endpoint: Endpoint, base_url: str | None = None) -> Callable[[str], 
     from openai.types import Completion
     from openai.types.chat import ChatCompletion
 
-    plain = reader(openai)
+    class Quick:
+        """A resource of the library whose other methods are made when one of them is asked for."""
 
-    def shortened(resource: Any, path: str, answer_type: Any) -> Any:
-        """The class of a resource, with a short way for what its `create` would send to this path."""
+        def __init__(self, client: Any):
+            self._client = client
+
+        def __getattr__(self, name: str) -> Any:
+            if "_client" not in vars(self) or "_post" in vars(self):
+                raise AttributeError(name)
+            super().__init__(self._client)  # type: ignore[call-arg]
+            return getattr(self, name)
+
+    def shortened(resource: Any, kind: Kind, answer_type: Any) -> Any:
+        """The class of a resource, with a short way for the requests that its `create` would send."""
         by_http = resource.create
-        known = frozenset(inspect.signature(by_http).parameters)
+        request_of = reader(openai, kind, by_http)
         answer_type.model_rebuild()
-        # What model_validate calls.
+        # What model_validate calls. Making the four objects of an answer by hand takes longer.
         made_of = answer_type.__pydantic_validator__.validate_python
 
-        class Shortened(resource):
+        class Shortened(Quick, resource):
             @functools.wraps(by_http)
             async def create(self, **asked: Any) -> Any:
-                client, error = self._client, None
-                if client.short and asked.keys() <= known:
+                client, refused = self._client, None
+                if client.short:
                     try:
-                        answer = await endpoint.respond(path, plain(asked, client.told), client.api_key)
+                        speaker = endpoint.speaker(client.api_key)
+                        answer, message = await speaker.answer(request_of(asked, speaker.models, client.told))
                     except NotPlain:
                         pass
-                    except ApiError as refusal:
-                        error = refusal
+                    except ApiError as error:
+                        refused = error
                     else:
                         made = made_of(answer)
                         # as the library does
                         vars(made)["_request_id"] = None
-                        if path == CHAT_PATH and not (said := made.choices[0].message).tool_calls:
+                        if kind is CHAT and "tool_calls" not in message:
                             # The next request mostly sends it back, with the fields in this order.
-                            client.told.append((vars(said).copy(), {"content": said.content, "role": "assistant"}))
+                            sent_back = {"content": message["content"], "role": "assistant"}
+                            client.told.append((vars(made.choices[0].message).copy(), sent_back))
                         return made
                 # The library makes its exception of an error. The request is not asked again.
-                REFUSED.set(error)
+                REFUSED.set(refused)
                 try:
                     return await by_http(self, **asked)
                 finally:
@@ -77,13 +88,13 @@ def clients(endpoint: Endpoint, base_url: str | None = None) -> Callable[[str], 
 
         return Shortened
 
-    chat_completions = shortened(AsyncCompletions, CHAT_PATH, ChatCompletion)
-    text_completions = shortened(AsyncTextCompletions, TEXT_PATH, Completion)
+    chat_completions = shortened(AsyncCompletions, CHAT, ChatCompletion)
+    text_completions = shortened(AsyncTextCompletions, TEXT, Completion)
 
-    class Chat(AsyncChat):
-        @functools.cached_property
-        def completions(self) -> Any:
-            return chat_completions(self._client)
+    class Chat(Quick, AsyncChat):
+        def __init__(self, client: Any):
+            super().__init__(client)
+            self.completions = chat_completions(client)  # type: ignore[misc]
 
     class MemberClient(openai.AsyncOpenAI):
         model = MEMBER
@@ -113,7 +124,7 @@ def clients(endpoint: Endpoint, base_url: str | None = None) -> Callable[[str], 
     def with_key(key: str) -> MemberClient:
         # A copy; with_options, which checks all settings anew, takes longer than an episode's request.
         client = object.__new__(MemberClient)
-        vars(client).update(settings, api_key=key, told=[])
+        vars(client).update(settings, api_key=key, told=[], chat=Chat(client))
         return client
 
     return with_key

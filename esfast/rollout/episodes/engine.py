@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,17 +14,15 @@ from ...utils.errors import BadType
 from .. import chat
 from ..completion import Asked, Complete, Completion, complete
 from ..engine import Engine
-from ..sampling import LogitsError, response_seeds
+from ..sampling import LogitsError, response_seeds, turn_seeds
 from .app import Endpoint
 from .client import clients
 from .episode import FIGURES, Episode, Limits
+from .loop import Loops
 from .port import Port
 from .protocol import ApiError
 from .runner import Play, Runner
 from .session import Question
-
-# Most requests ask alike, and share one object.
-asking = functools.lru_cache(Asked)
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,10 @@ class Episodes:
             port = 0
         self._port = None if port is None else Port(self._endpoint, port)
         self._client_of = clients(self._endpoint, None if self._port is None else self._port.url)
+        self._render = chat.Renderer(tokenizer, self.settings.template)
+        self._loops = Loops()
         self._done: list[Episode] = []
+        weakref.finalize(self, self._loops.close)
 
     @property
     def tokens(self) -> int:
@@ -106,11 +108,12 @@ class Episodes:
         """
         default = 0.0 if seeds is None else self.settings.temperature
         runner = Runner(
+            self._loops,
             self._endpoint,
             self.settings.limits,
             self._play,
             self._client_of,
-            functools.partial(chat.render, tokenizer=self.tokenizer, options=self.settings.template),
+            self._render,
             self._prepare,
             functools.partial(self._answer, complete, default),
             None if self._port is None else self._port.serve,
@@ -132,10 +135,12 @@ class Episodes:
         return {name: sum(values) / len(values) for name, values in means.items() if values}
 
     def close(self) -> None:
-        self.close_port()
+        self.close_endpoint()
         self.engine.close()
 
-    def close_port(self) -> None:
+    def close_endpoint(self) -> None:
+        """Closes all but the engine."""
+        self._loops.close()
         if self._port is not None:
             self._port.close()
 
@@ -149,24 +154,36 @@ class Episodes:
         reader = getattr(engine, "prompts", None)
         longest = getattr(engine, "max_new_tokens", None) or getattr(reader, "max_new_tokens", None)
         alike = not callable(getattr(engine, "complete_texts", None))
-        rows = [None] * len(texts) if reader is None else self._encoded(reader, texts)
+
+        # Most requests ask alike.
+        @functools.cache
+        def most_of(how: Asked, tokens: int) -> tuple[int, int | None]:
+            """The most tokens of a completion whose prompt leaves room for them, and those that it must have room for
+            in any case."""
+            if not alike:
+                return _most(how.max_tokens, longest, tokens), how.max_tokens
+            self._check_alike(how, longest)
+            # Its answers can't be cut short.
+            return longest or tokens, longest
+
+        @functools.cache
+        def asking(how: Asked, most: int | None) -> Asked:
+            return how._replace(max_tokens=most)
+
+        rows = [[]] * len(texts) if reader is None else self._encoded(reader, texts)
+        limit = None if reader is None else reader.limit
         found: list[tuple[int, Asked] | ApiError] = []
         for ids, how, tokens in zip(rows, asked, left, strict=True):
             try:
-                if alike:
-                    self._check_alike(how, longest)
-                    # Its answers can't be cut short.
-                    most, wanted = longest or tokens, longest
-                else:
-                    most, wanted = _most(how.max_tokens, longest, tokens), how.max_tokens
+                most, wanted = most_of(how, tokens if longest is None else min(tokens, longest))
                 if reader is None:
-                    length, most = 0, longest and most
+                    found.append((0, asking(how, longest and most)))
+                elif type(ids) is ApiError:
+                    raise ids
                 else:
-                    length, most = _fitting(ids, reader.limit, most, wanted)
+                    found.append((len(ids), asking(how, _fitting(ids, limit, most, wanted))))
             except ApiError as error:
                 found.append(error)
-            else:
-                found.append((length, asking(most, how.temperature, how.top_p)))
         return found
 
     def _encoded(self, reader: Any, texts: Sequence[str]) -> list[Any]:
@@ -218,7 +235,9 @@ class Episodes:
         for i, how in enumerate(asked):
             groups.setdefault(own(how), []).append(i)
         for how, places in groups.items():
-            seeds = None if how.temperature == 0 else [questions[i].seed for i in places]
+            seeds = None
+            if how.temperature != 0:
+                seeds = turn_seeds([questions[i].seed for i in places], [questions[i].turn for i in places])
             owners = [questions[i].session.member for i in places]
             for i, completion in zip(places, complete(owners, [texts[i] for i in places], seeds, how), strict=True):
                 found[i] = completion
@@ -239,21 +258,21 @@ def _most(asked: int | None, longest: int | None, left: int) -> int:
     return min(left, asked)
 
 
-def _fitting(ids: Any, limit: int | None, most: int, asked: int | None) -> tuple[int, int]:
-    """Tokens of the prompt, and of the longest completion that has room behind it. ApiError if there is none."""
-    if isinstance(ids, ApiError):
-        raise ids
+def _fitting(ids: Any, limit: int | None, most: int, wanted: int | None) -> int:
+    """Tokens of the longest completion that has room behind the prompt. ApiError if there is none."""
     length = len(ids)
     room = most if limit is None else limit - length
-    if not length or room < (1 if asked is None else most):
+    if length and room >= most:
+        return most
+    if not length or room < (1 if wanted is None else most):
         raise ApiError(
             400,
             "context_length_exceeded",
             f"the prompt has {length} tokens and the model's context {limit}, which leaves no room for "
-            f"{'a completion' if asked is None else f'{most} tokens'}",
+            f"{'a completion' if wanted is None else f'{most} tokens'}",
             "messages",
         )
-    return length, min(most, room)
+    return room
 
 
 @functools.lru_cache(8)

@@ -71,18 +71,14 @@ class Episode:
         return self
 
 
-class Transcript:
-    """Collects the messages of an episode's requests, each once: a conversation that goes on is not repeated."""
-
-    def __init__(self):
-        self.messages: list[dict[str, Any]] = []
-
-    def add(self, asked: list[dict[str, Any]], answer: dict[str, Any]) -> None:
-        """Adds the messages of a request, and that of its answer. Keeps these objects, unless a field is None."""
-        told = len(self.messages)
-        known = asked[:told] == self.messages or (len(asked) >= told and all(map(_same, self.messages, asked)))
-        self.messages += map(said, asked[told if known else 0 :])
-        self.messages.append(answer)
+def add_new(told: list[dict[str, Any]], asked: list[dict[str, Any]], answer: dict[str, Any]) -> None:
+    """Adds the messages of a request, and that of its answer, to a transcript. Each message stands there once: a
+    conversation that goes on is not repeated. Keeps these objects, unless a field is None."""
+    known = len(told)
+    if asked[:known] != told and not (len(asked) >= known and all(map(_same, told, asked))):
+        known = 0
+    told += map(said, asked[known:])
+    told.append(answer)
 
 
 def turns(prompts, completions: Sequence[Episode], **columns) -> list[float]:

@@ -6,6 +6,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from ...es.population import Member, Population
+from ...utils.errors import BadType
 from ..completion import Complete
 from ..sampling import LogitsError
 from .engine import Episodes
@@ -26,6 +27,27 @@ class Places(Protocol):
         is closed, the weights are the original ones again."""
 
     def close(self) -> None: ...
+
+
+def check_places(evaluator: Any) -> None:
+    """TypeError if members that play episodes can't be asked through this evaluator, or not in its own way."""
+    if not callable(getattr(evaluator, "placed", None)):
+        raise BadType(
+            "evaluator: an environment's members are asked many times, for which it needs a method `placed` (see "
+            "esfast.rollout.episodes.Places); or give an engine"
+        )
+    # Where each of the two is defined, the nearest place first; what __getattr__ finds comes last.
+    levels = [getattr(evaluator, "__dict__", {}), *map(vars, type(evaluator).__mro__)]
+    evaluate, placed = (
+        next((place for place, names in enumerate(levels) if name in names), len(levels))
+        for name in ("evaluate", "placed")
+    )
+    if evaluate < placed:
+        raise BadType(
+            f"evaluator: {type(evaluator).__name__} has an `evaluate` of its own, but not a `placed`: an environment's "
+            "members are asked through `placed` alone (see esfast.rollout.episodes.Places), so its `evaluate` would "
+            "never be called; override `placed`, too"
+        )
 
 
 class EpisodesEvaluator:
@@ -60,5 +82,5 @@ class EpisodesEvaluator:
             )
 
     def close(self) -> None:
-        self.engine.close_port()
+        self.engine.close_endpoint()
         self._places.close()

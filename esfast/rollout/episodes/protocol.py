@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -28,51 +27,93 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
-@dataclass(slots=True)
-class Request:
-    """A checked request. `row` has the prompt, a text or a chat, and what `chat.render` takes besides; `seed` is 0 if
-    none was given."""
+class Options(NamedTuple):
+    """What a request says besides its prompt. `seed` is 0 if none was given."""
 
-    row: dict[str, Any]
     asked: Asked
     stop: tuple[str, ...]
     seed: int
-    chat: bool
+    tools: list[dict[str, Any]] | None
+    template: dict[str, Any] | None
+
+
+@dataclass(slots=True)
+class Request:
+    """A checked request. `prompt` is a list of messages, or a text."""
+
+    kind: Kind
+    prompt: Any
+    options: Options
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """What `chat.render` takes."""
+        options = self.options
+        return {"prompt": self.prompt, "tools": options.tools, "chat_template_kwargs": options.template}
 
     @property
     def messages(self) -> list[dict[str, Any]]:
-        prompt = self.row["prompt"]
-        return prompt if self.chat else [{"role": "user", "content": prompt}]
+        return self.prompt if self.kind is CHAT else [{"role": "user", "content": self.prompt}]
 
 
-def chat_request(body: Any, models: tuple[str, ...]) -> Request:
-    """The request of /v1/chat/completions, from its JSON. The request may keep parts of it. Raises ApiError."""
-    found = _settings(body, "messages", models)
-    if (messages := body.get("messages")) is None:
-        raise _wrong("messages", "a list of messages", None)
-    row = {"prompt": _messages("messages", messages), "tools": found.tools, "chat_template_kwargs": found.template}
-    return Request(row, found.asked, found.stop, found.seed, True)
-
-
-def text_request(body: Any, models: tuple[str, ...]) -> Request:
-    """The request of /v1/completions. Raises ApiError."""
-    found = _settings(body, "prompt", models)
-    if (prompt := body.get("prompt")) is None:
-        raise _wrong("prompt", ONE_TEXT, None)
-    return Request({"prompt": _prompt("prompt", prompt)}, found.asked, found.stop, found.seed, False)
-
-
+# Reads a field of a request: (name, value that is not None) -> value, or an ApiError.
+Read = Callable[[str, Any], Any]
 # The JSON object of an answer, and the assistant's message in it, without fields that are None.
 Written = tuple[dict[str, Any], dict[str, Any]]
 # (request, completion, id, time and model of the answer, tokens of the prompt) -> the answer
 Write = Callable[[Request, Completion, Mapping[str, Any], int], Written]
 
 
+@dataclass(frozen=True, eq=False)
+class Kind:
+    """A kind of requests.
+
+    prompt       the name of the field with the prompt
+    read_prompt  reads that field
+    fields       how each other field is read
+    write        makes the answer
+    """
+
+    prompt: str
+    read_prompt: Read
+    fields: Mapping[str, Read]
+    write: Write
+
+
+def read_request(kind: Kind, body: Any, models: tuple[str, ...]) -> Request:
+    """The request from its JSON, of which it may keep parts. Raises ApiError."""
+    if not isinstance(body, dict):
+        raise ApiError(400, "invalid_json", f"expected a JSON object, got {body!r:.60}")
+    options = read_options(kind, body, models)
+    return Request(kind, kind.read_prompt(kind.prompt, body.get(kind.prompt)), options)
+
+
+def read_options(kind: Kind, fields: Mapping[str, Any], models: tuple[str, ...]) -> Options:
+    """What the fields of a request say besides the prompt. A field that is None is as one that is left out. Raises
+    ApiError."""
+    found = {
+        name: kind.fields.get(name, _unknown)(name, value)
+        for name, value in fields.items()
+        if value is not None and name != kind.prompt
+    }
+    if (model := found.get("model")) not in models:
+        known_models = ", ".join(map(repr, models))
+        raise ApiError(404, "model_not_found", f"model: expected {known_models}, got {model!r:.80}", "model")
+    most = found.get("max_completion_tokens") or found.get("max_tokens")
+    return Options(
+        Asked(most, found.get("temperature"), found.get("top_p", 1.0)),
+        found.get("stop", ()),
+        found.get("seed", 0),
+        None if found.get("tool_choice") == "none" else found.get("tools"),
+        found.get("chat_template_kwargs"),
+    )
+
+
 def chat_answer(request: Request, completion: Completion, head: Mapping[str, Any], prompt_tokens: int) -> Written:
     """A chat completion. `head` has its id, time and model."""
     text, reason = _stopped(request, completion)
     message: dict[str, Any] = {"role": "assistant", "content": text}
-    calls = tool_calls(text, head["id"]) if request.row["tools"] else []
+    calls = tool_calls(text, head["id"]) if request.options.tools else []
     if calls:
         text, reason = TOOL_CALL.sub("", text).strip() or None, "tool_calls"
         message = {"role": "assistant", **({} if text is None else {"content": text}), "tool_calls": calls}
@@ -117,56 +158,6 @@ def tool_calls(text: str, unique: str) -> list[dict[str, Any]]:
         function = {"name": name, "arguments": json.dumps(arguments)}
         found.append({"id": f"call-{unique}-{number}", "type": "function", "function": function})
     return found
-
-
-# Reads a field of a request: (name, value that is not None) -> value, or an ApiError.
-Read = Callable[[str, Any], Any]
-
-
-class Said(NamedTuple):
-    """What a request says besides its prompt."""
-
-    asked: Asked
-    stop: tuple[str, ...]
-    seed: int
-    tools: list[dict[str, Any]] | None
-    template: dict[str, Any] | None
-
-
-def _settings(body: Any, prompt: str, models: tuple[str, ...]) -> Said:
-    """What a request says besides its field `prompt`. Raises ApiError."""
-    if not isinstance(body, dict):
-        raise ApiError(400, "invalid_json", f"expected a JSON object, got {body!r:.60}")
-    # With types: a number may equal one of another type.
-    given = [(name, type(v), v) for name, v in body.items() if v is not None and name != prompt]
-    try:
-        return _read_once(tuple(given), prompt, models)
-    except TypeError:
-        # It has lists or objects.
-        return _read(given, prompt, models)
-
-
-def _read(given: Sequence[tuple[str, type, Any]], prompt: str, models: tuple[str, ...]) -> Said:
-    fields = CHAT if prompt == "messages" else TEXT
-    found = {name: fields.get(name, _unknown)(name, value) for name, _, value in given}
-    if (model := found.get("model")) not in models:
-        known_models = ", ".join(map(repr, models))
-        raise ApiError(404, "model_not_found", f"model: expected {known_models}, got {model!r:.80}", "model")
-    return Said(
-        Asked(
-            found.get("max_completion_tokens") or found.get("max_tokens"),
-            found.get("temperature"),
-            found.get("top_p", 1.0),
-        ),
-        found.get("stop", ()),
-        found.get("seed", 0),
-        None if found.get("tool_choice") == "none" else found.get("tools"),
-        found.get("chat_template_kwargs"),
-    )
-
-
-# Most requests of a run say the same.
-_read_once = functools.lru_cache(256)(_read)
 
 
 def _unknown(name: str, value: Any) -> Any:
@@ -253,7 +244,7 @@ def _prompt(name: str, value: Any) -> str:
 
 
 ONE_TEXT = "one text; ask once for each prompt, and not with token ids"
-# The fields of both kinds of requests. A field that is None is as one that is left out.
+# The fields of both kinds of requests.
 COMMON: dict[str, Read] = {
     "model": _as_it_is,
     "temperature": _number(0, 100),
@@ -282,18 +273,19 @@ WITHOUT_EFFECT = (
     "user metadata service_tier safety_identifier prompt_cache_key parallel_tool_calls prompt_cache_retention"
 )
 COMMON |= dict.fromkeys(WITHOUT_EFFECT.split(), _as_it_is)
-CHAT = COMMON | {
+OF_CHATS: dict[str, Read] = {
     "tools": _tools,
     "max_completion_tokens": _length,
     "chat_template_kwargs": _object,
 }
-TEXT = COMMON
+CHAT = Kind("messages", _messages, COMMON | OF_CHATS, chat_answer)
+TEXT = Kind("prompt", _prompt, COMMON, text_answer)
 
 
 def _stopped(request: Request, completion: Completion) -> tuple[str, str]:
     """The text up to the first stop string, and why it ends there."""
-    if request.stop:
-        places = [place for stop in request.stop if (place := completion.text.find(stop)) >= 0]
+    if stops := request.options.stop:
+        places = [place for stop in stops if (place := completion.text.find(stop)) >= 0]
         if places:
             return completion.text[: min(places)], "stop"
     return completion.text, "stop" if completion.ended else "length"

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
-from ...utils.errors import BadState, EsfastError
+from ...utils.errors import BadState
 from ...utils.garbage import rare_collections
 from ...utils.time_limit import TooSlow, now
 from ..completion import Asked, Completion
@@ -18,9 +18,10 @@ from ..sampling import LogitsError
 from .app import Endpoint
 from .client import part_with
 from .episode import Episode, Limits, check_reward
+from .loop import Loops
 from .protocol import ApiError
 from .session import Question, Session
-from .watch import event_loop, stdout_is_stderr
+from .watch import stdout_is_stderr
 
 # Seconds that a request waits for those of other episodes while these wait for something outside, and while code of
 # episodes runs without an end.
@@ -41,7 +42,7 @@ Answers = Callable[[Sequence[Question], Sequence[str], Sequence[Asked]], "Sequen
 class Runner:
     """Plays one episode a row and member.
 
-        (episodes,) = Runner(endpoint, limits, play, client_of, render, prepare, answer)([rows], [seeds])
+        (episodes,) = Runner(Loops(), endpoint, limits, play, client_of, render, prepare, answer)([rows], [seeds])
 
     The loop runs in this thread. Requests wait until every episode that runs waits for an answer. Then the engine
     answers all of them, in the order of members and rows, and the loop goes on. So the batches are the same in every
@@ -60,6 +61,7 @@ class Runner:
 
     def __init__(
         self,
+        loops: Loops,
         endpoint: Endpoint,
         limits: Limits,
         play: Play,
@@ -69,7 +71,8 @@ class Runner:
         answer: Answers,
         serve: Callable[[], Coroutine[Any, Any, None]] | None = None,
     ):
-        self._endpoint, self._limits, self._play, self._client_of = endpoint, limits, play, client_of
+        self._loops, self._endpoint, self._limits = loops, endpoint, limits
+        self._play, self._client_of = play, client_of
         self._render, self._prepare = render, prepare
         self._answer, self._serve = answer, serve
         self._running: dict[tuple[int, int], Session] = {}
@@ -105,9 +108,10 @@ class Runner:
         ]
 
     def _run(self) -> None:
-        loop_of_ours = event_loop(self._before_select, self._limits.seconds, self._charge)
+        # A port that was served on a loop is open on it until the loop is closed.
+        lent = self._loops.lend(self._before_select, self._limits.seconds, self._charge, keep=self._serve is None)
         at_once = min(self._limits.at_once, len(self._left))
-        with stdout_is_stderr(), rare_collections(OBJECTS * at_once), loop_of_ours as loop:
+        with stdout_is_stderr(), rare_collections(OBJECTS * at_once), lent as loop:
             self._loop, self._done = loop, loop.create_future()
             try:
                 server = None if self._serve is None else loop.create_task(self._serve())
@@ -121,7 +125,8 @@ class Runner:
                     f"environment: a callback of an episode blocked the event loop for {self._limits.seconds:g} s"
                 ) from None
             finally:
-                self._running, self._questions, self._left = {}, [], deque()
+                self._running, self._left = {}, deque()
+                self._questions.clear()
                 self._endpoint.speakers.clear()
 
     # ---- episodes ----------------------------------------------------------------------------------------------------
@@ -130,7 +135,7 @@ class Runner:
         while self._left and len(self._running) < self._limits.at_once:
             index, member, row, seed = self._left.popleft()
             name = None if self._names is None else self._names[member]
-            session = Session(member, index, row, seed, self._limits, self._ask, self._loop, name)
+            session = Session(member, index, row, seed, self._limits, self._questions.append, self._loop, name)
             key = next(self._keys)
             self._endpoint.speakers[key] = session
             self._running[member, index] = session
@@ -186,19 +191,17 @@ class Runner:
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
 
-    def _ask(self, question: Question) -> asyncio.Future[tuple[Completion, int]]:
-        self._questions.append(question)
-        return question.answer
-
     def _before_select(self, timeout: float | None) -> float | None:
         """Called when the loop looks for events: answers the requests if it is time to. Returns the new timeout."""
         if not self._running:
             return timeout
         moment, idle = now(), timeout is None or timeout > 0
         self._end_late(moment)
-        self._questions = [q for q in self._questions if not q.answer.done()]
+        while self._questions and self._questions[0].answer.done():
+            # It was cancelled.
+            del self._questions[0]
         if self._questions:
-            waited = moment - min(q.since for q in self._questions)
+            waited = moment - self._questions[0].since
             all_wait = idle and all(session.waiting for session in self._running.values())
             if all_wait or waited > (PATIENCE if idle else LONGEST_PATIENCE):
                 self._answer_questions()
@@ -222,21 +225,25 @@ class Runner:
 
     def _answer_questions(self) -> None:
         began = now()
-        questions = sorted(self._questions, key=lambda q: (q.session.member, q.session.index, q.turn))
-        self._questions = []
+        # Others were cancelled, too.
+        asked = [question for question in self._questions if not question.answer.done()]
+        asked.sort(key=lambda q: (q.session.member, q.session.index, q.turn))
+        self._questions.clear()
         outer = asyncio._get_running_loop()
         asyncio._set_running_loop(None)
         try:
+            questions = _allowed(asked)
             questions, texts = _accepted(questions, self._texts(questions))
             text_of = dict(zip(questions, texts, strict=True))
             questions, prepared = _accepted(
                 questions,
                 self._prepare(
                     texts,
-                    [question.request.asked for question in questions],
+                    [question.request.options.asked for question in questions],
                     [self._limits.tokens - question.session.tokens for question in questions],
                 ),
             )
+            self._questions += _beyond_tokens(questions, prepared)
             if questions:
                 self._answered(questions, [text_of[question] for question in questions], prepared)
         finally:
@@ -248,39 +255,83 @@ class Runner:
         self, questions: Sequence[Question], texts: Sequence[str], prepared: Sequence[tuple[int, Asked]]
     ) -> None:
         found = self._answer(questions, texts, [how for _, how in prepared])
-        for question, (length, _), completion in zip(questions, prepared, found, strict=True):
-            if isinstance(completion, LogitsError):
-                self._give_up(question.session.member, completion)
-            # That cancels the requests of the member's episodes, but not those from outside.
-            if question.answer.done():
-                continue
-            if isinstance(completion, LogitsError):
-                question.answer.set_exception(ApiError(400, "episode_over", str(completion)))
-            else:
-                question.answer.set_result((completion, length))
+        with self._loop.together():
+            for question, (length, _), completion in zip(questions, prepared, found, strict=True):
+                if isinstance(completion, LogitsError):
+                    self._give_up(question.session.member, completion)
+                # That cancels the requests of the member's episodes, but not those from outside.
+                if question.answer.done():
+                    continue
+                if isinstance(completion, LogitsError):
+                    question.answer.set_exception(ApiError(400, "episode_over", str(completion)))
+                else:
+                    question.answer.set_result((completion, length))
 
     def _texts(self, questions: Sequence[Question]) -> list[str | ApiError]:
         """The texts that the model continues; for a request that has none, why."""
         rows = [question.request.row for question in questions]
+        if self._names is None:
+            return self._rendered(rows)
         # Of several members many say the same. What is in a row came as JSON.
-        keys: list[Any] = list(range(len(rows)) if self._names is None else map(repr, rows))
-        distinct = dict(zip(keys, rows, strict=True))
         try:
-            texts: list[str | ApiError] = list(self._render(list(distinct.values())))
-        except EsfastError:
-            texts = list(itertools.chain.from_iterable(self._text(row) for row in distinct.values()))
-        text_of = dict(zip(distinct, texts, strict=True))
+            keys = list(map(repr, rows))
+        except RecursionError:
+            return self._rendered(rows)
+        distinct = dict(zip(keys, rows, strict=True))
+        text_of = dict(zip(distinct, self._rendered(list(distinct.values())), strict=True))
         return [text_of[key] for key in keys]
+
+    def _rendered(self, rows: list[dict[str, Any]]) -> list[str | ApiError]:
+        try:
+            return list(self._render(rows))
+        # A template may raise anything, and lists in lists can be too deep for it.
+        except Exception:
+            return list(itertools.chain.from_iterable(map(self._text, rows)))
 
     def _text(self, row: Mapping[str, Any]) -> list[str | ApiError]:
         try:
             return list(self._render([row]))
-        except EsfastError as error:
+        except Exception as error:
             return [ApiError(400, "invalid_value", str(error), "messages")]
+
+
+def _allowed(questions: Sequence[Question]) -> list[Question]:
+    """The questions of episodes that may go on. The others are refused: an episode may have asked several at once, and
+    used its tokens for the first of them."""
+    allowed = []
+    for question in questions:
+        session = question.session
+        if session.over or session.tokens >= session.limits.tokens:
+            question.answer.set_exception(session.refusal())
+        else:
+            allowed.append(question)
+    return allowed
+
+
+def _beyond_tokens(questions: list[Question], prepared: list[tuple[int, Asked]]) -> list[Question]:
+    """Takes those questions out of both lists for which their episodes may have no tokens left once their earlier ones
+    are answered, and returns them."""
+    if len({question.session for question in questions}) == len(questions):
+        return []
+    left: dict[Session, int] = {}
+    later = []
+    for question, (_, how) in list(zip(questions, prepared, strict=True)):
+        session, most = question.session, how.max_tokens or 0
+        if session not in left:
+            left[session] = session.limits.tokens - session.tokens - most
+        elif most <= left[session]:
+            left[session] -= most
+        else:
+            later.append(question)
+    prepared[:] = [one for question, one in zip(questions, prepared, strict=True) if question not in later]
+    questions[:] = [question for question in questions if question not in later]
+    return later
 
 
 def _accepted(questions: Sequence[Question], found: Sequence[Any]) -> tuple[list[Question], list[Any]]:
     """The questions for which something was found, and that. Those with an ApiError are answered with it."""
+    if ApiError not in set(map(type, found)):
+        return list(questions), list(found)
     accepted: list[Question] = []
     for question, one in zip(questions, found, strict=True):
         if isinstance(one, ApiError):

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ...utils.time_limit import now
 from ..completion import Completion
-from ..sampling import response_seeds
-from .episode import Episode, Limits, Transcript
-from .protocol import ApiError, Request, Write
+from .episode import Episode, Limits, add_new
+from .protocol import ApiError, Request, Written
 
 # Any client may use this name for the member that plays its episode.
 MEMBER = "member"
@@ -22,16 +21,16 @@ class Question:
 
     __slots__ = "session", "request", "turn", "answer", "since"
 
-    def __init__(self, session: Session, request: Request, turn: int):
-        self.session, self.request, self.turn = session, request, turn
-        self.answer: asyncio.Future[tuple[Completion, int]] = session.loop.create_future()
-        self.since = now()
+    def __init__(self, session: Session, request: Request, turn: int, since: float):
+        self.session, self.request, self.turn, self.since = session, request, turn, since
+        # (the completion, tokens of the prompt)
+        self.answer: asyncio.Future[tuple[Completion, int]] = asyncio.Future(loop=session.loop)
 
     @property
     def seed(self) -> int:
-        """The seed of the answer: a function of the row and the turn, so the same for all members, and of the request's
-        own seed if it has one."""
-        return response_seeds((self.session.seed + self.request.seed) % 2**64, self.turn, 1, 1)[0]
+        """What the seed of the answer is made from, with the turn: the row, so the same for all members, and the
+        request's own seed if it has one."""
+        return (self.session.seed + self.request.options.seed) % 2**64
 
 
 class Session:
@@ -40,7 +39,7 @@ class Session:
     member      which of the members that play at the same time answers
     index, row  the row's number, and the row
     seed        of the row's episode
-    ask         hands a Question in; its future gets the answer
+    ask         hands a Question in, whose future gets the answer
     loop        the event loop that episodes run on, in this thread
     name        a further name of the member
     """
@@ -52,42 +51,52 @@ class Session:
         row: Mapping[str, Any],
         seed: int,
         limits: Limits,
-        ask: Callable[[Question], Awaitable[tuple[Completion, int]]],
+        ask: Callable[[Question], None],
         loop: asyncio.AbstractEventLoop,
         name: str | None = None,
     ):
         self.member, self.index, self.row, self.seed, self.limits = member, index, row, seed, limits
         self.models: tuple[str, ...] = (MEMBER,) if name is None else (MEMBER, name)
         self._ask, self.loop, self._thread = ask, loop, threading.get_ident()
-        self.turns = self.tokens = self.waiting = 0
-        self.task: asyncio.Task | None = None
-        self.over = False
-        # Seconds outside the model until `since`, and the time when the last cancellation came.
-        self.spent, self.since = 0.0, now()
-        self.ended_at: float | None = None
-        self._transcript = Transcript()
+        self.since = now()
+        self._messages: list[dict[str, Any]] = []
 
-    async def answer(self, request: Request, write: Write) -> dict[str, Any]:
+    # What it has used of its limits, and how many of its requests wait for an answer.
+    turns = tokens = waiting = 0
+    # Seconds outside the model until `since`.
+    spent = 0.0
+    # Its task, whether it is over, and when it was cancelled because it took too long.
+    task: asyncio.Task | None = None
+    over = False
+    ended_at: float | None = None
+
+    async def answer(self, request: Request) -> Written:
         """See Speaker. Raises ApiError if the episode is over or has used up its limits."""
         limits = self.limits
         if self.over or self.turns >= limits.turns or self.tokens >= limits.tokens:
-            raise self._refusal()
+            raise self.refusal()
         # asyncio.get_running_loop would ask the system for the number of the process.
         if threading.get_ident() != self._thread:
             # The episode asks from a thread that has an event loop of its own.
-            asked = asyncio.run_coroutine_threadsafe(self.answer(request, write), self.loop)
+            asked = asyncio.run_coroutine_threadsafe(self.answer(request), self.loop)
             return await asyncio.wrap_future(asked)
         turn, self.turns = self.turns, self.turns + 1
-        self._pause()
+        question = Question(self, request, turn, now())
+        if not self.waiting:
+            self.spent += question.since - self.since
+        self.waiting += 1
         try:
-            completion, prompt_tokens = await self._ask(Question(self, request, turn))
+            self._ask(question)
+            completion, prompt_tokens = await question.answer
         finally:
-            self._resume()
+            self.waiting -= 1
+            if not self.waiting:
+                self.since = now()
         self.tokens += completion.tokens
         head = {"id": f"esfast-{self.index}-{turn}", "created": 0, "model": self.models[0]}
-        answer, message = write(request, completion, head, prompt_tokens)
-        self._transcript.add(request.messages, message)
-        return answer
+        written = request.kind.write(request, completion, head, prompt_tokens)
+        add_new(self._messages, request.messages, written[1])
+        return written
 
     @property
     def seconds(self) -> float:
@@ -104,26 +113,20 @@ class Session:
         self.spent, self.over = self.seconds, True
         self.since = now()
         error = None if error is None else f"row {self.index} ({_shown(self.row)}): its episode {error}"
-        return Episode(reward, error, self.turns, self.tokens, self.spent, self._transcript.messages, cause)
+        return Episode(reward, error, self.turns, self.tokens, self.spent, list(self._messages), cause)
 
-    def _refusal(self) -> ApiError:
+    def refusal(self) -> ApiError:
+        """Why it gets no answer, if it is over or has used up its limits."""
         if self.over:
             return ApiError(400, "episode_over", f"row {self.index}: the episode is over")
         name = "turns" if self.turns >= self.limits.turns else "tokens"
         used = f"the episode has used its {getattr(self.limits, name)} {name} (max_episode_{name})"
         return ApiError(400, f"{name}_limit", f"row {self.index}: {used}")
 
-    def _pause(self) -> None:
-        if not self.waiting:
-            self.spent += now() - self.since
-        self.waiting += 1
-
-    def _resume(self) -> None:
-        self.waiting -= 1
-        if not self.waiting:
-            self.since = now()
-
 
 def _shown(row: Mapping[str, Any]) -> str:
-    text = " ".join(repr(dict(row)).split())
+    try:
+        text = " ".join(repr(dict(row)).split())
+    except Exception:
+        return "it can't be shown"
     return text if len(text) <= 100 else f"{text[:97]}..."

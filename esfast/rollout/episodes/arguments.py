@@ -1,11 +1,14 @@
-"""Arguments of the client's `create` as the JSON object of a request."""
+"""Arguments of the client's `create` as a request, without the JSON text that the library would send."""
 
 from __future__ import annotations
 
 import functools
+import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
+
+from .protocol import CHAT, Kind, Options, Request, read_options
 
 
 class NotPlain(Exception):
@@ -20,10 +23,15 @@ TEXTS = {str}
 Told = list[tuple[dict[str, Any], dict[str, Any]]]
 
 
-def reader(openai: Any) -> Callable[[Mapping[str, Any], Told], dict[str, Any]]:
-    """Returns (arguments of `create`, what was told before) -> the JSON object of the request, a copy. Of a chat that
-    goes on it reads only the new messages, and adds them to what was told. It raises NotPlain if the library would do
-    more than to send this object, or raise an error itself."""
+def reader(
+    openai: Any, kind: Kind, create: Callable[..., Any]
+) -> Callable[[dict[str, Any], tuple[str, ...], Told], Request]:
+    """Returns (arguments of `create`, names of the model, what was told before) -> the request. It keeps nothing that
+    the caller may change. Of a chat that goes on it reads only the new messages, and adds them to what was told.
+
+    It raises ApiError for a request that is refused, and NotPlain if the library would do more than to send the
+    arguments as JSON, or raise an error itself."""
+    known = frozenset(inspect.signature(create).parameters)
     left_out = frozenset({openai.NotGiven, openai.Omit})
     answer = openai.types.chat.ChatCompletionMessage
 
@@ -60,7 +68,7 @@ def reader(openai: Any) -> Callable[[Mapping[str, Any], Told], dict[str, Any]]:
             if type(message) is dict:
                 if message != fields and message != json:
                     break
-            elif type(message) is not answer or vars(message) != fields or message.model_extra:
+            elif type(message) is not answer or vars(message) != fields or message.__pydantic_extra__:
                 break
             found.append(json)
         del told[len(found) :]
@@ -77,23 +85,42 @@ def reader(openai: Any) -> Callable[[Mapping[str, Any], Told], dict[str, Any]]:
             found.append(json)
         return found
 
-    def plain(asked: Mapping[str, Any], told: Told) -> dict[str, Any]:
-        fields = {}
+    def fields(given: Mapping[str, Any]) -> dict[str, Any]:
+        """The JSON object of the arguments besides the prompt."""
+        if not given.keys() <= known or given.get("extra_headers") or given.get("extra_query"):
+            raise NotPlain
+        found = {
+            name: json_of(value)
+            for name, value in given.items()
+            if name not in NO_FIELDS and type(value) not in left_out
+        }
+        if (further := given.get("extra_body")) is not None:
+            if type(further) is not dict or kind.prompt in further:
+                raise NotPlain
+            found |= json_of(further)
+        if found.get("stream"):
+            raise NotPlain
+        return found
+
+    def options(models: tuple[str, ...], names: Iterable[str], types: Any, *values: Any) -> Options:
+        return read_options(kind, fields(dict(zip(names, values, strict=True))), models)
+
+    # Most requests of a run say the same. With types: a number may equal one of another type.
+    options_once = functools.lru_cache(256)(options)
+
+    def request(asked: dict[str, Any], models: tuple[str, ...], told: Told) -> Request:
+        given = asked.copy()
+        prompt = given.pop(kind.prompt, None)
+        said = models, tuple(given), tuple(map(type, given.values())), *given.values()
         try:
-            for name, value in asked.items():
-                kind = type(value)
-                if name == "messages" and kind is list:
-                    fields[name] = chat(value, told)
-                elif name not in NO_FIELDS and kind not in left_out:
-                    fields[name] = json_of(value)
-            if (further := asked.get("extra_body")) is not None:
-                if type(further) is not dict:
-                    raise NotPlain
-                fields |= json_of(further)
+            try:
+                how = options_once(*said)
+            except TypeError:
+                # It has lists or objects.
+                how = options(*said)
+            prompt = chat(prompt, told) if kind is CHAT and type(prompt) is list else json_of(prompt)
         except (ValueError, TypeError, RecursionError):
             raise NotPlain from None
-        if asked.get("extra_headers") or asked.get("extra_query") or fields.get("stream"):
-            raise NotPlain
-        return fields
+        return Request(kind, kind.read_prompt(kind.prompt, prompt), how)
 
-    return plain
+    return request
