@@ -176,6 +176,15 @@ async def raises(client, row):
     raise KeyError("board")
 
 
+class Exits(Exception):
+    def __str__(self):
+        sys.exit(3)
+
+
+async def raises_what_exits(client, row):
+    raise Exits
+
+
 async def exits(client, row):
     sys.exit(3)
 
@@ -215,6 +224,7 @@ HOSTILE = {
     floods_and_catches_all: "took more than 0.5 s",
     writes_too_much: "used its 10 tokens",
     raises: "raised KeyError: 'board'",
+    raises_what_exits: "raised Exits: .its message can't be made",
     exits: "SystemExit: 3",
     interrupts: "KeyboardInterrupt",
     gives_text: "expected a finite number as its reward, got '1.0'",

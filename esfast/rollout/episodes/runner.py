@@ -344,6 +344,7 @@ def _accepted(questions: Sequence[Question], found: Sequence[Any]) -> tuple[list
 def _words(error: BaseException | None) -> str:
     try:
         text = str(error)
-    except Exception:
+    # This is no step of the episode, whose exits are caught.
+    except (Exception, SystemExit):
         text = "(its message can't be made)"
     return f"raised {type(error).__name__}: {text:.1000}"
