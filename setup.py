@@ -72,8 +72,10 @@ CUDA_HEADERS = [
         "cuda_copy.cuh",
     )
 ]
-HEADERS = [os.path.join("csrc", name) for name in ("noise.h", "lanes.h", "dtypes.h", "cpu.h", "cpu_rows.h")]
-CPU_KERNELS = [os.path.join("csrc", name) for name in ("cpu_kernel.cpp", "cpu_low_rank.cpp")]
+HEADERS = [
+    os.path.join("csrc", name) for name in ("noise.h", "lanes.h", "dtypes.h", "cpu.h", "cpu_rows.h", "products.h")
+]
+CPU_KERNELS = [os.path.join("csrc", name) for name in ("cpu_kernel.cpp", "cpu_low_rank.cpp", "cpu_products.cpp")]
 NO_COMPILER = """
 esfast: the C++ extension could not be built: {error}
 

@@ -14,6 +14,7 @@
 #include "cpu.h"
 #include "dtypes.h"
 #include "noise.h"
+#include "products.h"
 
 #if defined(_OPENMP)
 #include <omp.h>
@@ -128,6 +129,35 @@ void add_noise(Array<int64_t> segments, Array<uint64_t> seeds, Array<float> coef
     }
 }
 
+#if defined(ESFAST_HAS_AVX512)
+// See products.h; addresses and numbers.
+void products(uintptr_t x, uintptr_t weights, uintptr_t bias, uintptr_t y, int64_t members, int64_t rows, int64_t in, int64_t out) {
+    py::gil_scoped_release release;
+    products_avx512({reinterpret_cast<const float*>(x), reinterpret_cast<const float*>(weights),
+                     reinterpret_cast<const float*>(bias), reinterpret_cast<float*>(y), members, rows, in, out});
+}
+#endif
+
+// Copies float32 matrices to memory where they lie transposed, without gaps. A row of `matrices` has the addresses of a
+// matrix and of its copy, and the matrix's rows and columns.
+void transpose(Array<int64_t> matrices) {
+    if (matrices.ndim() != 2 || matrices.shape(1) != 4) throw std::invalid_argument("matrices: rows of four numbers expected");
+    const int64_t* row = matrices.data();
+    const int64_t count = matrices.shape(0);
+    py::gil_scoped_release release;
+    for (int64_t i = 0; i < count; ++i, row += 4) {
+        const float* const from = reinterpret_cast<const float*>(row[0]);
+        float* const to = reinterpret_cast<float*>(row[1]);
+        const int64_t rows = row[2], cols = row[3];
+        constexpr int64_t STRIP = 256;  // rows of which a line each stays in the first-level cache
+        for (int64_t first = 0; first < rows; first += STRIP) {
+            const int64_t end = std::min(rows, first + STRIP);
+            for (int64_t c = 0; c < cols; ++c)
+                for (int64_t r = first; r < end; ++r) to[c * rows + r] = from[r * cols + c];
+        }
+    }
+}
+
 py::tuple philox_words(uint64_t seed, uint64_t block, uint32_t tensor_id, uint32_t domain) {
     const Words<uint32_t> w = philox(seed, block, tensor_id, domain);
     return py::make_tuple(w.x0, w.x1, w.x2, w.x3);
@@ -140,6 +170,10 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("add_noise", &add_noise, py::arg("segments"), py::arg("seeds"), py::arg("coeffs"), py::arg("kind"),
           py::arg("stochastic"), py::arg("decay"), py::arg("low"), py::arg("m"), py::arg("v"), py::arg("adam"),
           py::arg("threads"), py::arg("instruction_set"), py::arg("rank") = 1);
+#if defined(ESFAST_HAS_AVX512)
+    m.def("products", &products, "For processors with AVX-512: see csrc/products.h.");
+#endif
+    m.def("transpose", &transpose, py::arg("matrices"));
     m.def("set_streamed_from", [](int64_t bytes) { streamed_from = bytes; }, "For the tests: see module.cpp.");
     m.def("instruction_sets", &instruction_sets, "Instruction sets that this build and this processor have, best first.");
     m.def("philox", &philox_words, "The four words of one Philox4x32-7 call, for the known-answer test.");

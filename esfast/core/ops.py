@@ -7,7 +7,7 @@ import functools
 import importlib
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,8 +123,7 @@ def add_noise_(
     if not isinstance(plan, Plan):
         raise BadType(f"plan: expected an esfast.Plan, got {type(plan).__name__}; write esfast.Plan(model)")
     rank = check_rank(check_kind(noise), rank)
-    if rounding not in ROUNDINGS:
-        raise BadValue(f"rounding: expected one of {', '.join(map(repr, ROUNDINGS))}, got {rounding!r}")
+    check_rounding(rounding)
     if not isinstance(decay, (int, float, np.floating)) or not 0 <= decay <= 1:
         raise BadValue(f"decay: expected a number from 0 to 1, got {decay!r}")
     if epilogue is not None:
@@ -143,11 +142,44 @@ def add_noise_(
             run(call)
 
 
+def writer(
+    plan: Plan,
+    base: Plan,
+    noise: str = "gaussian",
+    rounding: str = "nearest",
+    backend: str = "auto",
+    rank: int = 1,
+) -> Callable[[np.ndarray, np.ndarray], None]:
+    """`add_noise_` for many calls that write a plan from the same base: what stays the same is checked once. The
+    function takes seeds and coefficients as `check_members` returns them."""
+    rank, stochastic = check_rank(check_kind(noise), rank), check_rounding(rounding) == "stochastic"
+    run = get_backend(backend, plan.device, noise)
+
+    def write(seeds: np.ndarray, coeffs: np.ndarray) -> None:
+        call = Call(plan, seeds, coeffs, base, noise, stochastic, rank=rank)
+        with _subnormals_kept():
+            call.table  # noqa: B018  for its checks
+            if len(plan):
+                run(call)
+
+    return write
+
+
+def check_rounding(rounding: str) -> str:
+    if rounding not in ROUNDINGS:
+        raise BadValue(f"rounding: expected one of {', '.join(map(repr, ROUNDINGS))}, got {rounding!r}")
+    return rounding
+
+
+# The smallest float32 above 0
+_SUBNORMAL = np.uint32(1).view(np.float32)
+
+
 @contextlib.contextmanager
 def _subnormals_kept():
     """Switches flush-to-zero (torch.set_flush_denormal) off for this thread. csrc/module.cpp does so for its
     threads."""
-    flushing = (np.ones(1, dtype=np.uint32).view(np.float32) * np.float32(1))[0] == 0
+    flushing = _SUBNORMAL * np.float32(1) == 0
     if flushing:
         torch.set_flush_denormal(False)
     try:

@@ -14,6 +14,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
+import numpy as np
 import torch
 
 from ..core.factors import FactorBuffers
@@ -72,8 +73,8 @@ class LowRankModel(StackedModel):
     short = LOW_RANK
     noise = "low_rank"
 
-    def _write(self, k: int, seed: int, coeff: float) -> None:
-        super()._write(k, seed, coeff)
+    def _write(self, k: int, seed: int, coeff: float, of_groups: list[tuple[np.ndarray, np.ndarray]]) -> None:
+        super()._write(k, seed, coeff, of_groups)
         for factor, buffers in self._buffers[k]:
             buffers.write(seed, factor * coeff, self._options["backend"])
 

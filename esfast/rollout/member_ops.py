@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from .member_products import product_of
 from .member_tensor import MemberTensor, rows_of_member
 
 Way = Callable[..., torch.Tensor]
@@ -38,14 +39,13 @@ class BoundLinear:
 
 
 def stacked_linear(weight: MemberTensor, bias: MemberTensor | None) -> Linear:
-    w, b = weight.stack.mT, None if bias is None else bias.stack.unsqueeze(1)
-    members, columns, out = w.shape
+    stack = weight.stack if weight.turned is None else weight.turned
+    product = product_of(stack.mT, None if bias is None else bias.stack.unsqueeze(1))
+    members = weight.members
 
     def linear(x: torch.Tensor) -> torch.Tensor:
         rows_of_member(F.linear, x.shape[0], members, (weight, bias))
-        mine = x.reshape(members, -1, columns)
-        y = torch.bmm(mine, w) if b is None else torch.baddbmm(b, mine, w)
-        return y.view(*x.shape[:-1], out)
+        return product(x)
 
     return linear
 
@@ -81,8 +81,8 @@ def _embedding(args: tuple, kwargs: dict, dims: list) -> Way | None:
         members, size, width = w.shape
         rows = rows_of_member(func, ids.shape[0], members, args)
         starts = torch.arange(0, members * size, size, device=ids.device)
-        shifted = ids.unflatten(0, (members, rows)) + starts.view(-1, *[1] * ids.dim())
-        return F.embedding(shifted.flatten(0, 1), w.reshape(members * size, width))
+        shifted = ids.reshape(members, rows, *ids.shape[1:]) + starts.view(-1, *[1] * ids.dim())
+        return F.embedding(shifted.view(ids.shape), w.reshape(members * size, width))
 
     return way
 
@@ -98,10 +98,11 @@ def _elementwise(args: tuple, kwargs: dict, dims: list) -> Way | None:
         return None
 
     def way(func, args: tuple, kwargs: dict, first: MemberTensor) -> torch.Tensor:
-        x, w = args[1 - at], args[at].stack
-        rows = rows_of_member(func, x.shape[0], w.shape[0], args)
-        mine = x.reshape(w.shape[0], rows, *x.shape[1:])
-        wide = w.reshape(w.shape[0], *[1] * (mine.dim() - w.dim()), *w.shape[1:])
+        x, w = args[1 - at], first.stack
+        members, *shape = w.shape
+        count, *rest = x.shape
+        mine = x.reshape(members, rows_of_member(func, count, members, args), *rest)
+        wide = w.reshape(members, *[1] * (len(rest) + 1 - len(shape)), *shape)
         return (func(mine, wide) if at else func(wide, mine)).flatten(0, 1)
 
     return way

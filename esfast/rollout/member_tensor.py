@@ -13,6 +13,7 @@ refused.
 
 from __future__ import annotations
 
+import functools
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -55,6 +56,7 @@ class MemberTensor(torch.Tensor):
     stack       (K, *shape), made if need be
     weight      the weight's name without numbers, or several names
     label       the same, and what was done to it
+    turned      the stack once more, as (K, out, in) that lies (K, in, out) in memory, for linear layers; or None
     operations  what is known of the model's operations
     """
 
@@ -62,6 +64,7 @@ class MemberTensor(torch.Tensor):
     weight: str
     label: str
     operations: Operations
+    turned: torch.Tensor | None = None
 
     @staticmethod
     def of(held: torch.Tensor | Factors, weight: str, operations: Operations, done: str = "") -> MemberTensor:
@@ -103,6 +106,7 @@ class MemberTensor(torch.Tensor):
             return _learn(func, args, kwargs, leaves, key, first)
 
 
+@functools.lru_cache(65536)
 def label_of(name: str) -> str:
     """A parameter's name with `*` for numbers, since layers are alike, and so are experts, of which some see no row."""
     return re.sub(r"\b\d+\b", "*", name)
@@ -155,13 +159,15 @@ RETURNS_ITSELF = frozenset(
 def _signature(func, args: tuple, kwargs: dict) -> tuple[Sequence, tuple, MemberTensor]:
     """The arguments as a list, a key that identifies this use of weights, and one of the weights."""
     leaves = [*args, *kwargs.values()] if kwargs else args
-    if any(isinstance(leaf, (list, tuple, dict)) for leaf in leaves):
-        leaves = tree_flatten((args, kwargs))[0]
+    for leaf in leaves:
+        if isinstance(leaf, (list, tuple, dict)):
+            leaves = tree_flatten((args, kwargs))[0]
+            break
     key, first = [func, *kwargs], None
     for leaf in leaves:
         if type(leaf) is MemberTensor:
             key.append(leaf.label)
-            first = first if first is not None else leaf
+            first = leaf if first is None else first
         else:
             key.append(leaf.dim() if isinstance(leaf, torch.Tensor) else None)
     return leaves, tuple(key), first

@@ -15,10 +15,11 @@ import contextlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+import numpy as np
 import torch
 from torch.utils._pytree import tree_flatten
 
-from ..core.ops import add_noise_, check_members
+from ..core.ops import check_members, writer
 from ..core.plan import Plan
 from ..es.perturbation import unchanged_buffers
 from ..update.optimizers import Group, check_groups
@@ -29,6 +30,7 @@ from .member_factors import Factors
 from .member_linear import direct
 from .member_modules import OneByOne, Places
 from .member_ops import SHORT
+from .member_products import LARGEST, Turned
 from .member_tensor import MemberTensor, Unsupported, label_of
 
 __all__ = ["StackedModel", "Unsupported", "stacked"]
@@ -123,18 +125,31 @@ class StackedModel:
         rule, base = rule or Rule(noise=self.noise), self.plan if base is None else base
         self._options = {**rule.noise_options, "rounding": rounding, "backend": backend}
         self._turned: dict[int, torch.Tensor] = {}
+        # by number: copies that lie (in, out), of weights that are a linear layer's and something else's
+        self._tied: dict[int, torch.Tensor] = {}
         self._stacks = self._allocate(at_once, rule)
+        self._copies = Turned(
+            [*self._turned.values(), *(self._stacks[i] for i in self._tied)],
+            [*(self._stacks[i].mT for i in self._turned), *self._tied.values()],
+        )
         # Numbers of the weights that are written whole
         stacks = [i for i, stack in enumerate(self._stacks) if isinstance(stack, torch.Tensor)]
         source = base if len(stacks) == len(base) else base.subset(stacks)
-        self._parts = [rule.by_group(self._plan_of(k, stacks), source) if stacks else [] for k in range(at_once)]
+        parts = [rule.by_group(self._plan_of(k, stacks), source) if stacks else [] for k in range(at_once)]
+        self._groups = [group for group, *_ in parts[0]]
+        # of each member, by group
+        self._writers = [[writer(mine, source, **self._options) for _, mine, source in of_k] for of_k in parts]
         self._count, self._order = 0, list[int]()
         self._tensors: list[MemberTensor] = []
         self._replaced: list[torch.nn.Module] = []
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in self._stacks) + self.bytes_to_write
+        return self._bytes_of_members + self.bytes_to_write
+
+    @property
+    def _bytes_of_members(self) -> int:
+        return sum(held.nbytes for held in (*self._stacks, *self._tied.values()))
 
     @property
     def bytes_to_write(self) -> int:
@@ -151,15 +166,18 @@ class StackedModel:
     def bytes_of_member(self) -> int:
         """Memory for each member: of its own tensors, and of matrices that operations make whole."""
         whole = sum(self.learned.operations.whole.values())
-        return sum(stack.nbytes for stack in self._stacks) // self.at_once + whole
+        return self._bytes_of_members // self.at_once + whole
 
     def write(self, members: Sequence[tuple[int, float]]) -> None:
         """Writes the weights of at most `at_once` members. TypeError or ValueError, before any is written."""
         seeds, coeffs = check_members(*zip(*members, strict=True)) if members else ((), ())
         if not 1 <= len(seeds) <= self.at_once:
             raise BadValue(f"stacked: expected 1 to {self.at_once} members, got {len(seeds)}")
-        for k, (seed, coeff) in enumerate(zip(seeds.tolist(), coeffs.tolist(), strict=True)):
-            self._write(k, seed, coeff)
+        terms = list(zip(seeds.tolist(), coeffs.tolist(), strict=True))
+        of_groups = [check_members(*group.noise_of(terms)) for group in self._groups]
+        for k, (seed, coeff) in enumerate(terms):
+            # A group that is frozen has no noise.
+            self._write(k, seed, coeff, [(keys[k : k + 1], factors[k : k + 1]) for keys, factors in of_groups])
         self._count, self._order = len(seeds), list(range(len(seeds)))
 
     def choose(self, members: Sequence[int]) -> list[int]:
@@ -176,27 +194,32 @@ class StackedModel:
         return order[:count]
 
     def _swap(self, i: int, j: int) -> None:
-        for held in self._stacks:
+        for held in (*self._stacks, *self._tied.values()):
             for part in held.parts if isinstance(held, Factors) else (held,):
                 part[[i, j]] = part[[j, i]]
 
-    def _write(self, k: int, seed: int, coeff: float) -> None:
-        for group, mine, base in self._parts[k]:
-            add_noise_(mine, *group.noise_of([(seed, coeff)]), base=base, **self._options)
-        for i, written in self._turned.items():
-            self._stacks[i][k].copy_(written)
+    def _write(self, k: int, seed: int, coeff: float, of_groups: list[tuple[np.ndarray, np.ndarray]]) -> None:
+        for write, noise in zip(self._writers[k], of_groups, strict=True):
+            write(*noise)
+        self._copies.copy_to(k)
 
     def _allocate(self, at_once: int, rule: Rule) -> list[torch.Tensor | Factors]:
         """Memory for each weight of the plan.
 
         On a CPU the matrix products of small float32 matrices take half the time when the weights lie (in, out). Such
-        a weight is written to `_turned`, by its number, which has room for one member, and copied from there.
+        a weight is written to `_turned`, by its number, which has room for one member, and copied from there. A small
+        one that is also an embedding's lies both ways.
         """
         stacks: list[torch.Tensor | Factors] = []
-        linear = self._places.numbers(lambda module, key: isinstance(module, torch.nn.Linear) and key == "weight")
+        linear = self._places.numbers(_is_linear)
+        others = self._places.numbers(lambda module, key: not _is_linear(module, key))
         for i, tensor in enumerate(self.plan.tensors):
             options = {"dtype": tensor.dtype, "device": tensor.device}
-            if i in linear and tensor.device.type == "cpu" and tensor.dtype is torch.float32:
+            small = tensor.dim() == 2 and tensor.numel() <= LARGEST
+            on_cpu = tensor.device.type == "cpu" and tensor.dtype is torch.float32
+            if i not in linear | others and on_cpu and small:
+                self._tied[i] = torch.empty(at_once, *reversed(tensor.shape), **options)
+            if i in linear and on_cpu:
                 self._turned[i] = torch.empty(tensor.shape, **options)
                 stacks.append(torch.empty(at_once, *reversed(tensor.shape), **options).mT)
             else:
@@ -288,6 +311,8 @@ class StackedModel:
         learned, stacks = self.learned, [stack[:count] for stack in self._stacks]
         names = map(label_of, self.plan.names)
         self._tensors = [MemberTensor.of(s, n, learned.operations) for s, n in zip(stacks, names, strict=True)]
+        for i, copies in self._tied.items():
+            self._tensors[i].turned = copies[:count].mT
         self._places.put(self._tensors)
         for path, module in self.module.named_modules():
             if label_of(path) in learned.one_by_one:
@@ -321,3 +346,8 @@ class StackedModel:
             learned.calls.add(call)
         finally:
             self._enter(self._count)
+
+
+def _is_linear(module: torch.nn.Module, key: object) -> bool:
+    """Whether such an attribute of the module is the matrix of a linear layer."""
+    return isinstance(module, torch.nn.Linear) and key == "weight"

@@ -1,0 +1,104 @@
+"""Products of a few rows with each member's own matrix, and the copies of matrices that such products want: on a CPU.
+
+`torch.bmm` takes members one by one, and waits for each one's weights, which have left the nearer caches since the step
+before. The extension's routine fetches the next member's weights meanwhile; see csrc/cpu_products.cpp. It is used where
+it is faster and gives the bits of `torch.bmm`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from ..core.ops import instruction_set
+
+try:
+    from .. import _cpu as extension
+except ImportError:
+    # without a C++ compiler
+    extension = None
+
+# From more rows of each member on, `torch.bmm` is as fast.
+MOST_ROWS = 32
+# Larger matrices leave no room in the cache for those of the next member. In numbers, 256 KiB.
+LARGEST = 65536
+
+Product = Callable[[torch.Tensor], torch.Tensor]
+
+
+def product_of(w: torch.Tensor, b: torch.Tensor | None) -> Product:
+    """x (members * rows, ..., in) -> x @ w + b for each member, for w (members, in, out) and b (members, 1, out)."""
+    members, size, out = w.shape
+
+    def product(x: torch.Tensor) -> torch.Tensor:
+        mine = x.reshape(members, -1, size)
+        y = torch.bmm(mine, w) if b is None else torch.baddbmm(b, mine, w)
+        return y.view(*x.shape[:-1], out)
+
+    if not (_takes(w) and (b is None or _takes(b))):
+        return product
+    weights, bias, numbers = w.data_ptr(), 0 if b is None else b.data_ptr(), members * size
+
+    def product_of_few(x: torch.Tensor) -> torch.Tensor:
+        rows = x.numel() // numbers
+        few = 0 < rows <= MOST_ROWS and torch.get_num_threads() == 1
+        plain = type(x) is torch.Tensor and x.dtype is torch.float32 and not x.requires_grad
+        # Who records or counts PyTorch's operations must see one.
+        watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+        if not (few and plain and not watched and _same_bits(rows, size, out)):
+            return product(x)
+        x = x.contiguous()
+        y = x.new_empty((*x.shape[:-1], out))
+        extension.products(x.data_ptr(), weights, bias, y.data_ptr(), members, rows, size, out)
+        return y
+
+    return product_of_few
+
+
+def _takes(w: torch.Tensor) -> bool:
+    """Whether the routine is there and takes such weights of members, (members, ..., out)."""
+    plain = w.device.type == "cpu" and w.dtype is torch.float32 and w.is_contiguous() and not w.requires_grad
+    return plain and _is_there() and w.numel() <= LARGEST * len(w)
+
+
+@functools.cache
+def _is_there() -> bool:
+    return hasattr(extension, "products") and instruction_set(extension.instruction_sets()) == "avx512"
+
+
+@functools.cache
+def _same_bits(rows: int, size: int, out: int) -> bool:
+    """Whether the routine adds up as `torch.bmm` does here, seen from a few thousand sums."""
+    members, random = 2 + 4096 // (rows * out), torch.Generator().manual_seed(0)
+    shapes = (members, rows, size), (members, size, out), (members, 1, out)
+    x, w, b = (torch.randn(shape, generator=random) for shape in shapes)
+    y = torch.empty(members, rows, out)
+    extension.products(x.data_ptr(), w.data_ptr(), b.data_ptr(), y.data_ptr(), members, rows, size, out)
+    return torch.equal(y, torch.baddbmm(b, x, w))
+
+
+class Turned:
+    """Copies matrices, float32 on a CPU, to where they lie transposed.
+
+    matrices  (rows, columns), of the member that was written last, or (members, rows, columns)
+    copies    of each matrix those of all members, (members, columns, rows)
+    Neither has gaps.
+    """
+
+    def __init__(self, matrices: Sequence[torch.Tensor], copies: Sequence[torch.Tensor]):
+        self._pairs = list(zip(matrices, copies, strict=True))
+        rows = [(m.data_ptr(), c.data_ptr(), *m.shape[-2:]) for m, c in self._pairs]
+        steps = [(m[0].nbytes if m.dim() == 3 else 0, c[0].nbytes, 0, 0) for m, c in self._pairs]
+        # of the first member; and what is added for each further one
+        self._rows, self._steps = (np.array(table, dtype=np.int64).reshape(-1, 4) for table in (rows, steps))
+
+    def copy_to(self, k: int) -> None:
+        """Copies the matrices of member k."""
+        if hasattr(extension, "transpose"):
+            extension.transpose(self._rows + k * self._steps)
+            return
+        for matrix, copy in self._pairs:
+            copy[k].copy_((matrix[k] if matrix.dim() == 3 else matrix).mT)
