@@ -33,6 +33,7 @@ BENCHMARKS = {
     "ranks": "what low-rank noise costs in learning: ranks and full-rank noise on two tasks, sigma scanned for each",
     "iteration": "a whole generation of ES: against its text generation alone, and against the loop of today",
     "together": "members in one batch: against one after another, and against frozen weights in the same batch",
+    "resident": "members in one batch: the memory that they are said to take, and by how much a process grew",
     "vllm": "a population in one vLLM engine: against member after member, and against frozen weights in one batch",
     "dropin": "loops of others, before and after esfast: what a generation costs beside its evaluations; MeZO learning",
     "tasks": "the embedded model learns each of the tasks: rewards before and after, and how long it took",
@@ -78,6 +79,7 @@ EXAMPLES = {
         "--members 4 --prompts 8 --repeats 2   a first look",
         "--device cuda --models Qwen2.5-0.5B --dtype bfloat16 --noise gaussian low_rank --members 1 4 16 30 --rates",
     ),
+    "resident": ("--json bench/results/resident.json", "--repeats 1   a first look"),
     "vllm": (
         "--json bench/results/vllm.json",
         "--members 4 --prompts 2 --repeats 1   a first look",

@@ -175,7 +175,7 @@ def test_auto_stays_in_its_share(case, monkeypatch):
         prompts = ["x" * draw.randint(1, longest) for _ in range(draw.randint(1, 12))]
         seeds = draw.choice([None, list(range(len(prompts)))])
         found, peak = with_peak(answers, evaluator, es, prompts, seeds)
-        assert evaluator.need <= size / 2
+        assert evaluator.need - evaluator.beside_tensors <= size / 2
         # a single row has to be answered, and two are needed to measure
         fits = evaluator.at_once == 1 or evaluator.batches.room(longest, False) > 2
         assert peak <= 1.1 * size / 2 or not fits, (size, evaluator.at_once)

@@ -72,6 +72,8 @@ class LowRankModel(StackedModel):
 
     short = LOW_RANK
     noise = "low_rank"
+    # 5 MB more: the product of all rows with a shared matrix copies blocks of both, to memory that it keeps.
+    workspaces = 8_000_000
 
     def _write(self, k: int, seed: int, coeff: float, of_groups: list[tuple[np.ndarray, np.ndarray]]) -> None:
         super()._write(k, seed, coeff, of_groups)

@@ -36,12 +36,12 @@ class RowBytes(NamedTuple):
         """If the prompts of all rows are read at once."""
         return self.held + max(self.reading, self.step)
 
-    def passing(self, rows: int, read_at_once: int) -> int:
-        """What so many rows take beside `held`, at most."""
+    def transient(self, rows: int, read_at_once: int) -> int:
+        """What so many rows take beside `held`, at most: it is taken and freed again in each forward pass."""
         return max(min(rows, read_at_once) * self.reading, rows * self.step)
 
     def of(self, rows: int, read_at_once: int) -> int:
-        return rows * self.held + self.passing(rows, read_at_once)
+        return rows * self.held + self.transient(rows, read_at_once)
 
     def fitting(self, memory: int, read_at_once: int) -> int:
         """How many rows such a memory holds."""

@@ -75,8 +75,8 @@ class PopulationEvaluator:
     members_at_once  K, or "auto": as many as have their weights in a quarter of the device's memory and at least one
                      prompt each in another quarter. Where members can't share the model, "auto" asks one after another
 
-    Once the first population came, `at_once` is K, `need` the bytes that it takes at most, `gaps` the part of them that
-    freed tensors leave on glibc's heap, and `one_by_one` has the names of the modules that are called for one member
+    Once the first population came, `at_once` is K, `need` the bytes that it takes at most, `beside_tensors` the part of
+    them that is not of tensors, and `one_by_one` has the names of the modules that are called for one member
     after another, with `*` for numbers.
     """
 
@@ -85,10 +85,10 @@ class PopulationEvaluator:
     def __init__(self, engine: TransformersEngine, members_at_once: int | str = "auto"):
         self.engine, self.members_at_once = engine, members_at_once
         self.at_once: int | None = None
-        self.need = self.gaps = 0
+        self.need = self.beside_tensors = 0
         self.one_by_one: set[str] = set()
         self.batches: SharedBatches | None = None
-        self._bytes_of_member = self._bytes_to_write = self._bytes_to_check = 0
+        self._bytes_of_member = self._bytes_to_write = self._bytes_to_check = self._workspaces = 0
         self._stack: StackedModel | None = None
         self._plain: Dropping | None = None
         self._processes = 1
@@ -191,19 +191,20 @@ class PopulationEvaluator:
         back."""
         memory, at_once, batches = own_memory(members.es.plan.device), self.at_once, self.batches
         weights = at_once * self._bytes_of_member + self._bytes_to_write
-        texts, passing, told = int(TEXTS_SHARE * memory), 0, "at most"
+        texts, transient, told = int(TEXTS_SHARE * memory), 0, "at most"
         if longest is not None:
             room = batches.room(longest, sampled, members=at_once)
             rows = min(at_once, room) * max(1, min(own, room // at_once))
-            texts, passing = batches.bytes_of(rows, at_once, longest, sampled)
+            texts, transient = batches.bytes_of(rows, at_once, longest, sampled)
             told = f"of {rows} rows at once"
-        self.need, keeps = max(weights + texts, self._bytes_to_check), weights + texts < LITTLE * memory
+        keeps = weights + texts < LITTLE * memory
         (keep_freed_memory if keeps else give_back_freed_memory)()
-        if keeps and self.engine.model.device.type == "cpu":
+        if self.engine.model.device.type == "cpu":
             # A tensor rarely fits where one of the same size was: its alignment takes a few bytes more than were freed.
-            # So there is about one gap for each tensor.
-            self._plain.keeps_memory, self.gaps = True, passing
-            self.need += passing
+            # So where freed memory is kept there is about one gap for each tensor.
+            self._plain.keeps_memory = keeps
+            self.beside_tensors = self._workspaces + (transient if keeps else 0)
+        self.need = max(weights + texts, self._bytes_to_check) + self.beside_tensors
         log.info(
             "members_at_once: %d of %d members answer together; their weights take %.2f GB, their texts %s %.2f GB%s",
             at_once,
@@ -211,7 +212,7 @@ class PopulationEvaluator:
             weights / 1e9,
             told,
             texts / 1e9,
-            f", gaps between tensors {self.gaps / 1e9:.2f} GB" if self.gaps else "",
+            f", gaps between tensors and workspaces {self.beside_tensors / 1e9:.2f} GB" if self.beside_tensors else "",
         )
 
     def _check(self, members: Population) -> None:
@@ -244,6 +245,7 @@ class PopulationEvaluator:
         stack.write([(0, es.sigma), (1, es.sigma)])
         stack.check()
         self._bytes_of_member, self._bytes_to_write = stack.bytes_of_member, stack.bytes_to_write
+        self._workspaces = stack.workspaces
         with engine.own_settings():
             room = can_drop(engine.model, engine.generation_config, room=True)
             drops = room or can_drop(engine.model, engine.generation_config)

@@ -98,9 +98,9 @@ class SharedBatches:
 
     def bytes_of(self, rows: int, members: int, tokens: int, sampled: bool) -> tuple[int, int]:
         """Bytes that so many rows of so many members take at most while their texts are generated, and the part of them
-        that is taken and freed again and again."""
+        that is transient (see RowBytes)."""
         row, read_at_once = self.row_bytes(tokens, sampled), self._read_at_once(members, tokens)
-        return row.of(rows, read_at_once), row.passing(rows, read_at_once)
+        return row.of(rows, read_at_once), row.transient(rows, read_at_once)
 
     def _read_at_once(self, members: int, tokens: int) -> int:
         return read_at_once(self.engine.model.device, members, tokens)

@@ -103,6 +103,9 @@ class StackedModel:
     short: Mapping[Callable, Callable] = SHORT
     # the kind of noise if no rule is given
     noise = "gaussian"
+    # What a process takes on a CPU beside tensors and the gaps between them, for workspaces of matrix products and
+    # Python's objects: 1 to 6 MB were measured.
+    workspaces = 3_000_000
 
     def __init__(
         self,
