@@ -1,9 +1,12 @@
 """The extension's routines for members' matrices: the bits of PyTorch's, and used only where they are meant to be."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from esfast.core.plan import Plan
@@ -129,6 +132,63 @@ def test_where_the_routine_is_used(calls, monkeypatch):
     torch.set_num_threads(1)
     monkeypatch.setattr(member_products, "_same_bits", lambda *_: False)
     assert not used(x, w), "other bits"
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """The arguments of calls of a routine that does nothing."""
+    found = []
+    monkeypatch.setattr(member_products, "_same_bits", lambda *_: True)
+    monkeypatch.setattr(member_products, "extension", SimpleNamespace(products=lambda *a: found.append(a)))
+    return found
+
+
+@needs_routine
+@pytest.mark.parametrize("width", [32, 65, 128, 192])
+def test_the_routine_gets_no_rows_of_another_width(width, told):
+    """It would write beyond its result, or leave a part of it as it was."""
+    product = product_of(random(K, 64, 64), None)
+    product(random(K * 4, 64))
+    assert len(told) == 1
+    for x in (random(K * 4, width), random(K * 4, 2, width)):
+        with pytest.raises(RuntimeError, match="invalid for input of size"):
+            product(x)
+    assert len(told) == 1
+
+
+@needs_routine
+def test_the_routine_gets_no_memory_of_another_device(told):
+    product_of(random(K, 64, 64), None)(torch.empty(K * 4, 64, device="meta"))
+    assert told == []
+
+
+@needs_routine
+def test_what_does_operations_in_another_way_does_these_too(told):
+    w, x = random(K, 64, 64), random(K * 4, 5, 64)
+    product, tangent = product_of(w, None), random(K * 4, 5, 64)
+    of_tangent = torch.bmm(tangent.reshape(K, -1, 64), w).view(x.shape)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert product(x).dtype is torch.bfloat16
+    mapped = torch.vmap(product, in_dims=1, out_dims=1)(x)
+    assert torch.allclose(mapped, expected(x, w, None), atol=1e-5)
+    assert torch.equal(torch.func.jvp(product, (x,), (tangent,))[1], of_tangent)
+    with forward_ad.dual_level():
+        assert torch.equal(forward_ad.unpack_dual(product(forward_ad.make_dual(x, tangent))).tangent, of_tangent)
+    traced = torch.jit.trace(product, x, check_trace=False)
+    assert torch.equal(traced(tangent), of_tangent)
+    assert told == []
+
+
+@needs_routine
+def test_bits_are_compared_whatever_the_default_dtype_is():
+    """With a shorter one, the routine would write beyond the tensors that are compared."""
+    member_products._same_bits.cache_clear()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert member_products._same_bits(8, 64, 64)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        member_products._same_bits.cache_clear()
 
 
 @needs_routine

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from torch.autograd import forward_ad
 
 from ..core.ops import instruction_set
 
@@ -45,10 +47,9 @@ def product_of(w: torch.Tensor, b: torch.Tensor | None) -> Product:
     def product_of_few(x: torch.Tensor) -> torch.Tensor:
         rows = x.numel() // numbers
         few = 0 < rows <= MOST_ROWS and torch.get_num_threads() == 1
-        plain = type(x) is torch.Tensor and x.dtype is torch.float32 and not x.requires_grad
-        # Who records or counts PyTorch's operations must see one.
-        watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-        if not (few and plain and not watched and _same_bits(rows, size, out)):
+        plain = type(x) is torch.Tensor and x.dtype is torch.float32 and x.is_cpu and not x.requires_grad
+        fits = plain and x.shape[-1] == size
+        if not (few and fits and not _is_watched() and _same_bits(rows, size, out)):
             return product(x)
         x = x.contiguous()
         y = x.new_empty((*x.shape[:-1], out))
@@ -56,6 +57,19 @@ def product_of(w: torch.Tensor, b: torch.Tensor | None) -> Product:
         return y
 
     return product_of_few
+
+
+def _is_watched() -> bool:
+    """Whether something records PyTorch's operations, counts them or does them in another way, and so must see them:
+    torch.compile, a TorchDispatchMode, torch.jit.trace, torch.func, forward-mode derivatives, or autocast."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._is_tracing()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or torch.is_autocast_enabled("cpu")
+    )
 
 
 def _takes(w: torch.Tensor) -> bool:
@@ -74,8 +88,10 @@ def _same_bits(rows: int, size: int, out: int) -> bool:
     """Whether the routine adds up as `torch.bmm` does here, seen from a few thousand sums."""
     members, random = 2 + 4096 // (rows * out), torch.Generator().manual_seed(0)
     shapes = (members, rows, size), (members, size, out), (members, 1, out)
-    x, w, b = (torch.randn(shape, generator=random) for shape in shapes)
-    y = torch.empty(members, rows, out)
+    # whatever the process has set as its default
+    kind: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+    x, w, b = (torch.randn(shape, generator=random, **kind) for shape in shapes)
+    y = torch.empty(members, rows, out, **kind)
     extension.products(x.data_ptr(), w.data_ptr(), b.data_ptr(), y.data_ptr(), members, rows, size, out)
     return torch.equal(y, torch.baddbmm(b, x, w))
 
