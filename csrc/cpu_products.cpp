@@ -8,6 +8,11 @@
 
 #include "noise.h"
 
+// Compiled once per instruction set, as cpu_kernel.cpp is. With CFLAGS=-march=native each of them may be AVX-512, and so
+// needs a name of its own.
+#define ESFAST_JOIN_(a, b) a##b
+#define ESFAST_JOIN(a, b) ESFAST_JOIN_(a, b)
+
 #if defined(__AVX512F__)
 #include <immintrin.h>
 
@@ -69,7 +74,7 @@ void columns_from(const Products& p, int64_t member, int64_t column) {
 
 }  // namespace
 
-void products_avx512(const Products& p) {
+void ESFAST_JOIN(products_, ESFAST_ISA)(const Products& p) {
     for (int64_t member = 0; member < p.members; ++member) {
         int64_t column = 0;
         for (; column + WIDTH <= p.out; column += WIDTH) columns_from<true>(p, member, column);

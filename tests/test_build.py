@@ -1,6 +1,7 @@
 """setup.py: which architectures it asks nvcc for, and when it does not build again."""
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -85,3 +86,15 @@ def test_architectures_that_are_none(build):
     assert commands == [] and "ESFAST_CUDA_ARCHS: expected architectures such as '90'" in said
     commands, said = build("90 777")
     assert commands == [] and "does not know sm_777" in said
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or shutil.which("g++") is None, reason="needs g++ for x86_64")
+def test_kernels_for_several_instruction_sets_are_linked_where_all_are_compiled_for_this_processor(tmp_path):
+    """As with CFLAGS=-march=native."""
+    native, objects = ["-O0", "-std=c++17", "-fPIC", "-mavx512f"], []
+    for name in ("baseline", "avx2", "avx512"):
+        objects.append(tmp_path / f"{name}.o")
+        source = ROOT / "csrc" / "cpu_products.cpp"
+        subprocess.run(["g++", *native, f"-DESFAST_ISA={name}", "-c", source, "-o", objects[-1]], check=True)
+    subprocess.run(["g++", "-shared", *objects, "-o", tmp_path / "kernels.so"], check=True)
+    assert "products_avx512" in subprocess.run(["nm", objects[-1]], check=True, capture_output=True, text=True).stdout
