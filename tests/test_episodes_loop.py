@@ -2,12 +2,17 @@
 
 import asyncio
 import gc
+import os
+import sys
+import threading
+import time
 import warnings
 
 import pytest
 from playing import ROWS, fine, play, small_engine, three_turns
 
 from esfast.rollout.episodes import Episodes, Limits, Settings
+from esfast.rollout.episodes.loop import EpisodeLoop
 from esfast.rollout.sampling import response_seeds, turn_seeds
 
 openai = pytest.importorskip(
@@ -173,6 +178,84 @@ def test_what_is_too_deep_to_be_read_costs_its_own_request_alone(engine, levels,
     (episodes,) = played.of_members([ROWS[:3]], None, complete, names)
     assert [e.error for e in episodes] == [None] * 3
     played.close()
+
+
+def test_a_second_thread_is_refused_while_episodes_are_played(engine):
+    """The run that ends first would take the keys of the other one's clients, and leave standard output redirected."""
+    began, go_on, found, out = threading.Event(), threading.Event(), [], sys.stdout
+
+    async def episode(client, row):
+        began.set()
+        await asyncio.to_thread(go_on.wait)
+        return await fine(client, row)
+
+    played = playing(engine, episode, 20.0)
+    first = threading.Thread(target=lambda: found.extend(played.generate(ROWS)))
+    first.start()
+    assert began.wait(20)
+    try:
+        with pytest.raises(RuntimeError, match="episodes are being played already, by another thread"):
+            played.generate(ROWS)
+    finally:
+        go_on.set()
+        first.join()
+    assert [e.error for e in found] == [None] * 6 and sys.stdout is out
+    assert [e.error for e in played.generate(ROWS)] == [None] * 6
+    played.close()
+
+
+def test_runs_in_two_threads_that_overlap_leave_standard_output_as_it_was(engine):
+    """The first that begins ends first."""
+    out, there, began, go_on = sys.stdout, os.fstat(1), [], [threading.Event(), threading.Event()]
+
+    def run(number):
+        async def episode(client, row):
+            began.append(number)
+            await asyncio.to_thread(go_on[number].wait, 20)
+            return 1.0
+
+        played = playing(engine, episode, 20.0)
+        played.generate(ROWS[:1])
+        played.close()
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in (0, 1)]
+    for number, thread in enumerate(threads):
+        thread.start()
+        while number not in began and thread.is_alive():
+            time.sleep(0.01)
+    assert sys.stdout is sys.stderr
+    for event, thread in zip(go_on, threads, strict=True):
+        event.set()
+        thread.join()
+    assert sys.stdout is out and os.path.samestat(os.fstat(1), there)
+
+
+def test_an_episode_that_asks_for_more_of_them_is_told_so(engine):
+    async def episode(client, row):
+        if row["number"] == 0:
+            played.generate(ROWS[1:2])
+        return await fine(client, row)
+
+    played = playing(engine, episode)
+    first, *others = played.generate(ROWS)
+    assert "BadState: episodes are being played already" in first.error
+    assert [e.error for e in others] == [None] * 5
+    played.close()
+
+
+def test_a_callback_that_fails_keeps_no_task_from_its_answer():
+    """An episode that is cancelled may wait for a future whose callback fails."""
+    loop, called = EpisodeLoop(), []
+    first, second = loop.create_future(), loop.create_future()
+    first.add_done_callback(lambda future: 1 / 0)
+    second.add_done_callback(called.append)
+    with loop.together():
+        first.cancel()
+        second.set_result(1)
+    loop.call_soon(loop.stop)
+    loop.run_forever()
+    assert called == [second]
+    loop.close()
 
 
 def test_seeds_of_a_batch_are_those_of_each_answer():

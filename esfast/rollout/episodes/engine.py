@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ...utils.errors import BadType
+from ...utils.errors import BadState, BadType
 from .. import chat
 from ..completion import Asked, Complete, Completion, complete
 from ..engine import Engine
@@ -74,7 +75,7 @@ class Episodes:
         self._port = None if port is None else Port(self._endpoint, port)
         self._client_of = clients(self._endpoint, None if self._port is None else self._port.url)
         self._render = chat.Renderer(tokenizer, self.settings.template)
-        self._loops = Loops()
+        self._loops, self._plays = Loops(), threading.Lock()
         self._done: list[Episode] = []
         weakref.finalize(self, self._loops.close)
 
@@ -86,7 +87,7 @@ class Episodes:
         """The episode of each row, in order. `seeds` has one for each row; None, in evaluations: answers are greedy
         where a request names no temperature.
 
-        Raises what the engine raises, for example LogitsError."""
+        Raises what the engine raises, for example LogitsError, and RuntimeError while other episodes are played."""
         (found,) = self.of_members([rows], None if seeds is None else [seeds], self._alone)
         if isinstance(found, LogitsError):
             raise found
@@ -105,7 +106,26 @@ class Episodes:
             rows, seeds: of each member, as for `generate`.
             complete: how members complete texts.
             names: of the members, which requests may use beside "member".
+
+        Raises RuntimeError while other episodes are played: their requests come to the same endpoint.
         """
+        if not self._plays.acquire(blocking=False):
+            raise BadState(
+                "episodes are being played already, by another thread or by the episode that asks for more: play one "
+                "call after another, or with another Episodes, which has an engine of its own"
+            )
+        try:
+            return self._of_members(rows, seeds, complete, names)
+        finally:
+            self._plays.release()
+
+    def _of_members(
+        self,
+        rows: Sequence[Sequence[Mapping[str, Any]]],
+        seeds: Sequence[Sequence[int]] | None,
+        complete: Complete,
+        names: Sequence[str] | None,
+    ) -> list[list[Episode] | LogitsError]:
         default = 0.0 if seeds is None else self.settings.temperature
         runner = Runner(
             self._loops,

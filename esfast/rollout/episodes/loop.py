@@ -143,4 +143,6 @@ def _unchanged(timeout: float | None) -> float | None:
 
 def _call_all(calls: list[tuple[Callable, tuple, Any]]) -> None:
     for callback, arguments, context in calls:
-        context.run(callback, *arguments)
+        # One that fails keeps no other one from being called. The loop shows no error of a callback either.
+        with contextlib.suppress(Exception):
+            context.run(callback, *arguments)

@@ -7,6 +7,7 @@ import collections.abc
 import contextlib
 import os
 import sys
+import threading
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
@@ -80,16 +81,44 @@ class Steps(collections.abc.Coroutine):
         return getattr(self._coroutine, name)
 
 
-@contextlib.contextmanager
-def stdout_is_stderr() -> Iterator[None]:
-    """What is written to standard output in the block, by this process or by those that it starts, goes to standard
-    error: output of a command stays what the command prints."""
-    with contextlib.ExitStack() as stack:
+class _Output:
+    """The standard output of the process, which blocks in several threads may have redirected."""
+
+    def __init__(self):
+        self._lock, self._blocks = threading.Lock(), 0
+        self._restore = contextlib.ExitStack()
+
+    def begin(self) -> None:
+        with self._lock:
+            self._blocks += 1
+            if self._blocks == 1:
+                self._redirect()
+
+    def end(self) -> None:
+        with self._lock:
+            self._blocks -= 1
+            if self._blocks == 0:
+                self._restore.close()
+
+    def _redirect(self) -> None:
         with contextlib.suppress(Exception):
             sys.stdout.flush()
             kept = os.dup(1)
-            stack.callback(os.close, kept)
+            self._restore.callback(os.close, kept)
             os.dup2(2, 1)
-            stack.callback(os.dup2, kept, 1)
-        with contextlib.redirect_stdout(sys.stderr):
-            yield
+            self._restore.callback(os.dup2, kept, 1)
+        self._restore.enter_context(contextlib.redirect_stdout(sys.stderr))
+
+
+_output = _Output()
+
+
+@contextlib.contextmanager
+def stdout_is_stderr() -> Iterator[None]:
+    """What is written to standard output in the block, by this process or by those that it starts, goes to standard
+    error: output of a command stays what the command prints. Blocks of several threads may overlap."""
+    _output.begin()
+    try:
+        yield
+    finally:
+        _output.end()
