@@ -75,9 +75,9 @@ class PopulationEvaluator:
     members_at_once  K, or "auto": as many as have their weights in a quarter of the device's memory and at least one
                      prompt each in another quarter. Where members can't share the model, "auto" asks one after another
 
-    Once the first population came, `at_once` is K, `need` the bytes that it takes at most, `beside_tensors` the part of
-    them that is not of tensors, and `one_by_one` has the names of the modules that are called for one member
-    after another, with `*` for numbers.
+    Once the first population came, `at_once` is K, `need` the bytes that it takes at most, with prompts that are no
+    longer than those of the first population, `beside_tensors` the part of them that is not of tensors, and
+    `one_by_one` has the names of the modules that are called for one member after another, with `*` for numbers.
     """
 
     own_prompts = True
