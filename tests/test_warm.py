@@ -65,7 +65,15 @@ def test_ends(python, code, status, said):
     assert done.stdout == ("first\nat the end\n" if "atexit" in code else "")
 
 
-WAIT = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+# one that warm.py has imported, and one that it has not
+@pytest.mark.parametrize("name", ["forks", "playing"])
+def test_it_has_not_the_tests_own_modules(python, name):
+    done = subprocess.run([python, "-c", f"import {name}"], capture_output=True, text=True)
+    assert done.returncode == 1 and "ModuleNotFoundError" in done.stderr
+
+
+# Short sleeps: Python does not see a signal that comes just before a sleep begins until the sleep is over.
+WAIT = "import os, time; print(os.getpid(), flush=True); [time.sleep(0.02) for _ in range(3000)]"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])

@@ -19,6 +19,7 @@ import select
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import threading
@@ -84,7 +85,11 @@ def executable() -> str:
     client = folder / "python"
     client.write_text(CLIENT.format(python=sys.executable, address=str(address)))
     client.chmod(0o755)
-    server = forks.Fork(serve, address, client, folder=folder, environment=forks.environment(), path=sys.path)
+    # -E: the executable adds what PYTHONPATH says then
+    told = subprocess.check_output([sys.executable, "-E", "-c", "import json, sys; print(json.dumps(sys.path[1:]))"])
+    server = forks.Fork(
+        serve, address, client, told.decode(), folder=folder, environment=forks.environment(), path=sys.path
+    )
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     atexit.register(server.kill)
     while not address.exists():
@@ -96,8 +101,14 @@ def executable() -> str:
 # ---- in the process that forks --------------------------------------------------------------------------------------
 
 
-def serve(address: str, client: str) -> None:
+def serve(address: str, client: str, folders: str) -> None:
+    """`folders`: those that a Python that was just started imports from, as JSON."""
     sys.executable = client
+    # The tests' own modules are not there for what users run.
+    sys.path[:] = json.loads(folders)
+    for name, module in list(sys.modules.items()):
+        if Path(getattr(module, "__file__", None) or "/").parent == Path(__file__).parent:
+            del sys.modules[name]
     parent = os.getppid()
     with socket.socket(socket.AF_UNIX) as listener:
         # Under another name until it listens
