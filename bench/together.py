@@ -212,7 +212,7 @@ def measure(case: Case, repeats: int, seconds: float = float("inf"), made: Calla
     return {
         **case._asdict(),
         "at_once": forced.at_once,
-        "bytes": forced.need,
+        "bytes": forced.need - forced.beside_tensors,
         "drops": forced.batches.way.drops,
         "same_texts": same,
         "seconds": figures,
