@@ -25,7 +25,7 @@ TOLERANCE, TOLERATED = 0.1, 4_000_000
 
 class Job(NamedTuple):
     """Noise, members, prompts of each, digits of a prompt and new tokens; width and layers of a model that is not the
-    embedded one; `give_back` lets glibc give freed memory back, as it does by itself where members take much."""
+    embedded one; with `give_back` esfast has glibc give freed memory back, as it does where members take much."""
 
     noise: str
     members: int
@@ -70,7 +70,7 @@ def within(said: int, taken: int) -> bool:
 
 
 def table(result: dict) -> tuple[list[str], list[list[str]]]:
-    headers = ["members x prompts", "noise", "prompt + new tokens", "freed memory is", "said", "taken", "taken / said"]
+    headers = ["members x prompts", "noise", "prompt + new tokens", "freed memory", "said", "taken", "taken / said"]
     lines = []
     for row in result["rows"]:
         least, most = row["taken"][0], row["taken"][-1]

@@ -163,6 +163,13 @@ def test_the_routine_gets_no_memory_of_another_device(told):
 
 
 @needs_routine
+def test_the_routine_gets_no_numbers_whose_sign_is_a_bit_of_the_tensor():
+    w, x = random(K, 64, 64), random(K * 4, 64)
+    product = product_of(w, None)
+    assert torch.equal(product(torch._neg_view(x)), product(-x))
+
+
+@needs_routine
 def test_what_does_operations_in_another_way_does_these_too(told):
     w, x = random(K, 64, 64), random(K * 4, 5, 64)
     product, tangent = product_of(w, None), random(K * 4, 5, 64)

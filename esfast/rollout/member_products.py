@@ -25,7 +25,7 @@ except ImportError:
 
 # From more rows of each member on, `torch.bmm` is as fast.
 MOST_ROWS = 32
-# Larger matrices leave no room in the cache for those of the next member. In numbers, 256 KiB.
+# Numbers of a matrix, 256 KiB of them. A larger one leaves no room in the cache for that of the next member.
 LARGEST = 65536
 
 Product = Callable[[torch.Tensor], torch.Tensor]
@@ -48,7 +48,7 @@ def product_of(w: torch.Tensor, b: torch.Tensor | None) -> Product:
         rows = x.numel() // numbers
         few = 0 < rows <= MOST_ROWS and torch.get_num_threads() == 1
         plain = type(x) is torch.Tensor and x.dtype is torch.float32 and x.is_cpu and not x.requires_grad
-        fits = plain and x.shape[-1] == size
+        fits = plain and x.shape[-1] == size and not x.is_neg()
         if not (few and fits and not _is_watched() and _same_bits(rows, size, out)):
             return product(x)
         x = x.contiguous()

@@ -18,7 +18,7 @@ import torch
 from ..core.dtensors import in_shards
 from ..es.population import Member, Population
 from ..utils.errors import BadValue
-from ..utils.memory import give_back_freed_memory, keep_freed_memory, out_of_memory, own_memory
+from ..utils.memory import give_back_freed_memory, in_bytes, keep_freed_memory, out_of_memory, own_memory
 from .adapters import is_peft
 from .completion import OWN, Asked, Complete, Completion
 from .dropping import Dropping, can_drop
@@ -178,9 +178,9 @@ class PopulationEvaluator:
         rows = int(min(most_rows, most * own))
         if min(fitting, rows) < 2:
             log.info(
-                "members are asked one after another: the share of the memory for several at once, 2 times %.2f "
-                "GB, holds the weights of %d or the texts of %d",
-                WEIGHTS_SHARE * memory / 1e9,
+                "members are asked one after another: the share of the memory for several at once, 2 times %s, "
+                "holds the weights of %d or the texts of %d",
+                in_bytes(WEIGHTS_SHARE * memory),
                 max(0, fitting),
                 rows,
             )
@@ -206,13 +206,15 @@ class PopulationEvaluator:
             self.beside_tensors = self._workspaces + (transient if keeps else 0)
         self.need = max(weights + texts, self._bytes_to_check) + self.beside_tensors
         log.info(
-            "members_at_once: %d of %d members answer together; their weights take %.2f GB, their texts %s %.2f GB%s",
+            "members_at_once: %d of %d members answer together; their weights take %s, their texts %s %s%s",
             at_once,
             max(len(members), members.es.population_size),
-            weights / 1e9,
+            in_bytes(weights),
             told,
-            texts / 1e9,
-            f", gaps between tensors and workspaces {self.beside_tensors / 1e9:.2f} GB" if self.beside_tensors else "",
+            in_bytes(texts),
+            f", gaps between freed tensors and workspaces {in_bytes(self.beside_tensors)}"
+            if self.beside_tensors
+            else "",
         )
 
     def _check(self, members: Population) -> None:
@@ -231,16 +233,16 @@ class PopulationEvaluator:
         # Before any memory is taken, which a GPU may not have
         if auto and es.rule.noise != "low_rank" and two > WEIGHTS_SHARE * memory:
             raise Unsupported(
-                f"the weights of two take {two / 1e9:.2f} GB, and their share of the memory is "
-                f"{WEIGHTS_SHARE * memory / 1e9:.2f} GB"
+                f"the weights of two take {in_bytes(two)}, and their share of the memory is "
+                f"{in_bytes(WEIGHTS_SHARE * memory)}"
             )
         stack = self._new_stack(es, 2)
         self._bytes_to_check = stack.nbytes + stack.bytes_to_check
         share = (WEIGHTS_SHARE + TEXTS_SHARE) * memory
         if auto and self._bytes_to_check > share:
             raise Unsupported(
-                f"to try out two together takes {self._bytes_to_check / 1e9:.2f} GB, and their share of the memory is "
-                f"{share / 1e9:.2f} GB"
+                f"to try out two together takes {in_bytes(self._bytes_to_check)}, and their share of the memory is "
+                f"{in_bytes(share)}"
             )
         stack.write([(0, es.sigma), (1, es.sigma)])
         stack.check()

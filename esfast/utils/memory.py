@@ -34,6 +34,11 @@ def total_memory(device: torch.device) -> int:
     return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_cgroup_limits(), *_process_limits()])
 
 
+def in_bytes(size: float) -> str:
+    """Bytes as a text, "45 MB" or "1.20 GB"."""
+    return f"{size / 1e6:.0f} MB" if size < 1e9 else f"{size / 1e9:.2f} GB"
+
+
 def own_memory(device: torch.device) -> int:
     """The part of `total_memory` that is for this process: processes that torchrun started on one machine share its
     memory, while each has a GPU of its own."""

@@ -82,9 +82,9 @@ class Loops:
         look                        see EpisodeLoop
         step_seconds, on_long_step  see Watch
         """
+        loop, self._kept = self._kept or EpisodeLoop(), None
         outer, watch = asyncio._get_running_loop(), Watch(step_seconds, on_long_step)
         asyncio._set_running_loop(None)
-        loop, self._kept = self._kept or EpisodeLoop(), None
         factory: Any = watch.task
         loop.look = look
         loop.set_task_factory(factory)
