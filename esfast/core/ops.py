@@ -136,10 +136,7 @@ def add_noise_(
         else:
             members = check_members(seeds, coeffs)
         call = Call(plan, *members, base, noise, rounding == "stochastic", np.float32(decay), anchor, epilogue, rank)
-        call.table  # noqa: B018  for its checks, before anything changes
-        # If all shards on this rank are empty there is nothing to do.
-        if len(plan):
-            run(call)
+        _run_checked(run, call)
 
 
 def writer(
@@ -158,11 +155,16 @@ def writer(
     def write(seeds: np.ndarray, coeffs: np.ndarray) -> None:
         call = Call(plan, seeds, coeffs, base, noise, stochastic, rank=rank)
         with _subnormals_kept():
-            call.table  # noqa: B018  for its checks
-            if len(plan):
-                run(call)
+            _run_checked(run, call)
 
     return write
+
+
+def _run_checked(run: Callable[[Call], None], call: Call) -> None:
+    call.table  # noqa: B018  for its checks, before anything changes
+    # If all shards on this rank are empty there is nothing to do.
+    if len(call.plan):
+        run(call)
 
 
 def check_rounding(rounding: str) -> str:

@@ -104,7 +104,7 @@ class StackedModel:
     # the kind of noise if no rule is given
     noise = "gaussian"
     # What a process takes on a CPU beside tensors and the gaps between them, for workspaces of matrix products and
-    # Python's objects: 1 to 6 MB were measured.
+    # Python's objects. 1 to 6 MB were measured; with 3 the jobs of `esfast bench resident` keep to what is said.
     workspaces = 3_000_000
 
     def __init__(
