@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -88,27 +89,54 @@ bool is_streamed(const Job& job) {
 template <class T>
 using Array = py::array_t<T, py::array::c_style>;
 
+void check_segments(const Array<int64_t>& segments) {
+    constexpr int64_t FIELDS = sizeof(Segment) / sizeof(int64_t);
+    if (segments.ndim() != 2 || segments.shape(1) != FIELDS) throw std::invalid_argument("segments: one int64 per field of a segment expected");
+}
+
+void check_kind(int64_t kind) {
+    if (kind != GAUSSIAN && kind != RADEMACHER && kind != LOW_RANK)
+        throw std::invalid_argument("kind: no noise has the number " + std::to_string(kind));
+}
+
+TileFunction variant(const std::string& instruction_set) {
+    for (auto& v : variants())
+        if (v.first == instruction_set) return v.second;
+    throw std::invalid_argument("this processor or build has no instruction set " + instruction_set);
+}
+
+// The number of each segment's first tile, and behind them that of all tiles
+std::vector<int64_t> first_tiles(const Job& job) {
+    std::vector<int64_t> first_tile(size_t(job.segment_count) + 1, 0);
+    for (int64_t i = 0; i < job.segment_count; ++i)
+        first_tile[size_t(i) + 1] = first_tile[size_t(i)] + tiles_of(job.segments[i]);
+    return first_tile;
+}
+
+float scale_of(int64_t rank) { return float(1 / std::sqrt(double(rank))); }
+
+int thread_number() {
+#if defined(_OPENMP)
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+}
+
 // `low`, `m` and `v` are addresses of the plan's flat buffers, 0 for none; `adam` is {1 - beta1, 1 - beta2, step, eps}.
 void add_noise(Array<int64_t> segments, Array<uint64_t> seeds, Array<float> coeffs, int64_t kind, bool stochastic,
                float decay, uintptr_t low, uintptr_t m, uintptr_t v, std::array<float, 4> adam, int threads,
                const std::string& instruction_set, int64_t rank) {
-    constexpr int64_t FIELDS = sizeof(Segment) / sizeof(int64_t);
-    if (segments.ndim() != 2 || segments.shape(1) != FIELDS) throw std::invalid_argument("segments: one int64 per field of a segment expected");
+    check_segments(segments);
     if (seeds.size() != coeffs.size()) throw std::invalid_argument("seeds and coeffs differ in length");
-    if (kind != GAUSSIAN && kind != RADEMACHER && kind != LOW_RANK)
-        throw std::invalid_argument("kind: no noise has the number " + std::to_string(kind));
-    TileFunction run = nullptr;
-    for (auto& v : variants())
-        if (v.first == instruction_set) run = v.second;
-    if (!run) throw std::invalid_argument("this processor or build has no instruction set " + instruction_set);
+    check_kind(kind);
+    const TileFunction run = variant(instruction_set);
 
     Job job = {reinterpret_cast<const Segment*>(segments.data()), nullptr, segments.shape(0), seeds.data(), coeffs.data(),
                seeds.size(), kind, stochastic, false, decay, reinterpret_cast<uint16_t*>(low),
-               {reinterpret_cast<float*>(m), reinterpret_cast<float*>(v), adam[0], adam[1], adam[2], adam[3]}, rank, float(1 / std::sqrt(double(rank)))};
+               {reinterpret_cast<float*>(m), reinterpret_cast<float*>(v), adam[0], adam[1], adam[2], adam[3]}, rank, scale_of(rank)};
     job.streamed = is_streamed(job);
-    std::vector<int64_t> first_tile(size_t(job.segment_count) + 1, 0);
-    for (int64_t i = 0; i < job.segment_count; ++i)
-        first_tile[size_t(i) + 1] = first_tile[size_t(i)] + tiles_of(job.segments[i]);
+    const std::vector<int64_t> first_tile = first_tiles(job);
     job.first_tile = first_tile.data();
     const int64_t tiles = first_tile.back();
 
@@ -130,31 +158,117 @@ void add_noise(Array<int64_t> segments, Array<uint64_t> seeds, Array<float> coef
 }
 
 #if defined(ESFAST_HAS_AVX512)
-// See products.h; addresses and numbers.
-void products(uintptr_t x, uintptr_t weights, uintptr_t bias, uintptr_t y, int64_t members, int64_t rows, int64_t in, int64_t out) {
+// See products.h; addresses and numbers. Threads share the members.
+void products(uintptr_t x, uintptr_t weights, uintptr_t bias, uintptr_t y, int64_t members, int64_t rows, int64_t in, int64_t out,
+              int threads) {
     py::gil_scoped_release release;
-    products_avx512({reinterpret_cast<const float*>(x), reinterpret_cast<const float*>(weights),
-                     reinterpret_cast<const float*>(bias), reinterpret_cast<float*>(y), members, rows, in, out});
+    const Products all = {reinterpret_cast<const float*>(x), reinterpret_cast<const float*>(weights),
+                          reinterpret_cast<const float*>(bias), reinterpret_cast<float*>(y), members, rows, in, out};
+    const int team = int(std::min<int64_t>(threads, members));
+    if (team <= 1) return products_avx512(all);
+#pragma omp parallel for num_threads(team) schedule(static)
+    for (int part = 0; part < team; ++part) products_avx512(all.of(members * part / team, members * (part + 1) / team));
 }
 #endif
 
-// Copies float32 matrices to memory where they lie transposed, without gaps. A row of `matrices` has the addresses of a
-// matrix and of its copy, and the matrix's rows and columns.
-void transpose(Array<int64_t> matrices) {
-    if (matrices.ndim() != 2 || matrices.shape(1) != 4) throw std::invalid_argument("matrices: rows of four numbers expected");
-    const int64_t* row = matrices.data();
-    const int64_t count = matrices.shape(0);
-    py::gil_scoped_release release;
-    for (int64_t i = 0; i < count; ++i, row += 4) {
-        const float* const from = reinterpret_cast<const float*>(row[0]);
-        float* const to = reinterpret_cast<float*>(row[1]);
-        const int64_t rows = row[2], cols = row[3];
-        constexpr int64_t STRIP = 256;  // rows of which a line each stays in the first-level cache
-        for (int64_t first = 0; first < rows; first += STRIP) {
-            const int64_t end = std::min(rows, first + STRIP);
-            for (int64_t c = 0; c < cols; ++c)
-                for (int64_t r = first; r < end; ++r) to[c * rows + r] = from[r * cols + c];
+// Copies a float32 matrix without gaps to memory where it lies transposed.
+void transpose(const float* from, float* to, int64_t rows, int64_t cols) {
+    constexpr int64_t STRIP = 256;  // rows of which a line each stays in the first-level cache
+    for (int64_t top = 0; top < rows; top += STRIP) {
+        const int64_t end = std::min(rows, top + STRIP);
+        int64_t c = 0;
+#if defined(__x86_64__)
+        for (; c + 4 <= cols; c += 4) {
+            int64_t r = top;
+            for (; r + 4 <= end; r += 4) {
+                __m128 part[4];
+                for (int i = 0; i < 4; ++i) part[i] = _mm_loadu_ps(from + (r + i) * cols + c);
+                _MM_TRANSPOSE4_PS(part[0], part[1], part[2], part[3]);
+                for (int i = 0; i < 4; ++i) _mm_storeu_ps(to + (c + i) * rows + r, part[i]);
+            }
+            for (; r < end; ++r)
+                for (int i = 0; i < 4; ++i) to[(c + i) * rows + r] = from[r * cols + c + i];
         }
+#endif
+        for (; c < cols; ++c)
+            for (int64_t r = top; r < end; ++r) to[c * rows + r] = from[r * cols + c];
+    }
+}
+
+// Where the members of a population have a tensor: a row of write_stacks' table. It has the segments from the end of the
+// tensor before up to `end`. They are member 0's; each further member's lie `step` bytes on. A matrix of rows x cols that
+// also, or only, is to lie transposed does so from `turned` on, each further member's `turned_step` bytes on: only, if
+// its segments begin at `turned`, too.
+struct Stack { int64_t end, step, turned, turned_step, rows, cols; };
+
+// Weights that a thread takes at once where they don't have to be transposed.
+constexpr int64_t TILES_AT_ONCE = 512;
+
+// Writes members to stacks of their weights, in one parallel region: member k is src + coeffs[k] * noise(seeds[k]), or a
+// copy of src if there are no seeds. The other arguments are those of add_noise.
+void write_stacks(Array<int64_t> segments, Array<int64_t> table, int64_t members, Array<uint64_t> seeds, Array<float> coeffs,
+                  int64_t kind, bool stochastic, uintptr_t low, int threads, const std::string& instruction_set, int64_t rank) {
+    check_segments(segments);
+    constexpr int64_t FIELDS = sizeof(Stack) / sizeof(int64_t);
+    if (table.ndim() != 2 || table.shape(1) != FIELDS) throw std::invalid_argument("stacks: one int64 per field of a stack expected");
+    if (seeds.size() != coeffs.size() || (seeds.size() && seeds.size() != members))
+        throw std::invalid_argument("seeds and coeffs: as many as members expected, or none");
+    check_kind(kind);
+    const TileFunction run = variant(instruction_set);
+    const Stack* const stacks = reinterpret_cast<const Stack*>(table.data());
+    Job all = {reinterpret_cast<const Segment*>(segments.data()), nullptr, segments.shape(0), nullptr, nullptr,
+               seeds.size() ? 1 : 0, kind, stochastic, false, 0, reinterpret_cast<uint16_t*>(low), {}, rank, scale_of(rank)};
+    all.streamed = is_streamed(all);
+    const std::vector<int64_t> first_tile = first_tiles(all);
+
+    // What one thread does of a member at once, and the memory that it needs for matrices that only lie transposed
+    struct Part { int64_t stack, tile, end; };
+    std::vector<Part> parts;
+    int64_t room = 0, most_segments = 0;
+    for (int64_t i = 0, begin = 0; i < table.shape(0); begin = stacks[i++].end) {
+        const Stack& s = stacks[i];
+        const int64_t at_once = s.turned ? first_tile.back() : TILES_AT_ONCE, end = first_tile[size_t(s.end)];
+        for (int64_t tile = first_tile[size_t(begin)]; tile < end; tile += at_once)
+            parts.push_back({i, tile, std::min(end, tile + at_once)});
+        if (s.turned == all.segments[begin].dst) room = std::max(room, s.rows * s.cols);
+        most_segments = std::max(most_segments, s.end - begin);
+    }
+    const int64_t count = members * int64_t(parts.size());
+    const int team = int(std::max<int64_t>(1, std::min<int64_t>(threads, count)));
+    const std::unique_ptr<float[]> rooms(new float[size_t(room * team)]);
+    std::vector<Segment> own(size_t(most_segments * team));
+
+    const auto write = [&](int64_t number, int thread) {
+        const int64_t k = number / int64_t(parts.size());
+        const Part& part = parts[size_t(number % int64_t(parts.size()))];
+        const Stack& s = stacks[part.stack];
+        const int64_t begin = part.stack ? stacks[part.stack - 1].end : 0, there = all.segments[begin].dst;
+        const bool only_turned = s.turned == there;
+        const int64_t to = only_turned ? reinterpret_cast<int64_t>(rooms.get() + room * thread) : there + k * s.step;
+        Segment* const mine = own.data() + most_segments * thread;
+        for (int64_t i = begin; i < s.end; ++i) {
+            mine[i - begin] = all.segments[i];
+            mine[i - begin].dst += to - there;
+        }
+        Job job = all;
+        job.segments = mine, job.segment_count = s.end - begin, job.first_tile = first_tile.data() + begin;
+        job.seeds = seeds.data() + k, job.coeffs = coeffs.data() + k, job.streamed = all.streamed && !s.turned;
+        for (int64_t tile = part.tile; tile < part.end; ++tile) run(job, tile);
+        if (s.turned)
+            transpose(reinterpret_cast<const float*>(to), reinterpret_cast<float*>(s.turned + k * s.turned_step), s.rows, s.cols);
+    };
+
+    py::gil_scoped_release release;
+    if (team == 1) {
+        IeeeMode mode;
+        for (int64_t number = 0; number < count; ++number) write(number, 0);
+        return;
+    }
+#pragma omp parallel num_threads(team)
+    {
+        IeeeMode mode;
+#pragma omp for schedule(dynamic)
+        for (int64_t number = 0; number < count; ++number) write(number, thread_number());
     }
 }
 
@@ -173,7 +287,9 @@ PYBIND11_MODULE(_cpu, m) {
 #if defined(ESFAST_HAS_AVX512)
     m.def("products", &products, "For processors with AVX-512: see csrc/products.h.");
 #endif
-    m.def("transpose", &transpose, py::arg("matrices"));
+    m.def("write_stacks", &write_stacks, py::arg("segments"), py::arg("stacks"), py::arg("members"), py::arg("seeds"),
+          py::arg("coeffs"), py::arg("kind"), py::arg("stochastic"), py::arg("low"), py::arg("threads"),
+          py::arg("instruction_set"), py::arg("rank") = 1);
     m.def("set_streamed_from", [](int64_t bytes) { streamed_from = bytes; }, "For the tests: see module.cpp.");
     m.def("instruction_sets", &instruction_sets, "Instruction sets that this build and this processor have, best first.");
     m.def("philox", &philox_words, "The four words of one Philox4x32-7 call, for the known-answer test.");

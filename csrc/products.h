@@ -10,6 +10,12 @@ struct Products {
     const float *x, *weights, *bias;
     float* y;
     int64_t members, rows, in, out;
+
+    // Those of members begin to end - 1.
+    Products of(int64_t begin, int64_t end) const {
+        return {x + begin * rows * in, weights + begin * in * out, bias ? bias + begin * out : nullptr,
+                y + begin * rows * out, end - begin, rows, in, out};
+    }
 };
 
 void products_avx512(const Products&);

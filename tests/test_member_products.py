@@ -2,7 +2,6 @@
 
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -11,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from esfast.core.plan import Plan
 from esfast.rollout import member_products
-from esfast.rollout.member_products import MOST_ROWS, Turned, product_of
+from esfast.rollout.member_products import MOST_ROWS, product_of
 from esfast.rollout.stacked_model import StackedModel
 from esfast.update.optimizers import check_groups
 from esfast.update.updater import Rule
@@ -110,6 +109,21 @@ def test_sums_are_one_fused_product_after_another(calls, monkeypatch):
 
 
 @needs_routine
+@pytest.mark.parametrize("threads", [2, 3, 5])
+def test_threads_share_the_members(threads, calls):
+    w, b = weights(64, 96, True)
+    x = random(K * 6, 64)
+    want = expected(x, w, b)
+    torch.set_num_threads(threads)
+    product = product_of(w, b)
+    # once bits of another number of threads are known, and once they are found out
+    assert torch.equal(product(x), want)
+    member_products._same_bits.cache_clear()
+    assert torch.equal(product(x), want)
+    assert calls[-1] == 6 and torch.get_num_threads() == threads
+
+
+@needs_routine
 def test_where_the_routine_is_used(calls, monkeypatch):
     def used(x, w, b=None):
         calls.clear()
@@ -127,9 +141,6 @@ def test_where_the_routine_is_used(calls, monkeypatch):
     with FlopCounterMode(display=False) as counted:
         assert not used(x, w), "operations are counted"
     assert counted.get_total_flops() == 2 * x.numel() * 64
-    torch.set_num_threads(2)
-    assert not used(x, w), "two threads"
-    torch.set_num_threads(1)
     monkeypatch.setattr(member_products, "_same_bits", lambda *_: False)
     assert not used(x, w), "other bits"
 
@@ -213,31 +224,6 @@ def test_other_bits_are_noticed(monkeypatch):
     monkeypatch.setattr(member_products, "extension", Other)
     assert not member_products._same_bits(8, 64, 64)
     member_products._same_bits.cache_clear()
-
-
-@pytest.mark.parametrize("native", [True, False])
-def test_matrices_are_copied_transposed_to_one_member(native, monkeypatch):
-    if not native:
-        monkeypatch.setattr(member_products, "extension", None)
-    shapes = [(1, 1), (3, 5), (16, 64), (300, 7), (257, 33), (64, 512)]
-    matrices = [random(*shape) for shape in shapes]
-    stacks = [torch.full((K, columns, rows), -1.0) for rows, columns in shapes]
-    whole, copies = random(K, 5, 40), torch.full((K, 40, 5), -1.0)
-    turned = Turned([*matrices, whole], [*stacks, copies])
-    for k in (2, 0):
-        for m in matrices:
-            m += 1
-        turned.copy_to(k)
-        assert torch.equal(copies[k], whole[k].mT)
-        assert all(torch.equal(s[k], m.mT) for m, s in zip(matrices, stacks, strict=True))
-    assert all((s[1] == -1).all() for s in (*stacks, copies))
-    Turned([], []).copy_to(0)
-
-
-@pytest.mark.skipif(not hasattr(member_products.extension, "transpose"), reason="the extension is not built")
-def test_a_table_of_another_shape_is_refused():
-    with pytest.raises(ValueError, match="rows of four"):
-        member_products.extension.transpose(np.zeros((2, 3), dtype=np.int64))
 
 
 def test_a_coefficient_too_large_for_a_group_is_refused_before_anything_is_written():

@@ -129,38 +129,17 @@ def add_noise_(
     if epilogue is not None:
         backend = check_epilogue(plan, base, epilogue, backend)
     run = get_backend(backend, plan.device, noise)
-    with _subnormals_kept():
+    with subnormals_kept():
         if isinstance(seeds, torch.Tensor) and run in (_cuda, _triton):
             _check_device_members(plan, seeds, coeffs)
             members: tuple[Any, Any] = seeds, coeffs
         else:
             members = check_members(seeds, coeffs)
         call = Call(plan, *members, base, noise, rounding == "stochastic", np.float32(decay), anchor, epilogue, rank)
-        _run_checked(run, call)
+        run_checked(run, call)
 
 
-def writer(
-    plan: Plan,
-    base: Plan,
-    noise: str = "gaussian",
-    rounding: str = "nearest",
-    backend: str = "auto",
-    rank: int = 1,
-) -> Callable[[np.ndarray, np.ndarray], None]:
-    """`add_noise_` for many calls that write a plan from the same base: what stays the same is checked once. The
-    function takes seeds and coefficients as `check_members` returns them."""
-    rank, stochastic = check_rank(check_kind(noise), rank), check_rounding(rounding) == "stochastic"
-    run = get_backend(backend, plan.device, noise)
-
-    def write(seeds: np.ndarray, coeffs: np.ndarray) -> None:
-        call = Call(plan, seeds, coeffs, base, noise, stochastic, rank=rank)
-        with _subnormals_kept():
-            _run_checked(run, call)
-
-    return write
-
-
-def _run_checked(run: Callable[[Call], None], call: Call) -> None:
+def run_checked(run: Callable[[Call], None], call: Call) -> None:
     call.table  # noqa: B018  for its checks, before anything changes
     # If all shards on this rank are empty there is nothing to do.
     if len(call.plan):
@@ -178,7 +157,7 @@ _SUBNORMAL = np.uint32(1).view(np.float32)
 
 
 @contextlib.contextmanager
-def _subnormals_kept():
+def subnormals_kept():
     """Switches flush-to-zero (torch.set_flush_denormal) off for this thread. csrc/module.cpp does so for its
     threads."""
     flushing = _SUBNORMAL * np.float32(1) == 0
@@ -254,7 +233,7 @@ def _reference(call: Call) -> None:
 WORK_OF_THREADS = 4_000_000
 
 
-def _cpu(call: Call) -> None:
+def run_on_cpu(call: Call) -> None:
     from .. import _cpu as extension
 
     threads = torch.get_num_threads()
@@ -329,7 +308,7 @@ def _why_not(name: str, device: torch.device) -> str | None:
 # Best first: the order in which "auto" tries them. cuda before triton: on an H200 it updates 6 to 80 % faster, and
 # perturbs as fast to within 5 % (bench/results/noise_gpu.json). It takes fewer instructions per bf16 weight on sm_90
 # (bench/results/sass.json).
-_BACKENDS = {"cpu": _cpu, "cuda": _cuda, "triton": _triton, "reference": _reference}
+_BACKENDS = {"cpu": run_on_cpu, "cuda": _cuda, "triton": _triton, "reference": _reference}
 
 
 def get_backend(name: str, device: torch.device, kind: str = "gaussian"):

@@ -99,7 +99,8 @@ def describe(e: Entry, whole: bool = False) -> str:
 class Table:
     """The segments of one pass over the weights, as csrc/cpu.h reads them.
 
-    Attributes: `rows` (int64 array (segments, len(FIELDS))); `device` is for what a backend makes of them there.
+    Attributes: `rows` (int64 array (segments, len(FIELDS))); `ends`, for each tensor the number of the segment behind
+    its last; `device` is for what a backend makes of them there.
 
     With `matrices` they are cut for low-rank noise: each segment is a block of one matrix, or a piece of a vector. In a
     block, the noise of element (r, c) has factor q of its row at number a_first + q * a_step + r of the gaussian noise
@@ -108,12 +109,10 @@ class Table:
     """
 
     def __init__(self, dst: list[Entry], src: list[Entry], anchor: list[Entry] | None = None, matrices: bool = False):
-        rows = [
-            row
-            for d, s, a in zip(dst, src, anchor or [None] * len(dst), strict=True)
-            for row in _segments(d, s, a, matrices)
-        ]
+        found = [_segments(*each, matrices) for each in zip(dst, src, anchor or [None] * len(dst), strict=True)]
+        rows = list(itertools.chain.from_iterable(found))
         self.rows = np.array(rows, dtype=np.int64).reshape(len(rows), len(FIELDS))
+        self.ends = np.cumsum(list(map(len, found)), dtype=np.int64)
         self.device: dict = {}
 
     def column(self, name: str) -> np.ndarray:

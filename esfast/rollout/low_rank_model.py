@@ -75,10 +75,11 @@ class LowRankModel(StackedModel):
     # 5 MB more: the product of all rows with a shared matrix copies blocks of both, to memory that it keeps.
     workspaces = 8_000_000
 
-    def _write(self, k: int, seed: int, coeff: float, of_groups: list[tuple[np.ndarray, np.ndarray]]) -> None:
-        super()._write(k, seed, coeff, of_groups)
-        for factor, buffers in self._buffers[k]:
-            buffers.write(seed, factor * coeff, self._options["backend"])
+    def _write(self, terms: list[tuple[int, float]], noise: list[tuple[np.ndarray, np.ndarray]]) -> None:
+        super()._write(terms, noise)
+        for (seed, coeff), of_member in zip(terms, self._buffers, strict=False):
+            for factor, buffers in of_member:
+                buffers.write(seed, factor * coeff, self._options["backend"])
 
     def _allocate(self, at_once: int, rule: Rule) -> list[torch.Tensor | Factors]:
         entries, pieces = self.plan.entries, Counter(self.plan.names)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from ..core.ops import backend_report
-from .member_ops import SHORT, BoundLinear, Linear, Way
+from .member_ops import SHORT, BoundLinear, OfRows, Way
 from .member_tensor import MemberTensor, rows_of_member
 
 
@@ -76,7 +76,7 @@ class Factors:
         """x @ weight of each member + bias, for x (K * rows, ..., rows of the matrix)."""
         return self.bound_product(None if bias is None else bias.unsqueeze(1))(x)
 
-    def bound_product(self, bias: torch.Tensor | None) -> Linear:
+    def bound_product(self, bias: torch.Tensor | None) -> OfRows:
         """`product` as a function of x alone, for a bias (K, 1, columns)."""
         weight, a, b, members, (size, out) = self.weight, self.a.mT, self.b, len(self), self.weight.shape
         add = thin_product_for(self.a, self.b)
@@ -141,7 +141,7 @@ def _linear(args: tuple, kwargs: dict, dims: list) -> Way | None:
     return BoundLinear(factored_linear)
 
 
-def factored_linear(weight: MemberTensor, bias: MemberTensor | None) -> Linear:
+def factored_linear(weight: MemberTensor, bias: MemberTensor | None) -> OfRows:
     held, b = weight.held, None if bias is None else bias.stack.unsqueeze(1)
     assert isinstance(held, Factors)
     members, product = len(held), held.mT.bound_product(b)

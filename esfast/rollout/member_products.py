@@ -1,4 +1,4 @@
-"""Products of a few rows with each member's own matrix, and the copies of matrices that such products want: on a CPU.
+"""Products of a few rows with each member's own matrix, on a CPU.
 
 `torch.bmm` takes members one by one, and waits for each one's weights, which have left the nearer caches since the step
 before. The extension's routine fetches the next member's weights meanwhile; see csrc/cpu_products.cpp. It is used where
@@ -8,10 +8,9 @@ it is faster and gives the bits of `torch.bmm`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch.autograd import forward_ad
 
@@ -46,14 +45,14 @@ def product_of(w: torch.Tensor, b: torch.Tensor | None) -> Product:
 
     def product_of_few(x: torch.Tensor) -> torch.Tensor:
         rows = x.numel() // numbers
-        few = 0 < rows <= MOST_ROWS and torch.get_num_threads() == 1
+        few = 0 < rows <= MOST_ROWS
         plain = type(x) is torch.Tensor and x.dtype is torch.float32 and x.is_cpu and not x.requires_grad
         fits = plain and x.shape[-1] == size and not x.is_neg()
         if not (few and fits and not _is_watched() and _same_bits(rows, size, out)):
             return product(x)
         x = x.contiguous()
         y = x.new_empty((*x.shape[:-1], out))
-        extension.products(x.data_ptr(), weights, bias, y.data_ptr(), members, rows, size, out)
+        extension.products(x.data_ptr(), weights, bias, y.data_ptr(), members, rows, size, out, torch.get_num_threads())
         return y
 
     return product_of_few
@@ -85,36 +84,17 @@ def _is_there() -> bool:
 
 @functools.cache
 def _same_bits(rows: int, size: int, out: int) -> bool:
-    """Whether the routine adds up as `torch.bmm` does here, seen from a few thousand sums."""
+    """Whether the routine adds up as `torch.bmm` does here on one thread, seen from a few thousand sums."""
     members, random = 2 + 4096 // (rows * out), torch.Generator().manual_seed(0)
     shapes = (members, rows, size), (members, size, out), (members, 1, out)
     # whatever the process has set as its default
     kind: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
     x, w, b = (torch.randn(shape, generator=random, **kind) for shape in shapes)
     y = torch.empty(members, rows, out, **kind)
-    extension.products(x.data_ptr(), w.data_ptr(), b.data_ptr(), y.data_ptr(), members, rows, size, out)
-    return torch.equal(y, torch.baddbmm(b, x, w))
-
-
-class Turned:
-    """Copies matrices, float32 on a CPU, to where they lie transposed.
-
-    matrices  (rows, columns), of the member that was written last, or (members, rows, columns)
-    copies    of each matrix those of all members, (members, columns, rows)
-    Neither has gaps.
-    """
-
-    def __init__(self, matrices: Sequence[torch.Tensor], copies: Sequence[torch.Tensor]):
-        self._pairs = list(zip(matrices, copies, strict=True))
-        rows = [(m.data_ptr(), c.data_ptr(), *m.shape[-2:]) for m, c in self._pairs]
-        steps = [(m[0].nbytes if m.dim() == 3 else 0, c[0].nbytes, 0, 0) for m, c in self._pairs]
-        # of the first member; and what is added for each further one
-        self._rows, self._steps = (np.array(table, dtype=np.int64).reshape(-1, 4) for table in (rows, steps))
-
-    def copy_to(self, k: int) -> None:
-        """Copies the matrices of member k."""
-        if hasattr(extension, "transpose"):
-            extension.transpose(self._rows + k * self._steps)
-            return
-        for matrix, copy in self._pairs:
-            copy[k].copy_((matrix[k] if matrix.dim() == 3 else matrix).mT)
+    extension.products(x.data_ptr(), w.data_ptr(), b.data_ptr(), y.data_ptr(), members, rows, size, out, 1)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return torch.equal(y, torch.baddbmm(b, x, w))
+    finally:
+        torch.set_num_threads(threads)

@@ -58,18 +58,21 @@ class MemberTensor(torch.Tensor):
     label       the same, and what was done to it
     turned      the stack once more, as (K, out, in) that lies (K, in, out) in memory, for linear layers; or None
     operations  what is known of the model's operations
+    bound       operations that are bound to this weight, see `member_ops.OfOneWeight`
     """
 
     held: torch.Tensor | Factors
     weight: str
     label: str
     operations: Operations
+    bound: dict
     turned: torch.Tensor | None = None
 
     @staticmethod
     def of(held: torch.Tensor | Factors, weight: str, operations: Operations, done: str = "") -> MemberTensor:
         made = torch.Tensor._make_wrapper_subclass(MemberTensor, held.shape[1:], dtype=held.dtype, device=held.device)
         made.held, made.weight, made.label, made.operations = held, weight, weight + done, operations
+        made.bound = {}
         return made
 
     @property

@@ -237,7 +237,7 @@ class PopulationEvaluator:
                 f"{in_bytes(WEIGHTS_SHARE * memory)}"
             )
         stack = self._new_stack(es, 2)
-        self._bytes_to_check = stack.nbytes + stack.bytes_to_check
+        self._bytes_to_check = stack.nbytes + max(stack.bytes_to_check, stack.bytes_to_write)
         share = (WEIGHTS_SHARE + TEXTS_SHARE) * memory
         if auto and self._bytes_to_check > share:
             raise Unsupported(
@@ -295,7 +295,9 @@ class PopulationEvaluator:
     def _write(self, members: Population, some: list[Member]) -> bool:
         """Writes members to the stack. False if there is not enough memory for so many."""
         try:
-            self._stack_of(members.es, self.at_once).write([(m.seed, m.sign * members.sigma) for m in some])
+            stack = self._stack_of(members.es, self.at_once)
+            with self.batches.threads_to_write(len(some)):
+                stack.write([(m.seed, m.sign * members.sigma) for m in some])
         except (RuntimeError, MemoryError) as error:
             if len(some) == 1 or not out_of_memory(error):
                 raise

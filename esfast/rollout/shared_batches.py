@@ -26,6 +26,8 @@ from .static_steps import StaticSteps
 TEXTS_SHARE = 0.25
 # A batch of more rows takes longer for each of them on a CPU, whose caches it leaves.
 MOST_ROWS_ON_CPU = 2048
+# To write a member's weights takes as long as a forward pass over so many of its tokens.
+TOKENS_OF_WRITING = 10
 
 
 class SharedBatches:
@@ -121,6 +123,14 @@ class SharedBatches:
                 found = RowBytes(max(found.whole, grown))
             self._bytes_of_row[key] = found
         return self._bytes_of_row[key]
+
+    @contextlib.contextmanager
+    def threads_to_write(self, members: int) -> Iterator[None]:
+        """In the block there are as many threads as are worth it to write so many members."""
+        with self._threads():
+            if self.way.threads is not None:
+                self.way.threads.choose(members * TOKENS_OF_WRITING)
+            yield
 
     def _threads(self) -> contextlib.AbstractContextManager:
         if self.way.threads is None:

@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from torch.utils._pytree import tree_flatten
 
-from ..core.ops import check_members, writer
+from ..core.ops import check_members
 from ..core.plan import Plan
+from ..core.stacks import Stack, StackWriter, can_turn
 from ..es.perturbation import unchanged_buffers
 from ..update.optimizers import Group, check_groups
 from ..update.updater import Rule
@@ -30,7 +31,7 @@ from .member_factors import Factors
 from .member_linear import direct
 from .member_modules import OneByOne, Places
 from .member_ops import SHORT
-from .member_products import LARGEST, Turned
+from .member_products import LARGEST
 from .member_tensor import MemberTensor, Unsupported, label_of
 
 __all__ = ["StackedModel", "Unsupported", "stacked"]
@@ -127,37 +128,29 @@ class StackedModel:
         self._places, self._layout = Places(self.module, self.plan), self.plan.layout
         rule, base = rule or Rule(noise=self.noise), self.plan if base is None else base
         self._options = {**rule.noise_options, "rounding": rounding, "backend": backend}
-        self._turned: dict[int, torch.Tensor] = {}
-        # by number: copies that lie (in, out), of weights that are a linear layer's and something else's
+        # Numbers of the weights that only lie transposed; and by number, copies that do, of those that lie both ways
+        self._turned: set[int] = set()
         self._tied: dict[int, torch.Tensor] = {}
         self._stacks = self._allocate(at_once, rule)
-        self._copies = Turned(
-            [*self._turned.values(), *(self._stacks[i] for i in self._tied)],
-            [*(self._stacks[i].mT for i in self._turned), *self._tied.values()],
-        )
-        # Numbers of the weights that are written whole
-        stacks = [i for i, stack in enumerate(self._stacks) if isinstance(stack, torch.Tensor)]
-        source = base if len(stacks) == len(base) else base.subset(stacks)
-        parts = [rule.by_group(self._plan_of(k, stacks), source) if stacks else [] for k in range(at_once)]
-        self._groups = [group for group, *_ in parts[0]]
-        # of each member, by group
-        self._writers = [[writer(mine, source, **self._options) for _, mine, source in of_k] for of_k in parts]
+        # of the weights that are written whole
+        stacks = {i: self._stack_of(i) for i, held in enumerate(self._stacks) if isinstance(held, torch.Tensor)}
+        parts = rule.by_group(base if len(stacks) == len(base) else base.subset(list(stacks))) if stacks else []
+        self._writers = [
+            (group, StackWriter([s for s in stacks.values() if rule.group_of(s.name) == group], part, **self._options))
+            for group, part in parts
+        ]
         self._count, self._order = 0, list[int]()
         self._tensors: list[MemberTensor] = []
         self._replaced: list[torch.nn.Module] = []
 
     @property
     def nbytes(self) -> int:
-        return self._bytes_of_members + self.bytes_to_write
-
-    @property
-    def _bytes_of_members(self) -> int:
         return sum(held.nbytes for held in (*self._stacks, *self._tied.values()))
 
     @property
     def bytes_to_write(self) -> int:
-        """Memory that is taken once, for any number of members."""
-        return sum(t.nbytes for t in self._turned.values())
+        """Memory that `write` takes for a moment, for any number of members."""
+        return torch.get_num_threads() * max((writer.room for _, writer in self._writers), default=0)
 
     @property
     def bytes_to_check(self) -> int:
@@ -169,7 +162,7 @@ class StackedModel:
     def bytes_of_member(self) -> int:
         """Memory for each member: of its own tensors, and of matrices that operations make whole."""
         whole = sum(self.learned.operations.whole.values())
-        return self._bytes_of_members // self.at_once + whole
+        return self.nbytes // self.at_once + whole
 
     def write(self, members: Sequence[tuple[int, float]]) -> None:
         """Writes the weights of at most `at_once` members. TypeError or ValueError, before any is written."""
@@ -177,11 +170,15 @@ class StackedModel:
         if not 1 <= len(seeds) <= self.at_once:
             raise BadValue(f"stacked: expected 1 to {self.at_once} members, got {len(seeds)}")
         terms = list(zip(seeds.tolist(), coeffs.tolist(), strict=True))
-        of_groups = [check_members(*group.noise_of(terms)) for group in self._groups]
-        for k, (seed, coeff) in enumerate(terms):
-            # A group that is frozen has no noise.
-            self._write(k, seed, coeff, [(keys[k : k + 1], factors[k : k + 1]) for keys, factors in of_groups])
+        # A group that is frozen has no noise.
+        noise = [check_members(*group.noise_of(terms)) for group, _ in self._writers]
+        self._write(terms, noise)
         self._count, self._order = len(seeds), list(range(len(seeds)))
+
+    def _write(self, terms: list[tuple[int, float]], noise: list[tuple[np.ndarray, np.ndarray]]) -> None:
+        """Members with these seeds and coefficients, and their noise in each group."""
+        for (_, writer), members in zip(self._writers, noise, strict=True):
+            writer.write(*members, len(terms))
 
     def choose(self, members: Sequence[int]) -> list[int]:
         """Lets `in_place` answer for these members, given by their numbers in `write`, until the next call. Returns
@@ -201,38 +198,34 @@ class StackedModel:
             for part in held.parts if isinstance(held, Factors) else (held,):
                 part[[i, j]] = part[[j, i]]
 
-    def _write(self, k: int, seed: int, coeff: float, of_groups: list[tuple[np.ndarray, np.ndarray]]) -> None:
-        for write, noise in zip(self._writers[k], of_groups, strict=True):
-            write(*noise)
-        self._copies.copy_to(k)
-
     def _allocate(self, at_once: int, rule: Rule) -> list[torch.Tensor | Factors]:
         """Memory for each weight of the plan.
 
-        On a CPU the matrix products of small float32 matrices take half the time when the weights lie (in, out). Such
-        a weight is written to `_turned`, by its number, which has room for one member, and copied from there. A small
-        one that is also an embedding's lies both ways.
+        On a CPU the matrix products of small float32 matrices take half the time when the weights lie (in, out). A
+        small one that is also an embedding's lies both ways.
         """
         stacks: list[torch.Tensor | Factors] = []
         linear = self._places.numbers(_is_linear)
         others = self._places.numbers(lambda module, key: not _is_linear(module, key))
+        backend, noise = (self._options[name] for name in ("backend", "noise"))
+        turns = can_turn(self.plan.device, backend, noise) if self.plan.device.type == "cpu" else False
         for i, tensor in enumerate(self.plan.tensors):
             options = {"dtype": tensor.dtype, "device": tensor.device}
             small = tensor.dim() == 2 and tensor.numel() <= LARGEST
-            on_cpu = tensor.device.type == "cpu" and tensor.dtype is torch.float32
-            if i not in linear | others and on_cpu and small:
+            if i not in linear | others and turns and tensor.dtype is torch.float32 and small:
                 self._tied[i] = torch.empty(at_once, *reversed(tensor.shape), **options)
-            if i in linear and on_cpu:
-                self._turned[i] = torch.empty(tensor.shape, **options)
+            if i in linear and turns and tensor.dtype is torch.float32:
+                self._turned.add(i)
                 stacks.append(torch.empty(at_once, *reversed(tensor.shape), **options).mT)
             else:
                 stacks.append(torch.empty(at_once, *tensor.shape, **options))
         return stacks
 
-    def _plan_of(self, k: int, which: Sequence[int]) -> Plan:
-        """The plan that weights of member k are written to, given by their numbers."""
-        entries = ((i, self.plan.entries[i]) for i in which)
-        return Plan([(e.name, self._turned.get(i, self._stacks[i][k]), e.window) for i, e in entries])
+    def _stack_of(self, i: int) -> Stack:
+        entry, held = self.plan.entries[i], self._stacks[i]
+        if i in self._turned:
+            return Stack(entry.name, entry.window, None, held.mT)
+        return Stack(entry.name, entry.window, held, self._tied.get(i))
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[torch.nn.Module]:
