@@ -28,7 +28,7 @@ from ..core.segments import Slice
 from ..update.updater import Rule, Updater, UpdateRecord
 from ..utils.changes import same_bits, versions
 from ..utils.interrupts import defer_sigint
-from ..utils.memory import total_memory
+from ..utils.memory import in_bytes, total_memory
 from .store import LocalStore
 
 log = logging.getLogger(__name__)
@@ -332,5 +332,5 @@ def choose_mode(plan: Plan, rule: Rule) -> str:
     else:
         # On a CPU a copy in host memory saves nothing.
         mode = "base" if extra["base"] <= room else "host" if plan.device.type != "cpu" else "inplace"
-    log.info('weights="auto" takes %r: %.2f GB of weights, %.1f GB of memory', mode, plan.nbytes / 1e9, total / 1e9)
+    log.info('weights="auto" takes %r: %s of weights, %s of memory', mode, in_bytes(plan.nbytes), in_bytes(total))
     return mode
