@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
 from contextvars import ContextVar
 from typing import Any, Protocol
 
-from .protocol import CHAT, TEXT, ApiError, Request, Written, read_request
+from .protocol import CHAT, TEXT, Answer, ApiError, Request, read_request
 from .stream import events
 
 Scope = MutableMapping[str, Any]
@@ -27,8 +27,8 @@ class Speaker(Protocol):
 
     models: tuple[str, ...]
 
-    def answer(self, request: Request) -> Coroutine[Any, Any, Written]:
-        """Waits for the answer, and the message in it. Raises ApiError for a request that is refused."""
+    def answer(self, request: Request) -> Coroutine[Any, Any, Answer]:
+        """Waits for the answer. Raises ApiError for a request that is refused."""
 
 
 class Endpoint:
@@ -79,8 +79,8 @@ class Endpoint:
             body = json.loads(await _body(receive))
         except (ValueError, RecursionError):
             raise ApiError(400, "invalid_json", "the body of the request is no JSON") from None
-        speaker = self.speaker(key)
-        answer, _ = await _unless_gone(speaker.answer(read_request(ROUTES[path], body, speaker.models)), receive)
+        speaker, kind = self.speaker(key), ROUTES[path]
+        answer = kind.json(await _unless_gone(speaker.answer(read_request(kind, body, speaker.models)), receive))
         return (b"text/event-stream", events(answer, body)) if body.get("stream") else _json(answer)
 
     def _models(self, path: str, key: str) -> dict[str, Any]:
@@ -102,7 +102,7 @@ class Disconnected(Exception):
     """The client went away."""
 
 
-async def _unless_gone(answer: Awaitable[Written], receive: Receive) -> Written:
+async def _unless_gone(answer: Awaitable[Answer], receive: Receive) -> Answer:
     """The answer; if the client disconnects before it is there, withdraws the request and raises Disconnected."""
 
     async def gone() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ...utils.errors import BadImport
+from .answers import maker
 from .app import REFUSED, Endpoint
 from .arguments import NotPlain, Told, reader
 from .protocol import CHAT, TEXT, ApiError, Kind
@@ -54,9 +55,7 @@ def clients(endpoint: Endpoint, base_url: str | None = None) -> Callable[[str], 
         """The class of a resource, with a short way for the requests that its `create` would send."""
         by_http = resource.create
         request_of = reader(openai, kind, by_http)
-        answer_type.model_rebuild()
-        # What model_validate calls. Making the four objects of an answer by hand takes longer.
-        made_of = answer_type.__pydantic_validator__.validate_python
+        made_of = maker(kind, answer_type)
 
         class Shortened(Quick, resource):
             @functools.wraps(by_http)
@@ -65,18 +64,16 @@ def clients(endpoint: Endpoint, base_url: str | None = None) -> Callable[[str], 
                 if client.short:
                     try:
                         speaker = endpoint.speaker(client.api_key)
-                        answer, message = await speaker.answer(request_of(asked, speaker.models, client.told))
+                        answer = await speaker.answer(request_of(asked, speaker.models, client.told))
                     except NotPlain:
                         pass
                     except ApiError as error:
                         refused = error
                     else:
                         made = made_of(answer)
-                        # as the library does
-                        vars(made)["_request_id"] = None
-                        if kind is CHAT and "tool_calls" not in message:
+                        if kind is CHAT and "tool_calls" not in answer.message:
                             # The next request mostly sends it back, with the fields in this order.
-                            sent_back = {"content": message["content"], "role": "assistant"}
+                            sent_back = {"content": answer.message["content"], "role": "assistant"}
                             client.told.append((vars(made.choices[0].message).copy(), sent_back))
                         return made
                 # The library makes its exception of an error. The request is not asked again.

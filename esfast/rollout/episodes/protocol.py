@@ -58,10 +58,17 @@ class Request:
 
 # Reads a field of a request: (name, value that is not None) -> value, or an ApiError.
 Read = Callable[[str, Any], Any]
-# The JSON object of an answer, and the assistant's message in it, without fields that are None.
-Written = tuple[dict[str, Any], dict[str, Any]]
-# (request, completion, id, time and model of the answer, tokens of the prompt) -> the answer
-Write = Callable[[Request, Completion, Mapping[str, Any], int], Written]
+
+
+class Answer(NamedTuple):
+    """What a member answers. `message` is the assistant's, without fields that are None."""
+
+    id: str
+    model: str
+    message: dict[str, Any]
+    finish_reason: str
+    prompt_tokens: int
+    tokens: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,13 +78,13 @@ class Kind:
     prompt       the name of the field with the prompt
     read_prompt  reads that field
     fields       how each other field is read
-    write        makes the answer
+    json         answer -> its JSON object
     """
 
     prompt: str
     read_prompt: Read
     fields: Mapping[str, Read]
-    write: Write
+    json: Callable[[Answer], dict[str, Any]]
 
 
 def read_request(kind: Kind, body: Any, models: tuple[str, ...]) -> Request:
@@ -109,30 +116,25 @@ def read_options(kind: Kind, fields: Mapping[str, Any], models: tuple[str, ...])
     )
 
 
-def chat_answer(request: Request, completion: Completion, head: Mapping[str, Any], prompt_tokens: int) -> Written:
-    """A chat completion. `head` has its id, time and model."""
+def answer_of(request: Request, completion: Completion, name: str, model: str, prompt_tokens: int) -> Answer:
+    """The answer with this id."""
     text, reason = _stopped(request, completion)
     message: dict[str, Any] = {"role": "assistant", "content": text}
-    calls = tool_calls(text, head["id"]) if request.options.tools else []
+    calls = tool_calls(text, name) if request.options.tools else []
     if calls:
-        text, reason = TOOL_CALL.sub("", text).strip() or None, "tool_calls"
-        message = {"role": "assistant", **({} if text is None else {"content": text}), "tool_calls": calls}
-    choice = {
-        "index": 0,
-        "message": {"content": text, "refusal": None, **message},
-        "finish_reason": reason,
-        "logprobs": None,
-    }
-    answer = {**head, "object": "chat.completion", "choices": [choice], "usage": _usage(prompt_tokens, completion)}
-    return answer, message
+        rest, reason = TOOL_CALL.sub("", text).strip(), "tool_calls"
+        message = {"role": "assistant", **({"content": rest} if rest else {}), "tool_calls": calls}
+    return Answer(name, model, message, reason, prompt_tokens, completion.tokens)
 
 
-def text_answer(request: Request, completion: Completion, head: Mapping[str, Any], prompt_tokens: int) -> Written:
+def chat_json(answer: Answer) -> dict[str, Any]:
+    """A chat completion."""
+    return _json("chat.completion", answer, {"message": {"content": None, "refusal": None, **answer.message}})
+
+
+def text_json(answer: Answer) -> dict[str, Any]:
     """A text completion."""
-    text, reason = _stopped(request, completion)
-    choice = {"index": 0, "text": text, "finish_reason": reason, "logprobs": None}
-    answer = {**head, "object": "text_completion", "choices": [choice], "usage": _usage(prompt_tokens, completion)}
-    return answer, {"role": "assistant", "content": text}
+    return _json("text_completion", answer, {"text": answer.message["content"]})
 
 
 def said(message: dict[str, Any]) -> dict[str, Any]:
@@ -278,8 +280,8 @@ OF_CHATS: dict[str, Read] = {
     "max_completion_tokens": _length,
     "chat_template_kwargs": _object,
 }
-CHAT = Kind("messages", _messages, COMMON | OF_CHATS, chat_answer)
-TEXT = Kind("prompt", _prompt, COMMON, text_answer)
+CHAT = Kind("messages", _messages, COMMON | OF_CHATS, chat_json)
+TEXT = Kind("prompt", _prompt, COMMON, text_json)
 
 
 def _stopped(request: Request, completion: Completion) -> tuple[str, str]:
@@ -291,9 +293,16 @@ def _stopped(request: Request, completion: Completion) -> tuple[str, str]:
     return completion.text, "stop" if completion.ended else "length"
 
 
-def _usage(prompt_tokens: int, completion: Completion) -> dict[str, int]:
-    total = prompt_tokens + completion.tokens
-    return {"prompt_tokens": prompt_tokens, "completion_tokens": completion.tokens, "total_tokens": total}
+def _json(kind: str, answer: Answer, said: dict[str, Any]) -> dict[str, Any]:
+    name, model, _, reason, asked, answered = answer
+    return {
+        "id": name,
+        "created": 0,
+        "model": model,
+        "object": kind,
+        "choices": [{"index": 0, **said, "finish_reason": reason, "logprobs": None}],
+        "usage": {"prompt_tokens": asked, "completion_tokens": answered, "total_tokens": asked + answered},
+    }
 
 
 def _wrong(name: str, expected: str, got: Any) -> ApiError:

@@ -10,7 +10,7 @@ from typing import Any
 from ...utils.time_limit import now
 from ..completion import Completion
 from .episode import Episode, Limits, add_new
-from .protocol import ApiError, Request, Written
+from .protocol import Answer, ApiError, Request, answer_of
 
 # Any client may use this name for the member that plays its episode.
 MEMBER = "member"
@@ -70,7 +70,7 @@ class Session:
     over = False
     ended_at: float | None = None
 
-    async def answer(self, request: Request) -> Written:
+    async def answer(self, request: Request) -> Answer:
         """See Speaker. Raises ApiError if the episode is over or has used up its limits."""
         limits = self.limits
         if self.over or self.turns >= limits.turns or self.tokens >= limits.tokens:
@@ -93,10 +93,9 @@ class Session:
             if not self.waiting:
                 self.since = now()
         self.tokens += completion.tokens
-        head = {"id": f"esfast-{self.index}-{turn}", "created": 0, "model": self.models[0]}
-        written = request.kind.write(request, completion, head, prompt_tokens)
-        add_new(self._messages, request.messages, written[1])
-        return written
+        answer = answer_of(request, completion, f"esfast-{self.index}-{turn}", self.models[0], prompt_tokens)
+        add_new(self._messages, request.messages, answer.message)
+        return answer
 
     @property
     def seconds(self) -> float:
