@@ -143,6 +143,8 @@ def _unchanged(timeout: float | None) -> float | None:
 
 def _call_all(calls: list[tuple[Callable, tuple, Any]]) -> None:
     for callback, arguments, context in calls:
-        # One that fails keeps no other one from being called. The loop shows no error of a callback either.
-        with contextlib.suppress(Exception):
+        try:
             context.run(callback, *arguments)
+        except Exception:
+            # One that fails keeps no other one from being called. The loop shows no error of a callback either.
+            continue

@@ -115,7 +115,8 @@ class Runner:
             self._loop, self._done = loop, loop.create_future()
             try:
                 server = None if self._serve is None else loop.create_task(self._serve())
-                loop.call_soon(self._start)
+                with loop.together():
+                    self._start()
                 loop.run_until_complete(self._done)
                 if server is not None:
                     server.cancel()
