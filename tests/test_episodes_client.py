@@ -60,6 +60,11 @@ REQUESTS = {
     "an enum": {**CHAT, "messages": [{"role": Kind.user, "content": "5"}]},
     "letters": {**CHAT, "messages": [{"role": "user", "content": "5 ünï 漢字 🎉 \0"}]},
     "half a character": {**CHAT, "messages": [{"role": "user", "content": "\ud800"}]},
+    "half a character in a name": {**CHAT, "messages": [{"role": "user", "content": "5", "\ud800": "1"}]},
+    "half a character in a name of a part": {
+        **CHAT,
+        "messages": [{"role": "user", "content": [{"type": "text", "\ud800": "1"}]}],
+    },
     "a long prompt": {**CHAT, "messages": [{"role": "user", "content": "1" * 5000}]},
     "a role": {**CHAT, "messages": [{"role": "clown", "content": "1"}]},
     "no content": {**CHAT, "messages": [{"role": "user"}]},

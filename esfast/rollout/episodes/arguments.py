@@ -42,13 +42,12 @@ def reader(
     def json_of(value: Any) -> Any:
         kind: Any = type(value)
         if kind is dict:
-            # TypeError if a name is no text
-            "".join(value)
+            # An error if a name is no text, or for half a character: the library can't make a request of them.
+            "".join(value).encode()
             return {
                 name: item if type(item) is str and item.isascii() else json_of(item) for name, item in value.items()
             }
         if kind is str:
-            # of half a character the library can't make a request
             value.encode()
             return value
         if kind is list or kind is tuple:
@@ -73,15 +72,10 @@ def reader(
             found.append(json)
         del told[len(found) :]
         for message in messages[len(found) :]:
-            if type(message) is dict and set(map(type, message.values())) == TEXTS:
-                json = message.copy()
-                # An error if a name is no text, or for half a character: the library can't make a request of them.
-                "".join((*json, *json.values())).encode()
-                # Only such messages: a number may equal one of another type, and a list can be changed in place.
-                if len(told) == len(found):
-                    told.append((json, json))
-            else:
-                json = json_of(message)
+            json = json_of(message)
+            # Only texts: a number may equal one of another type, and a list can be changed in place.
+            if len(told) == len(found) and type(message) is dict and set(map(type, json.values())) == TEXTS:
+                told.append((json, json))
             found.append(json)
         return found
 
@@ -102,8 +96,8 @@ def reader(
             raise NotPlain
         return found
 
-    def options(models: tuple[str, ...], names: Iterable[str], types: Any, *values: Any) -> Options:
-        return read_options(kind, fields(dict(zip(names, values, strict=True))), models)
+    def options(models: tuple[str, ...], given: Iterable[tuple[str, Any]], types: Any) -> Options:
+        return read_options(kind, fields(dict(given)), models)
 
     # Most requests of a run say the same. With types: a number may equal one of another type.
     options_once = functools.lru_cache(256)(options)
@@ -111,7 +105,7 @@ def reader(
     def request(asked: dict[str, Any], models: tuple[str, ...], told: Told) -> Request:
         given = asked.copy()
         prompt = given.pop(kind.prompt, None)
-        said = models, tuple(given), tuple(map(type, given.values())), *given.values()
+        said = models, tuple(given.items()), tuple(map(type, given.values()))
         try:
             try:
                 how = options_once(*said)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import itertools
+import operator
 import secrets
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
@@ -33,6 +34,8 @@ GRACE = 1.0
 OBJECTS = 100
 # Random bytes of a key.
 KEY = 16
+# The order in which the engine answers.
+PLACE = operator.attrgetter("session.member", "session.index", "turn")
 
 Play = Callable[[Any, Mapping[str, Any]], Awaitable[Any]]
 Prepare = Callable[[Sequence[str], Sequence[Asked], Sequence[int]], "Sequence[tuple[int, Asked] | ApiError]"]
@@ -228,7 +231,7 @@ class Runner:
         began = now()
         # Others were cancelled, too.
         asked = [question for question in self._questions if not question.answer.done()]
-        asked.sort(key=lambda q: (q.session.member, q.session.index, q.turn))
+        asked.sort(key=PLACE)
         self._questions.clear()
         outer = asyncio._get_running_loop()
         asyncio._set_running_loop(None)
@@ -249,8 +252,9 @@ class Runner:
                 self._answered(questions, [text_of[question] for question in questions], prepared)
         finally:
             asyncio._set_running_loop(outer)
+        took = now() - began
         for session in self._running.values():
-            session.not_charged(now() - began)
+            session.not_charged(took)
 
     def _answered(
         self, questions: Sequence[Question], texts: Sequence[str], prepared: Sequence[tuple[int, Asked]]
@@ -260,12 +264,10 @@ class Runner:
             for question, (length, _), completion in zip(questions, prepared, found, strict=True):
                 if isinstance(completion, LogitsError):
                     self._give_up(question.session.member, completion)
-                # That cancels the requests of the member's episodes, but not those from outside.
-                if question.answer.done():
-                    continue
-                if isinstance(completion, LogitsError):
-                    question.answer.set_exception(ApiError(400, "episode_over", str(completion)))
-                else:
+                    # That cancels the requests of the member's episodes, but not those from outside.
+                    if not question.answer.done():
+                        question.answer.set_exception(ApiError(400, "episode_over", str(completion)))
+                elif not question.answer.done():
                     question.answer.set_result((completion, length))
 
     def _texts(self, questions: Sequence[Question]) -> list[str | ApiError]:
