@@ -216,3 +216,16 @@ def test_the_setting(given):
     for wrong, error in (("text", TypeError), ([1], TypeError), ({"tokenize": True}, ValueError)):
         with pytest.raises(error, match="ESConfig.chat_template_kwargs: "):
             esfast.ESConfig(chat_template_kwargs=wrong)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [user("5"), {"content": "5", "role": "user"}, {"name": "a", "content": "ünï", "role": "user", "more": ""}],
+)
+def test_a_message_of_texts_is_rendered_as_one_with_other_fields(tokenizer, message):
+    """What needs no look for None comes to the template in the same order: its content last."""
+    tokenizer.chat_template = "{{ messages | tojson }}"
+    before = json.dumps(message)
+    (text,), (other,) = (chat.render([{"prompt": [m]}], tokenizer) for m in (message, {**message, "tool_calls": None}))
+    assert text == other and list(json.loads(text)[0])[-1] == "content"
+    assert json.dumps(message) == before

@@ -13,6 +13,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipytho
 ANSWERED = ("user", "tool", "function", "ipython")  # roles whose message the assistant answers
 OWN = ("tokenize", "add_generation_prompt", "continue_final_message", "return_dict", "conversation", "tools")
 PROBE = "esfast"
+TEXTS = {str}
 
 
 def is_chat(prompt) -> bool:
@@ -132,7 +133,9 @@ def _check(messages: Sequence[Mapping]) -> str:
 def _options(row: Mapping[str, Any]) -> dict[str, Any]:
     """Variables of the template in a row. Those that are None are left out: in a datasets.Dataset every row has the
     keys of all rows."""
-    given = _column(row, "chat_template_kwargs") or {}
+    given = _column(row, "chat_template_kwargs")
+    if not given:
+        return {}
     if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
         raise BadValue(f"chat_template_kwargs: expected a dict with texts as its keys, or its JSON, got {given!r:.60}")
     return check_options("chat_template_kwargs", {k: v for k, v in given.items() if v is not None})
@@ -199,8 +202,14 @@ def _forms(tokenizer) -> tuple[bool, bool]:
 
 
 def _in_form(message: Mapping, reads_text: bool, reads_parts: bool) -> dict[str, Any]:
-    """The message with its content in the form that the template reads; unchanged if it reads both."""
+    """The message with its content in the form that the template reads; unchanged if it reads both. The content comes
+    last."""
     content = message.get("content")
+    if reads_text and set(map(type, message.values())) == TEXTS and content is not None:
+        # Most messages. Without looking for None in them it takes a third of the time.
+        form = dict(message)
+        form["content"] = form.pop("content")
+        return form
     if isinstance(content, (list, tuple)) and not reads_parts:
         content = _joined(content)
     elif isinstance(content, str) and reads_parts and not reads_text:
