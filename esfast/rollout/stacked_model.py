@@ -207,17 +207,17 @@ class StackedModel:
         stacks: list[torch.Tensor | Factors] = []
         linear = self._places.numbers(_is_linear)
         others = self._places.numbers(lambda module, key: not _is_linear(module, key))
-        backend, noise = (self._options[name] for name in ("backend", "noise"))
-        turns = can_turn(self.plan.device, backend, noise) if self.plan.device.type == "cpu" else False
+        turns = can_turn(self.plan.device, self._options["backend"], self._options["noise"])
         for i, tensor in enumerate(self.plan.tensors):
             options = {"dtype": tensor.dtype, "device": tensor.device}
-            small = tensor.dim() == 2 and tensor.numel() <= LARGEST
-            if i not in linear | others and turns and tensor.dtype is torch.float32 and small:
-                self._tied[i] = torch.empty(at_once, *reversed(tensor.shape), **options)
-            if i in linear and turns and tensor.dtype is torch.float32:
+            if not turns or tensor.dtype is not torch.float32 or i in others:
+                stacks.append(torch.empty(at_once, *tensor.shape, **options))
+            elif i in linear:
                 self._turned.add(i)
                 stacks.append(torch.empty(at_once, *reversed(tensor.shape), **options).mT)
             else:
+                if tensor.dim() == 2 and tensor.numel() <= LARGEST:
+                    self._tied[i] = torch.empty(at_once, *reversed(tensor.shape), **options)
                 stacks.append(torch.empty(at_once, *tensor.shape, **options))
         return stacks
 
