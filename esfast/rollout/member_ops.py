@@ -24,6 +24,8 @@ def _are_weights(*values) -> bool:
 
 # A function of an operation's rows alone, for the weights of certain members
 OfRows = Callable[[torch.Tensor], torch.Tensor]
+# The same, which is also told how many rows each member has
+OfEqualRows = Callable[[torch.Tensor, int], torch.Tensor]
 
 
 class BoundLinear:
@@ -44,17 +46,20 @@ class OfOneWeight:
     for a weight: of 480 rows a norm's product with its weight then takes 30 us instead of 48.
 
     at    which argument the rows are
-    bind  gives the function of the rows for the operation and its weight
+    bind  gives the function of the rows for the operation and its weight. What is learned stays as long as the model:
+          `bind` may keep no tensor. The function may keep views of the stack, whose memory CUDA graphs go on reading,
+          and no tensor of its own; and not the weight, which keeps the function.
     """
 
-    def __init__(self, at: int, bind: Callable[[Callable, MemberTensor], OfRows]):
+    def __init__(self, at: int, bind: Callable[[Callable, MemberTensor], OfEqualRows]):
         self.at, self.bind = at, bind
 
     def __call__(self, func, args: tuple, kwargs: dict, first: MemberTensor) -> torch.Tensor:
         of_rows = first.bound.get(self)
         if of_rows is None:
             of_rows = first.bound[self] = self.bind(func, first)
-        return of_rows(args[self.at])
+        x = args[self.at]
+        return of_rows(x, rows_of_member(func, x.shape[0], first.members, args))
 
 
 def stacked_linear(weight: MemberTensor, bias: MemberTensor | None) -> OfRows:
@@ -94,20 +99,19 @@ def _embedding(args: tuple, kwargs: dict, dims: list) -> Way | None:
     """One lookup in the joined tables of all members. Not with max_norm, which would change the table."""
     if len(args) != 2 or dims[0] != 0 or not _are_weights(args[1]) or kwargs.get("max_norm") is not None:
         return None
+    return OfOneWeight(0, _bound_lookup)
 
-    def bind(func, weight: MemberTensor) -> OfRows:
-        members, size, width = weight.stack.shape
-        table = weight.stack.reshape(members * size, width)
-        starts = torch.arange(0, members * size, size, device=table.device).view(-1, *[1] * args[0].dim())
 
-        def of_rows(ids: torch.Tensor) -> torch.Tensor:
-            rows = rows_of_member(func, ids.shape[0], members, (weight,))
-            shifted = ids.reshape(members, rows, *ids.shape[1:]) + starts
-            return F.embedding(shifted.view(ids.shape), table)
+def _bound_lookup(func, weight: MemberTensor) -> OfEqualRows:
+    members, size, width = weight.stack.shape
+    table = weight.stack.reshape(members * size, width)
 
-        return of_rows
+    def of_rows(ids: torch.Tensor, rows: int) -> torch.Tensor:
+        starts = torch.arange(0, members * size, size, device=ids.device)
+        shifted = ids.reshape(members, rows, *ids.shape[1:]) + starts.view(-1, *[1] * ids.dim())
+        return F.embedding(shifted.view(ids.shape), table)
 
-    return OfOneWeight(0, bind)
+    return of_rows
 
 
 def _elementwise(args: tuple, kwargs: dict, dims: list) -> Way | None:
@@ -119,13 +123,14 @@ def _elementwise(args: tuple, kwargs: dict, dims: list) -> Way | None:
     spans_rows = weight.dim() > x.dim() or (weight.dim() == x.dim() and weight.shape[:1] != (1,))
     if dims[1 - at] != 0 or spans_rows:
         return None
+    dim = x.dim()
 
-    def bind(func, weight: MemberTensor) -> OfRows:
+    def bind(func, weight: MemberTensor) -> OfEqualRows:
         members, *shape = weight.stack.shape
-        wide = weight.stack.reshape(members, *[1] * (x.dim() - len(shape)), *shape)
+        wide = weight.stack.reshape(members, *[1] * (dim - len(shape)), *shape)
 
-        def of_rows(x: torch.Tensor) -> torch.Tensor:
-            mine = x.unflatten(0, (members, rows_of_member(func, x.shape[0], members, (weight,))))
+        def of_rows(x: torch.Tensor, rows: int) -> torch.Tensor:
+            mine = x.unflatten(0, (members, rows))
             return (func(mine, wide) if at else func(wide, mine)).flatten(0, 1)
 
         return of_rows
