@@ -261,3 +261,21 @@ def test_a_callback_that_fails_keeps_no_task_from_its_answer():
 def test_seeds_of_a_batch_are_those_of_each_answer():
     seeds, turns = [0, 5, 2**64 - 1, 2**40], [0, 3, 2**20, 1]
     assert turn_seeds(seeds, turns) == [response_seeds(s, t, 1, 1)[0] for s, t in zip(seeds, turns, strict=True)]
+
+
+def test_tasks_that_an_interruption_kept_from_beginning_end():
+    """Ctrl-C in the first step of one of the tasks that begin in one callback."""
+    loop, began = EpisodeLoop(), []
+
+    async def step(i):
+        began.append(i)
+        if i == 1:
+            raise KeyboardInterrupt
+        await asyncio.sleep(60)
+
+    with loop.together():
+        tasks = [loop.create_task(step(i)) for i in range(4)]
+    with pytest.raises(KeyboardInterrupt):
+        loop.run_forever()
+    assert began == [0, 1] and loop.stopped() and all(task.done() for task in tasks)
+    loop.close()

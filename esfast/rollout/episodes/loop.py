@@ -38,12 +38,25 @@ class EpisodeLoop(asyncio.SelectorEventLoop):
             yield
         finally:
             self._together = None
-            super().call_soon(_call_all, calls)
+            super().call_soon(self._call_all, iter(calls))
 
     def call_soon(self, callback: Callable, *arguments: Any, context: Any = None) -> Any:  # type: ignore[override]
         if self._together is None or context is None:
             return super().call_soon(callback, *arguments, context=context)
         self._together.append((callback, arguments, context))
+
+    def _call_all(self, calls: Iterator[tuple[Callable, tuple, Any]]) -> None:
+        try:
+            for callback, arguments, context in calls:
+                try:
+                    context.run(callback, *arguments)
+                except Exception:
+                    # One that fails keeps no other one from being called. The loop shows no error of a callback either.
+                    continue
+        finally:
+            # After Ctrl-C some may be left. Their tasks, which are cancelled, end only in such a callback.
+            if rest := list(calls):
+                super().call_soon(self._call_all, iter(rest))
 
     def stopped(self) -> bool:
         """Cancels the tasks and timers that are left. Whether the tasks have ended, and no callback calls another for
@@ -139,12 +152,3 @@ class _Selector(selectors.DefaultSelector):
 
 def _unchanged(timeout: float | None) -> float | None:
     return timeout
-
-
-def _call_all(calls: list[tuple[Callable, tuple, Any]]) -> None:
-    for callback, arguments, context in calls:
-        try:
-            context.run(callback, *arguments)
-        except Exception:
-            # One that fails keeps no other one from being called. The loop shows no error of a callback either.
-            continue
