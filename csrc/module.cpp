@@ -201,7 +201,7 @@ void transpose(const float* from, float* to, int64_t rows, int64_t cols) {
 // its segments begin at `turned`, too.
 struct Stack { int64_t end, step, turned, turned_step, rows, cols; };
 
-// Weights that a thread takes at once where they don't have to be transposed.
+// Tiles that a thread takes at once of weights that don't have to be transposed: half a millisecond of gaussian noise.
 constexpr int64_t TILES_AT_ONCE = 512;
 
 // Writes members to stacks of their weights, in one parallel region: member k is src + coeffs[k] * noise(seeds[k]), or a

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from esfast import Plan, Slice, add_noise_
+from esfast import Plan, Slice, add_noise_, stacked
 from esfast.core import ops, stacks
 from esfast.core.ops import check_members
 from esfast.core.stacks import Stack, StackWriter, can_turn
@@ -195,3 +195,27 @@ def test_segments_of_each_tensor_are_counted():
     table = base.table()
     counts = np.diff(table.ends, prepend=0)
     assert table.ends[-1] == len(table.rows) and counts[0] == counts[2] == 1 < counts[1]
+
+
+@needs_extension
+def test_more_members_than_there_are_are_refused():
+    base = base_of()
+    made = stacks_of(base)
+    for backend in ("auto", "reference"):
+        writer = StackWriter(made, base, backend=backend)
+        for seeds, members in ((SEEDS + [1], K + 1), (SEEDS, 2), ([], K + 1), ([], -1)):
+            with pytest.raises(ValueError, match="at most 3 members, and a seed"):
+                writer.write(*check_members(seeds, [0.1] * len(seeds)), members)
+    assert all((stack.stack == -1).all() for stack in made)
+
+
+def test_a_base_of_more_or_fewer_tensors_is_refused():
+    model = torch.nn.Linear(3, 2)
+    more = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 1))
+    for base, error, message in (
+        (Plan([("weight", torch.ones(2, 3))]), ValueError, "expected 2 tensors as in the model, got 1"),
+        (Plan(more), ValueError, "expected 2 tensors as in the model, got 4"),
+        ([torch.ones(2, 3)], TypeError, "expected a Plan .* got list"),
+    ):
+        with pytest.raises(error, match=message), stacked(model, [(1, 0.1)], base=base):
+            pytest.fail("it was let in")

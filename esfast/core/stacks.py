@@ -20,8 +20,8 @@ from .ops import Call, check_rounding, get_backend, instruction_set, run_checked
 from .plan import Plan
 from .segments import Slice
 
-# Weights x members from which threads share a call: it takes 1.5 ms on one. Where another process has a core, threads
-# wait for it some 10 ms; those who know of such a process set fewer threads.
+# Weights x members from which threads share a call: it takes 1.5 ms on one. `add_noise_` asks for more: a population is
+# written by one call, and those who make it know of other processes and set fewer threads.
 WORK_OF_THREADS = 1_000_000
 
 
@@ -85,15 +85,20 @@ class StackWriter:
         self._at_once = self._run is run_on_cpu
         if not self._at_once and any(stack.turned is not None for stack in stacks):
             raise BadValue("stacks: only the CPU's extension lays matrices transposed")
-        held = stacks[0].turned if stacks[0].stack is None else stacks[0].stack
+        self._most = len(stacks[0].turned if stacks[0].stack is None else stacks[0].stack)
         # of each member; where all are written at once the first one's tells where all are
-        self._plans = [Plan([s.of_member(k) for s in stacks]) for k in range(1 if self._at_once else len(held))]
+        self._plans = [Plan([s.of_member(k) for s in stacks]) for k in range(1 if self._at_once else self._most)]
         self._rows = np.array([(0, *stack.row()) for stack in stacks], dtype=np.int64)
         self.room = max((stack.turned[0].nbytes for stack in stacks if stack.stack is None), default=0)
 
     def write(self, seeds: np.ndarray, coeffs: np.ndarray, members: int) -> None:
         """Writes the first so many members: with seeds and coefficients as `check_members` returns them, one for each,
         or none, and then all are copies of the base."""
+        if not 0 <= members <= self._most or len(seeds) not in (0, members) or len(seeds) != len(coeffs):
+            raise BadValue(
+                f"stacks: expected at most {self._most} members, and a seed and a coefficient for each or none; got "
+                f"{members}, {len(seeds)} seeds and {len(coeffs)} coefficients"
+            )
         with subnormals_kept():
             if self._at_once:
                 self._write_at_once(self._call(self._plans[0], seeds, coeffs), members)

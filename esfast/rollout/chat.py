@@ -202,8 +202,8 @@ def _forms(tokenizer) -> tuple[bool, bool]:
 
 
 def _in_form(message: Mapping, reads_text: bool, reads_parts: bool) -> dict[str, Any]:
-    """The message with its content in the form that the template reads; unchanged if it reads both. The content comes
-    last."""
+    """The message with its content in the form that the template reads, in its own form if the template reads both. The
+    content comes last."""
     content = message.get("content")
     if reads_text and set(map(type, message.values())) == TEXTS and content is not None:
         # Most messages. Without looking for None in them it takes a third of the time.

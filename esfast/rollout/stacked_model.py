@@ -98,7 +98,8 @@ class StackedModel:
     rule            its noise and groups apply
     rounding, backend  as in `add_noise_`
 
-    Attributes: `module`, `plan`, `at_once`, `nbytes`, the memory that it takes, and `bytes_of_member`.
+    Attributes: `module`, `plan`, `at_once`, `nbytes`, the memory that it takes between calls of
+    `write`, and `bytes_of_member`.
     """
 
     short: Mapping[Callable, Callable] = SHORT
@@ -127,6 +128,10 @@ class StackedModel:
             raise BadValue("stacked: expected at least one member")
         self._places, self._layout = Places(self.module, self.plan), self.plan.layout
         rule, base = rule or Rule(noise=self.noise), self.plan if base is None else base
+        if not isinstance(base, Plan):
+            raise BadType(f"base: expected a Plan (for example plan.clone()), got {type(base).__name__}")
+        if len(base) != len(self.plan):
+            raise BadValue(f"base: expected {len(self.plan)} tensors as in the model, got {len(base)}")
         self._options = {**rule.noise_options, "rounding": rounding, "backend": backend}
         # Numbers of the weights that only lie transposed; and by number, copies that do, of those that lie both ways
         self._turned: set[int] = set()
@@ -201,8 +206,8 @@ class StackedModel:
     def _allocate(self, at_once: int, rule: Rule) -> list[torch.Tensor | Factors]:
         """Memory for each weight of the plan.
 
-        On a CPU the matrix products of small float32 matrices take half the time when the weights lie (in, out). A
-        small one that is also an embedding's lies both ways.
+        On a CPU the matrix products of small float32 matrices take half the time when the weights lie (in, out), so
+        those of linear layers do. A small one that is also an embedding's lies both ways.
         """
         stacks: list[torch.Tensor | Factors] = []
         linear = self._places.numbers(_is_linear)
