@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from ..chat import TEXTS
 from .protocol import CHAT, Kind, Options, Request, read_options
 
 
@@ -17,7 +18,6 @@ class NotPlain(Exception):
 
 # Arguments of `create` that are no fields of the request. How long to wait for an answer is the run's to say.
 NO_FIELDS = frozenset({"extra_headers", "extra_query", "extra_body", "timeout"})
-TEXTS = {str}
 
 # The messages of a client's last chat, those of the answer included: what each one had in it, and its JSON.
 Told = list[tuple[dict[str, Any], dict[str, Any]]]
