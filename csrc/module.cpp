@@ -197,9 +197,12 @@ void transpose(const float* from, float* to, int64_t rows, int64_t cols) {
 
 // Where the members of a population have a tensor: a row of write_stacks' table. It has the segments from the end of the
 // tensor before up to `end`. They are member 0's; each further member's lie `step` bytes on. A matrix of rows x cols that
-// also, or only, is to lie transposed does so from `turned` on, each further member's `turned_step` bytes on: only, if
-// its segments begin at `turned`, too.
-struct Stack { int64_t end, step, turned, turned_step, rows, cols; };
+// also is to lie transposed does so from `turned` on, each further member's `turned_step` bytes on. If it is to lie only
+// transposed, `step` is 0.
+struct Stack {
+    int64_t end, step, turned, turned_step, rows, cols;
+    bool only_turned() const { return turned && !step; }
+};
 
 // Tiles that a thread takes at once of weights that don't have to be transposed: half a millisecond of gaussian noise.
 constexpr int64_t TILES_AT_ONCE = 512;
@@ -230,7 +233,7 @@ void write_stacks(Array<int64_t> segments, Array<int64_t> table, int64_t members
         const int64_t at_once = s.turned ? first_tile.back() : TILES_AT_ONCE, end = first_tile[size_t(s.end)];
         for (int64_t tile = first_tile[size_t(begin)]; tile < end; tile += at_once)
             parts.push_back({i, tile, std::min(end, tile + at_once)});
-        if (s.turned == all.segments[begin].dst) room = std::max(room, s.rows * s.cols);
+        if (s.only_turned()) room = std::max(room, s.rows * s.cols);
         most_segments = std::max(most_segments, s.end - begin);
     }
     const int64_t count = members * int64_t(parts.size());
@@ -243,8 +246,7 @@ void write_stacks(Array<int64_t> segments, Array<int64_t> table, int64_t members
         const Part& part = parts[size_t(number % int64_t(parts.size()))];
         const Stack& s = stacks[part.stack];
         const int64_t begin = part.stack ? stacks[part.stack - 1].end : 0, there = all.segments[begin].dst;
-        const bool only_turned = s.turned == there;
-        const int64_t to = only_turned ? reinterpret_cast<int64_t>(rooms.get() + room * thread) : there + k * s.step;
+        const int64_t to = s.only_turned() ? reinterpret_cast<int64_t>(rooms.get() + room * thread) : there + k * s.step;
         Segment* const mine = own.data() + most_segments * thread;
         for (int64_t i = begin; i < s.end; ++i) {
             mine[i - begin] = all.segments[i];
