@@ -300,7 +300,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_chat_that_goes_on_is_read_as_it_is_now(engine, change):
-    """Messages that a client told before are not read again, unless something about them has changed."""
+    """Messages that a client sent before are not read again, unless something about them has changed."""
     found = []
 
     async def episode(client, row):

@@ -20,101 +20,114 @@ class NotPlain(Exception):
 NO_FIELDS = frozenset({"extra_headers", "extra_query", "extra_body", "timeout"})
 
 # The messages of a client's last chat, those of the answer included: what each one had in it, and its JSON.
-Told = list[tuple[dict[str, Any], dict[str, Any]]]
+Seen = list[tuple[dict[str, Any], dict[str, Any]]]
 
 
-def reader(
-    openai: Any, kind: Kind, create: Callable[..., Any]
-) -> Callable[[dict[str, Any], tuple[str, ...], Told], Request]:
-    """Returns (arguments of `create`, names of the model, what was told before) -> the request. It keeps nothing that
-    the caller may change. Of a chat that goes on it reads only the new messages, and adds them to what was told.
+def check_texts(joined: str) -> None:
+    """ValueError for half a character, of which the library can't make a request. Names that are no texts can't be
+    joined, a TypeError."""
+    if not joined.isascii():
+        joined.encode()
 
-    It raises ApiError for a request that is refused, and NotPlain if the library would do more than to send the
-    arguments as JSON, or raise an error itself."""
-    known = frozenset(inspect.signature(create).parameters)
-    left_out = frozenset({openai.NotGiven, openai.Omit})
-    answer = openai.types.chat.ChatCompletionMessage
 
-    @functools.cache
-    def is_answer(kind: Any) -> bool:
-        return issubclass(kind, openai.BaseModel) and not getattr(kind, "__api_exclude__", None)
+class ArgumentReader:
+    """Reads the arguments of a `create` of the library.
 
-    def json_of(value: Any) -> Any:
-        kind: Any = type(value)
-        if kind is dict:
-            # An error if a name is no text, or for half a character: the library can't make a request of them.
-            "".join(value).encode()
-            return {
-                name: item if type(item) is str and item.isascii() else json_of(item) for name, item in value.items()
-            }
-        if kind is str:
-            value.encode()
-            return value
-        if kind is list or kind is tuple:
-            return [json_of(item) for item in value]
-        if value is None or kind is int or kind is bool or (kind is float and math.isfinite(value)):
-            return value
-        if is_answer(kind):
-            # an answer, or a part of one, that is sent back
-            given = value.model_fields_set
-            fields = {name: item for name, item in vars(value).items() if name in given}
-            return json_of(fields | (value.model_extra or {}))
-        raise NotPlain
+        request = ArgumentReader(openai, CHAT, AsyncCompletions.create)(arguments, names of the model, seen)
 
-    def chat(messages: list[Any], told: Told) -> list[Any]:
-        found = []
-        for message, (fields, json) in zip(messages, told, strict=False):
+    It keeps nothing that the caller may change. Of a chat that goes on it reads only the new messages, and adds them to
+    those that were seen.
+
+    Raises ApiError for a request that is refused, and NotPlain if the library would do more than to send the arguments
+    as JSON, or raise an error itself.
+    """
+
+    def __init__(self, openai: Any, kind: Kind, create: Callable[..., Any]):
+        self._kind, self._base = kind, openai.BaseModel
+        self._known = frozenset(inspect.signature(create).parameters)
+        self._left_out = frozenset({openai.NotGiven, openai.Omit})
+        self._answer = openai.types.chat.ChatCompletionMessage
+        self._is_answer = functools.cache(self._find_whether_answer)
+        # Most requests of a run say the same besides the prompt.
+        self._options_once = functools.lru_cache(256)(self._options)
+
+    def __call__(self, asked: dict[str, Any], models: tuple[str, ...], seen: Seen) -> Request:
+        kind, given = self._kind, asked.copy()
+        prompt = given.pop(kind.prompt, None)
+        # With types: a number may equal one of another type.
+        others = models, tuple(given.items()), tuple(map(type, given.values()))
+        try:
+            try:
+                options = self._options_once(*others)
+            except TypeError:
+                # It has lists or objects.
+                options = self._options(*others)
+            prompt = self._chat(prompt, seen) if kind is CHAT and type(prompt) is list else self._json_of(prompt)
+        except (ValueError, TypeError, RecursionError):
+            raise NotPlain from None
+        return Request(kind, kind.read_prompt(kind.prompt, prompt), options)
+
+    def _options(self, models: tuple[str, ...], given: Iterable[tuple[str, Any]], types: Any) -> Options:
+        return read_options(self._kind, self._fields(dict(given)), models)
+
+    def _fields(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The JSON object of the arguments besides the prompt."""
+        if not given.keys() <= self._known or given.get("extra_headers") or given.get("extra_query"):
+            raise NotPlain
+        found = {
+            name: self._json_of(value)
+            for name, value in given.items()
+            if name not in NO_FIELDS and type(value) not in self._left_out
+        }
+        if (further := given.get("extra_body")) is not None:
+            if type(further) is not dict or self._kind.prompt in further:
+                raise NotPlain
+            found |= self._json_of(further)
+        if found.get("stream"):
+            raise NotPlain
+        return found
+
+    def _chat(self, messages: list[Any], seen: Seen) -> list[Any]:
+        """The JSON of the messages."""
+        found, answer = [], self._answer
+        for message, (fields, json) in zip(messages, seen, strict=False):
             if type(message) is dict:
                 if message != fields and message != json:
                     break
             elif type(message) is not answer or vars(message) != fields or message.__pydantic_extra__:
                 break
             found.append(json)
-        del told[len(found) :]
+        del seen[len(found) :]
         for message in messages[len(found) :]:
-            json = json_of(message)
-            # Only texts: a number may equal one of another type, and a list can be changed in place.
-            if len(told) == len(found) and type(message) is dict and set(map(type, json.values())) == TEXTS:
-                told.append((json, json))
+            if type(message) is dict and set(map(type, message.values())) == TEXTS:
+                check_texts("".join((*message, *message.values())))
+                json = message.copy()
+                # Only texts are seen: a number may equal one of another type, and a list can be changed in place.
+                if len(seen) == len(found):
+                    seen.append((json, json))
+            else:
+                json = self._json_of(message)
             found.append(json)
         return found
 
-    def fields(given: Mapping[str, Any]) -> dict[str, Any]:
-        """The JSON object of the arguments besides the prompt."""
-        if not given.keys() <= known or given.get("extra_headers") or given.get("extra_query"):
-            raise NotPlain
-        found = {
-            name: json_of(value)
-            for name, value in given.items()
-            if name not in NO_FIELDS and type(value) not in left_out
-        }
-        if (further := given.get("extra_body")) is not None:
-            if type(further) is not dict or kind.prompt in further:
-                raise NotPlain
-            found |= json_of(further)
-        if found.get("stream"):
-            raise NotPlain
-        return found
+    def _json_of(self, value: Any) -> Any:
+        kind: Any = type(value)
+        if kind is dict:
+            check_texts("".join(value))
+            return {name: self._json_of(item) for name, item in value.items()}
+        if kind is str:
+            check_texts(value)
+            return value
+        if kind is list or kind is tuple:
+            return [self._json_of(item) for item in value]
+        if value is None or kind is int or kind is bool or (kind is float and math.isfinite(value)):
+            return value
+        if self._is_answer(kind):
+            # an answer, or a part of one, that is sent back
+            given = value.model_fields_set
+            fields = {name: item for name, item in vars(value).items() if name in given}
+            return self._json_of(fields | (value.model_extra or {}))
+        raise NotPlain
 
-    def options(models: tuple[str, ...], given: Iterable[tuple[str, Any]], types: Any) -> Options:
-        return read_options(kind, fields(dict(given)), models)
-
-    # Most requests of a run say the same. With types: a number may equal one of another type.
-    options_once = functools.lru_cache(256)(options)
-
-    def request(asked: dict[str, Any], models: tuple[str, ...], told: Told) -> Request:
-        given = asked.copy()
-        prompt = given.pop(kind.prompt, None)
-        said = models, tuple(given.items()), tuple(map(type, given.values()))
-        try:
-            try:
-                how = options_once(*said)
-            except TypeError:
-                # It has lists or objects.
-                how = options(*said)
-            prompt = chat(prompt, told) if kind is CHAT and type(prompt) is list else json_of(prompt)
-        except (ValueError, TypeError, RecursionError):
-            raise NotPlain from None
-        return Request(kind, kind.read_prompt(kind.prompt, prompt), how)
-
-    return request
+    def _find_whether_answer(self, kind: type) -> bool:
+        return issubclass(kind, self._base) and not getattr(kind, "__api_exclude__", None)

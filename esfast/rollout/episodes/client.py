@@ -10,7 +10,7 @@ from typing import Any
 from ...utils.errors import BadImport
 from .answers import maker
 from .app import REFUSED, Endpoint
-from .arguments import NotPlain, Told, reader
+from .arguments import ArgumentReader, NotPlain, Seen
 from .protocol import CHAT, TEXT, ApiError, Kind
 from .session import MEMBER
 
@@ -54,7 +54,7 @@ def clients(endpoint: Endpoint, base_url: str | None = None) -> Callable[[str], 
     def shortened(resource: Any, kind: Kind, answer_type: Any) -> Any:
         """The class of a resource, with a short way for the requests that its `create` would send."""
         by_http = resource.create
-        request_of = reader(openai, kind, by_http)
+        request_of = ArgumentReader(openai, kind, by_http)
         made_of = maker(kind, answer_type)
 
         class Shortened(Quick, resource):
@@ -64,7 +64,7 @@ def clients(endpoint: Endpoint, base_url: str | None = None) -> Callable[[str], 
                 if client.short:
                     try:
                         speaker = endpoint.speaker(client.api_key)
-                        answer = await speaker.answer(request_of(asked, speaker.models, client.told))
+                        answer = await speaker.answer(request_of(asked, speaker.models, client.seen))
                     except NotPlain:
                         pass
                     except ApiError as error:
@@ -74,7 +74,7 @@ def clients(endpoint: Endpoint, base_url: str | None = None) -> Callable[[str], 
                         if kind is CHAT and "tool_calls" not in answer.message:
                             # The next request mostly sends it back, with the fields in this order.
                             sent_back = {"content": answer.message["content"], "role": "assistant"}
-                            client.told.append((vars(made.choices[0].message).copy(), sent_back))
+                            client.seen.append((vars(made.choices[0].message).copy(), sent_back))
                         return made
                 # The library makes its exception of an error. The request is not asked again.
                 REFUSED.set(refused)
@@ -96,7 +96,7 @@ def clients(endpoint: Endpoint, base_url: str | None = None) -> Callable[[str], 
     class MemberClient(openai.AsyncOpenAI):
         model = MEMBER
         short = False
-        told: Told = []
+        seen: Seen = []
 
         @functools.cached_property
         def chat(self) -> Any:
@@ -122,7 +122,7 @@ def clients(endpoint: Endpoint, base_url: str | None = None) -> Callable[[str], 
         # A copy; with_options, which checks all settings anew, takes longer than an episode's request.
         client = object.__new__(MemberClient)
         # 1.4 microseconds a client; with an update of the fields that it has, 2.1.
-        client.__dict__ = {**settings, "api_key": key, "told": [], "chat": Chat(client)}
+        client.__dict__ = {**settings, "api_key": key, "seen": [], "chat": Chat(client)}
         return client
 
     return with_key

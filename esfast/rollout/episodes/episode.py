@@ -71,14 +71,14 @@ class Episode:
         return self
 
 
-def add_new(told: list[dict[str, Any]], asked: list[dict[str, Any]], answer: dict[str, Any]) -> None:
-    """Adds the messages of a request, and that of its answer, to a transcript. Each message stands there once: a
+def add_new(transcript: list[dict[str, Any]], asked: list[dict[str, Any]], answer: dict[str, Any]) -> None:
+    """Adds the messages of a request, and that of its answer, to the transcript. Each message stands there once: a
     conversation that goes on is not repeated. Keeps these objects, unless a field is None."""
-    known = len(told)
-    if asked[:known] != told and not (len(asked) >= known and all(map(_same, told, asked))):
+    known = len(transcript)
+    if asked[:known] != transcript and not (len(asked) >= known and all(map(_same, transcript, asked))):
         known = 0
-    told += map(said, asked[known:])
-    told.append(answer)
+    transcript += map(said, asked[known:])
+    transcript.append(answer)
 
 
 def turns(prompts, completions: Sequence[Episode], **columns) -> list[float]:

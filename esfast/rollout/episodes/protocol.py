@@ -293,13 +293,13 @@ def _stopped(request: Request, completion: Completion) -> tuple[str, str]:
     return completion.text, "stop" if completion.ended else "length"
 
 
-def _json(kind: str, answer: Answer, said: dict[str, Any]) -> dict[str, Any]:
+def _json(object_name: str, answer: Answer, said: dict[str, Any]) -> dict[str, Any]:
     name, model, _, reason, asked, answered = answer
     return {
         "id": name,
         "created": 0,
         "model": model,
-        "object": kind,
+        "object": object_name,
         "choices": [{"index": 0, **said, "finish_reason": reason, "logprobs": None}],
         "usage": {"prompt_tokens": asked, "completion_tokens": answered, "total_tokens": asked + answered},
     }
