@@ -45,11 +45,18 @@ SLOW = """
     test_together_memory test_together_teams test_triton test_triton_mutants test_tuning test_tuning_groups test_zoo
 """.split()
 
+# Of them and of the others, those that .ci/run may run beside something else.
+COMPILES = """
+    test_arm64 test_cuda test_device_code test_formats test_ptx test_ptx_faults test_ptx_machine test_sass
+    test_thin_product test_triton test_triton_mutants
+""".split()
+
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if item.path.stem in SLOW:
-            item.add_marker(pytest.mark.slow)
+        for mark, files in ((pytest.mark.slow, SLOW), (pytest.mark.compiles, COMPILES)):
+            if item.path.stem in files:
+                item.add_marker(mark)
 
 
 INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
