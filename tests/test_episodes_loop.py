@@ -1,7 +1,6 @@
 """Runs of episodes one after another on one event loop, and what one run or request may do to the next."""
 
 import asyncio
-import contextvars
 import gc
 import os
 import sys
@@ -279,26 +278,4 @@ def test_tasks_that_an_interruption_kept_from_beginning_end():
     with pytest.raises(KeyboardInterrupt):
         loop.run_forever()
     assert began == [0, 1] and loop.stopped() and all(task.done() for task in tasks)
-    loop.close()
-
-
-def test_what_is_called_together_can_be_cancelled_and_keeps_its_order():
-    """Code of episodes runs in a callback that calls several, and calls further ones soon."""
-    loop, called = EpisodeLoop(), []
-
-    def first():
-        context = contextvars.copy_context()
-        loop.call_soon(called.append, "with a context", context=context)
-        loop.call_soon(called.append, "without one")
-        loop.call_soon(called.append, "cancelled", context=context).cancel()
-        loop.call_soon(called.append, "last", context=context)
-        called.append("first")
-
-    with loop.together():
-        loop.call_soon(first)
-        loop.call_soon(called.append, "second")
-    loop.call_soon(called.append, "after the block")
-    loop.call_later(0.01, loop.stop)
-    loop.run_forever()
-    assert called == ["first", "second", "after the block", "with a context", "without one", "last"]
     loop.close()

@@ -24,7 +24,7 @@ class EpisodeLoop(asyncio.SelectorEventLoop):
 
     def __init__(self):
         self.look: Look = _unchanged
-        self._together: list[asyncio.Handle] | None = None
+        self._together: list[tuple[Callable, tuple, Any]] | None = None
         super().__init__(_Selector(self))
         self.set_default_executor(DaemonThreads())
         # What episodes leave behind is theirs: a run does not show it.
@@ -32,33 +32,30 @@ class EpisodeLoop(asyncio.SelectorEventLoop):
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """What the block has called soon, such as the tasks that it wakes, is called in one callback of the loop. One
-        for each takes longer."""
-        handles: list[asyncio.Handle] = []
-        self._together = handles
+        """The tasks that are woken in the block go on in one callback of the loop. One for each takes longer."""
+        calls = self._together = []
         try:
             yield
         finally:
             self._together = None
-            if handles:
-                super().call_soon(self._call_all, iter(handles))
+            super().call_soon(self._call_all, iter(calls))
 
     def call_soon(self, callback: Callable, *arguments: Any, context: Any = None) -> Any:  # type: ignore[override]
-        if self._together is None:
+        if self._together is None or context is None:
             return super().call_soon(callback, *arguments, context=context)
-        handle = asyncio.Handle(callback, arguments, self, context)
-        self._together.append(handle)
-        return handle
+        self._together.append((callback, arguments, context))
 
-    def _call_all(self, handles: Iterator[asyncio.Handle]) -> None:
+    def _call_all(self, calls: Iterator[tuple[Callable, tuple, Any]]) -> None:
         try:
-            with self.together():
-                for handle in handles:
-                    if not handle._cancelled:
-                        handle._run()
+            for callback, arguments, context in calls:
+                try:
+                    context.run(callback, *arguments)
+                except Exception:
+                    # One that fails keeps no other one from being called. The loop shows no error of a callback either.
+                    continue
         finally:
             # After Ctrl-C some may be left. Their tasks, which are cancelled, end only in such a callback.
-            if rest := list(handles):
+            if rest := list(calls):
                 super().call_soon(self._call_all, iter(rest))
 
     def stopped(self) -> bool:
