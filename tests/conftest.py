@@ -45,7 +45,8 @@ SLOW = """
     test_together_memory test_together_teams test_triton test_triton_mutants test_tuning test_tuning_groups test_zoo
 """.split()
 
-# Of them and of the others, those that .ci/run may run beside something else.
+# Files, slow or not, whose tests compile kernels or interpret them and measure nothing: .ci/run runs them beside the tests of
+# vLLM.
 COMPILES = """
     test_arm64 test_cuda test_device_code test_formats test_ptx test_ptx_faults test_ptx_machine test_sass
     test_thin_product test_triton test_triton_mutants

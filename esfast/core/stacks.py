@@ -43,7 +43,7 @@ class Stack(NamedTuple):
         return self.name, tensor, self.window
 
     def row(self) -> tuple[int, ...]:
-        """The fields of csrc/module.cpp's Stack, but the first."""
+        """The fields of csrc/module.cpp's Stack, but the first. A step of 0 says that only `turned` is wanted."""
         step = 0 if self.stack is None else self.stack[0].nbytes
         if self.turned is None:
             return step, 0, 0, 0, 0

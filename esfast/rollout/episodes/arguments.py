@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from ...utils.rows import check_text
 from ..chat import TEXTS
 from .protocol import CHAT, Kind, Options, Request, read_options
 
@@ -21,13 +22,6 @@ NO_FIELDS = frozenset({"extra_headers", "extra_query", "extra_body", "timeout"})
 
 # The messages of a client's last chat, those of the answer included: what each one had in it, and its JSON.
 Seen = list[tuple[dict[str, Any], dict[str, Any]]]
-
-
-def check_texts(joined: str) -> None:
-    """ValueError for half a character, of which the library can't make a request. Names that are no texts can't be
-    joined, a TypeError."""
-    if not joined.isascii():
-        joined.encode()
 
 
 class ArgumentReader:
@@ -100,7 +94,7 @@ class ArgumentReader:
         del seen[len(found) :]
         for message in messages[len(found) :]:
             if type(message) is dict and set(map(type, message.values())) == TEXTS:
-                check_texts("".join((*message, *message.values())))
+                check_text("request", "".join((*message, *message.values())))
                 json = message.copy()
                 # Only texts are seen: a number may equal one of another type, and a list can be changed in place.
                 if len(seen) == len(found):
@@ -113,10 +107,11 @@ class ArgumentReader:
     def _json_of(self, value: Any) -> Any:
         kind: Any = type(value)
         if kind is dict:
-            check_texts("".join(value))
+            # a TypeError if a name is no text
+            check_text("request", "".join(value))
             return {name: self._json_of(item) for name, item in value.items()}
         if kind is str:
-            check_texts(value)
+            check_text("request", value)
             return value
         if kind is list or kind is tuple:
             return [self._json_of(item) for item in value]
