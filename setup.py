@@ -8,6 +8,7 @@ ESFAST_CUDA_ARCHS, for example "90" or "80 90", names the GPU architectures that
 wanted: sm_90 alone takes a quarter of the time. What was built of the same sources in the same way is not built again.
 """
 
+import contextlib
 import hashlib
 import os
 import platform
@@ -89,6 +90,10 @@ A compiler under another name is given in the environment: CXX=clang++ CC=clang
 
 
 class Build(build_ext):
+    def run(self):
+        with alone():
+            super().run()
+
     def accepts(self, *flags):
         """Whether the compiler takes the flags."""
         with tempfile.TemporaryDirectory() as folder:
@@ -151,6 +156,21 @@ class Build(build_ext):
         ext.extra_link_args += openmp
         super().build_extension(ext)
         return True
+
+
+@contextlib.contextmanager
+def alone():
+    """One build of this tree at a time. What two environments build side by side is compiled once, and the second takes
+    what the first has kept."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    os.makedirs("build", exist_ok=True)
+    with open(os.path.join("build", "lock"), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def made_of_what(ext, debug):

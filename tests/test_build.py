@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 NVCC = """#!/bin/sh
 if [ "$1" = --list-gpu-arch ]; then printf 'compute_%s\\n' 80 89 90 100; exit; fi
 echo "$@" >>LOG
+sleep ${NVCC_SECONDS:-0}
 while [ "$1" != -o ]; do shift; done
 echo made >"$2"
 """
@@ -38,20 +39,23 @@ def build(tmp_path, monkeypatch):
     nvcc.chmod(0o755)
     path = os.pathsep.join(p for p in os.environ["PATH"].split(os.pathsep) if not (Path(p) / "nvcc").exists())
 
-    def run(archs=None, status=0):
-        log.write_text("")
+    def start(archs=None, seconds=0):
         # Where nvcc is of no use, a module in C++ takes its place; compiling that is left to test_cuda.py.
         compilers = {"CC": "true", "CXX": "true"}
         environment = {**os.environ, "PATH": path, "CUDA_HOME": str(tmp_path / "cuda"), **compilers}
         environment.pop("ESFAST_CUDA_ARCHS", None)
-        environment |= {} if archs is None else {"ESFAST_CUDA_ARCHS": archs}
-        done = subprocess.run(
-            [sys.executable, "-c", CODE], cwd=tmp_path, env=environment, capture_output=True, text=True
-        )
-        assert (done.returncode == 0) == (status == 0), done.stderr
-        return log.read_text().splitlines(), done.stdout + done.stderr
+        environment |= {"NVCC_SECONDS": str(seconds)} | ({} if archs is None else {"ESFAST_CUDA_ARCHS": archs})
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.Popen([sys.executable, "-c", CODE], cwd=tmp_path, env=environment, **pipes)
 
-    run.folder = tmp_path
+    def run(archs=None, status=0):
+        log.write_text("")
+        process = start(archs)
+        said, _ = process.communicate()
+        assert (process.returncode == 0) == (status == 0), said
+        return log.read_text().splitlines(), said
+
+    run.folder, run.start, run.log = tmp_path, start, log
     return run
 
 
@@ -79,6 +83,14 @@ def test_architectures_by_environment_and_nothing_built_twice(build):
     assert codes(command) == ["sm_80", "sm_90", "compute_90"]
     (command,), _ = build()
     assert codes(command) == ["sm_80", "sm_89", "sm_90", "sm_100", "compute_100"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="builds wait for each other with flock, which Windows lacks")
+def test_two_builds_side_by_side_compile_once(build):
+    processes = [build.start("90", seconds=3) for _ in range(2)]
+    assert [process.communicate() and process.returncode for process in processes] == [0, 0]
+    assert len(build.log.read_text().splitlines()) == 1
+    assert [module.read_text() for module in (build.folder / "lib" / "esfast").iterdir()] == ["made\n"]
 
 
 def test_architectures_that_are_none(build):
