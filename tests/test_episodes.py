@@ -252,6 +252,20 @@ def test_hostile_episodes_are_named_and_bounded_and_the_others_go_on(engine, hos
     assert [e.error for e in play(engine, fine)] == [None] * 6
 
 
+def test_episodes_that_one_cancels_before_their_first_step_are_named(engine):
+    async def episode(client, row):
+        if row["number"] == 0:
+            for task in asyncio.all_tasks() - {asyncio.current_task()}:
+                task.cancel()
+        return 1.0
+
+    began = time.perf_counter()
+    first, *others = play(engine, episode)
+    assert first.reward == 1.0 and len(others) == 5
+    assert all("raised CancelledError" in e.error for e in others)
+    assert time.perf_counter() - began < 5
+
+
 def test_an_episode_waits_for_the_engine_as_long_as_it_takes(engine, monkeypatch):
     inner = engine.complete_texts
     monkeypatch.setattr(engine, "complete_texts", lambda *a: time.sleep(0.6) or inner(*a))
@@ -275,9 +289,17 @@ def test_what_the_engine_raises_comes_through(engine, monkeypatch):
     def fail(*arguments):
         raise torch.OutOfMemoryError("no memory")
 
+    async def some_clean_up(client, row):
+        try:
+            return await fine(client, row)
+        finally:
+            if row["number"]:
+                await asyncio.sleep(0)
+
     monkeypatch.setattr(engine, "complete_texts", fail)
-    with pytest.raises(torch.OutOfMemoryError, match="no memory"):
-        play(engine, fine)
+    for environment in (fine, some_clean_up):
+        with pytest.raises(torch.OutOfMemoryError, match="no memory"):
+            play(engine, environment)
     monkeypatch.undo()
 
     def interrupted(*arguments):

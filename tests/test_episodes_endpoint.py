@@ -62,6 +62,9 @@ REFUSED = {
     "a role": ({"messages": [{"role": "clown", "content": "1"}]}, 400, "role 'clown'"),
     "a picture": ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "image_url"),
     "no messages": ({"messages": []}, 400, "messages"),
+    "a text among the messages": ({"messages": ["1"]}, 400, "messages: expected a list of messages"),
+    "nothing among the messages": ({"messages": [None]}, 400, "messages: expected a list of messages"),
+    "an empty message": ({"messages": [{}]}, 400, "role None"),
     "a long prompt": ({"messages": [{"role": "user", "content": "1" * 5000}]}, 400, "context"),
 }
 

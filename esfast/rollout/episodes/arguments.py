@@ -56,7 +56,9 @@ class ArgumentReader:
             except TypeError:
                 # It has lists or objects.
                 options = self._options(*others)
-            prompt = self._chat(prompt, seen) if kind is CHAT and type(prompt) is list else self._json_of(prompt)
+            if kind is CHAT and type(prompt) is list:
+                return Request(kind, self._chat(prompt, seen), options)
+            prompt = self._json_of(prompt)
         except (ValueError, TypeError, RecursionError):
             raise NotPlain from None
         return Request(kind, kind.read_prompt(kind.prompt, prompt), options)
@@ -82,7 +84,7 @@ class ArgumentReader:
         return found
 
     def _chat(self, messages: list[Any], seen: Seen) -> list[Any]:
-        """The JSON of the messages."""
+        """The JSON of the messages, each of them an object."""
         found, answer = [], self._answer
         for message, (fields, json) in zip(messages, seen, strict=False):
             if type(message) is dict:
@@ -93,7 +95,7 @@ class ArgumentReader:
             found.append(json)
         del seen[len(found) :]
         for message in messages[len(found) :]:
-            if type(message) is dict and set(map(type, message.values())) == TEXTS:
+            if type(message) is dict and TEXTS.issuperset(map(type, message.values())):
                 check_text("request", "".join((*message, *message.values())))
                 json = message.copy()
                 # Only texts are seen: a number may equal one of another type, and a list can be changed in place.
@@ -101,7 +103,11 @@ class ArgumentReader:
                     seen.append((json, json))
             else:
                 json = self._json_of(message)
+                if type(json) is not dict:
+                    raise NotPlain
             found.append(json)
+        if not found:
+            raise NotPlain
         return found
 
     def _json_of(self, value: Any) -> Any:

@@ -72,9 +72,8 @@ def clients(endpoint: Endpoint, base_url: str | None = None) -> Callable[[str], 
                     else:
                         made = made_of(answer)
                         if kind is CHAT and "tool_calls" not in answer.message:
-                            # The next request mostly sends it back, with the fields in this order.
-                            sent_back = {"content": answer.message["content"], "role": "assistant"}
-                            client.seen.append((vars(made.choices[0].message).copy(), sent_back))
+                            # The next request mostly sends it back.
+                            client.seen.append((vars(made.choices[0].message).copy(), answer.message))
                         return made
                 # The library makes its exception of an error. The request is not asked again.
                 REFUSED.set(refused)
@@ -132,8 +131,9 @@ def part_with(client: Any) -> None:
     """Takes the parts that refer to it from the client of an episode that has ended. They make cycles, in which client
     and messages would stay in memory until Python looks for such garbage. A part that is asked for later is made anew.
     """
-    for part in ("chat", "completions"):
-        vars(client).pop(part, None)
+    parts = vars(client)
+    parts.pop("chat", None)
+    parts.pop("completions", None)
 
 
 def _transport(openai: Any, endpoint: Endpoint) -> Any:

@@ -170,41 +170,40 @@ class Episodes:
         """Of each text the tokens of the prompt, and how it is asked, with the most tokens of the completion (None: the
         engine doesn't say). An ApiError if there is no room for the prompt, or the engine can't answer as it was asked
         to."""
-        engine = self.engine
-        reader = getattr(engine, "prompts", None)
-        longest = getattr(engine, "max_new_tokens", None) or getattr(reader, "max_new_tokens", None)
-        alike = not callable(getattr(engine, "complete_texts", None))
-
+        reader = getattr(self.engine, "prompts", None)
+        longest = getattr(self.engine, "max_new_tokens", None) or getattr(reader, "max_new_tokens", None)
+        if longest is not None:
+            left = [min(tokens, longest) for tokens in left]
+        pairs = list(zip(asked, left, strict=True))
         # Most requests ask alike.
-        @functools.cache
-        def most_of(how: Asked, tokens: int) -> tuple[int, int | None]:
-            """The most tokens of a completion whose prompt leaves room for them, and those that it must have room for
-            in any case."""
-            if not alike:
-                return _most(how.max_tokens, longest, tokens), how.max_tokens
-            self._check_alike(how, longest)
-            # Its answers can't be cut short.
-            return longest or tokens, longest
-
-        @functools.cache
-        def asking(how: Asked, most: int | None) -> Asked:
-            return how._replace(max_tokens=most)
-
+        ways = {pair: self._way(*pair, longest) for pair in set(pairs)}
         rows = [[]] * len(texts) if reader is None else self._encoded(reader, texts)
         limit = None if reader is None else reader.limit
-        found: list[tuple[int, Asked] | ApiError] = []
-        for ids, how, tokens in zip(rows, asked, left, strict=True):
-            try:
-                most, wanted = most_of(how, tokens if longest is None else min(tokens, longest))
-                if reader is None:
-                    found.append((0, asking(how, longest and most)))
-                elif type(ids) is ApiError:
-                    raise ids
-                else:
-                    found.append((len(ids), asking(how, _fitting(ids, limit, most, wanted))))
-            except ApiError as error:
-                found.append(error)
+        found: list[Any] = []
+        for ids, pair in zip(rows, pairs, strict=True):
+            way = ways[pair]
+            if isinstance(way, ApiError):
+                # each request its own exception
+                found.append(self._way(*pair, longest))
+            elif type(ids) is ApiError:
+                found.append(ids)
+            elif reader is None:
+                found.append((0, way[0] if longest else way[0]._replace(max_tokens=None)))
+            else:
+                found.append(_fitted(len(ids), limit, *way))
         return found
+
+    def _way(self, how: Asked, left: int, longest: int | None) -> tuple[Asked, int | None] | ApiError:
+        """How a text is asked, with the most tokens of its completion, and those that there must be room for in any
+        case; an ApiError if the engine can't answer in this way."""
+        try:
+            if callable(getattr(self.engine, "complete_texts", None)):
+                return how._replace(max_tokens=_most(how.max_tokens, longest, left)), how.max_tokens
+            self._check_alike(how, longest)
+        except ApiError as error:
+            return error
+        # Its answers can't be cut short.
+        return how._replace(max_tokens=longest or left), longest
 
     def _encoded(self, reader: Any, texts: Sequence[str]) -> list[Any]:
         """Token ids of the texts, encoded together, which takes a fraction of one by one. A text that the tokenizer
@@ -243,17 +242,17 @@ class Episodes:
     ) -> list[Completion | LogitsError]:
         """Completions of all; those that are asked alike are completed together."""
 
-        @functools.cache
         def own(how: Asked) -> Asked:
             temperature = default if how.temperature is None else how.temperature
             # None: the engine's own, which is the run's.
             named = None if temperature and temperature == self.settings.temperature else temperature
             return Asked(how.max_tokens, named, how.top_p)
 
+        own_of = {how: own(how) for how in set(asked)}
         found: list[Completion | LogitsError | None] = [None] * len(texts)
         groups: dict[Asked, list[int]] = {}
         for i, how in enumerate(asked):
-            groups.setdefault(own(how), []).append(i)
+            groups.setdefault(own_of[how], []).append(i)
         for how, places in groups.items():
             seeds = None
             if how.temperature != 0:
@@ -278,21 +277,22 @@ def _most(asked: int | None, longest: int | None, left: int) -> int:
     return min(left, asked)
 
 
-def _fitting(ids: Any, limit: int | None, most: int, wanted: int | None) -> int:
-    """Tokens of the longest completion that has room behind the prompt. ApiError if there is none."""
-    length = len(ids)
+def _fitted(length: int, limit: int | None, how: Asked, wanted: int | None) -> tuple[int, Asked] | ApiError:
+    """The tokens of a prompt, and how it is asked, with those tokens of its completion that there is room for. An
+    ApiError if there is none."""
+    most: Any = how.max_tokens
     room = most if limit is None else limit - length
     if length and room >= most:
-        return most
+        return length, how
     if not length or room < (1 if wanted is None else most):
-        raise ApiError(
+        return ApiError(
             400,
             "context_length_exceeded",
             f"the prompt has {length} tokens and the model's context {limit}, which leaves no room for "
             f"{'a completion' if wanted is None else f'{most} tokens'}",
             "messages",
         )
-    return room
+    return length, how._replace(max_tokens=room)
 
 
 @functools.lru_cache(8)

@@ -103,7 +103,9 @@ FIGURES = {"episode_turns": turns, "episode_tokens": tokens, "episode_seconds": 
 
 def check_reward(value: Any) -> float:
     """The reward as a float. ValueError if it is no finite number: a bool is one."""
-    found: Any = value.item() if callable(getattr(value, "item", None)) else value
+    found: Any = value
+    if not isinstance(value, (int, float)) and callable(getattr(value, "item", None)):
+        found = value.item()
     if not isinstance(found, (int, float)) or not math.isfinite(found):
         raise BadValue(f"expected a finite number as its reward, got {value!r:.80}")
     return float(found)

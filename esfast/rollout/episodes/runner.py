@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import itertools
 import operator
+import re
 import secrets
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
@@ -21,7 +21,7 @@ from .client import part_with
 from .episode import Episode, Limits, check_reward
 from .loop import Loops
 from .protocol import ApiError
-from .session import Question, Session
+from .session import MEMBER, Question, Session
 from .watch import stdout_is_stderr
 
 # Seconds that a request waits for those of other episodes while these wait for something outside, and while code of
@@ -80,6 +80,7 @@ class Runner:
         self._answer, self._serve = answer, serve
         self._running: dict[tuple[int, int], Session] = {}
         self._questions: list[Question] = []
+        self._ended: list[Session] = []
         self._looked = 0.0
 
     def __call__(
@@ -93,16 +94,15 @@ class Runner:
         self._episodes: list[list[Episode | None]] = [[None] * len(own) for own in rows]
         self._broken: dict[int, LogitsError] = {}
         # The first row of all members comes first: where only some episodes run at once, members have equally many.
-        self._left = deque(
-            (index, member, own[index], of_own[index])
-            for index in range(max(map(len, rows)))
+        queues = [
+            zip(itertools.repeat(member), enumerate(zip(own, of_own, strict=True)), strict=False)
             for member, (own, of_own) in enumerate(zip(rows, seeds, strict=True))
-            if index < len(own)
-        )
-        self._names = names
+        ]
+        self._left = deque(filter(None, itertools.chain.from_iterable(itertools.zip_longest(*queues))))
+        self._models = [(MEMBER,)] * len(rows) if names is None else [(MEMBER, name) for name in names]
         # One draw of all keys takes a fraction of the time; one says nothing of another.
         drawn = secrets.token_hex(KEY * len(self._left))
-        self._keys = (drawn[i : i + 2 * KEY] for i in range(0, len(drawn), 2 * KEY))
+        self._keys = iter(re.findall("." * 2 * KEY, drawn))
         if self._left:
             self._run()
         return [
@@ -136,31 +136,37 @@ class Runner:
     # ---- episodes ----------------------------------------------------------------------------------------------------
 
     def _start(self) -> None:
-        while self._left and len(self._running) < self._limits.at_once:
-            index, member, row, seed = self._left.popleft()
-            name = None if self._names is None else self._names[member]
-            session = Session(member, index, row, seed, self._limits, self._questions.append, self._loop, name)
+        left, running, limits, loop = self._left, self._running, self._limits, self._loop
+        while left and len(running) < limits.at_once:
+            member, (index, (row, seed)) = left.popleft()
+            session = Session(member, index, row, seed, limits, self._questions.append, loop, self._models[member])
             key = next(self._keys)
-            self._endpoint.speakers[key] = session
-            self._running[member, index] = session
-            session.task = self._loop.create_task(self._episode(session, key))
-            session.task.add_done_callback(functools.partial(self._ended, session, key))
+            self._endpoint.speakers[key] = running[member, index] = session
+            session.task = loop.create_task(self._episode(session, key))
 
     async def _episode(self, session: Session, key: str) -> float:
         client = self._client_of(key)
         try:
             return check_reward(await self._play(client, session.row))
         finally:
+            self._endpoint.speakers.pop(key, None)
             part_with(client)
+            # Its task ends in this step. A callback of the task would take 2 microseconds longer.
+            self._ended.append(session)
 
-    def _ended(self, session: Session, key: str, task: asyncio.Task) -> None:
-        self._endpoint.speakers.pop(key, None)
+    def _note_ended(self) -> None:
+        ended, self._ended = self._ended, []
+        with self._loop.together():
+            for session in ended:
+                if session.task.done() and not session.over:
+                    self._note_end(session, session.task)
+
+    def _note_end(self, session: Session, task: asyncio.Task) -> None:
         error = asyncio.CancelledError() if task.cancelled() else task.exception()
-        if session.over:
-            return
-        if error is None and session.ended_at is None:
+        late = session.ended_at is not None or session.seconds > self._limits.seconds
+        if error is None and not late:
             self._note(session, session.episode(task.result(), None))
-        elif session.ended_at is not None or isinstance(error, TooSlow):
+        elif late or isinstance(error, TooSlow):
             self._note(session, session.episode(None, self._too_long, error))
         else:
             self._note(session, session.episode(None, _words(error), error))
@@ -178,7 +184,7 @@ class Runner:
         if member in self._broken:
             return
         self._broken[member] = error
-        self._left = deque(left for left in self._left if left[1] != member)
+        self._left = deque(left for left in self._left if left[0] != member)
         for session in [s for s in self._running.values() if s.member == member]:
             session.task.cancel()
             self._note(session, session.episode(None, str(error), error))
@@ -199,6 +205,9 @@ class Runner:
         """Called when the loop looks for events: answers the requests if it is time to. Returns the new timeout."""
         if not self._running:
             return timeout
+        if self._ended:
+            self._note_ended()
+            return 0
         moment, idle = now(), timeout is None or timeout > 0
         self._end_late(moment)
         while self._questions and self._questions[0].answer.done():
@@ -218,7 +227,10 @@ class Runner:
             return
         self._looked = moment
         for session in list(self._running.values()):
-            if session.ended_at is None and session.seconds > self._limits.seconds:
+            if session.task.done():
+                # It was cancelled before its first step.
+                self._note_end(session, session.task)
+            elif session.ended_at is None and session.seconds > self._limits.seconds:
                 session.ended_at = moment
                 session.task.cancel()
             elif session.ended_at is not None and moment - session.ended_at > GRACE:
@@ -273,7 +285,7 @@ class Runner:
     def _texts(self, questions: Sequence[Question]) -> list[str | ApiError]:
         """The texts that the model continues; for a request that has none, why."""
         rows = [question.request.row for question in questions]
-        if self._names is None:
+        if len(self._models) == 1:
             return self._rendered(rows)
         # Of several members many say the same. What is in a row came as JSON.
         try:

@@ -41,7 +41,7 @@ class Session:
     seed        of the row's episode
     ask         hands a Question in, whose future gets the answer
     loop        the event loop that episodes run on, in this thread
-    name        a further name of the member
+    models      names of the member
     """
 
     def __init__(
@@ -53,10 +53,10 @@ class Session:
         limits: Limits,
         ask: Callable[[Question], None],
         loop: asyncio.AbstractEventLoop,
-        name: str | None = None,
+        models: tuple[str, ...],
     ):
-        self.member, self.index, self.row, self.seed, self.limits = member, index, row, seed, limits
-        self.models: tuple[str, ...] = (MEMBER,) if name is None else (MEMBER, name)
+        self.member, self.index, self.row, self.seed = member, index, row, seed
+        self.limits, self.models = limits, models
         self._ask, self.loop, self._thread = ask, loop, threading.get_ident()
         self.since = now()
         self._messages: list[dict[str, Any]] = []
@@ -66,7 +66,7 @@ class Session:
     # Seconds outside the model until `since`.
     spent = 0.0
     # Its task, whether it is over, and when it was cancelled because it took too long.
-    task: asyncio.Task | None = None
+    task: asyncio.Task
     over = False
     ended_at: float | None = None
 
