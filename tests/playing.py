@@ -1,4 +1,4 @@
-"""A small model, and episodes that it plays, for test_episodes, test_episodes_endpoint and test_episodes_training."""
+"""A small model, and episodes that it plays, for the tests of episodes."""
 
 import torch
 

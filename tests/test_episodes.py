@@ -1,18 +1,13 @@
-"""Episodes of environments: turns, batches and seeds, limits, and what becomes of episodes that misbehave."""
+"""Episodes of environments: turns, batches and seeds, and environments with `reset` and `step`."""
 
 import asyncio
-import re
-import subprocess
-import sys
-import time
 
 import pytest
-import torch
-from playing import ROWS, fine, play, small_engine, three_turns
+from playing import ROWS, play, small_engine, three_turns
 
 from esfast.rollout import TransformersEngine
+from esfast.rollout.completion import Completion
 from esfast.tasks.steps import StepEnvironment, TextArena
-from esfast.utils.interrupts import stoppable
 
 pytest.importorskip("openai", reason="episodes ask through the package openai: pip install esfast[environments]")
 
@@ -65,6 +60,27 @@ def test_texts_of_a_batch_are_encoded_together_and_once(engine, monkeypatch):
     assert encoded == [5] * 3
 
 
+def test_an_engine_that_says_nothing_of_itself_is_asked_for_what_the_request_says():
+    class Plain:
+        tokenizer = None
+
+        def generate(self, prompts, seeds=None):
+            raise NotImplementedError
+
+        def complete_texts(self, texts, seeds, how):
+            asked.append(how.max_tokens)
+            return [Completion("1", 1, True) for _ in texts]
+
+    async def episode(client, row):
+        await client.completions.create(model="member", prompt="1", **row["how"])
+        return 1.0
+
+    asked: list = []
+    rows = [{"how": {}}, {"how": {"max_tokens": 3}}, {"how": {"max_tokens": 9}}]
+    assert [e.error for e in play(Plain(), episode, rows, limits={"at_once": 1, "tokens": 5})] == [None] * 3
+    assert asked == [None, 3, 5]
+
+
 def test_a_sampled_response_is_decided_by_row_and_turn_alone(engine):
     def said(seeds, rows=ROWS, **options):
         return [
@@ -94,227 +110,6 @@ async def lambda_turns(client, row):
     for _ in range(4):
         await client.completions.create(model="member", prompt=row["prompt"])
     return 0.0
-
-
-# ---- hostile ---------------------------------------------------------------------------------------------------------
-
-
-async def never_ends(client, row):
-    await asyncio.sleep(1000)
-
-
-async def never_ends_and_will_not_be_cancelled(client, row):
-    while True:
-        try:
-            await asyncio.sleep(1000)
-        except asyncio.CancelledError:
-            pass
-
-
-async def spins(client, row):
-    while True:
-        try:
-            await asyncio.sleep(0)
-        except BaseException:
-            pass
-
-
-async def blocks(client, row):
-    time.sleep(1000)
-
-
-async def blocks_and_catches_all(client, row):
-    for _ in range(6):
-        try:
-            time.sleep(1000)
-        except BaseException:
-            pass
-
-
-async def blocks_catches_all_and_returns(client, row):
-    try:
-        time.sleep(1000)
-    except BaseException:
-        return 1.0
-
-
-async def computes(client, row):
-    while True:
-        pass
-
-
-async def blocks_a_thread(client, row):
-    await asyncio.to_thread(time.sleep, 30)
-
-
-async def blocks_in_a_task_of_its_own(client, row):
-    async def work():
-        time.sleep(1000)
-
-    await asyncio.gather(work())
-
-
-async def floods(client, row):
-    while True:
-        await client.completions.create(model="member", prompt="1", max_tokens=1)
-
-
-async def floods_and_catches_all(client, row):
-    while True:
-        try:
-            await client.completions.create(model="member", prompt="1", max_tokens=1)
-        except Exception:
-            pass
-
-
-async def writes_too_much(client, row):
-    await client.completions.create(model="member", prompt="1")
-    await client.completions.create(model="member", prompt="1")
-
-
-async def raises(client, row):
-    raise KeyError("board")
-
-
-class Exits(Exception):
-    def __str__(self):
-        sys.exit(3)
-
-
-async def raises_what_exits(client, row):
-    raise Exits
-
-
-async def exits(client, row):
-    sys.exit(3)
-
-
-async def interrupts(client, row):
-    raise KeyboardInterrupt
-
-
-async def gives_text(client, row):
-    return "1.0"
-
-
-async def gives_nan(client, row):
-    return float("nan")
-
-
-async def cancels_itself(client, row):
-    asyncio.current_task().cancel()
-    await asyncio.sleep(0)
-
-
-async def overflows(client, row):
-    await client.completions.create(model="member", prompt="1" * 5000)
-
-
-HOSTILE = {
-    never_ends: "took more than 0.5 s",
-    never_ends_and_will_not_be_cancelled: "took more than 0.5 s",
-    spins: "took more than 0.5 s",
-    blocks: "took more than 0.5 s",
-    blocks_and_catches_all: "took more than 0.5 s",
-    blocks_catches_all_and_returns: "took more than 0.5 s",
-    computes: "took more than 0.5 s",
-    blocks_a_thread: "took more than 0.5 s",
-    blocks_in_a_task_of_its_own: "took more than 0.5 s|TooSlow",
-    floods: "used its 7 turns",
-    floods_and_catches_all: "took more than 0.5 s",
-    writes_too_much: "used its 10 tokens",
-    raises: "raised KeyError: 'board'",
-    raises_what_exits: "raised Exits: .its message can't be made",
-    exits: "SystemExit: 3",
-    interrupts: "KeyboardInterrupt",
-    gives_text: "expected a finite number as its reward, got '1.0'",
-    gives_nan: "got nan",
-    cancels_itself: "raised CancelledError",
-    overflows: "leaves no room",
-}
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("hostile", HOSTILE, ids=lambda f: f.__name__)
-def test_hostile_episodes_are_named_and_bounded_and_the_others_go_on(engine, hostile):
-    async def episode(client, row):
-        return await (hostile if row["number"] == 2 else fine)(client, row)
-
-    began = time.perf_counter()
-    # as in a run, where it is known which KeyboardInterrupt came by a signal
-    with stoppable():
-        episodes = play(engine, episode, limits={"seconds": 0.5, "turns": 7, "tokens": 10})
-    assert time.perf_counter() - began < 15
-    assert [(e.reward, e.error) for e in episodes if e is not episodes[2]] == [(1.0, None)] * 5
-    assert episodes[2].reward is None and episodes[2].error.startswith("row 2 ({'prompt': '2'")
-    assert re.search(HOSTILE[hostile], episodes[2].error), episodes[2].error
-    # and afterwards everything is as it was
-    assert [e.error for e in play(engine, fine)] == [None] * 6
-
-
-def test_episodes_that_one_cancels_before_their_first_step_are_named(engine):
-    async def episode(client, row):
-        if row["number"] == 0:
-            for task in asyncio.all_tasks() - {asyncio.current_task()}:
-                task.cancel()
-        return 1.0
-
-    began = time.perf_counter()
-    first, *others = play(engine, episode)
-    assert first.reward == 1.0 and len(others) == 5
-    assert all("raised CancelledError" in e.error for e in others)
-    assert time.perf_counter() - began < 5
-
-
-def test_an_episode_waits_for_the_engine_as_long_as_it_takes(engine, monkeypatch):
-    inner = engine.complete_texts
-    monkeypatch.setattr(engine, "complete_texts", lambda *a: time.sleep(0.6) or inner(*a))
-    assert [e.error for e in play(engine, fine, ROWS[:2], limits={"seconds": 0.5})] == [None] * 2
-
-
-def test_standard_output_stays_the_commands_own(engine, capfd):
-    async def loud(client, row):
-        print("from python")
-        subprocess.run(["echo", "from a tool"], check=True)
-        return 1.0
-
-    print("before", flush=True)
-    play(engine, loud, ROWS[:1])
-    print("after", flush=True)
-    out, err = capfd.readouterr()
-    assert out == "before\nafter\n" and "from python" in err and "from a tool" in err
-
-
-def test_what_the_engine_raises_comes_through(engine, monkeypatch):
-    def fail(*arguments):
-        raise torch.OutOfMemoryError("no memory")
-
-    async def some_clean_up(client, row):
-        try:
-            return await fine(client, row)
-        finally:
-            if row["number"]:
-                await asyncio.sleep(0)
-
-    monkeypatch.setattr(engine, "complete_texts", fail)
-    for environment in (fine, some_clean_up):
-        with pytest.raises(torch.OutOfMemoryError, match="no memory"):
-            play(engine, environment)
-    monkeypatch.undo()
-
-    def interrupted(*arguments):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(engine, "complete_texts", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        play(engine, fine)
-
-
-def test_it_runs_where_a_loop_runs_already(engine):
-    async def notebook():
-        return play(engine, fine)
-
-    assert [e.reward for e in asyncio.run(notebook())] == [1.0] * 6
 
 
 # ---- reset and step --------------------------------------------------------------------------------------------------

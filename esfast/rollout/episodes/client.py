@@ -72,8 +72,9 @@ def clients(endpoint: Endpoint, base_url: str | None = None) -> Callable[[str], 
                     else:
                         made = made_of(answer)
                         if kind is CHAT and "tool_calls" not in answer.message:
-                            # The next request mostly sends it back.
-                            client.seen.append((vars(made.choices[0].message).copy(), answer.message))
+                            # The next request mostly sends it back, with the fields in this order.
+                            sent_back = {"content": answer.message["content"], "role": "assistant"}
+                            client.seen.append((vars(made.choices[0].message).copy(), sent_back))
                         return made
                 # The library makes its exception of an error. The request is not asked again.
                 REFUSED.set(refused)

@@ -181,14 +181,14 @@ class Episodes:
         limit = None if reader is None else reader.limit
         found: list[Any] = []
         for ids, pair in zip(rows, pairs, strict=True):
-            way = ways[pair]
+            how, way = pair[0], ways[pair]
             if isinstance(way, ApiError):
                 # each request its own exception
                 found.append(self._way(*pair, longest))
             elif type(ids) is ApiError:
                 found.append(ids)
             elif reader is None:
-                found.append((0, way[0] if longest else way[0]._replace(max_tokens=None)))
+                found.append((0, way[0] if longest or how.max_tokens else how))
             else:
                 found.append(_fitted(len(ids), limit, *way))
         return found
@@ -199,11 +199,11 @@ class Episodes:
         try:
             if callable(getattr(self.engine, "complete_texts", None)):
                 return how._replace(max_tokens=_most(how.max_tokens, longest, left)), how.max_tokens
+            # An engine with fixed settings, whose answers can't be cut short.
             self._check_alike(how, longest)
+            return how._replace(max_tokens=longest or left), longest
         except ApiError as error:
             return error
-        # Its answers can't be cut short.
-        return how._replace(max_tokens=longest or left), longest
 
     def _encoded(self, reader: Any, texts: Sequence[str]) -> list[Any]:
         """Token ids of the texts, encoded together, which takes a fraction of one by one. A text that the tokenizer
@@ -278,8 +278,8 @@ def _most(asked: int | None, longest: int | None, left: int) -> int:
 
 
 def _fitted(length: int, limit: int | None, how: Asked, wanted: int | None) -> tuple[int, Asked] | ApiError:
-    """The tokens of a prompt, and how it is asked, with those tokens of its completion that there is room for. An
-    ApiError if there is none."""
+    """The tokens of a prompt, and how it is asked: with as many tokens of a completion as there is room for. An
+    ApiError if there is no room."""
     most: Any = how.max_tokens
     room = most if limit is None else limit - length
     if length and room >= most:

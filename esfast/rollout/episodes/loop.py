@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import selectors
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -24,6 +24,7 @@ class EpisodeLoop(asyncio.SelectorEventLoop):
 
     def __init__(self):
         self.look: Look = _unchanged
+        self.watch: Watch | None = None
         self._together: list[tuple[Callable, tuple, Any]] | None = None
         super().__init__(_Selector(self))
         self.set_default_executor(DaemonThreads())
@@ -39,6 +40,12 @@ class EpisodeLoop(asyncio.SelectorEventLoop):
         finally:
             self._together = None
             super().call_soon(self._call_all, iter(calls))
+
+    def start(self, coroutine: Coroutine, on_end: Callable[[], object]) -> asyncio.Task:
+        """A task whose steps are limited, and whose last step calls `on_end`, however it ends. A callback of the task
+        goes through the loop once more, which takes 2 microseconds longer."""
+        assert self.watch is not None
+        return self.watch.task(self, coroutine, on_end)
 
     def call_soon(self, callback: Callable, *arguments: Any, context: Any = None) -> Any:  # type: ignore[override]
         if self._together is None or context is None:
@@ -99,7 +106,7 @@ class Loops:
         outer, watch = asyncio._get_running_loop(), Watch(step_seconds, on_long_step)
         asyncio._set_running_loop(None)
         factory: Any = watch.task
-        loop.look = look
+        loop.look, loop.watch = look, watch
         loop.set_task_factory(factory)
         stopped = False
         try:
@@ -111,7 +118,7 @@ class Loops:
                     stopped = loop.stopped()
         finally:
             asyncio._set_running_loop(outer)
-            loop.look = _unchanged
+            loop.look, loop.watch = _unchanged, None
             loop.set_task_factory(None)
             if keep and stopped and self._kept is None:
                 self._kept = loop

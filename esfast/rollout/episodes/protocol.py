@@ -119,8 +119,7 @@ def read_options(kind: Kind, fields: Mapping[str, Any], models: tuple[str, ...])
 def answer_of(request: Request, completion: Completion, name: str, model: str, prompt_tokens: int) -> Answer:
     """The answer with this id."""
     text, reason = _stopped(request, completion)
-    # with the fields in the order in which the library openai sends it back
-    message: dict[str, Any] = {"content": text, "role": "assistant"}
+    message: dict[str, Any] = {"role": "assistant", "content": text}
     calls = tool_calls(text, name) if request.options.tools else []
     if calls:
         rest, reason = TOOL_CALL.sub("", text).strip(), "tool_calls"

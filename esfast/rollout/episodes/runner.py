@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import operator
 import re
@@ -22,7 +23,7 @@ from .episode import Episode, Limits, check_reward
 from .loop import Loops
 from .protocol import ApiError
 from .session import MEMBER, Question, Session
-from .watch import stdout_is_stderr
+from .watch import described, stdout_is_stderr
 
 # Seconds that a request waits for those of other episodes while these wait for something outside, and while code of
 # episodes runs without an end.
@@ -93,7 +94,8 @@ class Runner:
         the members at the endpoint. Raises what the engine raises."""
         self._episodes: list[list[Episode | None]] = [[None] * len(own) for own in rows]
         self._broken: dict[int, LogitsError] = {}
-        # The first row of all members comes first: where only some episodes run at once, members have equally many.
+        # (member, (index, (row, seed))), the first row of all members first: where only some episodes run at once,
+        # members have equally many.
         queues = [
             zip(itertools.repeat(member), enumerate(zip(own, of_own, strict=True)), strict=False)
             for member, (own, of_own) in enumerate(zip(rows, seeds, strict=True))
@@ -142,7 +144,7 @@ class Runner:
             session = Session(member, index, row, seed, limits, self._questions.append, loop, self._models[member])
             key = next(self._keys)
             self._endpoint.speakers[key] = running[member, index] = session
-            session.task = loop.create_task(self._episode(session, key))
+            session.task = loop.start(self._episode(session, key), functools.partial(self._end, session))
 
     async def _episode(self, session: Session, key: str) -> float:
         client = self._client_of(key)
@@ -151,22 +153,25 @@ class Runner:
         finally:
             self._endpoint.speakers.pop(key, None)
             part_with(client)
-            # Its task ends in this step. A callback of the task would take 2 microseconds longer.
-            self._ended.append(session)
+
+    def _end(self, session: Session) -> None:
+        """Called in the last step of the session's task."""
+        if session.ended_at is None and session.seconds > self._limits.seconds:
+            session.ended_at = now()
+        self._ended.append(session)
 
     def _note_ended(self) -> None:
         ended, self._ended = self._ended, []
         with self._loop.together():
             for session in ended:
-                if session.task.done() and not session.over:
+                if not session.over:
                     self._note_end(session, session.task)
 
     def _note_end(self, session: Session, task: asyncio.Task) -> None:
         error = asyncio.CancelledError() if task.cancelled() else task.exception()
-        late = session.ended_at is not None or session.seconds > self._limits.seconds
-        if error is None and not late:
+        if error is None and session.ended_at is None:
             self._note(session, session.episode(task.result(), None))
-        elif late or isinstance(error, TooSlow):
+        elif session.ended_at is not None or isinstance(error, TooSlow):
             self._note(session, session.episode(None, self._too_long, error))
         else:
             self._note(session, session.episode(None, _words(error), error))
@@ -207,7 +212,8 @@ class Runner:
             return timeout
         if self._ended:
             self._note_ended()
-            return 0
+            # What was started, or the end of the run, is ready to be called.
+            timeout = 0
         moment, idle = now(), timeout is None or timeout > 0
         self._end_late(moment)
         while self._questions and self._questions[0].answer.done():
@@ -227,10 +233,7 @@ class Runner:
             return
         self._looked = moment
         for session in list(self._running.values()):
-            if session.task.done():
-                # It was cancelled before its first step.
-                self._note_end(session, session.task)
-            elif session.ended_at is None and session.seconds > self._limits.seconds:
+            if session.ended_at is None and session.seconds > self._limits.seconds:
                 session.ended_at = moment
                 session.task.cancel()
             elif session.ended_at is not None and moment - session.ended_at > GRACE:
@@ -357,9 +360,5 @@ def _accepted(questions: Sequence[Question], found: Sequence[Any]) -> tuple[list
 
 
 def _words(error: BaseException | None) -> str:
-    try:
-        text = str(error)
-    # This is no step of the episode, whose exits are caught.
-    except (Exception, SystemExit):
-        text = "(its message can't be made)"
-    return f"raised {type(error).__name__}: {text:.1000}"
+    text = described(lambda: f"{str(error):.1000}", "(its message can't be made)")
+    return f"raised {type(error).__name__}: {text}"

@@ -11,6 +11,7 @@ from ...utils.time_limit import now
 from ..completion import Completion
 from .episode import Episode, Limits, add_new
 from .protocol import Answer, ApiError, Request, answer_of
+from .watch import described
 
 # Any client may use this name for the member that plays its episode.
 MEMBER = "member"
@@ -124,8 +125,5 @@ class Session:
 
 
 def _shown(row: Mapping[str, Any]) -> str:
-    try:
-        text = " ".join(repr(dict(row)).split())
-    except Exception:
-        return "it can't be shown"
+    text = described(lambda: " ".join(repr(dict(row)).split()), "it can't be shown")
     return text if len(text) <= 100 else f"{text[:97]}..."

@@ -37,16 +37,22 @@ class Watch:
     def late(self) -> bool:
         return self.since is not None and now() - self.since > self.seconds
 
-    def task(self, loop: asyncio.AbstractEventLoop, coroutine: Coroutine, **options: Any) -> asyncio.Task:
+    def task(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        coroutine: Coroutine,
+        on_end: Callable[[], object] | None = None,
+        **options: Any,
+    ) -> asyncio.Task:
         """A task factory: steps of the tasks of episodes, and of tasks that they make, are limited."""
-        return asyncio.Task(Steps(coroutine, self), loop=loop, **options)
+        return asyncio.Task(Steps(coroutine, self, on_end), loop=loop, **options)
 
 
 class Steps(collections.abc.Coroutine):
-    """A coroutine whose steps are limited."""
+    """A coroutine whose steps are limited. `on_end` is called in the last one."""
 
-    def __init__(self, coroutine: Any, watch: Watch):
-        self._coroutine, self._send, self._watch = coroutine, coroutine.send, watch
+    def __init__(self, coroutine: Any, watch: Watch, on_end: Callable[[], object] | None = None):
+        self._coroutine, self._send, self._watch, self._on_end = coroutine, coroutine.send, watch, on_end
 
     def send(self, value: Any, step: Callable[[Any], Any] | None = None) -> Any:
         """Does one step, `step(value)`. Raises TooSlow if it takes too long, also if it swallows the TooSlow raised
@@ -54,18 +60,24 @@ class Steps(collections.abc.Coroutine):
         watch = self._watch
         outer, watch.since = watch.since, now()
         try:
-            result = (step or self._send)(value)
-        except (SystemExit, KeyboardInterrupt) as error:
-            if isinstance(error, KeyboardInterrupt) and came_by_signal(error):
-                raise
-            raise Exited(f"{type(error).__name__}: {error}") from error
-        finally:
-            took, watch.since = now() - watch.since, outer
-            if took > LONG_STEP and outer is None:
-                watch.on_long_step(asyncio.current_task(), took)
-        if took > watch.seconds:
-            raise TooSlow
-        return result
+            try:
+                result = (step or self._send)(value)
+            except (SystemExit, KeyboardInterrupt) as error:
+                if isinstance(error, KeyboardInterrupt) and came_by_signal(error):
+                    raise
+                raise Exited(f"{type(error).__name__}: {error}") from error
+            finally:
+                took, watch.since = now() - watch.since, outer
+                if took > LONG_STEP and outer is None:
+                    watch.on_long_step(asyncio.current_task(), took)
+            if took > watch.seconds:
+                raise TooSlow
+            return result
+        except BaseException:
+            # Whatever leaves it ends the task, StopIteration as well.
+            if self._on_end is not None:
+                self._on_end()
+            raise
 
     def throw(self, *error: Any) -> Any:
         return self.send(error, lambda error: self._coroutine.throw(*error))
@@ -79,6 +91,16 @@ class Steps(collections.abc.Coroutine):
     def __getattr__(self, name: str) -> Any:
         # libraries ask a task's coroutine for its name and its state
         return getattr(self._coroutine, name)
+
+
+def described(describe: Callable[[], str], otherwise: str) -> str:
+    """`describe()`, which may call code of an episode; `otherwise` if that raises anything but Ctrl-C."""
+    try:
+        return describe()
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) and came_by_signal(error):
+            raise
+        return otherwise
 
 
 class _Output:
