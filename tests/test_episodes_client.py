@@ -14,6 +14,7 @@ from playing import ROWS, fine, play, small_engine, three_turns
 
 from esfast.rollout import chat
 from esfast.rollout.completion import Asked
+from esfast.rollout.episodes.session import Session
 
 openai = pytest.importorskip(
     "openai", reason="episodes ask through the package openai: pip install esfast[environments]"
@@ -333,10 +334,15 @@ def test_an_episode_leaves_no_cycles_and_seldom_looks_for_them(engine):
         await client.completions.create(model="member", prompt="1")
         return await three_turns(client, row)
 
+    def sessions():
+        return sum(type(kept) is Session for kept in gc.get_objects())
+
     gc.disable()
     try:
+        others = sessions()
         assert [e.error for e in play(engine, episode, ROWS * 3)] == [None] * 18
         assert [client() for client in clients] == [None] * 18
+        assert sessions() == others
     finally:
         gc.enable()
     # Python 3.13 begins with 2000, others with 700.

@@ -127,6 +127,16 @@ async def cancels_itself(client, row):
     await asyncio.sleep(0)
 
 
+async def makes_steps_of_its_own(client, row):
+    for _ in range(2):
+        try:
+            asyncio.current_task().get_coro().send(None)
+        except ValueError:
+            pass
+        await asyncio.sleep(0.01)
+    raise KeyError("board")
+
+
 async def overflows(client, row):
     await client.completions.create(model="member", prompt="1" * 5000)
 
@@ -151,6 +161,7 @@ HOSTILE = {
     gives_text: "expected a finite number as its reward, got '1.0'",
     gives_nan: "got nan",
     cancels_itself: "raised CancelledError",
+    makes_steps_of_its_own: "raised KeyError: 'board'",
     overflows: "leaves no room",
 }
 

@@ -194,8 +194,8 @@ class Episodes:
         return found
 
     def _way(self, how: Asked, left: int, longest: int | None) -> tuple[Asked, int | None] | ApiError:
-        """How a text is asked, with the most tokens of its completion, and those that there must be room for in any
-        case; an ApiError if the engine can't answer in this way."""
+        """How a text is asked, with the most tokens of its completion; and how many there must be room for in any case,
+        None for any number. An ApiError if the engine can't answer in this way."""
         try:
             if callable(getattr(self.engine, "complete_texts", None)):
                 return how._replace(max_tokens=_most(how.max_tokens, longest, left)), how.max_tokens

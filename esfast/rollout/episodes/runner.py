@@ -81,7 +81,7 @@ class Runner:
         self._answer, self._serve = answer, serve
         self._running: dict[tuple[int, int], Session] = {}
         self._questions: list[Question] = []
-        self._ended: list[Session] = []
+        self._just_ended: list[Session] = []
         self._looked = 0.0
 
     def __call__(
@@ -144,7 +144,7 @@ class Runner:
             session = Session(member, index, row, seed, limits, self._questions.append, loop, self._models[member])
             key = next(self._keys)
             self._endpoint.speakers[key] = running[member, index] = session
-            session.task = loop.start(self._episode(session, key), functools.partial(self._end, session))
+            session.task = loop.start(self._episode(session, key), functools.partial(self._on_last_step, session))
 
     async def _episode(self, session: Session, key: str) -> float:
         client = self._client_of(key)
@@ -154,20 +154,24 @@ class Runner:
             self._endpoint.speakers.pop(key, None)
             part_with(client)
 
-    def _end(self, session: Session) -> None:
-        """Called in the last step of the session's task."""
+    def _on_last_step(self, session: Session) -> None:
+        """Says that the episode has ended, and whether it took too long. Its task is done after this step."""
         if session.ended_at is None and session.seconds > self._limits.seconds:
             session.ended_at = now()
-        self._ended.append(session)
+        self._just_ended.append(session)
 
-    def _note_ended(self) -> None:
-        ended, self._ended = self._ended, []
+    def _note_ended(self) -> bool:
+        """Notes the outcomes of episodes that have ended. Whether there were any."""
+        ended = [session for session in self._just_ended if session.task.done()]
+        # An episode that makes steps of its own may seem to have ended.
+        self._just_ended = [session for session in self._just_ended if not session.task.done()]
         with self._loop.together():
             for session in ended:
                 if not session.over:
-                    self._note_end(session, session.task)
+                    self._note_outcome(session, session.task)
+        return bool(ended)
 
-    def _note_end(self, session: Session, task: asyncio.Task) -> None:
+    def _note_outcome(self, session: Session, task: asyncio.Task) -> None:
         error = asyncio.CancelledError() if task.cancelled() else task.exception()
         if error is None and session.ended_at is None:
             self._note(session, session.episode(task.result(), None))
@@ -210,8 +214,7 @@ class Runner:
         """Called when the loop looks for events: answers the requests if it is time to. Returns the new timeout."""
         if not self._running:
             return timeout
-        if self._ended:
-            self._note_ended()
+        if self._just_ended and self._note_ended():
             # What was started, or the end of the run, is ready to be called.
             timeout = 0
         moment, idle = now(), timeout is None or timeout > 0
@@ -360,5 +363,5 @@ def _accepted(questions: Sequence[Question], found: Sequence[Any]) -> tuple[list
 
 
 def _words(error: BaseException | None) -> str:
-    text = described(lambda: f"{str(error):.1000}", "(its message can't be made)")
-    return f"raised {type(error).__name__}: {text}"
+    name = described(lambda: str(type(error).__name__), "an exception without a name")
+    return f"raised {name}: " + described(lambda: f"{str(error):.1000}", "(its message can't be made)")

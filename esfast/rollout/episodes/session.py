@@ -66,7 +66,7 @@ class Session:
     turns = tokens = waiting = 0
     # Seconds outside the model until `since`.
     spent = 0.0
-    # Its task, whether it is over, and when it was cancelled because it took too long.
+    # Its task, once that was started; whether it is over; and when it was found to have taken too long.
     task: asyncio.Task
     over = False
     ended_at: float | None = None

@@ -44,19 +44,20 @@ class Watch:
         on_end: Callable[[], object] | None = None,
         **options: Any,
     ) -> asyncio.Task:
-        """A task factory: steps of the tasks of episodes, and of tasks that they make, are limited."""
+        """A task factory: steps of the tasks of episodes, and of tasks that they make, are limited. `on_end`: see
+        Steps."""
         return asyncio.Task(Steps(coroutine, self, on_end), loop=loop, **options)
 
 
 class Steps(collections.abc.Coroutine):
-    """A coroutine whose steps are limited. `on_end` is called in the last one."""
+    """A coroutine whose steps are limited. `on_end` is called in the last one, before its task is done."""
 
     def __init__(self, coroutine: Any, watch: Watch, on_end: Callable[[], object] | None = None):
         self._coroutine, self._send, self._watch, self._on_end = coroutine, coroutine.send, watch, on_end
 
     def send(self, value: Any, step: Callable[[Any], Any] | None = None) -> Any:
         """Does one step, `step(value)`. Raises TooSlow if it takes too long, also if it swallows the TooSlow raised
-        inside, and Exited if it exits."""
+        inside and then waits, and Exited if it exits."""
         watch = self._watch
         outer, watch.since = watch.since, now()
         try:
@@ -74,9 +75,11 @@ class Steps(collections.abc.Coroutine):
                 raise TooSlow
             return result
         except BaseException:
-            # Whatever leaves it ends the task, StopIteration as well.
-            if self._on_end is not None:
-                self._on_end()
+            # Whatever leaves it ends the task, StopIteration as well. A done task keeps its coroutine, and would keep
+            # what on_end refers to.
+            on_end, self._on_end = self._on_end, None
+            if on_end is not None:
+                on_end()
             raise
 
     def throw(self, *error: Any) -> Any:
