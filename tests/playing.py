@@ -1,5 +1,7 @@
 """A small model, and episodes that it plays, for the tests of episodes."""
 
+import time
+
 import torch
 
 from esfast.rollout import TransformersEngine
@@ -41,3 +43,19 @@ async def three_turns(client, row):
 async def fine(client, row):
     await client.completions.create(model="member", prompt="1")
     return 1.0
+
+
+# ---- episodes that misbehave -----------------------------------------------------------------------------------------
+
+
+async def blocks(client, row):
+    time.sleep(1000)
+
+
+async def floods(client, row):
+    while True:
+        await client.completions.create(model="member", prompt="1", max_tokens=1)
+
+
+async def overflows(client, row):
+    await client.completions.create(model="member", prompt="1" * 5000)

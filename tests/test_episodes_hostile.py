@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from playing import ROWS, fine, play, small_engine
+from playing import ROWS, blocks, fine, floods, overflows, play, small_engine
 
 from esfast.utils.interrupts import stoppable
 
@@ -40,10 +40,6 @@ async def spins(client, row):
             pass
 
 
-async def blocks(client, row):
-    time.sleep(1000)
-
-
 async def blocks_and_catches_all(client, row):
     for _ in range(6):
         try:
@@ -73,11 +69,6 @@ async def blocks_in_a_task_of_its_own(client, row):
         time.sleep(1000)
 
     await asyncio.gather(work())
-
-
-async def floods(client, row):
-    while True:
-        await client.completions.create(model="member", prompt="1", max_tokens=1)
 
 
 async def floods_and_catches_all(client, row):
@@ -135,10 +126,6 @@ async def makes_steps_of_its_own(client, row):
             pass
         await asyncio.sleep(0.01)
     raise KeyError("board")
-
-
-async def overflows(client, row):
-    await client.completions.create(model="member", prompt="1" * 5000)
 
 
 HOSTILE = {

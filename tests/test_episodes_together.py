@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from playing import ROWS, fine, small_model, three_turns
+from playing import ROWS, blocks, fine, floods, overflows, small_model, three_turns
 from test_episodes_training import Env, lines
 from test_trainer import config
 
@@ -173,22 +173,9 @@ async def never_ends(client, row):
     await asyncio.sleep(1000)
 
 
-async def blocks(client, row):
-    time.sleep(1000)
-
-
-async def floods(client, row):
-    while True:
-        await client.completions.create(model="member", prompt="1", max_tokens=1)
-
-
 async def sleeps(client, row):
     await asyncio.sleep(0.1)
     return await fine(client, row)
-
-
-async def overflows(client, row):
-    await client.completions.create(model="member", prompt="1" * 5000)
 
 
 MISBEHAVE = {
